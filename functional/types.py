@@ -1,0 +1,191 @@
+"""The values errata passes around: queries in, batches through, deltas out.
+
+Tensors ride in NamedTuples, which `torch.func` treats as pytrees; settings and headers are frozen
+msgspec Structs (`card.py`, `header.py`). Nothing here is ever written in place.
+
+Shape legend, used everywhere: B rows · L tokens of a row (right-padded) · D width · T scored
+positions of a row · V vocabulary · P position axes (1, or 3 for M-RoPE) · E edits · N layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .card import ModelCard
+from .header import Header
+
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "Case",
+    "Delta",
+    "Editor",
+    "Image",
+    "Inputs",
+    "Learner",
+    "Model",
+    "Params",
+    "Past",
+    "Query",
+    "Rewrite",
+    "Rewrites",
+    "State",
+]
+
+IGNORE = -100
+"""Label of a position that is not scored."""
+
+Params = Mapping[str, Tensor]
+"""Dotted in-memory Hugging Face parameter names to tensors; never written to."""
+
+Rewrite = Callable[[Tensor, Tensor], Tensor]
+"""(module input, module output) -> new output. The first positional input; the first tensor output."""
+
+Rewrites = Mapping[str, Rewrite]
+"""Dotted module path (the full in-memory name) -> rewrite."""
+
+Image = Any
+"""A PIL image, a path, or anything with `.load() -> PIL.Image` and `.key: str` (a content name)."""
+
+State = Any
+"""What an editor remembers between edits: a pytree of tensors, msgspec Structs and plain values."""
+
+
+class Query(NamedTuple):
+    """One question and the answer wanted: the unit of editing, probing and training.
+
+    `images` are in the order in which the prompt refers to them; with `video=True` they are the
+    frames of one video. `target` may be empty only where nothing is scored (generation).
+    """
+
+    prompt: str
+    target: str = ""
+    images: tuple[Image, ...] = ()
+    video: bool = False
+
+
+class Case(NamedTuple):
+    """One edit and what is asked before and after it; probe names are metric names."""
+
+    id: str
+    edit: Query
+    probes: Mapping[str, tuple[Query, ...]] = {}
+
+
+class Inputs(NamedTuple):
+    """Queries as a processor reads them: token rows, right-padded, and pixels."""
+
+    ids: Tensor  # [B L] int64
+    mask: Tensor  # [B L] bool, True on real tokens
+    image: Tensor  # [B L] bool, True on image or video placeholders
+    labels: Tensor  # [B T] int64: the target's token ids, IGNORE behind the last
+    at: Tensor  # [B T] int64: the position whose logits predict labels[b, t]; 0 where ignored
+    pixels: Mapping[str, Any] = {}  # what the family's vision path takes, by its own names
+    keys: tuple[tuple[str, ...], ...] = ()  # content names of each row's images
+
+
+class Batch(NamedTuple):
+    """What the decoder eats at some depth: the residual stream before layer `depth`.
+
+    Every tensor leads with rows, so that rows can be sliced, gathered, concatenated and vmapped.
+    `extras` holds what Hugging Face hands its decoder layers (attention masks, rotary tables,
+    features added between layers), by names the adapter chose; `edit` says which edit of a stacked
+    delta a row runs under.
+    """
+
+    hidden: Tensor  # [B L D]
+    mask: Tensor  # [B L] bool
+    positions: Tensor  # [B P L] int64
+    image: Tensor  # [B L] bool
+    labels: Tensor  # [B T] int64
+    at: Tensor  # [B T] int64
+    edit: Tensor  # [B] int64
+    extras: Mapping[str, Tensor]
+    depth: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.hidden.shape[0]
+
+
+class Past(NamedTuple):
+    """Keys and values of tokens already decoded: what a cut in time needs to go on."""
+
+    keys: tuple[Tensor, ...]  # per layer [B H S d]
+    values: tuple[Tensor, ...]  # per layer [B H S d]
+    mask: Tensor  # [B S] bool
+    next: Tensor  # [B P] int64: the position of the next token
+
+
+class Delta(NamedTuple):
+    """An edit as a value: what changes, and everything needed to apply, inspect and undo it.
+
+    A *stacked* delta (`header.stack == E > 0`) holds E independent edits of the same layout: each
+    tensor has a leading edit axis.
+    """
+
+    header: Header
+    tensors: Mapping[str, Tensor]
+
+
+class Model(NamedTuple):
+    """A vision-language model in functional form: data, and pure functions of `params`.
+
+    read(queries) -> Inputs
+        The impure edge: template, tokenizer, image decoding and preprocessing.
+    embed(params, inputs, rewrites={}) -> Batch
+        Vision tower, projector, token embeddings: the batch at depth 0.
+    decode(params, batch, rewrites={}, *, start=None, stop=None, at=None, past=None, keep=False)
+        Layers `batch.depth` (== start, when given) up to `stop`. With `stop` < N a Batch at that
+        depth; with `stop` None or N the logits [B T V] at positions `at` (default `batch.at`),
+        norm and head run nowhere else. `past` are keys and values of earlier tokens to attend to;
+        `keep=True` returns (result, Past) with the keys and values of the layers that were run.
+    thin(params, batch, rewrites={}) -> Batch
+        For a batch before the last layer: run its attention on whole rows, then keep only the
+        scored positions (L becomes T). `decode` of the result gives the same logits; only changes
+        to the last layer's position-wise part, the final norm or the head may differ between.
+    extend(params, ids, past) -> Batch
+        The batch at depth 0 of new token ids [B n] that follow `past`.
+    write(ids) -> str
+        Detokenise, special tokens dropped.
+    """
+
+    card: ModelCard
+    params: Params
+    read: Callable[[Sequence[Query]], Inputs]
+    embed: Callable[..., Batch]
+    decode: Callable[..., Any]
+    thin: Callable[..., Batch]
+    extend: Callable[..., Batch]
+    write: Callable[[Sequence[int]], str]
+    deltas: tuple[Delta, ...] = ()  # what has been bound, lowest first
+
+
+class Editor(NamedTuple):
+    """A method of knowledge editing: pure functions made by a factory that closes over settings.
+
+    init(model, generator) -> State
+        What a sequence of edits starts from. The generator lives on the CPU.
+    edit(model, state, queries) -> (Delta, State)
+        Add edits to a state, jointly. `model` is the unedited base; the delta holds *everything*
+        the state holds, so that `bind(model, delta)` is the edited model.
+    each(model, state, queries) -> Delta
+        One independent edit per query, all from `state`, side by side: a stacked delta.
+    """
+
+    name: str
+    settings: Any
+    init: Callable[[Model, torch.Generator], State]
+    edit: Callable[[Model, State, Sequence[Query]], tuple[Delta, State]]
+    each: Callable[[Model, State, Sequence[Query]], Delta]
+
+
+class Learner(NamedTuple):
+    """A method that is trained before it edits: its editor, and the loss of one lesson."""
+
+    editor: Editor
+    loss: Callable[[Model, State, Any], tuple[Tensor, Mapping[str, Tensor]]]
