@@ -23,7 +23,7 @@ class ErrataError(Exception):
 
 
 class BadInput(ErrataError):
-    """A request or a file does not hold what it must: empty target, unreadable image, long prompt."""
+    """A request or file lacks what it must hold: empty target, unreadable image, long prompt."""
 
 
 class BadSettings(ErrataError):

@@ -43,7 +43,7 @@ Params = Mapping[str, Tensor]
 """Dotted in-memory Hugging Face parameter names to tensors; never written to."""
 
 Rewrite = Callable[[Tensor, Tensor], Tensor]
-"""(module input, module output) -> new output. The first positional input; the first tensor output."""
+"""(module input, module output) -> new output: first positional input, first tensor output."""
 
 Rewrites = Mapping[str, Rewrite]
 """Dotted module path (the full in-memory name) -> rewrite."""

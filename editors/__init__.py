@@ -1,0 +1,97 @@
+"""The methods of the field, each a factory of pure functions: settings in, `Editor` out.
+
+`EDITORS` is the only registry. A new method is one file, one line here, and one test file.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import msgspec
+
+from errata.functional import Editor
+from errata.functional.errors import BadSettings
+
+from . import finetune as _finetune
+from . import lora as _lora
+from .finetune import FinetuneConfig, finetune
+from .lora import LoraConfig, lora
+
+__all__ = [
+    "EDITORS",
+    "FinetuneConfig",
+    "LoraConfig",
+    "Method",
+    "configure",
+    "finetune",
+    "lora",
+    "make",
+]
+
+
+class Method(NamedTuple):
+    """One row of the registry."""
+
+    config: type[msgspec.Struct]
+    factory: Callable[[Any], Editor]
+    presets: dict[str, Any]
+    summary: str
+
+
+EDITORS: dict[str, Method] = {
+    "finetune": Method(
+        FinetuneConfig, finetune, _finetune.PRESETS, "gradient descent on chosen parameters (FT)"
+    ),
+    "lora": Method(LoraConfig, lora, _lora.PRESETS, "a low-rank change trained on the edit"),
+}
+
+
+def configure(name: str, preset: str = "", **settings: Any) -> msgspec.Struct:
+    """The settings of method `name`: a preset's, or the defaults, with `settings` over them.
+
+    Raises BadSettings naming the unknown method, preset or setting, or the value that can not be.
+
+    >>> configure("lora", rank=4).rank
+    4
+    """
+    if name not in EDITORS:
+        raise BadSettings(_unknown("editor", name, EDITORS))
+    method = EDITORS[name]
+    if preset and preset not in method.presets:
+        raise BadSettings(_unknown(f"preset of {name}", preset, method.presets))
+    base = msgspec.to_builtins(method.presets[preset]) if preset else {"type": name}
+    unknown = sorted(
+        set(settings) - {field.name for field in msgspec.structs.fields(method.config)}
+    )
+    faults = [
+        _unknown(f"setting of {name}", key, method.config.__struct_fields__) for key in unknown
+    ]
+    for key in sorted(set(settings) - set(unknown)):
+        try:
+            msgspec.convert({"type": name, key: settings[key]}, method.config)
+        except msgspec.ValidationError as fault:
+            faults.append(f"{name}.{key}: {fault}")
+    if faults:
+        raise BadSettings("; ".join(faults))
+    return msgspec.convert({**base, **settings}, method.config)
+
+
+def make(config: msgspec.Struct) -> Editor:
+    """The editor with these settings.
+
+    >>> make(FinetuneConfig(num_steps=10)).name
+    'finetune'
+    """
+    for method in EDITORS.values():
+        if type(config) is method.config:
+            return method.factory(config)
+    known = ", ".join(method.config.__name__ for method in EDITORS.values())
+    raise BadSettings(f"settings must be one of {known}; got {type(config).__name__}.")
+
+
+def _unknown(what: str, name: str, known) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{what} must be one of {', '.join(known)}; got {name!r}.{hint}"
