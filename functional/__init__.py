@@ -1,22 +1,34 @@
-"""The functional core: values, cut decoding, binding, factors, losses, metrics, delta files."""
+"""The functional core: values, cut decoding, binding, factors, losses, metrics, delta files.
 
-from .card import Base, ModelCard
-from .header import Dense, EditRecord, Header, LowRank
-from .types import (
-    IGNORE,
-    Batch,
-    Case,
-    Delta,
-    Editor,
-    Inputs,
-    Learner,
-    Model,
-    Params,
-    Past,
-    Query,
-    Rewrite,
-    Rewrites,
-)
+Names load on first use, so that reading a delta's header (`errata show`) does not import torch. To
+export a name: import it below, list it in `__all__`, and list its module in `_MODULES`.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .card import Base, ModelCard
+    from .header import Dense, EditRecord, Header, LowRank
+    from .types import (
+        IGNORE,
+        Batch,
+        Case,
+        Delta,
+        Editor,
+        Inputs,
+        Learner,
+        Model,
+        Params,
+        Past,
+        Query,
+        Rewrite,
+        Rewrites,
+    )
 
 __all__ = [
     "IGNORE",
@@ -39,3 +51,27 @@ __all__ = [
     "Rewrite",
     "Rewrites",
 ]
+
+_MODULES = ("card", "header", "types")  # searched in this order: those without torch first
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for home in _MODULES:
+            module = import_module(f"{__name__}.{home}")
+            if name in module.__all__:
+                globals()[name] = getattr(module, name)
+                return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _Package(ModuleType):
+    """`functional.bind` is the function, also after its module of the same name was imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and name in __all__:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
