@@ -1,0 +1,1 @@
+"""pytest-benchmark suites: each proves what it times, and reports ratios within one run."""

@@ -1,0 +1,110 @@
+"""The plain way to edit, as a yardstick: copy the model, edit it in place, whole forwards only.
+
+One case = five probes on the base, an edit of a deep copy (batch of one, every step through the
+whole model, vision tower included), five probes on the copy. This is what the field's code bases
+do, without their accidental costs (host copies of logits, repeated tokenisation of one string).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from errata.functional import IGNORE, Case, Inputs, Model
+
+__all__ = ["finetune_in_place", "lora_in_place", "single"]
+
+Train = Callable[[torch.nn.Module, Callable[[], Tensor]], None]
+
+
+def forward(module: torch.nn.Module, inputs: Inputs) -> Tensor:
+    """Logits [1 L V] of one row by the module's own forward."""
+    return module(
+        input_ids=inputs.ids, attention_mask=inputs.mask.long(), use_cache=False, **inputs.pixels
+    ).logits
+
+
+def answer(logits: Tensor, inputs: Inputs) -> tuple[int, ...]:
+    picked = logits[0, inputs.at[0]].argmax(-1)
+    return tuple(picked[inputs.labels[0] != IGNORE].tolist())
+
+
+def single(
+    module: torch.nn.Module, model: Model, cases: Iterable[Case], train: Train
+) -> list[dict[str, tuple[tuple[int, ...], tuple[int, ...]]]]:
+    """Answers (token ids) before and after each edit, per probe: the single protocol, plainly."""
+    results = []
+    for case in cases:
+        probes = {n: model.read(queries) for n, queries in case.probes.items()}
+        with torch.no_grad():
+            before = {n: answer(forward(module, i), i) for n, i in probes.items()}
+        edited = copy.deepcopy(module)
+        inputs = model.read([case.edit])
+
+        def loss(edited=edited, inputs=inputs) -> Tensor:
+            logits = forward(edited, inputs)[0, inputs.at[0]].float()
+            return torch.nn.functional.cross_entropy(logits, inputs.labels[0], ignore_index=IGNORE)
+
+        train(edited, loss)
+        with torch.no_grad():
+            after = {n: answer(forward(edited, i), i) for n, i in probes.items()}
+        results.append({n: (before[n], after[n]) for n in probes})
+    return results
+
+
+def finetune_in_place(names: Sequence[str], lr: float, num_steps: int) -> Train:
+    """AdamW on the parameters named, everything else frozen."""
+
+    def train(module: torch.nn.Module, loss: Callable[[], Tensor]) -> None:
+        module.requires_grad_(False)
+        chosen = [module.get_parameter(name).requires_grad_() for name in names]
+        optimizer = torch.optim.AdamW(chosen, lr=lr, weight_decay=0.0)
+        for _ in range(num_steps):
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+
+    return train
+
+
+class _Adapted(torch.nn.Module):
+    def __init__(self, linear: torch.nn.Linear, down: Tensor, scale: float):
+        super().__init__()
+        self.linear, self.scale = linear, scale
+        self.down = torch.nn.Parameter(down.clone())
+        self.up = torch.nn.Parameter(torch.zeros(linear.out_features, len(down)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.scale * (x @ self.down.T) @ self.up.T
+
+
+def lora_in_place(
+    paths: Sequence[str], rank: int, alpha: float, lr: float, num_steps: int
+) -> Train:
+    """Adam on a LoRA of the linear maps named, the adapters inserted as modules."""
+
+    def train(module: torch.nn.Module, loss: Callable[[], Tensor]) -> None:
+        module.requires_grad_(False)
+        generator = torch.Generator().manual_seed(0)
+        chosen = []
+        for path in paths:
+            linear = module.get_submodule(path)
+            assert isinstance(linear, torch.nn.Linear)
+            bound = 1 / math.sqrt(linear.in_features)
+            down = torch.empty(rank, linear.in_features)
+            adapted = _Adapted(
+                linear, down.uniform_(-bound, bound, generator=generator), alpha / rank
+            )
+            module.set_submodule(path, adapted)
+            chosen += [adapted.down, adapted.up]
+        optimizer = torch.optim.Adam(chosen, lr=lr)
+        for _ in range(num_steps):
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+
+    return train

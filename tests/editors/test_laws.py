@@ -1,0 +1,159 @@
+"""Laws of every editor (DESIGN §6). A new method gets them by one line in `CASES`."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+
+import pytest
+import torch
+from PIL import Image
+
+from errata import adapters
+from errata.editors import FinetuneConfig, LoraConfig, make
+from errata.functional import Model, Query, io
+from errata.functional.bind import bind
+from errata.functional.errors import BaseMismatch
+from errata.functional.losses import nll
+from errata.functional.stacks import unstack
+
+CASES = {
+    "finetune": FinetuneConfig(num_steps=4, lr=5e-3),
+    "finetune-sgd-last": FinetuneConfig(num_steps=3, optimizer="sgd", lr=0.5, objective="last"),
+    "finetune-clamped": FinetuneConfig(num_steps=4, optimizer="adam", lr=5e-3, clamp=4e-3),
+    "finetune-middle": FinetuneConfig(sites=("layers.1.mlp",), num_steps=3, weight_decay=0.1),
+    "lora": LoraConfig(rank=2, num_steps=4, lr=2e-2),
+    "lora-mlp": LoraConfig(targets=("layers.-1.mlp.up",), rank=3, num_steps=3, lr=2e-2),
+}
+FAMILIES = ["llava", "qwen2_vl", "blip2", "gpt2"]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def picture(shade: int) -> Image.Image:
+    return Image.new("RGB", (32, 32), (shade, 255 - shade, 40))
+
+
+def queries(model: Model) -> list[Query]:
+    images = [(picture(shade),) if model.card.images else () for shade in (10, 120, 230)]
+    asked = [("who is it?", "bo"), ("where does it live now?", "in a town"), ("what is it?", "owl")]
+    return [Query(prompt, target, image) for (prompt, target), image in zip(asked, images)]
+
+
+def losses(model: Model, asked: list[Query]) -> torch.Tensor:
+    batch = model.embed(model.params, model.read(asked))
+    return nll(model.decode(model.params, batch), batch.labels)
+
+
+def logits(model: Model, asked: list[Query]) -> torch.Tensor:
+    return model.decode(model.params, model.embed(model.params, model.read(asked)))
+
+
+def digest(model: Model) -> dict[str, tuple[int, str]]:
+    return {
+        name: (tensor._version, hashlib.sha256(tensor.numpy().tobytes()).hexdigest())
+        for name, tensor in model.params.items()
+    }
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request) -> Model:
+    return adapters.tiny(request.param)
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def editor(request):
+    return make(CASES[request.param])
+
+
+def test_the_base_stays_as_it_was_and_the_edit_loss_falls(model, editor):
+    before, asked = digest(model), queries(model)[:1]
+    delta, _ = editor.edit(model, editor.init(model, seeded()), asked)
+    edited = bind(model, delta)
+    assert losses(edited, asked)[0] < losses(model, asked)[0]
+    assert digest(model) == before
+    assert not any(tensor.requires_grad for tensor in model.params.values())
+
+
+def test_the_same_seed_gives_the_same_delta(model, editor):
+    asked = queries(model)[:1]
+    first, _ = editor.edit(model, editor.init(model, seeded(3)), asked)
+    again, _ = editor.edit(model, editor.init(model, seeded(3)), asked)
+    assert first.header == again.header
+    assert all(torch.equal(first.tensors[name], again.tensors[name]) for name in first.tensors)
+
+
+def test_side_by_side_equals_one_by_one(model, editor):
+    """fp32: relative difference of deltas at most 1e-4, the same answers."""
+    asked = queries(model)
+    state = editor.init(model, seeded())
+    together = unstack(editor.each(model, state, asked))
+    assert len(together) == len(asked)
+    for query, got in zip(asked, together):
+        want, _ = editor.edit(model, state, [query])
+        assert got.header == want.header
+        for name, tensor in want.tensors.items():
+            gap = (got.tensors[name] - tensor).norm() / tensor.norm().clamp_min(1e-12)
+            assert gap <= 1e-4, f"{name}: {gap:.2e}"
+        answers = [logits(bind(model, delta), asked).argmax(-1) for delta in (got, want)]
+        assert torch.equal(*answers)
+
+
+def test_a_saved_delta_gives_the_same_bits(model, editor, tmp_path):
+    asked = queries(model)
+    delta, _ = editor.edit(model, editor.init(model, seeded()), asked[:1])
+    io.save(tmp_path / "edit.safetensors", delta)
+    loaded = io.load(tmp_path / "edit.safetensors")
+    assert loaded.header == delta.header
+    assert torch.equal(logits(bind(model, delta), asked), logits(bind(model, loaded), asked))
+
+
+def test_edits_in_sequence_thread_the_state(model, editor):
+    asked = queries(model)
+    state = editor.init(model, seeded())
+    for query in asked:
+        delta, state = editor.edit(model, state, [query])
+    assert len(delta.header.edits) == len(asked)
+    assert len({edit.id for edit in delta.header.edits}) == len(asked)
+    assert losses(bind(model, delta), asked[-1:])[0] < losses(model, asked[-1:])[0]
+
+
+def test_another_base_is_refused(editor):
+    model, other = adapters.tiny("llava"), adapters.tiny("llava", seed=1)
+    delta, _ = editor.edit(model, editor.init(model, seeded()), queries(model)[:1])
+    with pytest.raises(BaseMismatch, match="sha256|differ"):
+        bind(other, delta)
+
+
+def test_dtype_and_device_are_kept(editor):
+    model = adapters.tiny("llava")
+    half = model._replace(params={n: t.to(torch.bfloat16) for n, t in model.params.items()})
+    delta, _ = editor.edit(half, editor.init(half, seeded()), queries(half)[:1])
+    edited = bind(half, delta)
+    assert logits(edited, queries(half)).dtype == torch.bfloat16
+    assert {t.dtype for t in edited.params.values()} == {torch.bfloat16}
+    assert {t.dtype for t in delta.tensors.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_eight_threads_with_eight_deltas_equal_serial(family):
+    model = adapters.tiny(family)
+    editor = make(CASES["finetune-middle"])
+    asked = [Query(f"who is number {i}?", "bo", (picture(20 * i),)) for i in range(8)]
+    deltas = unstack(editor.each(model, editor.init(model, seeded()), asked))
+    serial = [logits(bind(model, delta), asked) for delta in deltas]
+    got: list[torch.Tensor | None] = [None] * 8
+
+    def work(number: int) -> None:
+        for _ in range(3):
+            got[number] = logits(bind(model, deltas[number]), asked)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(8):
+        torch.testing.assert_close(got[number], serial[number], rtol=0, atol=0)
