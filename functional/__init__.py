@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .card import Base, ModelCard
     from .header import Dense, EditRecord, Header, LowRank
+    from .io import load, save
     from .types import (
         IGNORE,
         Batch,
@@ -50,9 +51,11 @@ __all__ = [
     "Query",
     "Rewrite",
     "Rewrites",
+    "load",
+    "save",
 ]
 
-_MODULES = ("card", "header", "types")  # searched in this order: those without torch first
+_MODULES = ("card", "header", "types", "io")  # searched in this order: those without torch first
 
 
 def __getattr__(name: str) -> Any:

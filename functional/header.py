@@ -2,19 +2,45 @@
 
 The kinds are a closed union: `bind` interprets kinds, never methods, so a delta file works without
 the editor that wrote it. Everything here is plain data and serialises to canonical JSON.
+
+A kind joins by its Struct: `tensors()` says which tensors an entry has (without the edit axis of a
+stacked delta) and `faults()` what is wrong with it; then it stands in `Entry`. Files, `show` and
+`check` need no more than that. `FORMAT.md` describes the file.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import msgspec
 
 from .card import Base
 
-__all__ = ["FORMAT", "Dense", "EditRecord", "Entry", "Form", "Header", "LowRank"]
+__all__ = [
+    "FLOATS",
+    "FORMAT",
+    "Dense",
+    "EditRecord",
+    "Entry",
+    "Form",
+    "Header",
+    "LowRank",
+    "Want",
+    "faults",
+]
 
 FORMAT = 1
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+Want = tuple[tuple[str, ...], tuple[int, ...]]
+"""What a tensor must be: one of these dtypes (safetensors' names), and this shape."""
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}(\.[A-Za-z0-9_-]{1,128}){0,31}", re.ASCII)
+_HASH = re.compile(r"([0-9a-f]{64})?", re.ASCII)
+_ABSOLUTE = re.compile(r"(/|~|\\|[A-Za-z]:[\\/]|file:)", re.ASCII)
 
 Form = Literal["act", "act_fp32", "weight"]
 """How a low-rank change is added.
@@ -32,6 +58,14 @@ class Dense(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     checkpoint: str  # the same parameter in the checkpoint's naming
     shape: tuple[int, ...]
 
+    def tensors(self) -> dict[str, Want]:
+        return {self.name: (FLOATS, self.shape)}
+
+    def faults(self, header: Header) -> Iterator[str]:
+        yield from _misnamed(self.name, self.checkpoint)
+        if not self.shape or min(self.shape) < 1:
+            yield f"{self.name}: the shape must be of positive sizes, is {list(self.shape)}"
+
 
 class LowRank(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="lowrank"):
     """Low-rank change of a linear map: dW = B A, dW [out in].
@@ -47,6 +81,31 @@ class LowRank(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     rank: int
     rows: tuple[int, ...] = ()
     transposed: bool = False
+
+    def tensors(self) -> dict[str, Want]:
+        out, inner = reversed(self.shape) if self.transposed else self.shape
+        return {
+            f"{self.name}.A": (FLOATS, (self.rank, inner)),
+            f"{self.name}.B": (FLOATS, (out, self.rank)),
+        }
+
+    def faults(self, header: Header) -> Iterator[str]:
+        yield from _misnamed(self.name, self.checkpoint)
+        if len(self.shape) != 2 or min(self.shape) < 1:
+            yield f"{self.name}: the shape must be two positive sizes, is {list(self.shape)[:4]}"
+        if self.rank < 1:
+            yield f"{self.name}: the rank must be at least 1, is {self.rank}"
+        if not self.rows:
+            return
+        if header.stack:
+            yield f"{self.name}: rows must be empty in a stacked delta"
+        elif len(self.rows) != len(header.edits):
+            yield (
+                f"{self.name}: rows must name a number of rows for each of the "
+                f"{len(header.edits)} edits, names {len(self.rows)}"
+            )
+        elif min(self.rows) < 0 or sum(self.rows) != self.rank:
+            yield f"{self.name}: rows must be counts that add up to the rank {self.rank}"
 
 
 Entry = Dense | LowRank
@@ -73,3 +132,78 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     edits: tuple[EditRecord, ...] = ()
     stack: int = 0  # E > 0: tensors have a leading edit axis, edits[e] is edit e
     recursive: bool = False  # later edits depend on earlier ones: single edits can not be removed
+
+    def tensors(self) -> dict[str, Want]:
+        """Every tensor of the delta: the dtypes it may have, and its shape."""
+        axis = (self.stack,) if self.stack else ()
+        return {
+            name: (dtypes, axis + shape)
+            for entry in self.entries
+            for name, (dtypes, shape) in entry.tensors().items()
+        }
+
+
+def faults(header: Header) -> list[str]:
+    """Everything that is wrong with a header in itself; empty for a good one.
+
+    >>> faults(Header(base=Base(id="a/model"), entries=(Dense(name="w", checkpoint="w", shape=()),)))
+    ['w: the shape must be of positive sizes, is []']
+    """
+    return list(_faults(header))
+
+
+def _faults(header: Header) -> Iterator[str]:
+    if header.format != FORMAT:
+        yield f"the format must be {FORMAT}, is {header.format}"
+    for what, text in (("editor", header.editor), ("base.id", header.base.id)):
+        if not _tame(text):
+            yield f"{what} must be printable text of at most 256 characters"
+        elif _ABSOLUTE.match(text) or ".." in text:
+            yield f"{what} must be a name, not a path on someone's machine"
+    base = header.base
+    if not (_tame(base.revision) and _tame(base.family) and _HASH.fullmatch(base.config)):
+        yield "base.revision and base.family must be printable, base.config a sha256 in hex or empty"
+    for name, digest in base.touched.items():
+        if not _NAME.fullmatch(name) or not digest or not _HASH.fullmatch(digest):
+            yield f"base.touched[{name[:80]!r}] must give the sha256 of a parameter in hex"
+    yield from _paths(header.settings, "settings")
+    seen: set[str] = set()
+    for entry in header.entries:
+        fine = True
+        for fault in entry.faults(header):
+            fine = False
+            yield fault
+        for name in entry.tensors() if fine else ():
+            if name in seen:
+                yield f"{name}: two entries have a tensor of this name"
+            seen.add(name)
+    if header.stack < 0 or (header.stack and header.stack != len(header.edits)):
+        yield f"stack must be 0 or the number of edits ({len(header.edits)}), is {header.stack}"
+    for number, edit in enumerate(header.edits):
+        if not _tame(edit.id):
+            yield f"edits[{number}].id must be printable text of at most 256 characters"
+        if not all(_HASH.fullmatch(text) for text in (edit.prompt, edit.target, *edit.images)):
+            yield f"edits[{number}] must give sha256 hashes in hex"
+
+
+def _tame(text: str) -> bool:
+    return len(text) <= 256 and text.isprintable()
+
+
+def _misnamed(*names: str) -> Iterator[str]:
+    for name in names:
+        if not _NAME.fullmatch(name):
+            yield f"{name[:80]!r} must be a dotted parameter name of letters, digits, '_' and '-'"
+
+
+def _paths(value: Any, where: str) -> Iterator[str]:
+    """Absolute paths among the settings: they say more of a machine than of an edit."""
+    if isinstance(value, str):
+        if _ABSOLUTE.match(value):
+            yield f"{where} must not hold a path of this machine: store a name or a hash instead"
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _paths(inner, f"{where}.{str(key)[:40]}")
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _paths(inner, f"{where}[]")
