@@ -1,0 +1,63 @@
+"""Processors of two families that Hugging Face can not build without torchvision.
+
+`Qwen2VLProcessor`, `Qwen3VLProcessor` and `LlavaOnevisionProcessor` demand a video processor, and
+that needs torchvision. These subclasses leave it out: pictures, text and chat templates go through
+the stock code, and video frames are read by `frames.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import LlavaOnevisionProcessor, Qwen2VLProcessor, Qwen3VLProcessor
+from transformers.processing_utils import ProcessorMixin
+
+__all__ = ["LlavaOnevisionPictures", "Qwen2VLPictures", "Qwen3VLPictures"]
+
+
+def _name_tokens(processor: Any, tokenizer: Any, **default: str) -> None:
+    for name, token in default.items():
+        token = getattr(tokenizer, name, None) or token
+        setattr(processor, name, token)
+        setattr(processor, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+
+
+class Qwen2VLPictures(Qwen2VLProcessor):
+    """`Qwen2VLProcessor` for pictures and text."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **_: Any):
+        _name_tokens(self, tokenizer, image_token="<|image_pad|>", video_token="<|video_pad|>")
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+class Qwen3VLPictures(Qwen3VLProcessor):
+    """`Qwen3VLProcessor` for pictures and text."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **_: Any):
+        _name_tokens(
+            self, tokenizer, image_token="<|image_pad|>", video_token="<|video_pad|>",
+            vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>",
+        )  # fmt: skip
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+class LlavaOnevisionPictures(LlavaOnevisionProcessor):
+    """`LlavaOnevisionProcessor` for pictures and text."""
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        num_image_tokens=None,
+        vision_feature_select_strategy=None,
+        chat_template=None,
+        image_token="<image>",
+        video_token="<video>",
+        vision_aspect_ratio="anyres_max_9",
+        **_: Any,
+    ):
+        self.num_image_tokens = num_image_tokens
+        self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.vision_aspect_ratio = vision_aspect_ratio
+        _name_tokens(self, tokenizer, image_token=image_token, video_token=video_token)
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
