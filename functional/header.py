@@ -146,7 +146,8 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 def faults(header: Header) -> list[str]:
     """Everything that is wrong with a header in itself; empty for a good one.
 
-    >>> faults(Header(base=Base(id="a/model"), entries=(Dense(name="w", checkpoint="w", shape=()),)))
+    >>> entry = Dense(name="w", checkpoint="w", shape=())
+    >>> faults(Header(base=Base(id="a/model"), entries=(entry,)))
     ['w: the shape must be of positive sizes, is []']
     """
     return list(_faults(header))
@@ -162,7 +163,7 @@ def _faults(header: Header) -> Iterator[str]:
             yield f"{what} must be a name, not a path on someone's machine"
     base = header.base
     if not (_tame(base.revision) and _tame(base.family) and _HASH.fullmatch(base.config)):
-        yield "base.revision and base.family must be printable, base.config a sha256 in hex or empty"
+        yield "base.revision and base.family must be printable, base.config a sha256 in hex"
     for name, digest in base.touched.items():
         if not _NAME.fullmatch(name) or not digest or not _HASH.fullmatch(digest):
             yield f"base.touched[{name[:80]!r}] must give the sha256 of a parameter in hex"

@@ -45,9 +45,9 @@ def save(path: str | os.PathLike[str], delta: Delta) -> str:
     Everything `load` would refuse is refused here, before a file is touched: DeltaFault lists all
     violations; BadInput where the file can not be written (the old one stays).
 
-    >>> from errata.functional.header import Dense, Header
-    >>> from errata.functional.card import Base
-    >>> header = Header(base=Base(id="me/tiny"), entries=(Dense(name="w", checkpoint="w", shape=(2,)),))
+    >>> from errata.functional import Base, Dense, Header
+    >>> entry = Dense(name="w", checkpoint="w", shape=(2,))
+    >>> header = Header(base=Base(id="me/tiny"), entries=(entry,))
     >>> folder = getfixture("tmp_path")
     >>> digest = save(folder / "edit.safetensors", Delta(header, {"w": torch.ones(2)}))
     >>> load(folder / "edit.safetensors").tensors["w"]

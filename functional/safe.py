@@ -1,8 +1,9 @@
 """Safetensors headers from hands nobody vouches for, and canonical JSON; without torch.
 
 A `.safetensors` file is 8 bytes N (little-endian), N bytes of JSON, then the data. Everything the
-JSON claims is checked against the file before a byte of data is touched: work and memory are bounded
-by what the file *is*, never by what it says. Format: https://github.com/huggingface/safetensors.
+JSON claims is checked against the file before a byte of data is touched: work and memory are
+bounded by what the file *is*, never by what it says.
+Format: https://github.com/huggingface/safetensors.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ MAX_HEADER = 8 << 20
 """Most bytes of header that are read; a delta of 30,000 listed edits has about this many."""
 
 MAX_VALUES = 400_000
-"""Most JSON values in a header: a byte of JSON can cost a hundred of memory, so they are counted."""
+"""Most JSON values in a header: one byte of JSON can cost a hundred of memory."""
 
 MAX_RANK = 16
 
@@ -172,7 +173,7 @@ def read_table(path: str | os.PathLike[str]) -> Table:
 
 
 def parse(raw: bytes, size: int) -> Table:
-    """Check the JSON of a header against a file of `size` bytes. Raises ValueError with the fault."""
+    """Check a header's JSON against a file of `size` bytes; ValueError with the fault."""
     body = strict_json(raw, "the header")
     if not isinstance(body, dict):
         raise ValueError("the header must be a JSON object")
