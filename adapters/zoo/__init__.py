@@ -1,0 +1,51 @@
+"""The micro zoo: a drawn world, and small models of real Hugging Face classes that know it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["FOLDER", "TOKENIZER", "WEIGHTS", "micro_names", "micro_parts"]
+
+FOLDER = Path(__file__).parent
+WEIGHTS = FOLDER / "weights"
+TOKENIZER = FOLDER / "tokenizer.json"
+
+
+def micro_names() -> tuple[str, ...]:
+    """The micro models that are shipped, by name.
+
+    >>> "llava" in micro_names()
+    True
+    """
+    return tuple(sorted(path.parent.name for path in WEIGHTS.glob("*/model.safetensors")))
+
+
+def micro_parts(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """A shipped micro model and its processor: (Hugging Face module in eval mode, processor).
+
+    Reads one folder of this package, never the network; works without torchvision. The fp16
+    weights are loaded as `dtype`, float32 by default.
+
+    Raises `ModelUnsupported` for a name that is not shipped.
+    """
+    if name not in micro_names():
+        from errata.functional.errors import ModelUnsupported
+
+        raise ModelUnsupported(
+            f"no micro model is named {name!r}; there are {', '.join(micro_names()) or 'none'}."
+        )
+    import torch
+    from tokenizers import Tokenizer
+
+    from errata.adapters.zoo.configs import MICRO, fast_tokenizer
+
+    micro, folder = MICRO[name], WEIGHTS / name
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    module = micro.module.from_pretrained(
+        folder, dtype=torch.float32 if dtype is None else dtype, local_files_only=True
+    )
+    return module.eval(), micro.processor(fast_tokenizer(tokenizer, **micro.tokens))

@@ -1,0 +1,219 @@
+"""Micro configurations of real Hugging Face classes, and the processors that go with them.
+
+Every family shares one text size and one vision size; what differs is what makes it that family.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import transformers as hf
+from tokenizers import Tokenizer
+
+from errata.adapters.zoo.processors import LlavaOnevisionPictures, Qwen2VLPictures
+from errata.adapters.zoo.world import IMAGE_SIZE
+
+WIDTH, NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HIDDEN = 192, 4, 6, 2, 512
+OPT_HIDDEN = 768
+VISION_WIDTH, NUM_VISION_LAYERS, NUM_VISION_HEADS = 128, 4, 4
+NUM_QUERIES = 8
+CONTEXT = 512
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>", "<|vision_start|>", "<|vision_end|>",
+    "<|image_pad|>", "<|video_pad|>", "<image>", "<video>", "</s>", "<Img>", "</Img>",
+    "<ImageHere>",
+)  # fmt: skip
+PAD, END = "<|endoftext|>", "<|end|>"
+NORMAL = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
+
+# One turn: <|user|> image question <|assistant|> answer <|end|>
+CHAT = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}<|user|>"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}IMAGE"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% else %}<|assistant|>"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{{ message['content'][0]['text'] }}{% endif %}<|end|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+class Micro(NamedTuple):
+    """A family of the zoo: its model class, how to configure it, how to build its processor.
+
+    `before` and `after` wrap a question in text; `image` is what stands for a picture in front of
+    it, `leads` says whether the picture comes before `before` (BLIP-2) or behind it (the others).
+    `tokens` names special tokens that the family's Hugging Face processor asks its tokenizer for.
+    """
+
+    module: type
+    config: Callable[[Tokenizer], Any]
+    processor: Callable[[Any], Any]
+    image: str
+    num_image_tokens: int
+    before: str = "<|user|>"
+    after: str = "<|assistant|>"
+    leads: bool = False
+    tokens: Mapping[str, Any] = {}
+
+
+def fast_tokenizer(tokenizer: Tokenizer, **extra: Any) -> hf.PreTrainedTokenizerFast:
+    """The Hugging Face face of a trained `tokenizers` tokenizer."""
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD,
+        padding_side="left", model_max_length=CONTEXT, **extra,
+    )  # fmt: skip
+
+
+def _text(tokenizer: Tokenizer, **extra: Any) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": 10_000.0}
+    return {
+        "vocab_size": tokenizer.get_vocab_size(), "hidden_size": WIDTH,
+        "intermediate_size": HIDDEN, "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": NUM_HEADS, "num_key_value_heads": NUM_KV_HEADS,
+        "max_position_embeddings": CONTEXT, "rope_parameters": rope | extra,
+        "bos_token_id": None, "eos_token_id": tokenizer.token_to_id(END),
+        "pad_token_id": tokenizer.token_to_id(PAD), "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+
+
+def _tower(patch: int) -> dict[str, Any]:
+    return {
+        "hidden_size": VISION_WIDTH, "intermediate_size": 4 * VISION_WIDTH,
+        "num_hidden_layers": NUM_VISION_LAYERS, "num_attention_heads": NUM_VISION_HEADS,
+        "image_size": IMAGE_SIZE, "patch_size": patch,
+    }  # fmt: skip
+
+
+def _square() -> dict[str, int]:
+    return {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+
+
+# ---- LLaVA: CLIP tower, two-layer projector, Llama
+
+
+def _llava(tokenizer: Tokenizer) -> Any:
+    return hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(
+            **_tower(16), projection_dim=VISION_WIDTH, hidden_act="gelu"
+        ),
+        text_config=hf.LlamaConfig(**_text(tokenizer)),
+        image_token_index=tokenizer.token_to_id("<image>"),
+        image_seq_length=16, vision_feature_layer=-1, vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def _llava_processor(tokenizer: Any) -> Any:
+    images = hf.CLIPImageProcessorPil(size=_square(), crop_size=_square(), **NORMAL)
+    return hf.LlavaProcessor(
+        image_processor=images, tokenizer=tokenizer, patch_size=16,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=CHAT.replace("IMAGE", "<image>"),
+    )  # fmt: skip
+
+
+# ---- LLaVA-OneVision: SigLIP tower, one anyres tile, Qwen2
+
+
+def _onevision(tokenizer: Tokenizer) -> Any:
+    return hf.LlavaOnevisionConfig(
+        vision_config=hf.SiglipVisionConfig(**_tower(16), vision_use_head=False),
+        text_config=hf.Qwen2Config(**_text(tokenizer)),
+        image_token_index=tokenizer.token_to_id("<image>"),
+        video_token_index=tokenizer.token_to_id("<video>"),
+        vision_feature_layer=-1, vision_feature_select_strategy="full",
+        image_grid_pinpoints=[[IMAGE_SIZE, IMAGE_SIZE]], tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def _onevision_processor(tokenizer: Any) -> Any:
+    images = hf.LlavaOnevisionImageProcessorPil(
+        size=_square(), image_grid_pinpoints=[[IMAGE_SIZE, IMAGE_SIZE]], **NORMAL
+    )
+    return LlavaOnevisionPictures(
+        image_processor=images, tokenizer=tokenizer, num_image_tokens=16,
+        vision_feature_select_strategy="full", chat_template=CHAT.replace("IMAGE", "<image>"),
+    )  # fmt: skip
+
+
+# ---- Qwen2-VL: its own tower (patch 8, merged 2 x 2), M-RoPE
+
+
+def _qwen2_vl(tokenizer: Tokenizer) -> Any:
+    return hf.Qwen2VLConfig(
+        text_config=_text(tokenizer, mrope_section=[4, 6, 6]),
+        vision_config={
+            "depth": NUM_VISION_LAYERS, "embed_dim": VISION_WIDTH, "hidden_size": WIDTH,
+            "num_heads": NUM_VISION_HEADS, "mlp_ratio": 4, "patch_size": 8,
+            "spatial_merge_size": 2, "temporal_patch_size": 2,
+        },
+        image_token_id=tokenizer.token_to_id("<|image_pad|>"),
+        video_token_id=tokenizer.token_to_id("<|video_pad|>"),
+        vision_start_token_id=tokenizer.token_to_id("<|vision_start|>"),
+        vision_end_token_id=tokenizer.token_to_id("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def _qwen2_vl_processor(tokenizer: Any) -> Any:
+    images = hf.Qwen2VLImageProcessorPil(
+        patch_size=8, merge_size=2, temporal_patch_size=2,
+        min_pixels=IMAGE_SIZE**2, max_pixels=IMAGE_SIZE**2, **NORMAL,
+    )  # fmt: skip
+    chat = CHAT.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    return Qwen2VLPictures(image_processor=images, tokenizer=tokenizer, chat_template=chat)
+
+
+# ---- BLIP-2: ViT, Q-Former, OPT; no chat template, image tokens lead
+
+
+def _blip2(tokenizer: Tokenizer) -> Any:
+    return hf.Blip2Config(
+        vision_config=hf.Blip2VisionConfig(**_tower(8), initializer_range=0.02),
+        qformer_config=hf.Blip2QFormerConfig(
+            vocab_size=tokenizer.get_vocab_size(), hidden_size=VISION_WIDTH,
+            num_hidden_layers=NUM_VISION_LAYERS, num_attention_heads=NUM_VISION_HEADS,
+            intermediate_size=4 * VISION_WIDTH, cross_attention_frequency=1,
+            encoder_hidden_size=VISION_WIDTH,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        ),
+        text_config=hf.OPTConfig(
+            vocab_size=tokenizer.get_vocab_size(), hidden_size=WIDTH, word_embed_proj_dim=WIDTH,
+            ffn_dim=OPT_HIDDEN, num_hidden_layers=NUM_LAYERS, num_attention_heads=NUM_HEADS,
+            max_position_embeddings=CONTEXT, dropout=0.0,
+            bos_token_id=tokenizer.token_to_id("</s>"), eos_token_id=tokenizer.token_to_id(END),
+            pad_token_id=tokenizer.token_to_id(PAD),
+        ),
+        num_query_tokens=NUM_QUERIES, image_token_index=tokenizer.token_to_id("<image>"),
+    )  # fmt: skip
+
+
+def _blip2_processor(tokenizer: Any) -> Any:
+    images = hf.BlipImageProcessorPil(size=_square(), **NORMAL)
+    return hf.Blip2Processor(
+        image_processor=images, tokenizer=tokenizer, num_query_tokens=NUM_QUERIES
+    )
+
+
+MICRO: dict[str, Micro] = {
+    "llava": Micro(
+        hf.LlavaForConditionalGeneration, _llava, _llava_processor, "<image>", 16
+    ),
+    "llava_onevision": Micro(
+        hf.LlavaOnevisionForConditionalGeneration, _onevision, _onevision_processor,
+        "<image>", 36,  # 16 of the whole picture, 16 of its one tile, a newline per tile row
+    ),
+    "qwen2_vl": Micro(
+        hf.Qwen2VLForConditionalGeneration, _qwen2_vl, _qwen2_vl_processor, "<|image_pad|>", 16
+    ),
+    "blip2": Micro(
+        hf.Blip2ForConditionalGeneration, _blip2, _blip2_processor, "<image>", NUM_QUERIES,
+        before="Question:", after="Answer:", leads=True, tokens={"bos_token": "</s>"},
+    ),
+}  # fmt: skip

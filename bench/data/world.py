@@ -1,0 +1,279 @@
+"""An editing benchmark made from the micro world: deterministic from a seed, drawn on demand.
+
+A case changes one fact about one creature seen in a picture ("where does this animal live?" ->
+another city) and asks around it. Targets are one to four tokens long in the zoo's tokenizer, in
+equal shares as far as a relation has such values.
+
+    reliability           the edit's own picture and question (the protocol asks `case.edit`)
+    rephrase              the same picture, question forms held out from the model's training
+    image_rephrase        the same question, other renderings of the creature
+    text_locality         no picture: the creature's other facts by name, the same relation of other
+                          names, the second hop of the new value, general knowledge
+    same_entity_locality  the same picture, other relations
+    hard_locality         the same relation of other creatures, the most alike first
+    image_locality        a handwritten digit, a scene of counted shapes, a photograph
+    portability           the second hop of the new value (land of the new city); absent where a
+                          relation has none. The base guesses some right: compare with its rate
+
+Targets of locality probes are the true answers, as the models were taught them.
+
+Creatures are split: "test" edits creatures 140-199, about which no model was ever asked a second
+hop, "train" (for editors that are trained) creatures 0-139. With `subjects="new"` creatures are
+taught that no model has seen, without end: even numbers from 200 for "test", odd ones for "train".
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Literal
+
+import msgspec
+from PIL.Image import Image
+from tokenizers import Tokenizer
+
+from errata.adapters.zoo import TOKENIZER, draw
+from errata.adapters.zoo.world import (
+    ATTRIBUTES,
+    DIGITS,
+    FACTS,
+    HOPS,
+    NUM_HELD,
+    NUM_TRAINED,
+    PHOTOS,
+    TEXT_RELATIONS,
+    Creature,
+    Look,
+    World,
+    differ,
+    lore,
+)
+from errata.bench.zoo.pictures import digit_indices
+from errata.functional.errors import BadSettings, listed
+from errata.functional.types import Case, Query
+
+__all__ = ["RELATIONS", "SPLITS", "Drawing", "cases"]
+
+Split = Literal["train", "test"]
+Subjects = Literal["known", "new"]
+RELATIONS = ("name", "home", "food", "keeper")
+SPLITS = ("train", "test")
+MOST_TOKENS = 4
+
+
+class Drawing(msgspec.Struct, frozen=True):
+    """A picture that is drawn when it is loaded.
+
+    `subject` is a look ("round-red-plain-blue-long"), a digit's number or a photograph's label;
+    `rendering` picks pose, ground and light.
+
+    >>> Drawing("scene", "", "7").load().size
+    (64, 64)
+    """
+
+    kind: Literal["creature", "scene", "digit", "photo"]
+    subject: str
+    rendering: str
+
+    @property
+    def key(self) -> str:
+        """A name of the content: equal keys draw equal pixels."""
+        return f"zoo/{self.kind}/{self.subject}/{self.rendering}"
+
+    def load(self) -> Image:
+        """Draw it."""
+        return _PAINTERS[self.kind](self.subject, self.rendering)
+
+
+_PAINTERS: dict[str, Callable[[str, str], Image]] = {
+    "creature": lambda subject, rendering: draw.creature(Look(*subject.split("-")), rendering),
+    "scene": lambda _, rendering: draw.scene(rendering).image,
+    "digit": lambda subject, rendering: draw.digit(int(subject), rendering),
+    "photo": draw.photo,
+}
+
+
+def cases(
+    count: int,
+    seed: int = 0,
+    *,
+    split: Split = "test",
+    subjects: Subjects = "known",
+    relations: Sequence[str] = RELATIONS,
+) -> list[Case]:
+    """The first `count` cases of a split, the same for the same arguments.
+
+    No two of the first cases edit the same fact, until all facts of the split were edited once
+    (`known` x 4 relations: 240 in "test", 560 in "train"); then they come again with other targets.
+
+    Raises `BadSettings` for an unknown split, kind of subjects or relation, or a negative count.
+
+    >>> case = cases(1)[0]
+    >>> sorted(case.probes)[0], case == cases(1)[0]
+    ('hard_locality', True)
+    """
+    _check(count, split, subjects, relations)
+    world = World()
+    made: list[Case] = []
+    turn = 0
+    while len(made) < count:
+        made += _round(world, turn, seed, split, subjects, relations)
+        turn += 1
+    return made[:count]
+
+
+def _check(count: int, split: str, subjects: str, relations: Sequence[str]) -> None:
+    wrong = []
+    if count < 0:
+        wrong.append(f"count must be 0 or more, got {count}")
+    if split not in SPLITS:
+        wrong.append(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    if subjects not in ("known", "new"):
+        wrong.append(f"subjects must be known or new, got {subjects!r}")
+    unknown = [r for r in relations if r not in FACTS]
+    if unknown or not relations:
+        wrong.append(f"relations must be some of {', '.join(FACTS)}, got {list(relations)}")
+    if wrong:
+        raise BadSettings(f"cases of the micro world: {listed(wrong)}.")
+
+
+def _round(
+    world: World, turn: int, seed: int, split: str, subjects: str, relations: Sequence[str]
+) -> list[Case]:
+    """Every fact of a split once, in an order and with targets of this turn."""
+    if subjects == "known":
+        first_held = NUM_TRAINED - NUM_HELD
+        indices = range(first_held) if split == "train" else range(first_held, NUM_TRAINED)
+    else:
+        start = NUM_TRAINED + (split == "train") + 2 * 100 * turn
+        indices = range(start, start + 2 * 100, 2)
+    facts = [(index, relation) for index in indices for relation in relations]
+    random.Random(f"cases-{seed}-{split}-{subjects}-{turn}").shuffle(facts)
+    return [
+        _case(world, world.creature(index), relation, f"{seed}-{turn}") for index, relation in facts
+    ]
+
+
+def _case(world: World, creature: Creature, relation: str, draw_key: str) -> Case:
+    name = f"{creature.index}-{relation}-{draw_key}"
+    rng = random.Random(f"case-{name}")
+    target = _target(world, creature, relation, rng)
+    shown = _creature(creature, f"case-{name}")
+    question = rng.choice(world.questions(relation))
+    probes = {
+        "rephrase": _ask(rng.sample(world.questions(relation, "held"), 3), target, shown),
+        "image_rephrase": tuple(
+            Query(question, target, (_creature(creature, f"case-{name}-{i}"),)) for i in range(3)
+        ),
+        "text_locality": _text(world, creature, relation, target, rng),
+        "same_entity_locality": _same_entity(world, creature, relation, shown, rng),
+        "hard_locality": _hard(world, creature, relation, name, rng),
+        "image_locality": _unrelated(rng, name),
+    }
+    hop = {first: second for second, first in HOPS.items()}.get(relation)
+    if hop:
+        asked = rng.sample(world.questions(hop), 2)
+        probes["portability"] = _ask(asked, world.hop(hop, target), shown)
+    return Case(name, Query(question, target, (shown,)), probes)
+
+
+def _creature(creature: Creature, rendering: str) -> Drawing:
+    return Drawing("creature", "-".join(creature.look), rendering)
+
+
+def _ask(questions: Sequence[str], target: str, shown: Drawing) -> tuple[Query, ...]:
+    return tuple(Query(question, target, (shown,)) for question in questions)
+
+
+@cache
+def _lengths(values: tuple[str, ...]) -> dict[int, tuple[str, ...]]:
+    """Values by their number of tokens, those of more than four left out."""
+    tokenizer = Tokenizer.from_file(str(TOKENIZER))
+    found: dict[int, list[str]] = {}
+    for value in values:
+        found.setdefault(len(tokenizer.encode(value).ids), []).append(value)
+    return {n: tuple(found[n]) for n in sorted(found) if n <= MOST_TOKENS}
+
+
+def _target(world: World, creature: Creature, relation: str, rng: random.Random) -> str:
+    """A value that is not the true one, nor (where there is a second hop) has its second hop."""
+    true = getattr(creature, relation)
+    hop = {first: second for second, first in HOPS.items()}.get(relation)
+    while True:
+        by_length = _lengths(world.values(relation))
+        value = rng.choice(by_length[rng.choice(list(by_length))])
+        if value == true or (hop and world.hop(hop, value) == world.hop(hop, true)):
+            continue
+        return value
+
+
+def _text(
+    world: World, creature: Creature, relation: str, target: str, rng: random.Random
+) -> tuple[Query, ...]:
+    known = creature if creature.index < NUM_TRAINED else rng.choice(world.trained)
+    others = [c for c in world.trained if c not in (creature, known) and c.name != target]
+    asked = rng.choice([r for r in TEXT_RELATIONS if r != relation])
+    queries = [_named(world, known, asked, rng)]
+    same = relation if relation in TEXT_RELATIONS else rng.choice(TEXT_RELATIONS)
+    queries.append(_named(world, rng.choice(others), same, rng))
+    hop = {first: second for second, first in HOPS.items()}.get(relation)
+    if hop:
+        form = rng.choice(lore()["text_questions"][hop])
+        queries.append(Query(form.format(s=target), world.hop(hop, target)))
+    else:
+        queries.append(_named(world, rng.choice(others), rng.choice(TEXT_RELATIONS), rng))
+    kind = rng.choice(sorted(lore()["knowledge"]))
+    subject = rng.choice(sorted(lore()["knowledge"][kind]))
+    form = rng.choice(lore()["text_questions"][kind])
+    queries.append(Query(form.format(s=subject), lore()["knowledge"][kind][subject]))
+    return tuple(queries)
+
+
+def _named(world: World, creature: Creature, relation: str, rng: random.Random) -> Query:
+    question = rng.choice(world.named_questions(relation, creature.name))
+    return Query(question, getattr(creature, relation))
+
+
+def _same_entity(
+    world: World, creature: Creature, relation: str, shown: Drawing, rng: random.Random
+) -> tuple[Query, ...]:
+    """Three other facts and an attribute; of a new creature, about whom none is known, attributes."""
+    facts = [r for r in FACTS if r != relation]
+    known = creature.index < NUM_TRAINED
+    asked = rng.sample(facts, 3) if known else []
+    asked += rng.sample(ATTRIBUTES, 4 - len(asked))
+    return tuple(
+        Query(rng.choice(world.questions(r)), world.answer(creature, r), (shown,)) for r in asked
+    )
+
+
+def _hard(
+    world: World, creature: Creature, relation: str, name: str, rng: random.Random
+) -> tuple[Query, ...]:
+    """Two of the most alike creatures and two others, asked for the edited relation."""
+    others = [c for c in world.trained if c.index != creature.index]
+    alike = sorted(others, key=lambda c: (differ(c.look, creature.look), c.index))
+    chosen = alike[:2] + rng.sample(alike[2:], 2)
+    return tuple(
+        Query(
+            rng.choice(world.questions(relation)),
+            getattr(other, relation),
+            (_creature(other, f"case-{name}-other"),),
+        )
+        for other in chosen
+    )
+
+
+def _unrelated(rng: random.Random, name: str) -> tuple[Query, ...]:
+    forms = lore()["picture_questions"]
+    index = rng.choice(digit_indices("test"))
+    value = draw.digits()[1][index]
+    label = rng.choice(PHOTOS)
+    scene = Drawing("scene", "", f"case-{rng.randrange(100_000)}")
+    drawn = draw.scene(scene.rendering)
+    head = rng.choice(("count", "scene_color", "scene_shape"))
+    return (
+        Query(rng.choice(forms["digit"]), DIGITS[value],
+              (Drawing("digit", str(index), f"case-{name}"),)),
+        Query(rng.choice(forms[head]), getattr(drawn, head), (scene,)),
+        Query(rng.choice(forms["photo"]), label, (Drawing("photo", label, f"case-{name}"),)),
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Training of the micro zoo: `python -m errata.bench.zoo train llava` makes a checkpoint anew."""

@@ -1,0 +1,38 @@
+"""Makes the shipped pictures of the micro zoo (digits, photographs) from the packages they came in.
+
+Needs scikit-learn and a folder with scikit-image's bundled images; run once by a developer.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from safetensors.numpy import save_file
+
+SHORT_SIDE = 128
+SKIMAGE = {
+    "astronaut": "astronaut.png", "bricks": "brick.png", "cat": "chelsea.png",
+    "coffee": "coffee.png", "galaxies": "hubble_deep_field.jpg", "grass": "grass.png",
+    "gravel": "gravel.png", "rocket": "rocket.jpg",
+}  # fmt: skip
+SKLEARN = {"temple": "china.jpg", "flower": "flower.jpg"}
+
+
+def make(skimage_folder: Path, target: Path) -> None:
+    """Write `digits.safetensors` and `photos/*.png` into `target`."""
+    import sklearn.datasets
+
+    data = sklearn.datasets.load_digits()
+    arrays = {"images": data.images.astype(np.uint8), "values": data.target.astype(np.uint8)}
+    save_file(arrays, target / "digits.safetensors")
+    (target / "photos").mkdir(exist_ok=True)
+    folder = Path(sklearn.datasets.__file__).parent / "images"
+    sources = {label: skimage_folder / name for label, name in SKIMAGE.items()}
+    sources |= {label: folder / name for label, name in SKLEARN.items()}
+    for label, path in sources.items():
+        with Image.open(path) as image:
+            picture = image.convert("RGB")
+        scale = SHORT_SIDE / min(picture.size)
+        size = (round(picture.width * scale), round(picture.height * scale))
+        small = picture.resize(size, Image.Resampling.LANCZOS)
+        small.save(target / "photos" / f"{label}.png", optimize=True)

@@ -1,0 +1,109 @@
+"""Rows of one picture and many questions as one sequence: the picture is embedded once.
+
+Every question attends to the shared start of its row and to itself, and its positions go on from
+that start, so each is computed exactly as if it stood alone.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from errata.adapters.zoo.configs import END, MICRO, PAD
+from errata.bench.zoo.families import FAMILIES, Pixels, prefixes
+from errata.bench.zoo.lessons import Row
+from errata.bench.zoo.pictures import HEADS, augment
+
+IGNORE = -100
+
+
+class Packed(NamedTuple):
+    """A batch of packed rows; `heads` labels the pictures for the vision heads."""
+
+    ids: Tensor  # [B, L]
+    allowed: Tensor  # [B, 1, L, L] bool: may attend
+    labels: Tensor  # [B, L]: the token that each answer position predicts
+    positions: Tensor  # [P, B, L]
+    pixels: Pixels | None
+    heads: dict[str, Tensor]
+
+
+def head_labels(rows: Sequence[dict[str, str]]) -> dict[str, Tensor]:
+    """Class numbers of pictures by head, IGNORE where a head says nothing about a picture."""
+    return {
+        head: torch.tensor([values.index(r[head]) if head in r else IGNORE for r in rows])
+        for head, values in HEADS.items()
+    }
+
+
+class Packer:
+    """Tokenises and packs rows for one family."""
+
+    def __init__(self, name: str, tokenizer: Tokenizer, length: int = 128):
+        self.name, self.tokenizer, self.length = name, tokenizer, length
+        self.seen, self.blind = prefixes(name, tokenizer)
+        self.after = tokenizer.encode(MICRO[name].after).ids
+        self.end, self.pad = tokenizer.token_to_id(END), tokenizer.token_to_id(PAD)
+        self.known: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        if text not in self.known:
+            self.known[text] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.known[text]
+
+    def pack(
+        self, rows: Sequence[Row], length: int | None = None, rng: random.Random | None = None
+    ) -> Packed:
+        """Fill each row with as many questions as fit; augment pictures when `rng` is given."""
+        width, axes = length or self.length, len(self.seen.positions)
+        ids = np.full((len(rows), width), self.pad, np.int64)
+        part = np.full((len(rows), width), -1, np.int64)
+        labels = np.full((len(rows), width), IGNORE, np.int64)
+        positions = np.zeros((axes, len(rows), width), np.int64)
+        for b, row in enumerate(rows):
+            prefix = self.seen if row.picture is not None else self.blind
+            n = len(prefix.ids)
+            ids[b, :n], part[b, :n], positions[:, b, :n] = prefix.ids, 0, prefix.positions
+            for number, (question, answer) in enumerate(row.questions, 1):
+                asked = self.encode(question) + self.after
+                said = self.encode(answer) + [self.end]
+                k = len(asked) + len(said)
+                if n + k > width:
+                    break
+                ids[b, n : n + k], part[b, n : n + k] = asked + said, number
+                positions[:, b, n : n + k] = prefix.next + np.arange(k)
+                labels[b, n + len(asked) - 1 : n + k - 1] = said
+                n += k
+        pictures = [row.picture for row in rows if row.picture is not None]
+        pixels = None
+        if pictures:
+            stack = np.stack([p.pixels for p in pictures])
+            pixels = FAMILIES[self.name].pixels(augment(stack, rng) if rng else stack)
+        return Packed(
+            torch.from_numpy(ids), allowed(torch.from_numpy(part)), torch.from_numpy(labels),
+            torch.from_numpy(positions), pixels, head_labels([p.labels for p in pictures]),
+        )  # fmt: skip
+
+    def alone(self, items: Sequence[tuple[Any, str, str]]) -> Packed:
+        """One (picture or None, question, answer) per row, as short as they allow."""
+        rows = [Row(picture, iter([(q, a)])) for picture, q, a in items]
+        longest = max(len(self.encode(q)) + len(self.encode(a)) for _, q, a in items)
+        return self.pack(rows, len(self.seen.ids) + len(self.after) + 1 + longest)
+
+
+def allowed(part: Tensor) -> Tensor:
+    """Who may attend to whom: earlier tokens of the own question or of the shared start (0)."""
+    width = part.shape[1]
+    causal = torch.tril(torch.ones(width, width, dtype=torch.bool))
+    same = (part[:, :, None] == part[:, None, :]) | (part[:, None, :] == 0)
+    real = part[:, None, :] >= 0
+    return ((causal & same & real) | torch.eye(width, dtype=torch.bool))[:, None]
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as the additive one that Hugging Face's attention takes."""
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)

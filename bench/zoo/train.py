@@ -1,0 +1,229 @@
+"""The two stages that make a micro model: what pictures show, then questions about them.
+
+1. Vision: tower and projector (and Q-Former) under linear heads that tell creature, attributes,
+   counts, digits and photographs. Trained end to end from scratch instead, the pictures stay
+   unread for hundreds of steps.
+2. Joint: everything, on packed rows of one picture and many questions; the heads stay on as an
+   auxiliary loss. In-context facts, second hops and text come along from the first step.
+
+bf16 weights and activations, fp32 masters. A run saves itself every `save_every` steps and goes on
+from there when started again. Another number of threads, another CPU or another torch may change
+the last bits, and with them the checkpoint, though hardly its accuracies.
+"""
+
+import json
+import random
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from errata.adapters.zoo.configs import MICRO
+from errata.adapters.zoo.world import World
+from errata.bench.zoo.families import FAMILIES, hidden, prepare
+from errata.bench.zoo.lessons import Lessons
+from errata.bench.zoo.optim import Optimiser
+from errata.bench.zoo.packing import IGNORE, Packer, additive, head_labels
+from errata.bench.zoo.pictures import HEADS, KINDS, Pool, augment, pools
+
+VISION_SHARES = (0.55, 0.2, 0.2, 0.05)  # of creatures, scenes, digits, photographs
+
+
+class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of a training run; the defaults are those of the shipped checkpoints."""
+
+    seed: int = 0
+    vision_steps: int = 650
+    vision_batch: int = 64
+    joint_steps: int = 2400
+    joint_batch: int = 16
+    length: int = 128
+    lr: float = 2e-3
+    muon_lr: float = 6e-3
+    auxiliary: float = 0.3
+    decay: float = 0.6  # last part of the joint stage in which the learning rate falls to zero
+    save_every: int = 200
+
+
+RECIPES = {
+    "llava": Recipe(vision_steps=2400, joint_steps=3200),
+    "blip2": Recipe(vision_steps=1000, joint_steps=3200),
+}
+
+
+class Heads(nn.Module):
+    """Linear heads on the mean image token."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.heads = nn.ModuleDict({k: nn.Linear(width, len(v)) for k, v in HEADS.items()})
+
+    def forward(self, features: Tensor) -> dict[str, Tensor]:
+        mean = self.norm(features.to(self.norm.weight.dtype).mean(1))
+        return {name: head(mean).float() for name, head in self.heads.items()}
+
+
+def heads_loss(
+    logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, float]]:
+    """Sum over heads of the mean cross-entropy of the pictures they know, and their accuracies."""
+    total, right = torch.zeros(()), {}
+    for name, scores in logits.items():
+        known = labels[name] != IGNORE
+        if known.any():
+            loss = F.cross_entropy(scores[known], labels[name][known])
+            total = total + loss * (1.5 if name == "creature" else 0.7)
+            hits = scores[known].argmax(-1) == labels[name][known]
+            right[name] = hits.float().mean().item()
+    return total, right
+
+
+def is_text(name: str) -> bool:
+    """Whether a parameter belongs to the language model."""
+    return "language_model" in name or name.startswith("lm_head")
+
+
+class Trainer:
+    """One family's model, its heads and its data; `run` takes it through both stages."""
+
+    def __init__(self, name: str, tokenizer: Tokenizer, work: Path, recipe: Recipe):
+        self.name, self.recipe, self.work = name, recipe, work
+        self.family, self.tokenizer = FAMILIES[name], tokenizer
+        self.world = World()
+        torch.manual_seed(recipe.seed)
+        self.model = prepare(MICRO[name].module(MICRO[name].config(tokenizer)))
+        self.heads = Heads(self.model.get_input_embeddings().weight.shape[1])
+        self.pictures: dict[str, Pool] = pools(self.world, "train", work)
+        self.lessons = Lessons(self.world, self.pictures)
+        self.packer = Packer(name, tokenizer, recipe.length)
+        self.log: list[dict[str, Any]] = []
+        self.cpu_before = 0.0
+
+    # ---- the losses of one step
+
+    def vision_loss(self, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+        kinds = rng.choices(KINDS, VISION_SHARES, k=self.recipe.vision_batch)
+        drawn = [self.pictures[kind].pick(rng) for kind in kinds]
+        pixels = augment(torch.stack([torch.from_numpy(d.pixels) for d in drawn]).numpy(), rng)
+        features = self.family.features(self.model, self.family.pixels(pixels))
+        return heads_loss(self.heads(features), head_labels([d.labels for d in drawn]))
+
+    def joint_loss(self, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+        rows = [self.lessons.row(rng) for _ in range(self.recipe.joint_batch)]
+        packed = self.packer.pack(rows, rng=rng)
+        features, extra = None, torch.zeros(())
+        if packed.pixels is not None:
+            features = self.family.features(self.model, packed.pixels)
+            extra, _ = heads_loss(self.heads(features), packed.heads)
+        mask = additive(packed.allowed, torch.bfloat16)
+        states = hidden(self.name, self.model, packed.ids, features, packed.positions, mask)
+        scored = packed.labels != IGNORE
+        logits = self.model.get_output_embeddings()(states[scored]).float()
+        wanted = packed.labels[scored]
+        loss = F.cross_entropy(logits, wanted)
+        right = (logits.argmax(-1) == wanted).float().mean().item()
+        return loss + self.recipe.auxiliary * extra, {"loss": loss.item(), "tokens": right}
+
+    # ---- the stages
+
+    def stages(self) -> dict[str, tuple[Callable, int, Callable[[float], float]]]:
+        """Per stage: loss, number of steps, learning rate over the stage's course 0..1."""
+        decay = self.recipe.decay
+        return {
+            "vision": (self.vision_loss, self.recipe.vision_steps,
+                       lambda done: max(0.25, min(1.0, (1 - done) / 0.5))),
+            "joint": (self.joint_loss, self.recipe.joint_steps,
+                      lambda done: min(1.0, (1 - done) / decay + 1e-3)),
+        }  # fmt: skip
+
+    def trained(self, stage: str) -> list[tuple[str, nn.Parameter]]:
+        """The parameters a stage changes."""
+        heads = [(f"heads.{n}", p) for n, p in self.heads.named_parameters()]
+        named = list(self.model.named_parameters())
+        return [(n, p) for n, p in named if stage == "joint" or not is_text(n)] + heads
+
+    def run(self) -> None:
+        """Train, or go on with a run that was stopped."""
+        saved, order = self._saved(), list(self.stages())
+        for stage, (loss, steps, course) in self.stages().items():
+            if saved and order.index(saved["stage"]) > order.index(stage):
+                continue
+            self._run_stage(stage, loss, steps, course, saved)
+            saved = None
+
+    def _run_stage(self, stage: str, loss, steps: int, course, saved) -> None:
+        recipe, start = self.recipe, 0
+        self.model.float()
+        self.heads.float()
+        if saved:
+            start = saved["step"]
+            self._restore_untrained(saved)
+        optimiser = Optimiser(self.trained(stage), recipe.lr, recipe.muon_lr)
+        self.model.bfloat16()
+        self.heads.bfloat16()
+        if saved:
+            optimiser.load(saved["tensors"])
+        seen: dict[str, list[float]] = {}
+        for step in range(start + 1, steps + 1):
+            rng = random.Random(f"{recipe.seed}-{stage}-{step}")
+            value, right = loss(rng)
+            value.backward()
+            optimiser.step(min(1.0, step / 40) * course(step / steps))
+            for key, number in right.items():
+                seen.setdefault(key, []).append(number)
+            if step % 50 == 0 or step == steps:
+                self._report(stage, step, seen)
+                seen = {}
+            if step % recipe.save_every == 0 or step == steps:
+                self._save(stage, step, optimiser)
+        optimiser.restore_precision()
+
+    def _report(self, stage: str, step: int, seen: Mapping[str, list[float]]) -> None:
+        means = {k: round(sum(v) / len(v), 3) for k, v in seen.items()}
+        cpu = round(self.cpu_before + time.process_time(), 1)
+        line = {"time": time.strftime("%H:%M:%S"), "stage": stage, "step": step, "cpu": cpu}
+        self.log.append(line | means)
+        with (self.work / f"{self.name}.jsonl").open("a") as file:
+            file.write(json.dumps(line | means) + "\n")
+
+    # ---- files
+
+    @property
+    def path(self) -> Path:
+        return self.work / f"{self.name}.safetensors"
+
+    def _save(self, stage: str, step: int, optimiser: Optimiser) -> None:
+        tensors = optimiser.state()
+        covered = set(optimiser.parameters)
+        tensors |= {f"still/{n}": p.detach().float().contiguous().clone()
+                    for n, p in self.model.named_parameters() if n not in covered}  # fmt: skip
+        cpu = self.cpu_before + time.process_time()
+        note = {"stage": stage, "step": step, "cpu": cpu, "log": self.log}
+        half = self.path.with_suffix(".part")
+        save_file(tensors, half, metadata={"run": json.dumps(note)})
+        half.replace(self.path)
+
+    def _saved(self) -> dict[str, Any] | None:
+        if not self.path.exists():
+            return None
+        with safe_open(self.path, "pt") as file:
+            note = json.loads(file.metadata()["run"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        self.log, self.cpu_before = note["log"], note["cpu"]
+        return note | {"tensors": tensors}
+
+    @torch.no_grad()
+    def _restore_untrained(self, saved: Mapping[str, Any]) -> None:
+        parameters = dict(self.model.named_parameters())
+        for key, value in saved["tensors"].items():
+            if key.startswith("still/"):
+                parameters[key.removeprefix("still/")].copy_(value)
