@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .card import Base, ModelCard
+    from .compare import conflicts, diff
     from .header import Dense, EditRecord, Header, LowRank
     from .io import load, save
+    from .merge import compress, merge, remove, scale, select
     from .types import (
         IGNORE,
         Batch,
@@ -51,11 +53,18 @@ __all__ = [
     "Query",
     "Rewrite",
     "Rewrites",
+    "compress",
+    "conflicts",
+    "diff",
     "load",
+    "merge",
+    "remove",
     "save",
+    "scale",
+    "select",
 ]
 
-_MODULES = ("card", "header", "types", "io")  # searched in this order: those without torch first
+_MODULES = ("card", "header", "types", "io", "merge", "compare")  # searched in this order: those without torch first
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,260 @@
+"""The algebra of deltas: merge, scale, select, remove, compress.
+
+All pure: new deltas come out, none is changed. Shape legend: E edits · r rank · O out · I in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor
+
+from .card import Base
+from .errors import BadInput, BaseMismatch, KindUnsupported, listed
+from .header import Header, LowRank
+from .kinds import Part, algebra, parts
+from .stacks import take
+from .types import Delta
+
+__all__ = [
+    "Compressed",
+    "compress",
+    "merge",
+    "remove",
+    "same_base",
+    "scale",
+    "select",
+]
+
+
+def merge(*deltas: Delta) -> Delta:
+    """One delta that does what all of them do, added up: W + dW_1 + dW_2 + ...
+
+    Low-rank changes are concatenated, B A + B' A' = [B B'] [A; A'], which is exact and keeps each
+    edit's rows, so that `remove` is exact too; dense ones are summed. A delta of several edits at
+    once keeps them; entries come sorted by name. Raises BaseMismatch for deltas of different bases,
+    BadInput for different dtypes, forms or shapes, KindUnsupported for a kind that can not.
+
+    Task arithmetic on factors: Ilharco et al. 2023, https://arxiv.org/abs/2212.04089.
+    """
+    if not deltas:
+        raise BadInput("merge needs at least one delta, got none.")
+    _mergeable(deltas)
+    first = deltas[0].header
+    found = [parts(delta) for delta in deltas]
+    joined = []
+    for key in sorted({key for mine in found for key in mine}):
+        given = [mine.get(key, len(d.header.edits)) for mine, d in zip(found, deltas, strict=True)]
+        sample = next(part for part in given if isinstance(part, Part))
+        joined.append(algebra(sample.entry).join(given))
+    touched: dict[str, str] = {}
+    for delta in deltas:
+        touched |= delta.header.base.touched
+    same = all(
+        (d.header.editor, d.header.settings) == (first.editor, first.settings) for d in deltas
+    )
+    editors = {name for delta in deltas for name in delta.header.editor.split("+") if name}
+    header = msgspec.structs.replace(
+        first,
+        editor=first.editor if same else "+".join(sorted(editors)),
+        settings=first.settings if same else {},
+        base=msgspec.structs.replace(first.base, touched=dict(sorted(touched.items()))),
+        form=_form(deltas),
+        edits=tuple(edit for delta in deltas for edit in delta.header.edits),
+        recursive=any(delta.header.recursive for delta in deltas),
+    )
+    return _delta(header, joined)
+
+
+def scale(delta: Delta, factor: float) -> Delta:
+    """How strongly an edit acts: W + factor * dW. Low-rank changes carry the factor in B."""
+    found = parts(delta).values()
+    return _delta(delta.header, [algebra(part.entry).scale(part, factor) for part in found])
+
+
+def select(delta: Delta, edits: Iterable[int | str]) -> Delta:
+    """Only these edits of a delta, by number or id, in the delta's order.
+
+    Exact for additive kinds and for stacked deltas. Raises KindUnsupported, with the reason, where
+    edits depend on one another or can not be told apart; BadInput for an edit that is not there.
+    """
+    keep = _numbers(delta.header, edits)
+    header = delta.header
+    records = tuple(header.edits[k] for k in keep)
+    if header.stack:
+        return take(delta, keep)
+    if header.recursive and len(keep) < len(header.edits):
+        raise KindUnsupported(
+            "each edit of this delta was computed on top of those before it, so taking one out "
+            "would leave the later ones wrong: edit again without it, or undo the whole delta."
+        )
+    kept = [algebra(part.entry).keep(part, keep) for part in parts(delta).values()]
+    left = [part for part in kept if part is not None]
+    names = {part.entry.name for part in left}
+    touched = {name: sha for name, sha in header.base.touched.items() if name in names}
+    base = msgspec.structs.replace(header.base, touched=touched)
+    return _delta(msgspec.structs.replace(header, base=base, edits=records), left)
+
+
+def remove(delta: Delta, edits: Iterable[int | str]) -> Delta:
+    """The delta without these edits, by number or id: `select` of the others, as exact as it is.
+
+    merge(a, b, c) without b's edit is merge(a, c), bit for bit, where all are low-rank.
+    """
+    gone = set(_numbers(delta.header, edits))
+    return select(delta, [k for k in range(len(delta.header.edits)) if k not in gone])
+
+
+class Compressed(NamedTuple):
+    """A smaller delta, and the share of each change's energy (squared norm) that it lost."""
+
+    delta: Delta
+    lost: Mapping[str, float]  # parameter name -> share in [0, 1]
+
+
+def compress(delta: Delta, rank: int | None = None, energy: float | None = None) -> Compressed:
+    """The nearest change of lower rank, parameter by parameter; a dense one becomes low-rank.
+
+    B A = Q_b R_b (Q_a R_a)^T = Q_b (U S V^T) Q_a^T, the SVD of a core of r x r, cut to `rank` or to
+    the fewest directions that hold the share `energy` of sum(S^2) (Eckart-Young); sqrt(S) on either
+    side. In fp64, stored in the delta's dtype. What was lost is returned and written to the
+    header's settings; rows of several edits are mixed, so single ones can no longer be removed.
+
+    Raises BadInput unless rank >= 1 or 0 < energy <= 1 is given; KindUnsupported for stacked deltas
+    and kinds without a matrix.
+    """
+    if (rank is None) == (energy is None) or (rank or 1) < 1 or not 0 < (energy or 1) <= 1:
+        raise BadInput(
+            f"compress needs a rank >= 1 or an energy in (0, 1], got rank={rank}, energy={energy}."
+        )
+    if delta.header.stack:
+        raise KindUnsupported("a stacked delta holds edits side by side: unstack it first.")
+    small = []
+    lost = {}
+    for part in parts(delta).values():
+        u, s, v = _svd(part)  # [O k] [k] [I k]
+        power = s.square().cumsum(0)
+        total = power[-1]
+        if energy is not None:
+            count = int(torch.searchsorted(power, energy * total * (1 - 1e-12))) + 1
+        else:
+            count = min(rank or 1, len(s))
+        count = max(1, min(count, len(s)))
+        root = s[:count].sqrt()
+        dtype = next(iter(part.tensors.values())).dtype
+        tensors = {".A": (v[:, :count] * root).T.to(dtype), ".B": (u[:, :count] * root).to(dtype)}
+        entry = LowRank(
+            name=part.entry.name,
+            checkpoint=part.entry.checkpoint,
+            shape=part.entry.shape,
+            rank=count,
+            rows=(count,) if part.edits == 1 else (),
+            transposed=getattr(part.entry, "transposed", False),
+        )
+        share = 1 - float(power[count - 1] / total) if float(total) else 0.0
+        lost[part.entry.name] = min(1.0, max(0.0, share))
+        small.append(Part(entry, tensors, part.edits))
+    note = {"rank": rank, "energy": energy, "lost": lost}
+    header = msgspec.structs.replace(
+        delta.header, settings={**delta.header.settings, "compressed": note}
+    )
+    return Compressed(_delta(header, small), lost)
+
+
+def _svd(part: Part) -> tuple[Tensor, Tensor, Tensor]:
+    """U [O k], S [k], V [I k] of the change as a linear map, in fp64."""
+    if isinstance(part.entry, LowRank):
+        left, right = torch.linalg.qr(part.tensors[".B"].double())
+        inner, outer = torch.linalg.qr(part.tensors[".A"].double().T)
+        u, s, vh = torch.linalg.svd(right @ outer.T, full_matrices=False)
+        return left @ u, s, inner @ vh.T
+    if "" not in part.tensors or part.tensors[""].ndim != 2:
+        raise KindUnsupported(
+            f"{part.entry.name}: only a change of a matrix can be written as a low-rank one."
+        )
+    u, s, vh = torch.linalg.svd(part.tensors[""].double(), full_matrices=False)
+    return u, s, vh.T
+
+
+def _numbers(header: Header, edits: Iterable[int | str]) -> list[int]:
+    """Positions of edits given by number or id, in order, each once."""
+    found: set[int] = set()
+    missing = []
+    for edit in edits:
+        if isinstance(edit, int):
+            hits = [edit] if 0 <= edit < len(header.edits) else []
+        else:
+            hits = [k for k, record in enumerate(header.edits) if record.id == edit]
+        found.update(hits)
+        if not hits:
+            missing.append(repr(edit))
+    if missing:
+        some = ", ".join(record.id for record in header.edits[:6])
+        raise BadInput(
+            f"each edit must be one of the delta's {len(header.edits)}, by number or id, and "
+            f"{', '.join(missing[:6])} is none; it has {some or 'none'}"
+            + (", ..." if len(header.edits) > 6 else ".")
+        )
+    return sorted(found)
+
+
+def _mergeable(deltas: Sequence[Delta]) -> None:
+    same_base(deltas)
+    wrong = []
+    if any(delta.header.stack for delta in deltas):
+        wrong.append("a stacked delta holds edits side by side, and must be taken apart first")
+    shapes: dict[str, set[Any]] = {}
+    dtypes: dict[str, set[Any]] = {}
+    for delta in deltas:
+        for entry in delta.header.entries:
+            place = (entry.shape, entry.checkpoint, getattr(entry, "transposed", False))
+            shapes.setdefault(f"{entry.name} ({type(entry).__name__})", set()).add(place)
+            for name in entry.tensors():
+                dtypes.setdefault(entry.name, set()).add(delta.tensors[name].dtype)
+    wrong += [f"{name}: shapes or names differ" for name, some in shapes.items() if len(some) > 1]
+    wrong += [
+        f"{name}: dtypes differ ({', '.join(sorted(map(str, some)))}), cast one to the other's"
+        for name, some in dtypes.items()
+        if len(some) > 1
+    ]
+    forms = {d.header.form for d in deltas if _has_lowrank(d)}
+    if len(forms) > 1:
+        wrong.append(f"forms differ ({', '.join(sorted(forms))}): no one delta computes the same")
+    if wrong:
+        raise BadInput(f"these deltas can not be merged: {listed(wrong)}.")
+
+
+def same_base(deltas: Sequence[Delta]) -> None:
+    """Raise BaseMismatch, listing every difference, unless all were made for one base."""
+    first: Base = deltas[0].header.base
+    wrong = []
+    for delta in deltas[1:]:
+        base = delta.header.base
+        for what in ("family", "config"):
+            ours, theirs = getattr(first, what), getattr(base, what)
+            if ours and theirs and ours != theirs:
+                wrong.append(f"{what} {ours[:16]} is not {theirs[:16]}")
+        both = first.touched.keys() & base.touched.keys()
+        wrong += [f"{n} has other values" for n in both if first.touched[n] != base.touched[n]]
+    if wrong:
+        ids = ", ".join(sorted({delta.header.base.id for delta in deltas}))
+        raise BaseMismatch(f"the deltas must be made for one base model ({ids}): {listed(wrong)}.")
+
+
+def _has_lowrank(delta: Delta) -> bool:
+    return any(isinstance(entry, LowRank) for entry in delta.header.entries)
+
+
+def _form(deltas: Sequence[Delta]) -> Any:
+    forms = [delta.header.form for delta in deltas if _has_lowrank(delta)]
+    return forms[0] if forms else deltas[0].header.form
+
+
+def _delta(header: Header, found: Iterable[Part]) -> Delta:
+    """Put entries and their tensors back together."""
+    found = list(found)
+    tensors = {p.entry.name + suffix: x for p in found for suffix, x in p.tensors.items()}
+    return Delta(msgspec.structs.replace(header, entries=tuple(p.entry for p in found)), tensors)
