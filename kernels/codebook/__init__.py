@@ -1,0 +1,174 @@
+"""GRACE's codebook: the nearest key, the hit within its radius, the value that takes its place.
+
+Legend: B queries · N keys · D width of a key · L tokens · W width of a value
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from errata.kernels import library
+from errata.kernels.codebook import ref
+
+__all__ = ["Found", "Nearest", "lookup", "nearest", "replace", "square_norms"]
+
+
+class Nearest(NamedTuple):
+    """The nearest key of each query."""
+
+    index: Tensor  # [B] int64, -1: none within reach
+    distance: Tensor  # [B] fp32, +inf: none within reach, NaN: the query is not finite
+
+
+class Found(NamedTuple):
+    """The nearest key of each query and whether its radius covers the query."""
+
+    index: Tensor  # [B] int64, -1: none
+    distance: Tensor  # [B] fp32
+    hit: Tensor  # [B] bool
+
+
+def _fake(query: Tensor, keys: Tensor, norms: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+    rows = query.shape[:1]
+    return (
+        query.new_empty(rows, dtype=torch.int64),
+        query.new_empty(rows, dtype=torch.float32),
+    )
+
+
+_nearest = library.register(
+    "nearest", ref.nearest, _fake, twin="errata.kernels.codebook.triton", rows=(0, 3)
+)
+
+
+def square_norms(keys: Tensor, alive: Tensor | None = None) -> Tensor:
+    """Squared lengths of the keys, +inf for a deleted one: what a codebook keeps beside them.
+
+    Args:
+        keys: [N D].
+        alive: [N] bool; a key that is not alive is never chosen. All are, by default.
+
+    Returns:
+        [N] fp32. Pass it as `norms`, and a search does not read the keys a second time.
+
+    >>> square_norms(torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([True, False]))
+    tensor([25., inf])
+    """
+    norms = torch.linalg.vector_norm(keys.detach(), dim=-1, dtype=torch.float32).square()
+    return norms if alive is None else torch.where(alive, norms, math.inf)
+
+
+def nearest(
+    query: Tensor,
+    keys: Tensor,
+    *,
+    alive: Tensor | None = None,
+    norms: Tensor | None = None,
+    reach: Tensor | float = math.inf,
+) -> Nearest:
+    """The nearest key by Euclidean distance: `argmin_n |k_n - q|`, the lowest index on ties.
+
+    Exact, unlike `torch.cdist`, whose expansion `|q|^2 - 2 q.k + |k|^2` puts identical vectors of
+    length 440 half a unit apart: the expansion only selects tiles, the distance is a sum of
+    squared differences. The result of a query has the same bits alone and in a batch.
+    Discrete, so nothing is differentiated through it.
+
+    Args:
+        query: [B D]. One that is not finite gets index -1 and distance NaN.
+        keys: [N D], N from 0. One that is not finite is never chosen.
+        alive: [N] bool, False for deleted keys.
+        norms: [N] `square_norms(keys, alive)`, if at hand; then `alive` is not read.
+        reach: [B] or a number; farther keys count as absent. It spares queries that are far from
+            every key the exact comparison.
+
+    Raises:
+        ValueError: shapes or devices that do not fit.
+
+    After `torch.cdist(...).min` in GRACE (Hartvigsen et al., arXiv 2211.11031; Thartvigsen/GRACE
+    `grace/editors/grace.py`), which lets one NaN key win every query.
+
+    >>> nearest(torch.tensor([[0.9, 0.0]]), torch.eye(2)).index
+    tensor([0])
+    """
+    problems = [] if query.ndim == 2 else [f"query must be [B D], got {list(query.shape)}"]
+    if keys.ndim != 2 or keys.shape[-1] != query.shape[-1]:
+        problems.append(f"keys must be [N {query.shape[-1]}], got {list(keys.shape)}")
+    for name, given in (("alive", alive), ("norms", norms)):
+        if given is not None and given.shape != keys.shape[:1]:
+            problems.append(f"{name} must be [{keys.shape[0]}], got {list(given.shape)}")
+    problems += library.must_share_device("nearest", query=query, keys=keys, norms=norms)
+    library.refuse("nearest", problems)
+
+    norms = square_norms(keys, alive) if norms is None else norms
+    if not isinstance(reach, Tensor):
+        reach = torch.full_like(query[:, 0], reach, dtype=torch.float32)
+    reach = reach.detach().float().expand(query.shape[:1])
+    return Nearest(*_nearest(query.detach(), keys.detach(), norms.detach().float(), reach))
+
+
+def lookup(
+    query: Tensor,
+    keys: Tensor,
+    radii: Tensor,
+    *,
+    alive: Tensor | None = None,
+    norms: Tensor | None = None,
+) -> Found:
+    """The nearest key and whether it covers the query: `hit = |k_n - q| <= radii_n`.
+
+    Only the radius of the *nearest* key counts, as in GRACE. A query that no radius can reach
+    comes back with index -1 and distance +inf.
+
+    Args:
+        query: [B D].
+        keys: [N D], N from 0.
+        radii: [N]; a negative or NaN radius covers nothing.
+        alive: [N] bool, False for deleted keys.
+        norms: [N] `square_norms(keys, alive)`, if at hand.
+
+    Raises:
+        ValueError: shapes or devices that do not fit.
+
+    >>> lookup(torch.tensor([[0.9, 0.0], [9.0, 9.0]]), torch.eye(2), torch.full((2,), 0.5)).hit
+    tensor([ True, False])
+    """
+    if radii.shape != keys.shape[:1]:
+        library.refuse("lookup", [f"radii must be [{keys.shape[0]}], got {list(radii.shape)}"])
+    radii = radii.detach().float().nan_to_num(nan=-1.0, posinf=math.inf, neginf=-1.0)
+    if keys.shape[0] == 0:
+        index, distance = nearest(query, keys, norms=norms)
+        return Found(index, distance, torch.zeros_like(index, dtype=torch.bool))
+    reach = radii.amax().expand(query.shape[:1])
+    index, distance = nearest(query, keys, alive=alive, norms=norms, reach=reach)
+    return Found(index, distance, (index >= 0) & (distance <= radii[index.clamp(min=0)]))
+
+
+def replace(hidden: Tensor, found: Found, values: Tensor, where: Tensor | None = None) -> Tensor:
+    """Put the value of each hit in place of the hidden states: plain torch, differentiable.
+
+    `out[b, l] = values[index_b] if hit_b and where[b, l] else hidden[b, l]`
+
+    Args:
+        hidden: [B L W].
+        found: of B queries.
+        values: [N W].
+        where: [B L] bool, the tokens that may be replaced. All, by default.
+
+    >>> found = lookup(torch.eye(2), torch.eye(2)[:1], torch.ones(1))
+    >>> replace(torch.zeros(2, 1, 3), found, torch.ones(1, 3))[:, 0]
+    tensor([[1., 1., 1.],
+            [0., 0., 0.]])
+    """
+    problems = [] if hidden.ndim == 3 else [f"hidden must be [B L W], got {list(hidden.shape)}"]
+    if values.ndim != 2 or values.shape[-1] != hidden.shape[-1]:
+        problems.append(f"values must be [N {hidden.shape[-1]}], got {list(values.shape)}")
+    if where is not None and where.shape != hidden.shape[:2]:
+        problems.append(f"where must be {list(hidden.shape[:2])}, got {list(where.shape)}")
+    library.refuse("replace", problems)
+    if values.shape[0] == 0:
+        return hidden
+    hit = found.hit[:, None] if where is None else found.hit[:, None] & where  # [B L]
+    chosen = values[found.index.clamp(min=0)].to(hidden.dtype)  # [B W]
+    return torch.where(hit[..., None], chosen[:, None], hidden)

@@ -1,0 +1,83 @@
+"""Many edits in one batch: each row goes through its own low-rank change of a linear.
+
+Legend: B rows · L tokens · I, O input and output widths · E edits · R rank
+"""
+
+from torch import Tensor
+
+from errata.kernels import library
+from errata.kernels.grouped_lora import ref
+
+__all__ = ["grouped_lora"]
+
+
+def _fake(x: Tensor, down: Tensor, up: Tensor, edit: Tensor, base: Tensor | None) -> Tensor:
+    like = x if base is None else base
+    return like.new_empty((*x.shape[:2], up.shape[1]))
+
+
+_grouped = library.register(
+    "grouped_lora",
+    ref.grouped_lora,
+    _fake,
+    twin="errata.kernels.grouped_lora.triton",
+    rows=(0, 3, 4),
+)
+
+
+def grouped_lora(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    edit: Tensor,
+    base: Tensor | None = None,
+) -> Tensor:
+    """The low-rank change of a linear, another one for each row of the batch.
+
+    `y_b = base_b + (x_b A_e^T) B_e^T` with `e = edit_b`; the model's own `x W^T` is `base`
+
+    In fp32, rounded once. A row whose edit is -1 gets `base` with its bits, or zero. Under
+    `torch.no_grad` the compiled op runs; where a gradient may be asked for, the same formula runs
+    in plain torch, and every transform of `torch.func` passes through.
+
+    Args:
+        x: [B L I].
+        down: [E R I], the factors `A`, E from 0.
+        up: [E O R], the factors `B`.
+        edit: [B] int64, in -1 .. E-1 (not checked: that would wait for the device).
+        base: [B L O], what the change is added to.
+
+    Returns:
+        [B L O], of the dtype of `base`, or of `x` without one.
+
+    Raises:
+        ValueError: shapes or devices that do not fit.
+
+    The batched form of LoRA (arXiv 2106.09685), as in Punica (arXiv 2310.18547) and S-LoRA.
+
+    >>> import torch
+    >>> x, down, up = torch.ones(2, 1, 2), torch.ones(1, 1, 2), torch.ones(1, 3, 1)
+    >>> grouped_lora(x, down, up, torch.tensor([0, -1]))[:, 0]
+    tensor([[2., 2., 2.],
+            [0., 0., 0.]])
+    """
+    problems = [] if x.ndim == 3 else [f"x must be [B L I], got {list(x.shape)}"]
+    if down.ndim != 3 or down.shape[-1] != x.shape[-1]:
+        problems.append(f"down must be [E R {x.shape[-1]}], got {list(down.shape)}")
+    elif up.ndim != 3 or (up.shape[0], up.shape[2]) != (down.shape[0], down.shape[1]):
+        factors = f"[{down.shape[0]} O {down.shape[1]}]"
+        problems.append(f"up must be {factors}, got {list(up.shape)}")
+    if edit.shape != x.shape[:1] or edit.dtype.is_floating_point:
+        problems.append(
+            f"edit must be [{x.shape[0]}] integers, got {list(edit.shape)} {edit.dtype}"
+        )
+    if base is not None and list(base.shape) != [*x.shape[:2], up.shape[1]]:
+        shape = [*x.shape[:2], up.shape[1]]
+        problems.append(f"base must be {shape}, got {list(base.shape)}")
+    problems += library.must_share_device("grouped_lora", x=x, down=down, up=up, edit=edit)
+    library.refuse("grouped_lora", problems)
+
+    tensors = (x, down, up, edit.long(), base)
+    if library.differentiates(x, down, up, base):
+        return ref.apply(*tensors)
+    return _grouped(*(tensor if tensor is None else tensor.detach() for tensor in tensors))

@@ -1,0 +1,219 @@
+"""LiveEdit's lifelong experts: choose a few of many low-rank experts per sequence, apply them.
+
+Legend: B sequences · L tokens · D hidden width · M experts in the pool · S slots (experts chosen
+for a sequence) · R rank · P, Q widths of the vision and the query keys
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from errata.kernels import library
+from errata.kernels.lora_moe import ref
+from errata.kernels.lora_moe.ref import weigh
+
+__all__ = ["Routes", "apply", "route", "weigh"]
+
+ACTIVATIONS = ("relu", "identity")
+
+
+class Routes(NamedTuple):
+    """The experts of each sequence, in ascending order; slots from `count` on are empty."""
+
+    ids: Tensor  # [B S] int64, -1 in an empty slot
+    weights: Tensor  # [B S] fp32, 0 in an empty slot
+    count: Tensor  # [B] int64
+
+
+def _fake_route(
+    vision: Tensor,
+    query: Tensor,
+    threshold: Tensor,
+    vision_keys: Tensor,
+    query_keys: Tensor,
+    alive: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (vision.shape[0], vision_keys.shape[0])
+    return (
+        vision.new_empty(shape, dtype=torch.int64),
+        vision.new_empty(shape, dtype=torch.float32),
+        vision.new_empty(shape[:1], dtype=torch.int64),
+    )
+
+
+def _fake_apply(hidden: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+_route = library.register(
+    "route_experts",
+    ref.route,
+    _fake_route,
+    twin="errata.kernels.lora_moe.triton",
+    rows=(0, 1, 2),
+)
+_apply = library.register(
+    "apply_experts",
+    ref.apply_experts,
+    _fake_apply,
+    twin="errata.kernels.lora_moe.triton",
+    rows=(0, 3, 4, 5, 6),
+)
+
+
+def route(
+    vision: Tensor,
+    query: Tensor,
+    threshold: Tensor,
+    vision_keys: Tensor,
+    query_keys: Tensor,
+    *,
+    scale: float = 1.0,
+    alive: Tensor | None = None,
+    top_k: int | None = None,
+) -> Routes:
+    """Choose and weigh the experts of each sequence, without a host synchronisation.
+
+    `S = {m : scale <v, E_m> > threshold}`, `s_m = scale <g, G_m>`,
+    `w_m = softmax_S(s)_m * sigmoid(s_m)`
+
+    The gate is strict: an expert as similar as the threshold is not chosen. An expert whose
+    similarity or score is not finite is not chosen. Nothing is differentiated through it; to
+    train a router use `weigh` on plain scores.
+
+    Args:
+        vision: [B P], the features `v` of each sequence.
+        query: [B Q], the features `g`.
+        threshold: [B], in the units of `scale * <v, E_m>` (LiveEdit: the similarity of `v` to its
+            prototype).
+        vision_keys: [M P], `E`, M from 0.
+        query_keys: [M Q], `G`.
+        scale: of both products. LiveEdit: `1 / (4 * sqrt(1024))` for 4 slots of width 1024.
+        alive: [M] bool, False for deleted experts.
+        top_k: keep the `top_k` largest weights (lowest ids on ties), as they are; the routes then
+            have `min(top_k, M)` slots instead of M.
+
+    Raises:
+        ValueError: shapes or devices that do not fit.
+
+    LiveEdit, arXiv 2411.15432; qizhou000/LiveEdit `editor/vllm_editors/liveedit/liveedit.py`.
+
+    >>> pool = torch.eye(3)
+    >>> routes = route(pool[:1], pool[:1], torch.tensor([0.5]), pool, pool)
+    >>> routes.ids, routes.weights, routes.count
+    (tensor([[ 0, -1, -1]]), tensor([[0.7311, 0.0000, 0.0000]]), tensor([1]))
+    """
+    num_rows, num_experts = vision.shape[0], vision_keys.shape[0]
+    wanted = {
+        "vision": (vision, [num_rows, vision.shape[-1]]),
+        "query": (query, [num_rows, query.shape[-1]]),
+        "threshold": (threshold, [num_rows]),
+        "vision_keys": (vision_keys, [num_experts, vision.shape[-1]]),
+        "query_keys": (query_keys, [num_experts, query.shape[-1]]),
+        "alive": (alive, [num_experts]),
+    }
+    problems = _misshapen(wanted)
+    if top_k is not None and top_k < 1:
+        problems.append(f"top_k must be at least 1, got {top_k}")
+    problems += library.must_share_device("route", vision=vision, vision_keys=vision_keys)
+    library.refuse("route", problems)
+
+    if alive is None:
+        alive = torch.ones_like(vision_keys[:, 0], dtype=torch.bool)
+    tensors = [vision, query, threshold, vision_keys, query_keys, alive]
+    routes = Routes(*_route(*[tensor.detach() for tensor in tensors], scale))
+    return routes if top_k is None else _heaviest(routes, min(top_k, num_experts))
+
+
+def _heaviest(routes: Routes, num_slots: int) -> Routes:
+    # Stable, so that equal weights keep the lower id; empty slots weigh less than any expert.
+    slots = torch.arange(routes.ids.shape[1], device=routes.ids.device)
+    live = slots < routes.count[:, None]
+    order = torch.where(live, routes.weights, -1).sort(dim=1, descending=True, stable=True)[1]
+    chosen = order[:, :num_slots].sort(dim=1)[0]  # [B S]
+    return Routes(
+        routes.ids.gather(1, chosen),
+        routes.weights.gather(1, chosen),
+        routes.count.clamp(max=num_slots),
+    )
+
+
+def apply(
+    hidden: Tensor,
+    down: Tensor,
+    up: Tensor,
+    routes: Routes,
+    *,
+    norm: tuple[Tensor, Tensor | None] | None = None,
+    eps: float = 1e-5,
+    activation: Literal["relu", "identity"] = "relu",
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Add to each sequence the output of its own experts.
+
+    `h + sum_s w_s * act(x A_s^T) B_s`, with `x = layer_norm(h)` if `norm` is given, else `h`
+
+    In fp32, rounded once to the dtype of `hidden`; `[L, M, D]` is never formed. A sequence without
+    experts keeps its bits. Under `torch.no_grad` the compiled op runs and its cost follows
+    `routes.count`; where a gradient may be asked for, the same formula runs in plain torch over
+    all slots of `routes` (bound them with `route(..., top_k=...)`), and every transform of
+    `torch.func` passes through.
+
+    Args:
+        hidden: [B L D].
+        down: [M R D], the experts' first factors `A`.
+        up: [M R D], the second factors `B`.
+        routes: of the B sequences.
+        norm: weight [D] and bias [D] (or None) of the layer norm.
+        eps: of the layer norm.
+        activation: "relu" (LiveEdit) or "identity" (LoRA experts).
+        lengths: [B], tokens of each sequence; those beyond keep their bits. All, by default.
+
+    Raises:
+        ValueError: shapes, devices or an activation that do not fit.
+
+    LiveEdit, arXiv 2411.15432; qizhou000/LiveEdit `editor/vllm_editors/liveedit/liveedit.py`.
+
+    >>> routes = Routes(torch.tensor([[0]]), torch.tensor([[0.5]]), torch.tensor([1]))
+    >>> apply(torch.ones(1, 1, 2), torch.ones(1, 1, 2), torch.ones(1, 1, 2), routes)
+    tensor([[[2., 2.]]])
+    """
+    gamma, beta = (None, None) if norm is None else norm
+    lead, width = hidden.shape[:1], hidden.shape[-1]
+    experts = [down.shape[0], down.shape[1] if down.ndim > 1 else 0, width]
+    wanted = {
+        "hidden": (hidden, [*hidden.shape[:2], width]),
+        "down": (down, experts),
+        "up": (up, experts),
+        "routes.ids": (routes.ids, [*lead, routes.ids.shape[-1]]),
+        "routes.weights": (routes.weights, [*lead, routes.ids.shape[-1]]),
+        "routes.count": (routes.count, [*lead]),
+        "norm weight": (gamma, [width]),
+        "norm bias": (beta, [width]),
+        "lengths": (lengths, [*lead]),
+    }
+    problems = _misshapen(wanted)
+    if hidden.ndim != 3:
+        problems.append(f"hidden must be [B L D], got {list(hidden.shape)}")
+    if activation not in ACTIVATIONS:
+        problems.append(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    problems += library.must_share_device("apply", hidden=hidden, down=down, up=up, ids=routes.ids)
+    library.refuse("apply", problems)
+
+    if lengths is None:
+        lengths = torch.full_like(routes.count, hidden.shape[1])
+    tensors = (hidden, down, up, *routes, lengths, gamma, beta)
+    if library.differentiates(hidden, down, up, routes.weights, gamma, beta):
+        return ref.apply(*tensors, eps, activation)
+    held = (tensor if tensor is None else tensor.detach() for tensor in tensors)
+    return _apply(*held, eps, activation)
+
+
+def _misshapen(wanted: dict[str, tuple[Tensor | None, list[int]]]) -> list[str]:
+    return [
+        f"{name} must be {shape}, got {list(tensor.shape)}"
+        for name, (tensor, shape) in wanted.items()
+        if tensor is not None and list(tensor.shape) != shape
+    ]

@@ -1,0 +1,152 @@
+"""Expert routing and low-rank expert application, by definition.
+
+Legend: B sequences · L tokens · D hidden width · M experts in the pool · S slots (experts chosen
+for a sequence) · R rank · P, Q widths of the vision and the query keys
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from errata.kernels import library
+
+WIDENED = 1 << 22  # elements of 16-bit keys widened at once
+HIDDEN = 1 << 24  # expert activations [L, S R] held at once
+
+
+def weigh(scores: Tensor, gate: Tensor) -> Tensor:
+    """`softmax over the gated experts * sigmoid`, zero elsewhere: [B M], [B M] -> [B M].
+
+    Plain torch, differentiable, safe for a row without a gated expert and for any ungated score.
+    """
+    scores = torch.where(gate, scores, 0)
+    top = torch.where(gate, scores, -math.inf).amax(-1, keepdim=True)
+    top = torch.where(top.isfinite(), top, 0)
+    raised = torch.where(gate, (scores - top).exp(), 0)
+    total = raised.sum(-1, keepdim=True)
+    return raised / torch.where(total == 0, 1, total) * scores.sigmoid()
+
+
+def route(
+    vision: Tensor,
+    query: Tensor,
+    threshold: Tensor,
+    vision_keys: Tensor,
+    query_keys: Tensor,
+    alive: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gate by vision, weigh by query, compact: ids [B M] int64, weights [B M], count [B] int64."""
+    num_rows, num_experts = vision.shape[0], vision_keys.shape[0]
+    ids = torch.full((num_rows, num_experts), -1, dtype=torch.int64, device=vision.device)
+    weights = torch.zeros((num_rows, num_experts), dtype=torch.float32, device=vision.device)
+    if ids.numel() == 0:
+        return ids, weights, torch.zeros_like(threshold, dtype=torch.int64)
+
+    similarity = _products(vision, vision_keys) * scale
+    gate = alive & (similarity > threshold.float()[:, None])  # [B M]
+    wanted = gate.any(0).nonzero()[:, 0]
+    scores = torch.zeros_like(weights)
+    for part in wanted.split(max(1, WIDENED // query_keys.shape[1])):
+        scores[:, part] = _products(query, query_keys[part]) * scale
+    gate &= scores.isfinite()
+    weighed = weigh(scores, gate)
+
+    row, expert = gate.nonzero(as_tuple=True)
+    slot = gate.cumsum(1)[row, expert] - 1
+    ids[row, slot] = expert
+    weights[row, slot] = weighed[row, expert]
+    return ids, weights, gate.sum(1)
+
+
+def _products(features: Tensor, keys: Tensor) -> Tensor:
+    """`features @ keys.T` in fp32: [B P], [M P] -> [B M]."""
+    features = features.float()
+    if keys.dtype == torch.float32:
+        return library.affine(features, keys)
+    step = max(1, WIDENED // keys.shape[1])
+    return torch.cat([library.affine(features, part.float()) for part in keys.split(step)], 1)
+
+
+def apply(
+    hidden: Tensor,
+    down: Tensor,
+    up: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    count: Tensor,
+    lengths: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    """`h + sum_s w_s act(x A_s^T) B_s` with `x = layer_norm(h)`, in fp32, rounded once.
+
+    Every shape is static and every step differentiable: this is what runs under a gradient.
+    """
+    num_slots, rank = ids.shape[1], down.shape[1]
+    if num_slots == 0 or down.shape[0] == 0:
+        return hidden
+    live = torch.arange(num_slots, device=ids.device) < count[:, None]  # [B S]
+    # An empty slot repeats the sequence's first expert with weight zero: a broken expert
+    # (0 * NaN) then reaches no sequence that did not choose it.
+    slots = torch.where(live, ids, ids[:, :1].clamp(min=0))
+    weights = torch.where(live, weights, 0)
+
+    normed = _normed(hidden, gamma, beta, eps)  # [B L D]
+    total = hidden.float()
+    step = max(1, HIDDEN // max(1, hidden.shape[0] * hidden.shape[1] * rank))
+    for part, weight in zip(slots.split(step, 1), weights.split(step, 1)):
+        columns = weight.repeat_interleave(rank, 1)[:, None]  # [B 1 SR]
+        inner = torch.bmm(normed, down[part].float().flatten(1, 2).mT)  # [B L SR]
+        inner = (F.relu(inner) if activation == "relu" else inner) * columns
+        total = torch.baddbmm(total, inner, up[part].float().flatten(1, 2))  # [B L D]
+
+    tokens = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]  # [B L]
+    kept = (tokens & (count > 0)[:, None])[..., None]
+    return torch.where(kept, total.to(hidden.dtype), hidden)
+
+
+def _normed(hidden: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
+    if gamma is None:
+        return hidden.float()
+    shift = None if beta is None else beta.float()
+    return F.layer_norm(hidden.float(), hidden.shape[-1:], gamma.float(), shift, eps)
+
+
+def apply_experts(
+    hidden: Tensor,
+    down: Tensor,
+    up: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    count: Tensor,
+    lengths: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    """`apply`, forward only: each sequence pays for its own tokens and experts, not for `M`."""
+    out = hidden.clone(memory_format=torch.contiguous_format)
+    sizes = zip(count.tolist(), lengths.tolist())
+    for row, (slots, length) in enumerate(sizes):
+        if slots and length:
+            one = slice(row, row + 1)
+            out[one, :length] = apply(
+                hidden[one, :length],
+                down,
+                up,
+                ids[one, :slots],
+                weights[one, :slots],
+                count[one],
+                lengths[one],
+                gamma,
+                beta,
+                eps,
+                activation,
+            )
+    return out
