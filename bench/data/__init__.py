@@ -1,0 +1,64 @@
+"""The field's benchmarks as they lie on disk, streamed into cases.
+
+`open_cases(path)` tells the benchmark by the first record; `BENCHMARKS` names them all.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+
+from errata.functional.errors import BadInput
+from errata.functional.types import Case
+
+from .ads_edit import ADS_EDIT
+from .comprehendedit import COMPREHENDEDIT
+from .knowedit import KNOWEDIT
+from .loading import RAW, Benchmark, Options, cases
+from .mmedit import CAPTION, NQ, OKVQA, VQA
+from .mmke import MMKE
+from .stream import records
+from .vlkeb import VLKEB
+
+__all__ = ["BENCHMARKS", "Benchmark", "Options", "detect", "open_cases"]
+
+BENCHMARKS: Mapping[str, Benchmark] = {
+    one.name: one
+    for one in (MMKE, ADS_EDIT, VLKEB, CAPTION, VQA, NQ, OKVQA, COMPREHENDEDIT, KNOWEDIT)
+}
+"""By name, and in the order in which a file is tried for them."""
+
+
+def detect(path: str | Path) -> Benchmark:
+    """The benchmark a file belongs to, told by its first record's fields.
+
+    Raises `BadInput` for a file of no benchmark, with the fields it has.
+    """
+    first = next(islice(records(path), 1), None)
+    if first is None:
+        raise BadInput(f"{path} must hold records; it has none.")
+    for one in BENCHMARKS.values():
+        if one.sniff(first, Path(path)):
+            return one
+    raise BadInput(
+        f"{path} is of no benchmark known here ({', '.join(BENCHMARKS)}); its first record has "
+        f"{', '.join(list(first)[:12])}."
+    )
+
+
+def open_cases(
+    path: str | Path,
+    options: Options = RAW,
+    tally: Counter[str] | None = None,
+    benchmark: str = "",
+) -> Iterator[Case]:
+    """Stream a file's cases; `benchmark` names it where the first record should not decide.
+
+    Raises `BadInput`: see `loading.cases`.
+    """
+    if benchmark and benchmark not in BENCHMARKS:
+        raise BadInput(f"benchmark must be one of {', '.join(BENCHMARKS)}; got {benchmark!r}.")
+    chosen = BENCHMARKS[benchmark] if benchmark else detect(path)
+    return cases(chosen, path, options, tally)

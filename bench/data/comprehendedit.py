@@ -1,0 +1,181 @@
+"""ComprehendEdit: eight task categories, and what an edit does to its neighbours (KGI, KPI).
+
+`ComprehendEdit_{train,test}.json` and `ComprehendEdit_ori_right.json`, each one line. There is no
+second image, so image generality is absent (the authors' trainer repeats reliability there). Their
+loader also scores text locality against its own question (`ComprehendEdit.py:117`); we read
+`locality_ground_truth`. Prompts depend on the source dataset, whatever the template option says.
+
+With `Options.neighbours = k` every edit of the test file is also asked its k nearest and farthest
+neighbours by image and by text, as probes `kgi_image_near`, ..., `kpi_text_far`: KGI over
+neighbours the model got wrong (gold answers), KPI over those it got right, from
+`ComprehendEdit_ori_right.json` beside the file (its own answers, in the field
+`Options.neighbour_answers`). Their `exact` under teacher forcing is what `metrics.neighbour_match`
+counts, which divides by N k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import msgspec
+
+from errata.functional.types import Case, Query
+
+from .loading import Benchmark, Skipped, Source
+from .stream import records
+
+__all__ = ["COMPREHENDEDIT", "PROMPTS", "Record", "case", "oddities"]
+
+PROMPTS: Mapping[str, str] = {
+    "gqa": "Question: {} Short answer:",
+    "textvqa": "Question: {} Short answer:",
+    "tallyqa": "Question: {} Answer with a number. Short answer:",
+    "vsr": "Question: Is this description true or false? Description: {} Short answer:",
+    "mathvista": "{} Short answer:",
+}
+"""What each source's question is wrapped in (ComprehendEdit README and dataset code)."""
+
+
+class Record(msgspec.Struct, frozen=True):
+    """One question, its answer as the edit's target, and the numbers of its neighbours."""
+
+    question: str
+    answer: str | int | float
+    image: str
+    rephrase: str = ""
+    source: str = ""
+    Category: str = ""
+    pid: int = -1
+    locality_prompt: str = ""
+    locality_ground_truth: str | list[str] = ""
+    multimodal_locality_image: str = ""
+    multimodal_locality_prompt: str = ""
+    multimodal_locality_ground_truth: str | list[str] = ""
+    img_topk: list[int] = []
+    txt_topk: list[int] = []
+    img_last_topk: list[int] = []
+    txt_last_topk: list[int] = []
+    ori_rt_img_topk: list[int] = []
+    ori_rt_txt_topk: list[int] = []
+    ori_rt_img_last_topk: list[int] = []
+    ori_rt_txt_last_topk: list[int] = []
+
+
+def asked(record: Record, question: str) -> str:
+    """A question in the words of its source; as it stands for a source we do not know."""
+    return PROMPTS.get(record.source.lower(), "{}").replace("{}", question)
+
+
+def case(record: Record, name: str, source: Source) -> Case:
+    """A record as a case."""
+    answer = str(record.answer)
+    if not answer.strip():
+        raise Skipped("the target is empty")
+    edit = Query(
+        asked(record, source.text(record.question)),
+        source.text(answer),
+        source.image(record.image),
+    )
+    probes: dict[str, tuple[Query, ...]] = {}
+    if rephrased := source.rephrase(record.rephrase):
+        probes["rephrase"] = (edit._replace(prompt=asked(record, rephrased)),)
+    if record.locality_prompt and (truth := _first(record.locality_ground_truth)):
+        words = source.asks("text_loc", record.locality_prompt)
+        probes["text_locality"] = (Query(words, source.text(truth)),)
+    truth = _first(record.multimodal_locality_ground_truth)
+    if record.multimodal_locality_prompt and truth and record.multimodal_locality_image:
+        words = source.asks("image_loc", record.multimodal_locality_prompt)
+        shown = source.image(record.multimodal_locality_image)
+        probes["image_locality"] = (Query(words, source.text(truth), shown),)
+    return Case(name, edit, {**probes, **_neighbours(record, source)})
+
+
+def _first(answers: str | list[str]) -> str:
+    return answers if isinstance(answers, str) else next((one for one in answers if one), "")
+
+
+class _Neighbour(msgspec.Struct, frozen=True):
+    question: str
+    image: str
+    source: str
+    answers: Mapping[str, str]
+
+
+@lru_cache(maxsize=4)
+def _index(path: Path) -> Mapping[int, _Neighbour]:
+    """Records of a file by `pid`, or by place where there is none; what neighbours are named by."""
+    found = {}
+    for place, raw in enumerate(records(path)):
+        answers = {k: str(v) for k, v in raw.items() if k == "answer" or k.startswith("ori_pred")}
+        one = (raw.get("question", ""), raw.get("image", ""), raw.get("source", ""))
+        found[int(raw.get("pid", place))] = _Neighbour(*map(str, one), answers)
+    return found
+
+
+_RANGES = {
+    "image_near": "img_topk",
+    "text_near": "txt_topk",
+    "image_far": "img_last_topk",
+    "text_far": "txt_last_topk",
+}
+
+
+def _neighbours(record: Record, source: Source) -> dict[str, tuple[Query, ...]]:
+    probes: dict[str, tuple[Query, ...]] = {}
+    k = source.options.neighbours
+    if not k:
+        return probes
+    right = source.path.with_name("ComprehendEdit_ori_right.json")
+    for stem, prefix, file, field in (
+        ("kgi", "", source.path, "answer"),
+        ("kpi", "ori_rt_", right, source.options.neighbour_answers),
+    ):
+        for name, attribute in _RANGES.items():
+            pids = getattr(record, prefix + attribute)
+            if not pids:
+                continue
+            chosen = pids[-k:] if "far" in name else pids[:k]
+            queries = (_ask(pid, file, field, source) for pid in chosen)
+            probes[f"{stem}_{name}"] = tuple(one for one in queries if one)
+    return {name: queries for name, queries in probes.items() if queries}
+
+
+def _ask(pid: int, file: Path, field: str, source: Source) -> Query | None:
+    one = _index(file).get(pid)
+    if one is None or not one.answers.get(field, "").strip():
+        source.tally["neighbour not found or without an answer"] += 1
+        return None
+    words = PROMPTS.get(one.source.lower(), "{}").replace("{}", one.question)
+    return Query(words, one.answers[field].strip(), source.image(one.image))
+
+
+def images(record: Record) -> Iterator[str]:
+    """Every image name of a record."""
+    return (one for one in (record.image, record.multimodal_locality_image) if one)
+
+
+def oddities(record: Record) -> Iterator[str]:
+    """What `errata data check` counts."""
+    if record.source.lower() not in PROMPTS:
+        yield f"source {record.source!r} has no prompt of its own"
+    if not isinstance(record.answer, str):
+        yield "answer is a number"
+    if record.locality_ground_truth == record.locality_prompt:
+        yield "locality answer is its own question"
+    if not record.img_topk:
+        yield "no neighbours"
+    if record.pid < 0:
+        yield "no pid"
+
+
+COMPREHENDEDIT = Benchmark(
+    "comprehendedit",
+    "ComprehendEdit",
+    Record,
+    case,
+    images,
+    lambda raw, path: {"question", "answer", "Category"} <= raw.keys(),
+    oddities,
+)

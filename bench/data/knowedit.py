@@ -1,0 +1,135 @@
+"""KnowEdit (text only): ZsRE, wiki_recent, wiki_counterfact, WikiBio; original schema and ICE's.
+
+Answers may be a string, a list of aliases, or a list of lists of aliases: all are read, the first
+that is not empty is scored under teacher forcing. WikiBio names its fields `text`, `labels`,
+`concept`; ICE's files add `context`, five statements of the new fact. Locality and portability are
+objects of kinds, each a list of questions; kinds become probes (`text_locality_forgetfulness`,
+`portability_reasoning`). Nothing is drawn at random: every question of a record is asked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+import msgspec
+
+from errata.functional.types import Case, Query
+
+from .loading import Benchmark, Skipped, Source
+
+__all__ = ["KNOWEDIT", "Asked", "Record", "aliases", "case", "oddities"]
+
+Answers = str | list[str | list[str]] | None
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """One locality or portability question."""
+
+    prompt: str
+    ground_truth: Answers = None
+
+
+class Record(msgspec.Struct, frozen=True):
+    """One fact and its edit, in either schema."""
+
+    prompt: str = ""
+    text: str = ""
+    target_new: str = ""
+    labels: str = ""
+    subject: str = ""
+    concept: str = ""
+    ground_truth: Answers = None
+    rephrase_prompt: str = ""
+    rephrase: str = ""
+    locality: dict[str, list[Asked]] | None = None
+    portability: dict[str, list[Asked]] | None = None
+    context: list[str] = []
+
+
+def aliases(answers: Answers) -> list[str]:
+    """Every answer that is not empty, in order, however deep the lists are.
+
+    >>> aliases([["Paris", "City of Light"], [""]]), aliases("Rome"), aliases(None)
+    (['Paris', 'City of Light'], ['Rome'], [])
+    """
+    if answers is None:
+        return []
+    if isinstance(answers, str):
+        return [answers] if answers.strip() else []
+    return [one for part in answers for one in aliases(part)]
+
+
+def _probes(
+    stem: str, kinds: Mapping[str, list[Asked]] | None, source: Source
+) -> dict[str, tuple[Query, ...]]:
+    probes = {}
+    for kind, items in (kinds or {}).items():
+        queries = []
+        for item in items:
+            if item.prompt and (answers := aliases(item.ground_truth)):
+                prompt = source.asks("text_loc", item.prompt) if "loc" in stem else item.prompt
+                queries.append(Query(prompt, source.text(answers[0])))
+            else:
+                source.tally[f"{stem} question without an answer left out"] += 1
+        if queries:
+            probes[f"{stem}_{re.sub('[^a-z0-9]+', '_', kind.lower())}"] = tuple(queries)
+    return probes
+
+
+def case(record: Record, name: str, source: Source) -> Case:
+    """A record as a case without images."""
+    prompt, target = record.prompt or record.text, record.target_new or record.labels
+    if not target.strip():
+        raise Skipped("the target is empty")
+    if not prompt.strip():
+        raise Skipped("the prompt is empty")
+    edit = Query(source.text(prompt), source.text(target))
+    probes: dict[str, tuple[Query, ...]] = {}
+    if rephrased := source.rephrase(record.rephrase_prompt or record.rephrase):
+        probes["rephrase"] = (edit._replace(prompt=rephrased),)
+    probes |= _probes("text_locality", record.locality, source)
+    probes |= _probes("portability", record.portability, source)
+    return Case(name, edit, probes)
+
+
+def oddities(record: Record) -> Iterator[str]:
+    """What `errata data check` counts."""
+    target = record.target_new or record.labels
+    if target != target.strip():
+        yield "target has white space at an end"
+    if record.subject != record.subject.strip():
+        yield "subject has white space at an end"
+    if record.text != record.text.strip():
+        yield "text has white space at an end"
+    if target in aliases(record.ground_truth):
+        yield "target is a true answer already"
+    if len(aliases(record.ground_truth)) > 1:
+        yield "ground_truth has several answers"
+    if isinstance(record.ground_truth, list) and any(
+        isinstance(one, list) for one in record.ground_truth
+    ):
+        yield "ground_truth is nested"
+    if record.locality is None:
+        yield "no locality"
+    if record.portability is None:
+        yield "no portability"
+    if not all(text.isascii() for text in (record.prompt, record.text, target)):
+        yield "not ASCII"
+    if record.context and not all(target in one for one in record.context):
+        yield "a context lacks the target"
+
+
+KNOWEDIT = Benchmark(
+    "knowedit",
+    "KnowEdit",
+    Record,
+    case,
+    lambda record: (),
+    lambda raw, path: (
+        "image" not in raw
+        and bool({"prompt", "text"} & raw.keys())
+        and bool({"target_new", "labels"} & raw.keys())
+    ),
+    oddities,
+)

@@ -1,0 +1,159 @@
+"""Images of a benchmark: found under a root, opened late and with care, or drawn as stand-ins."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import warnings
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import msgspec
+from PIL import Image, ImageDraw, UnidentifiedImageError
+
+from errata.functional.errors import BadInput
+
+__all__ = ["MISSING", "Drawn", "Folder", "Missing", "Picture", "safe_name"]
+
+MISSING = Literal["error", "skip", "none", "draw"]
+"""What a missing image does: an error, the record skipped, the question asked without an image, or
+a stand-in drawn from the image's name."""
+
+_PIXELS = 64_000_000  # of one picture: 192 MB decoded; COCO's have 0.3 million
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_ALIASES = ("", "images", "VLKEB_images", "mmkb_images", "data_image", "ADS-Edit")
+
+
+class Missing(BadInput):
+    """An image a record names is under none of the roots."""
+
+
+class Picture:
+    """An image file: `load()` opens it as RGB, `key` is the hash of its bytes."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def __repr__(self) -> str:
+        return f"Picture({str(self.path)!r})"
+
+    @cached_property
+    def key(self) -> str:
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def load(self) -> Image.Image:
+        """Decode to RGB. Raises `BadInput` for what is no image, truncated, or a decompression bomb
+        (more than 64 million pixels, judged by the header before anything is decoded)."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                with Image.open(self.path) as picture:
+                    width, height = picture.size
+                    if width * height > _PIXELS:
+                        raise BadInput(
+                            f"{self.path} must have at most {_PIXELS:,} pixels; "
+                            f"it is {width} x {height}."
+                        )
+                    return picture.convert("RGB")
+        except Image.DecompressionBombError as fault:
+            raise BadInput(f"{self.path} must have at most {_PIXELS:,} pixels: {fault}.") from fault
+        except FileNotFoundError as fault:
+            raise Missing(f"{self.path} does not exist.") from fault
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as fault:
+            raise BadInput(f"{self.path} must be an image; it can not be read: {fault}.") from fault
+
+
+class Drawn:
+    """A stand-in for an image that is not there: drawn from its name, the same every time.
+
+    Different names give different colours and shapes, so that edits on them can be told apart; the
+    numbers they give say nothing about the real benchmark.
+    """
+
+    def __init__(self, name: str, size: int = 224):
+        self.name, self.size = name, size
+
+    def __repr__(self) -> str:
+        return f"Drawn({self.name!r})"
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(f"drawn:{self.size}:{self.name}".encode()).hexdigest()
+
+    def load(self) -> Image.Image:
+        draw = random.Random(self.name)
+
+        def colour() -> tuple[int, int, int]:
+            return draw.randrange(256), draw.randrange(256), draw.randrange(256)
+
+        picture = Image.new("RGB", (self.size, self.size), colour())
+        pen = ImageDraw.Draw(picture)
+        for _ in range(6):
+            x, y = draw.randrange(self.size), draw.randrange(self.size)
+            reach = draw.randrange(self.size // 10, self.size // 3)
+            box = (x - reach, y - reach, x + reach, y + reach)
+            (pen.ellipse if draw.random() < 0.5 else pen.rectangle)(box, fill=colour())
+        return picture
+
+
+def safe_name(name: str, above: bool = False) -> str:
+    """An image name as a relative path that stays below its root.
+
+    `above=True` drops leading `../` (ADS-Edit names its nuScenes frames `../nuscenes/...`).
+
+    >>> safe_name("m.0104lr/google_15.jpg"), safe_name("../nuscenes/a b.jpg", above=True)
+    ('m.0104lr/google_15.jpg', 'nuscenes/a b.jpg')
+
+    Raises `BadInput` for absolute names, names that climb out of the root, and empty ones.
+    """
+    parts = list(PurePosixPath(name.replace("\\", "/")).parts)
+    while above and parts and parts[0] == "..":
+        parts.pop(0)
+    climbs = ".." in parts or name.startswith(("/", "\\", "~")) or ":" in name[:3]
+    if climbs or not parts or "\0" in name:
+        raise BadInput(
+            f"an image name must be a relative path below the image root; got {name[:200]!r}."
+        )
+    return "/".join(parts)
+
+
+class Folder(msgspec.Struct, frozen=True):
+    """Where a benchmark's images lie, and what to do about those that do not."""
+
+    roots: tuple[Path, ...]
+    on_missing: MISSING = "error"
+    above: bool = False
+
+    @classmethod
+    def around(cls, file: Path, root: str, on_missing: MISSING, above: bool = False) -> Folder:
+        """The roots to search for a file's images: the one given, or what lies around it."""
+        bases = [Path(root)] if root else [file.parent, *list(file.parents)[1:3]]
+        if root and not bases[0].is_dir():
+            raise BadInput(f"the image root {root} must be a folder; there is none.")
+        found = (base / alias for base in bases for alias in _ALIASES)
+        return cls(tuple(dict.fromkeys(one for one in found if one.is_dir())), on_missing, above)
+
+    def path(self, name: str) -> Path | None:
+        """The file a name stands for; the picture of the same stem where it ends in .json."""
+        name = safe_name(name, self.above)
+        for root in self.roots:
+            if (whole := root / name).is_file() and whole.suffix != ".json":
+                return whole
+            if whole.suffix == ".json":
+                for suffix in _SUFFIXES:
+                    if (twin := whole.with_suffix(suffix)).is_file():
+                        return twin
+        return None
+
+    def find(self, name: str) -> Picture | Drawn | None:
+        """The image of that name; None asks the question without one. Raises `Missing`."""
+        if path := self.path(name):
+            return Picture(path)
+        if self.on_missing == "draw":
+            return Drawn(safe_name(name, self.above))
+        if self.on_missing == "none":
+            return None
+        roots = ", ".join(map(str, self.roots)) or "no folder"
+        raise Missing(f"image {name!r} is in none of: {roots}. Give the image root.")

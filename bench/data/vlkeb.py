@@ -1,0 +1,72 @@
+"""VLKEB (NeurIPS 2024): entity edits on MMKG images, with portability over one to four hops.
+
+`train.json` 5,000, `eval.json` 3,174, `eval_edit_onehop.json` 1,278, `eval_multihop.json` 4,819
+portability questions; images in `VLKEB_images/m.<id>/` (LiveEdit expects `mmkb_images/`). The
+eleven fields of MMEdit plus `port_new`, whose two schemas are told apart by their keys. `pred` is a
+Wikipedia title with underscores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from errata.functional.errors import BadInput
+from errata.functional.types import Case, Query
+
+from .loading import Benchmark, Skipped, Source, portability
+from .mmedit import Record as Common
+from .mmedit import common_probes, images, oddities
+
+__all__ = ["VLKEB", "Record", "case", "second_edit"]
+
+
+class Record(Common, frozen=True):
+    """MMEdit's fields and, in the portability files, `port_new`."""
+
+    port_new: list[dict[str, Any]] | None = None
+
+
+def case(record: Record, name: str, source: Source) -> Case:
+    """A record as a case: `portability_<n>hop` probes ask about the edit's image."""
+    if not record.alt.strip():
+        raise Skipped("the target is empty")
+    edit = Query(source.text(record.src), source.text(record.alt), source.image(record.image))
+    probes = common_probes(record, edit, source)
+    return Case(name, edit, {**probes, **portability(record.port_new, edit.images, source)})
+
+
+def second_edit(record: Record) -> Query:
+    """The text-only second edit of the edit-one-hop protocol: edit twice, then ask portability.
+
+    VLKEB branch `edit_onehop`, `MultimodalTrainer.py:57-75`. Raises `BadInput` where there is none.
+    """
+    for item in record.port_new or ():
+        if item.get("port_edit_q") and item.get("port_edit_a"):
+            return Query(item["port_edit_q"], item["port_edit_a"])
+    raise BadInput("port_new must hold port_edit_q and port_edit_a for the edit-one-hop protocol.")
+
+
+def vlkeb_oddities(record: Record) -> Iterator[str]:
+    """MMEdit's, and what portability questions add."""
+    yield from oddities(record)
+    for item in record.port_new or ():
+        if "port_edit_a" in item and item["port_edit_a"] == item.get("port_a"):
+            yield "port_edit_a equals port_a"
+        if record.alt in item.get("port_edit_q", ""):
+            yield "alt occurs in port_edit_q"
+        if record.alt in item.get("port_q", ""):
+            yield "alt occurs in port_q"
+
+
+VLKEB = Benchmark(
+    "vlkeb",
+    "VLKEB",
+    Record,
+    case,
+    images,
+    lambda raw, path: (
+        "src" in raw and "knowledge_type" not in raw and str(raw.get("image", "")).startswith("m.")
+    ),
+    vlkeb_oddities,
+)
