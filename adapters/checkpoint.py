@@ -1,0 +1,43 @@
+"""The names under which a checkpoint holds a model's parameters.
+
+transformers 5 renames (and sometimes merges) tensors while it loads them. A delta names both the
+in-memory name, which `bind` uses, and the checkpoint's, which other tools know.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    apply_converters,
+    apply_renamings,
+)
+
+__all__ = ["checkpoint_names"]
+
+
+def checkpoint_names(module: nn.Module) -> dict[str, str]:
+    """In-memory parameter name -> checkpoint name, where they differ.
+
+    Follows what `save_pretrained` does (`revert_weight_conversion`). A parameter that is made of
+    several checkpoint tensors (merged experts) has no single name and is left out.
+    """
+    transforms = getattr(module, "_weight_conversions", None)
+    if transforms is None:
+        transforms = get_model_conversion_mapping(module, add_legacy=False)
+        # Whether a prefix was there can only be known of a model that was loaded.
+        transforms = [t for t in transforms if not isinstance(t, PrefixChange)]
+    back = [transform.reverse_transform() for transform in transforms[::-1]]
+    renamings = [t for t in back if isinstance(t, WeightRenaming)]
+    converters = [t for t in back if isinstance(t, WeightConverter)]
+    names = {}
+    for name, _ in module.named_parameters():
+        converted = apply_converters(name, converters)[1] if converters else None
+        if converted is None:
+            there = apply_renamings(name, renamings)
+            if there != name:
+                names[name] = there
+    return names

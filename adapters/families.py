@@ -1,0 +1,46 @@
+"""The one table of families: `config.model_type` -> how to run it, or why it is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from errata.functional.errors import ModelUnsupported
+
+from . import llava, llava_onevision, qwen2_vl, qwen3_vl, text_only
+from .family import Family
+
+__all__ = ["FAMILIES", "REFUSED", "family_of"]
+
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family
+    for family in (
+        llava.family,
+        llava_onevision.family,
+        qwen2_vl.qwen2,
+        qwen2_vl.qwen2_5,
+        qwen3_vl.family,
+        text_only.gpt2,
+        text_only.llama,
+        text_only.qwen2,
+        text_only.qwen3,
+        text_only.opt,
+    )
+}
+
+_ENCODER = "it is an encoder-decoder: its layers read an encoder's states beside the stream"
+
+REFUSED: Mapping[str, str] = {"t5": _ENCODER, "flan-t5": _ENCODER, "bart": _ENCODER}
+"""Model types that can not be cut, with the reason."""
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a model type; one without a line here is found by structure.
+
+    Raises ModelUnsupported with the reason for a type that is known not to work.
+    """
+    if model_type in REFUSED:
+        raise ModelUnsupported(
+            f"a model must be a decoder that can be cut between layers; {model_type!r} can not: "
+            f"{REFUSED[model_type]}."
+        )
+    return FAMILIES.get(model_type) or Family(model_type, positions=None, explicit=False)

@@ -1,0 +1,145 @@
+"""Skeletons: per-thread copies of a module's structure that share its weights.
+
+`functional_call` swaps parameters inside the module object, so one module must not run in two
+threads at once, and rewrites hang on it as hooks. Each thread therefore gets its own tree of
+modules; parameters and buffers are the base's own tensors, so a skeleton costs no weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+__all__ = ["EXPLICIT", "Ledger", "Skeletons", "replaced"]
+
+EXPLICIT = "errata_explicit"
+"""Attention by SDPA with a mask that is always written out."""
+
+
+def _explicit_mask(
+    *args: Any, mask_function: Callable, attention_mask: Tensor | None = None, **kwargs: Any
+) -> Tensor | None:
+    kwargs["allow_is_causal_skip"] = False
+    if attention_mask is not None and kwargs.get("q_offset", 0):
+        mask_function = _by_place(attention_mask, mask_function)
+    return sdpa_mask(*args, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
+
+
+def _by_place(attention_mask: Tensor, mask_function: Callable) -> Callable:
+    """Let a mask pattern count real tokens instead of cache slots.
+
+    Rows of different lengths are right-padded, so behind a padded past the slot of a token is not
+    its place in the row; sliding windows and chunks are patterns over places.
+    """
+    place = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+    def placed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return mask_function(batch, head, place[batch, query], place[batch, key])
+
+    return placed
+
+
+AttentionInterface.register(EXPLICIT, sdpa_attention_forward)
+AttentionMaskInterface.register(EXPLICIT, _explicit_mask)
+
+
+class Ledger(Cache):
+    """A key-value cache for one decode: joins what is new to a past it never writes."""
+
+    def __init__(self, num_layers: int, length: int = 0) -> None:
+        super().__init__(layers=[])
+        self.length = length  # tokens of the past
+        self.past: tuple[Tensor, Tensor] | None = None  # of the layer that is running
+        self.joined: list[tuple[Tensor, Tensor]] = []  # of each layer that has run
+        self._num_layers = num_layers
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        joined = (key_states, value_states)
+        if self.past is not None:
+            keys, values = self.past
+            joined = torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
+        self.joined.append(joined)
+        return joined
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def __len__(self) -> int:
+        return self._num_layers
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * self._num_layers
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False] * self._num_layers
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return [False] * self._num_layers
+
+
+class Skeletons:
+    """One skeleton of `module` per thread, made when a thread first asks.
+
+    `attention` is set on the configs below `decoder` only, so that vision towers run as they
+    came. The master copy is never run, the base module never touched.
+    """
+
+    def __init__(self, module: nn.Module, decoder: str, attention: str) -> None:
+        self._shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
+        self._master = self._copy(module)
+        self._master.eval()
+        set_attention(self._master.get_submodule(decoder), attention)
+        self._local = threading.local()
+
+    def get(self) -> nn.Module:
+        if not hasattr(self._local, "module"):
+            self._local.module = self._copy(self._master)
+        return self._local.module
+
+    def _copy(self, module: nn.Module) -> nn.Module:
+        return copy.deepcopy(module, dict(self._shared))
+
+
+def set_attention(decoder: nn.Module, attention: str) -> None:
+    """Choose the attention of every config below a decoder, without touching its parents."""
+    for part in decoder.modules():
+        config = getattr(part, "config", None)
+        if hasattr(config, "_attn_implementation_internal"):
+            config._attn_implementation_internal = attention  # type: ignore[union-attr]
+        if "_attn_implementation" in vars(part):
+            part._attn_implementation = attention
+
+
+@contextmanager
+def replaced(modules: Sequence[nn.Module], forwards: Sequence[Callable]) -> Iterator[None]:
+    """Within the block, each module runs the forward given for it instead of its own."""
+    try:
+        for module, forward in zip(modules, forwards, strict=True):
+            module.forward = forward
+        yield
+    finally:
+        for module in modules:
+            vars(module).pop("forward", None)
