@@ -1,0 +1,191 @@
+"""Video frames to tensors, as Hugging Face's video processors make them, without torchvision.
+
+Those processors stack the frames as bytes, resize them with torchvision, and normalise. torchvision
+resizes bytes with `torch.nn.functional.interpolate` on bytes, antialiased, and so does this file: the
+tensors are the same. Frames are taken as they come: choosing them is the caller's business.
+
+Source: transformers `video_processing_utils.py`, `video_processing_qwen2_vl.py`,
+`video_processing_qwen3_vl.py`, `video_processing_llava_onevision.py`.
+
+F frames · H height · W width · N patches · C channels
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+from PIL import Image as Pictures
+from torch import Tensor
+
+from errata.functional.errors import BadInput
+
+__all__ = ["onevision_frames", "qwen2_frames", "qwen3_frames", "stacked"]
+
+MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+
+
+def stacked(frames: Sequence[Pictures.Image]) -> Tensor:
+    """Frames as bytes [F C H W]; raises BadInput if their sizes differ."""
+    sizes = sorted({frame.size for frame in frames})
+    if len(sizes) != 1:
+        raise BadInput(
+            "the frames of a video must have one size, got "
+            + ", ".join(f"{w} x {h}" for w, h in sizes[:4])
+            + ": resize them first, or pass them as separate pictures."
+        )
+    width, height = sizes[0]
+    raw = bytearray().join(frame.tobytes() for frame in frames)
+    pixels = torch.frombuffer(raw, dtype=torch.uint8)
+    return pixels.view(len(frames), height, width, 3).permute(0, 3, 1, 2).contiguous()
+
+
+def resized(video: Tensor, height: int, width: int, resample: int) -> Tensor:
+    """Bytes [F C H W] at another size."""
+    if video.shape[-2:] == (height, width):
+        return video
+    if resample not in MODES:
+        raise BadInput(
+            f"the video processor's resample must be one of {sorted(MODES)} (nearest, bilinear, "
+            f"bicubic), got {resample}."
+        )
+    mode = MODES[resample]
+    smooth: dict[str, Any] = (
+        {} if mode == "nearest" else {"align_corners": False, "antialias": True}
+    )
+    return torch.nn.functional.interpolate(video, (height, width), mode=mode, **smooth)
+
+
+def normalised(video: Tensor, settings: Mapping[str, Any]) -> Tensor:
+    """(x - mean) / std per channel, the rescaling to [0, 1] folded into both."""
+    factor = settings.get("rescale_factor") or 1 / 255
+    rescale = settings.get("do_rescale", True)
+    values = video.to(torch.float32)
+    if not settings.get("do_normalize", True):
+        return values * factor if rescale else values
+    mean, std = torch.tensor(settings["image_mean"]), torch.tensor(settings["image_std"])
+    if rescale:
+        mean, std = mean * (1.0 / factor), std * (1.0 / factor)
+    return (values - mean[:, None, None]) / std[:, None, None]
+
+
+def fit(
+    height: int, width: int, factor: int, least: int, most: int, depth: int = 1, full: int = 1
+) -> tuple[int, int]:
+    """Multiples of `factor` near (height, width) so that depth * area lies in [least, most].
+
+    Qwen's `smart_resize`: round both sides; if the volume is out of range, scale both by the same
+    root and round towards the range. `full` is the depth after rounding. Raises BadInput for an aspect ratio above 200.
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise BadInput(
+            "a video frame's sides must differ by less than 200 to 1, "
+            f"got {width} x {height}: crop it first."
+        )
+    high, wide = round(height / factor) * factor, round(width / factor) * factor
+    if full * high * wide > most:
+        scale = math.sqrt(depth * height * width / most)
+        high = max(factor, math.floor(height / scale / factor) * factor)
+        wide = max(factor, math.floor(width / scale / factor) * factor)
+    elif full * high * wide < least:
+        scale = math.sqrt(least / (depth * height * width))
+        high = math.ceil(height * scale / factor) * factor
+        wide = math.ceil(width * scale / factor) * factor
+    return high, wide
+
+
+def patches(video: Tensor, patch: int, merge: int, temporal: int) -> tuple[Tensor, list[int]]:
+    """Frames [F C H W] as rows of pixels [N, C * temporal * patch * patch], and the grid (t, h, w).
+
+    Patches of one merged cell lie next to each other; a last frame fills an incomplete step.
+    """
+    missing = -len(video) % temporal
+    video = torch.cat([video, repeat(video[-1:], "1 c h w -> f c h w", f=missing)])
+    rows = rearrange(
+        video, "(t k) c (h m p) (w n q) -> (t h w m n) (c k p q)", k=temporal, m=merge, n=merge,
+        p=patch, q=patch,
+    )  # fmt: skip
+    height, width = video.shape[-2:]
+    return rows, [len(video) // temporal, height // patch, width // patch]
+
+
+def _limits(settings: Mapping[str, Any]) -> tuple[int, int]:
+    size = settings["size"]
+    least = settings.get("min_pixels") or size["shortest_edge"]
+    return least, settings.get("max_pixels") or size["longest_edge"]
+
+
+def _qwen(
+    frames: Sequence[Pictures.Image],
+    settings: Mapping[str, Any],
+    shape: Callable[[int, int, int], tuple[int, int]],
+) -> dict[str, Tensor]:
+    video = stacked(frames)
+    if settings.get("do_resize", True):
+        high, wide = shape(len(video), video.shape[2], video.shape[3])
+        video = resized(video, high, wide, settings.get("resample", 3))
+    rows, grid = patches(
+        normalised(video, settings), settings["patch_size"], settings["merge_size"],
+        settings["temporal_patch_size"],
+    )  # fmt: skip
+    return {"pixel_values_videos": rows, "video_grid_thw": torch.tensor([grid])}
+
+
+def qwen2_frames(
+    frames: Sequence[Pictures.Image], settings: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Qwen2-VL and Qwen2.5-VL: each frame fitted by itself into the range of pixels."""
+    factor = settings["patch_size"] * settings["merge_size"]
+    least, most = _limits(settings)
+
+    def shape(count: int, height: int, width: int) -> tuple[int, int]:
+        limit = most
+        if settings.get("cap_pixels_per_frame"):
+            budget = int(settings.get("max_video_tokens", 128_000) * factor * factor * 0.9)
+            share = budget * settings["temporal_patch_size"] // count
+            limit = max(min(most, share), int(least * 1.05))
+        return fit(height, width, factor, least, limit)
+
+    return _qwen(frames, settings, shape)
+
+
+def qwen3_frames(
+    frames: Sequence[Pictures.Image], settings: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Qwen3-VL: the whole video fitted into the range of pixels; two frames at least."""
+    factor = settings["patch_size"] * settings["merge_size"]
+    least, most = _limits(settings)
+    if len(frames) < settings["temporal_patch_size"]:
+        raise BadInput(
+            f"a video for Qwen3-VL must have at least {settings['temporal_patch_size']} frames, "
+            f"got {len(frames)}: pass a single frame as a picture."
+        )
+
+    def shape(count: int, height: int, width: int) -> tuple[int, int]:
+        limit = most
+        if settings.get("cap_pixels_per_frame"):
+            cap = settings.get("max_video_tokens", 768) * factor * factor
+            limit = max(min(cap, most // count), int(least * 1.05)) * count
+        if min(height, width) < factor:
+            scale = max(factor / height, factor / width)
+            height, width = int(height * scale), int(width * scale)
+        step = settings["temporal_patch_size"]
+        return fit(height, width, factor, least, limit, count, round(count / step) * step)
+
+    return _qwen(frames, settings, shape)
+
+
+def onevision_frames(
+    frames: Sequence[Pictures.Image], settings: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """LLaVA-OneVision: every frame squeezed to the tower's own size [1 F C H W]."""
+    video = stacked(frames)
+    if settings.get("do_resize", True):
+        size = settings["size"]
+        high = size.get("height") or size["shortest_edge"]
+        wide = size.get("width") or size["shortest_edge"]
+        video = resized(video, high, wide, settings.get("resample", 3))
+    return {"pixel_values_videos": normalised(video, settings)[None]}

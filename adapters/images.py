@@ -1,0 +1,175 @@
+"""Pictures from anything a query may hold: opened safely, turned to RGB, named by content.
+
+An image is a PIL image, a path, or a lazy object with `.load() -> PIL.Image` and `.key: str`.
+Decoding follows Hugging Face's `load_image`: the camera's orientation is applied, then the picture
+is converted to RGB.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image as Pictures
+from PIL import ImageOps, UnidentifiedImageError
+
+from errata.functional.errors import BadInput
+from errata.functional.types import Image
+
+__all__ = ["FORMATS", "Cache", "key", "picture"]
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "MPO")
+"""What is opened. Pillow knows more; some of those run other programs."""
+
+
+def _rgb(image: Pictures.Image) -> Pictures.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns on the direct way
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _open(path: str | os.PathLike[str]) -> Pictures.Image:
+    name = os.fspath(path)
+    try:
+        with Pictures.open(path, formats=FORMATS) as file:
+            limit = Pictures.MAX_IMAGE_PIXELS or 2**63
+            if file.width * file.height > limit:
+                raise BadInput(
+                    f"image {name!r} must have at most {limit:,} pixels, and claims "
+                    f"{file.width} x {file.height}: shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS "
+                    "if you trust the file."
+                )
+            return _rgb(file)
+    except FileNotFoundError as error:
+        raise BadInput(f"image {name!r} must exist: check the path or the image root.") from error
+    except IsADirectoryError as error:
+        raise BadInput(f"image {name!r} must be a file, and is a folder.") from error
+    except (Pictures.DecompressionBombError, Pictures.DecompressionBombWarning) as error:
+        raise BadInput(
+            f"image {name!r} must have at most {Pictures.MAX_IMAGE_PIXELS:,} pixels: {error}"
+        ) from error
+    except UnidentifiedImageError as error:
+        raise BadInput(
+            f"image {name!r} must be a picture ({', '.join(FORMATS)}), and its content is none: "
+            "convert it or take it out."
+        ) from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise BadInput(
+            f"image {name!r} must be a whole picture, and can not be decoded ({error}): "
+            "fetch the file again."
+        ) from error
+
+
+def picture(image: Image) -> Pictures.Image:
+    """The picture itself, upright and in RGB.
+
+    Raises BadInput that names the file: missing, truncated, no picture, or so large that it may be
+    a decompression bomb.
+    """
+    if isinstance(image, Pictures.Image):
+        return _rgb(image)
+    if isinstance(image, (str, os.PathLike)):
+        return _open(image)
+    if hasattr(image, "load") and hasattr(image, "key"):
+        loaded = image.load()
+        if isinstance(loaded, Pictures.Image):
+            return _rgb(loaded)
+        raise BadInput(
+            f"image {image.key!r} must load as a PIL image, and gave a {type(loaded).__name__}."
+        )
+    raise BadInput(
+        "an image must be a PIL image, a path, or an object with .load() and .key; "
+        f"got a {type(image).__name__}."
+    )
+
+
+@functools.lru_cache(maxsize=65536)
+def _digest(path: str, changed: int, size: int) -> str:
+    del changed, size  # they are there so that a file that changed is read again
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def key(image: Image) -> str:
+    """A name for the content: sha256 of a file's bytes, or of a PIL image's RGB pixels and size.
+
+    A lazy image brings its own. Raises BadInput for a file that can not be read.
+
+    >>> from PIL import Image
+    >>> key(Image.new("RGB", (2, 2))) == key(Image.new("RGB", (2, 2)))
+    True
+    """
+    if isinstance(image, Pictures.Image):
+        upright = _rgb(image)
+        digest = hashlib.sha256(f"{upright.width}x{upright.height}:".encode())
+        digest.update(upright.tobytes())
+        return digest.hexdigest()
+    if isinstance(image, (str, os.PathLike)):
+        path = Path(image)
+        try:
+            state = path.stat()
+            return _digest(str(path), state.st_mtime_ns, state.st_size)
+        except OSError as error:
+            raise BadInput(
+                f"image {os.fspath(image)!r} must be a file that can be read ({error.strerror}): "
+                "check the path or the image root."
+            ) from error
+    name = getattr(image, "key", None)
+    if not isinstance(name, str) or not name:
+        raise BadInput(
+            "an image must be a PIL image, a path, or an object with .load() and .key: str; "
+            f"got a {type(image).__name__}."
+        )
+    return name
+
+
+def _size(value: Any) -> int:
+    if hasattr(value, "nbytes"):
+        return int(value.nbytes)
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    if isinstance(value, (tuple, list)):
+        return sum(map(_size, value))
+    return 0
+
+
+class Cache:
+    """Values by key, the least recently used dropped when their tensors outgrow `limit` bytes.
+
+    Several threads may share one; two that miss the same key at once both compute it.
+    """
+
+    def __init__(self, limit: int = 256 << 20):
+        self.limit = limit
+        self.held = 0
+        self._values: OrderedDict[Hashable, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        """The value under `name`, made now if it is not there."""
+        with self._lock:
+            if name in self._values:
+                self._values.move_to_end(name)
+                return self._values[name]
+        value = make()
+        size = _size(value)
+        with self._lock:
+            if name not in self._values and size <= self.limit:
+                self._values[name] = value
+                self.held += size
+                while self.held > self.limit:
+                    self.held -= _size(self._values.popitem(last=False)[1])
+        return value
+
+    def __len__(self) -> int:
+        return len(self._values)

@@ -1,0 +1,441 @@
+"""Queries to Inputs: the impure edge, where templates, tokenizers and pictures are.
+
+Answers are tokenised together with what stands before them, and their ids are read from the row by
+character offsets; rows are padded on the right. Pictures are preprocessed once per content (an
+LRU cache in bytes) and every violation in a batch of queries is reported at once.
+
+B rows · L tokens · T scored positions
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from msgspec.structs import replace
+from torch import Tensor
+
+from errata.functional import IGNORE, Inputs, ModelCard, Query
+from errata.functional.errors import BadInput, BadSettings, ModelUnsupported, listed
+
+from .images import Cache, key, picture
+from .pictures import READINGS, TEXT, Parts, Reading, Seen, parts
+from .templates import preset
+from .text import Segment, Template, gap, scored, segments
+
+__all__ = ["Reader", "Row", "assemble", "checked", "reader", "writer"]
+
+
+class Row(NamedTuple):
+    """A query, read but not tokenised."""
+
+    segments: list[Segment]  # texts, and numbers of placeholder tokens
+    boundary: int  # characters of the last text that stand before the gap
+    target: bool
+    pixels: dict[str, Tensor]
+    keys: tuple[str, ...]
+    video: bool = False
+
+
+class Encoded(NamedTuple):
+    """A row as token ids."""
+
+    ids: list[int]
+    image: list[bool]
+    scored: range  # positions of the answer's tokens
+
+
+def writer(tokenizer: Any) -> Callable[[Sequence[int]], str]:
+    """Detokenise, special tokens dropped."""
+
+    def write(ids: Sequence[int]) -> str:
+        return tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
+
+    return write
+
+
+def checked(query: Query, card: ModelCard) -> None:
+    """Raise BadInput with everything about a query that this model can not take."""
+    wrong = []
+    if not isinstance(query.prompt, str) or not isinstance(query.target, str):
+        raise BadInput(
+            "prompt and target must be text, got "
+            f"{type(query.prompt).__name__} and {type(query.target).__name__}"
+        )
+    if query.target and not query.target.strip():
+        wrong.append(f"the target must hold more than white space, got {query.target!r}")
+    if query.images and not card.images:
+        wrong.append(f"{card.id} takes no images, got {len(query.images)}: leave them out")
+    elif query.video and not card.videos:
+        wrong.append(f"{card.id} takes no video: pass the frames as pictures, or choose a model")
+    elif len(query.images) > 1 and not query.video and not card.several:
+        wrong.append(f"{card.id} takes one image per question, got {len(query.images)}")
+    if query.video and not query.images:
+        wrong.append("a video must have frames, got none")
+    if wrong:
+        raise BadInput(listed(wrong))
+
+
+def _named(number: int, query: Query, error: Exception) -> str:
+    prompt = query.prompt if isinstance(query.prompt, str) else repr(query.prompt)
+    short = prompt if len(prompt) <= 40 else prompt[:37] + "..."
+    return f"query {number + 1} ({short!r}): {str(error).rstrip('.')}"
+
+
+def every(queries: Sequence[Query], act: Callable[[int, Query], Any]) -> list[Any]:
+    """Act on each query; raise one BadInput that lists all that fail."""
+    done, wrong = [], []
+    for number, query in enumerate(queries):
+        try:
+            done.append(act(number, query))
+        except BadInput as error:
+            wrong.append(_named(number, query, error))
+    if wrong:
+        raise BadInput(f"{listed(wrong)}.")
+    return done
+
+
+class Reader:
+    """Reads queries for one model under one template; safe to share between threads.
+
+    reader(queries) -> Inputs. Targets may be missing only if all are: then nothing is scored.
+    """
+
+    def __init__(
+        self, found: Parts, reading: Reading, template: Template, card: ModelCard, limit: int
+    ):
+        self.found, self.reading, self.template, self.card = found, reading, template, card
+        self.cache = Cache(limit)
+        tokenizer = found.tokenizer
+        if not getattr(tokenizer, "is_fast", False):
+            raise ModelUnsupported(
+                "the tokenizer must give character offsets, and "
+                f"{type(tokenizer).__name__} does not: load the model's fast tokenizer."
+            )
+        self.specials = tuple(tokenizer.get_added_vocab())
+        start = tokenizer("").input_ids[:1]
+        self.start = start if start == [tokenizer.bos_token_id] else []
+        self.raw = template.raw or reading.raw
+        if not template.raw and template.picture == "{}":
+            self.template = replace(template, picture=reading.picture)
+        self.end = tokenizer.eos_token if template.end else ""
+        if self.end is None:
+            raise BadSettings("template.end needs a tokenizer with an end token, this one has none")
+
+    def __call__(self, queries: Sequence[Query]) -> Inputs:
+        queries = list(queries)
+        rows = every(queries, lambda _, query: self._row(query))
+        bare = [i for i, row in enumerate(rows) if not row.target]
+        if bare and len(bare) < len(rows):
+            raise BadInput(
+                f"every query of a scored batch must have a target; empty: "
+                f"{listed(_named(i, queries[i], BadInput('no target')) for i in bare)}."
+            )
+        encoded = self._encode(rows)
+        every(queries, lambda number, _: self._fits(encoded[number], rows[number]))
+        return self._inputs(rows, encoded)
+
+    # ---- text and pictures of one query
+
+    def _row(self, query: Query) -> Row:
+        checked(query, self.card)
+        seen, keys = self._see(query)
+        if self.reading.place == "text":
+            text = self._chat(query) if self._chats() else None
+            row = [text] if text is not None else self._written(query)
+            row = self._expanded(row, query, seen)
+        elif self.reading.place == "lead":
+            texts = segments(self.template, self.raw, query._replace(images=(), video=False))
+            row = [*(seen.runs if seen else ()), *texts]
+        else:
+            row = [
+                seen.runs[part] if seen and isinstance(part, int) else part
+                for part in segments(self.template, self.raw, query)
+            ]
+        if not isinstance(row[-1], str):
+            row.append("")
+        before = row[-1]
+        boundary = len(before)
+        if query.target:
+            between = gap(self.template, before, query.target, self.specials)
+            row[-1] = before + between + query.target + self.end
+        pixels = seen.pixels if seen else {}
+        return Row(row, boundary, bool(query.target), pixels, keys, query.video)
+
+    def _see(self, query: Query) -> tuple[Seen | None, tuple[str, ...]]:
+        if not query.images:
+            return None, ()
+        look = self.reading.frames if query.video else self.reading.pictures
+        if look is None:
+            raise BadInput(f"{self.card.id} takes no {'video' if query.video else 'images'}")
+        wrong: list[str] = []
+
+        def tried(act: Callable[[Any], Any]) -> list[Any]:
+            done = []
+            for image in query.images:
+                try:
+                    done.append(act(image))
+                except BadInput as error:
+                    wrong.append(str(error).rstrip("."))
+            if wrong:
+                raise BadInput(listed(wrong))
+            return done
+
+        keys = tuple(tried(key))
+        return self.cache.get((keys, query.video), lambda: look(self.found, tried(picture))), keys
+
+    def _place(self, query: Query) -> str:
+        place = self.reading.video if query.video else self.reading.image
+        if place is None:
+            raise BadInput(f"{self.card.id} takes no {'video' if query.video else 'images'}")
+        return place(self.found)
+
+    def _chats(self) -> bool:
+        return self.template.chat and bool(self.found.chat)
+
+    def _written(self, query: Query) -> list[Segment]:
+        """A raw template with the placeholder written where pictures stand: one text a piece."""
+        if not query.images:
+            return segments(self.template, self.raw, query)
+        place = self._place(query)
+        template = self.template
+        before, _, after = template.picture.partition("{}")
+        if place.startswith(before) and place.endswith(after):  # it brings its own marks
+            template = replace(template, picture="{}")
+        row: list[Segment] = []
+        for piece in self.raw:
+            found = segments(template, (piece,), query)
+            row.append("".join(place if isinstance(part, int) else part for part in found))
+        return row
+
+    def _chat(self, query: Query) -> str:
+        """The checkpoint's chat template, up to where the answer begins."""
+        prompt = self.template.prompt.replace("{prompt}", query.prompt)
+        if self.reading is TEXT:
+            return self._render(prompt)
+        kind = "video" if query.video else "image"
+        ordered = segments(
+            Template(chat=False), ("{images}{prompt}",), query._replace(prompt=prompt)
+        )
+        content = [
+            {"type": kind} if isinstance(part, int) else {"type": "text", "text": part}
+            for part in ordered
+        ]
+        text = self._render(content)
+        if not query.images:
+            return text
+        place = self._place(query)
+        count = 1 if query.video else len(query.images)
+        if text.count(place) != count:  # a template that knows no pictures: write them ourselves
+            text = self._render(
+                "".join(place if isinstance(part, int) else part for part in ordered)
+            )
+        return text
+
+    def _render(self, content: Any) -> str:
+        messages = [{"role": "user", "content": content}]
+        if self.template.system:
+            system = self.template.system
+            if not isinstance(content, str):
+                system = [{"type": "text", "text": system}]
+            messages.insert(0, {"role": "system", "content": system})
+        from jinja2 import TemplateError
+
+        try:
+            return self.found.tokenizer.apply_chat_template(
+                messages, chat_template=self.found.chat, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise BadSettings(
+                f"the checkpoint's chat template must take these messages and refuses ({error}): "
+                "choose template='plain', or leave the system message out."
+            ) from error
+
+    def _expanded(self, row: list[Segment], query: Query, seen: Seen | None) -> list[Segment]:
+        """Each placeholder replaced by its picture's run of tokens."""
+        tokens = [place(self.found) for place in (self.reading.image, self.reading.video) if place]
+        place = self._place(query) if seen else ""
+        runs = iter(seen.runs if seen else ())
+        want = len(seen.runs) if seen else 0
+        have = sum(str(part).count(token) for part in row for token in tokens)
+        if have != want:
+            raise BadInput(
+                f"a row must hold one placeholder per picture, {want} in all, and has {have}: "
+                f"take {', '.join(map(repr, tokens))} out of the prompt"
+            )
+        if not seen:
+            return row
+        swap = re.compile(re.escape(place))
+        return [swap.sub(lambda _: str(next(runs)), str(part)) for part in row]
+
+    # ---- tokens
+
+    def _encode(self, rows: Sequence[Row]) -> list[Encoded]:
+        texts = [part for row in rows for part in row.segments if isinstance(part, str)]
+        tokenizer = self.found.tokenizer
+        coded = tokenizer(
+            texts, add_special_tokens=False, return_offsets_mapping=True, padding=False,
+            truncation=False, return_attention_mask=False, return_token_type_ids=False, verbose=False,
+        )  # fmt: skip
+        codes = iter(zip(coded["input_ids"], coded["offset_mapping"]))
+        return [self._encoded(row, codes) for row in rows]
+
+    def _encoded(self, row: Row, codes: Any) -> Encoded:
+        ids: list[int] = []
+        image: list[bool] = []
+        start = self._start(row)
+        place = self._fill()
+        where = range(0)
+        for index, part in enumerate(row.segments):
+            if index == start:
+                ids += self.start
+                image += [False] * len(self.start)
+            if isinstance(part, int):
+                ids += [place] * part
+                image += [True] * part
+                continue
+            tokens, offsets = next(codes)
+            if index == len(row.segments) - 1 and row.target:
+                found = scored(offsets, row.boundary)
+                where = range(len(ids) + found.start, len(ids) + found.stop)
+            ids += tokens
+            image += [False] * len(tokens)
+        if self.reading.place == "text":
+            shown = self._shown()
+            image = [token in shown for token in ids]
+        return Encoded(ids, image, where)
+
+    def _start(self, row: Row) -> int:
+        """Before which segment the start token stands; -1 for none."""
+        if not self.template.bos or not self.start:
+            return -1
+        first = next(i for i, part in enumerate(row.segments) if isinstance(part, str))
+        bos = self.found.tokenizer.bos_token
+        if bos and str(row.segments[first]).startswith(bos):
+            return -1  # the template wrote it
+        return first if self.reading.place == "lead" else 0
+
+    def _fill(self) -> int:
+        """The id written at picture positions of families without a placeholder token."""
+        config = self.found.config
+        given = getattr(config, "image_token_id", None)
+        if given is None:
+            given = getattr(config, "image_token_index", None)
+        return 0 if given is None else given
+
+    def _shown(self) -> dict[int, int]:
+        """Placeholder id -> 1 for pictures, 2 for video."""
+        processor, reading = self.found.processor, self.reading
+        shown = {}
+        if reading.image is not None:
+            shown[processor.image_token_id] = 1
+        if reading.video is not None:
+            shown[processor.video_token_id] = 2
+        return shown
+
+    def _fits(self, row: Encoded, raw: Row) -> None:
+        if len(row.ids) > self.card.context:
+            raise BadInput(
+                f"a row must have at most {self.card.context} tokens, and this has {len(row.ids)} "
+                f"({sum(row.image)} of them pictures): shorten the prompt or use fewer pictures"
+            )
+        if not row.ids:
+            raise BadInput("the prompt must hold something, and this row has no token at all")
+        if raw.target and not row.scored:
+            raise BadInput("the target must have a token of its own, and the tokenizer gives none")
+        if raw.target and row.scored.start == 0:
+            raise BadInput("the prompt must not be empty: nothing predicts the first target token")
+
+    # ---- tensors
+
+    def _inputs(self, rows: Sequence[Row], encoded: Sequence[Encoded]) -> Inputs:
+        pad = self.found.tokenizer.pad_token_id
+        if pad is None:
+            pad = self.found.tokenizer.eos_token_id or 0
+        keys = tuple(row.keys for row in rows)
+        pixels = assemble([row.pixels for row in rows])
+        inputs = collated(encoded, pad, keys, pixels)
+        if self.reading.types:
+            kinds = torch.zeros_like(inputs.ids)
+            for token, kind in self._shown().items():
+                kinds = torch.where((inputs.ids == token) & inputs.mask, kind, kinds)
+            inputs = inputs._replace(pixels={**pixels, "mm_token_type_ids": kinds})
+        return inputs
+
+
+def collated(
+    encoded: Sequence[Encoded], pad: int, keys: tuple[tuple[str, ...], ...], pixels: dict[str, Any]
+) -> Inputs:
+    """Rows of ids as right-padded tensors, with the labels read from the rows."""
+    rows = len(encoded)
+    length = max((len(row.ids) for row in encoded), default=0)
+    targets = max((len(row.scored) for row in encoded), default=0)
+    ids = torch.full((rows, length), pad, dtype=torch.int64)
+    mask = torch.zeros((rows, length), dtype=torch.bool)
+    image = torch.zeros((rows, length), dtype=torch.bool)
+    labels = torch.full((rows, targets), IGNORE, dtype=torch.int64)
+    at = torch.zeros((rows, targets), dtype=torch.int64)
+    for index, row in enumerate(encoded):
+        ids[index, : len(row.ids)] = torch.tensor(row.ids)
+        mask[index, : len(row.ids)] = True
+        image[index, : len(row.ids)] = torch.tensor(row.image)
+        where = torch.arange(row.scored.start, row.scored.stop)
+        labels[index, : len(where)] = ids[index, where]
+        at[index, : len(where)] = where - 1
+    return Inputs(ids, mask, image, labels, at, pixels, keys)
+
+
+def assemble(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Pixels of all rows, by name, one after another; a shorter second axis is filled with zeros.
+
+    That axis is the tiles of LLaVA-OneVision. Videos of unequal length can not share a batch there:
+    raises BadInput.
+    """
+    joined = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        found = [row[name] for row in rows if name in row]
+        if found[0].ndim > 2 and len({tensor.shape[1] for tensor in found}) > 1:
+            if name == "pixel_values_videos":
+                raise BadInput(
+                    "videos of one batch must have the same number of frames, got "
+                    f"{sorted({tensor.shape[1] for tensor in found})}: read them apart."
+                )
+            most = max(tensor.shape[1] for tensor in found)
+            found = [
+                torch.cat([t, t.new_zeros(len(t), most - t.shape[1], *t.shape[2:])], dim=1)
+                for t in found
+            ]
+        joined[name] = torch.cat(found)
+    return joined
+
+
+def reader(
+    processor: Any,
+    config: Any,
+    card: ModelCard,
+    template: str | Template = "default",
+    cache: int = 256 << 20,
+) -> Callable[[Sequence[Query]], Inputs]:
+    """What reads queries for a model: its processor (or tokenizer) under a prompt template.
+
+    Families of `READINGS` and text decoders are read by our own code; any other through its own
+    processor (`whole.py`). `cache` bounds the preprocessed pictures that are kept, in bytes.
+    Raises BadSettings for an unknown template, ModelUnsupported for a processor that can not serve.
+    """
+    chosen = preset(template, config.model_type)
+    found = parts(processor, config)
+    reading = READINGS.get(config.model_type)
+    if found.processor is None or not card.images:
+        return Reader(found, TEXT, chosen, card, cache)
+    if reading is None:
+        from .whole import Whole
+
+        return Whole(found, chosen, card)
+    if found.images is None:
+        raise ModelUnsupported(
+            f"a {config.model_type} must come with a processor that has an image processor; "
+            f"{type(processor).__name__} has none."
+        )
+    return Reader(found, reading, chosen, card, cache)

@@ -1,0 +1,114 @@
+"""How a question becomes text: templates, the gap before the answer, and which tokens are scored.
+
+A row is a list of segments: texts, which are tokenised apart from one another, and numbers, which
+stand for the n-th picture. The answer is appended to the last text and the two are tokenised
+together, so its token ids are read from the row itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import msgspec
+
+from errata.functional import Query
+
+__all__ = ["Segment", "Template", "gap", "scored", "segments"]
+
+Segment = str | int
+"""A text, or the number of a picture."""
+
+MARK = "<image>"  # in a prompt: a picture stands here
+
+
+class Template(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a question is put to a model; `templates.py` has the presets.
+
+    With `chat`, the checkpoint's own chat template is used where it has one, with the generation
+    prompt. Otherwise `raw` is: pieces that are tokenised apart, in which `{images}` and `{prompt}`
+    stand for what they say; empty, the family's own.
+
+    `gap` stands between question and answer. None: one space, unless a space or a special token is
+    there already. It counts as part of the answer, as it does for every peer: a tokenizer that
+    makes the space a token of its own has that token scored.
+
+    `end` appends the end-of-turn token to the answer, scored like the rest. The peers score the
+    answer alone, and so does the default; train an editor with `end` if its edits must also stop.
+    """
+
+    name: str = "default"
+    chat: bool = True
+    system: str = ""
+    prompt: str = "{prompt}"  # what is made of the question before anything else
+    raw: tuple[str, ...] = ()
+    picture: str = "{}"  # in raw text, what is written around each picture
+    gap: str | None = None
+    bos: bool = True  # begin with what the tokenizer puts before a text
+    end: bool = False
+
+
+def gap(template: Template, text: str, target: str, specials: tuple[str, ...]) -> str:
+    """What stands between the end of `text` and the target.
+
+    >>> gap(Template(), "Answer:", "cat", ("<|im_end|>",)), gap(Template(), "USER:\\n", "cat", ())
+    (' ', '')
+    """
+    if template.gap is not None:
+        return template.gap
+    if not text or text[-1].isspace() or target[:1].isspace():
+        return ""
+    return "" if specials and text.endswith(specials) else " "
+
+
+def segments(template: Template, raw: Sequence[str], query: Query) -> list[Segment]:
+    """A query under a raw template: texts and picture numbers, in order.
+
+    Pictures stand where the template has `{images}`, or, if the prompt says `<image>` exactly as
+    often as it has pictures, there.
+
+    >>> segments(Template(picture="<Img>{}</Img> "), ("Q: {images}{prompt}",), Query("Who?", "", (0,)))
+    ['Q: <Img>', 0, '</Img> Who?']
+    """
+    prompt = template.prompt.replace("{prompt}", query.prompt)
+    count = 1 if query.video else len(query.images)
+    inline = count > 0 and prompt.count(MARK) == count
+    row: list[Segment] = []
+    for piece in raw:
+        text = ""
+        for part in re.split(r"(\{images\}|\{prompt\})", piece):
+            if part == "{images}":
+                before, _, after = template.picture.partition("{}")
+                for number in () if inline else range(count):
+                    row += [text + before, number]
+                    text = after
+            elif part == "{prompt}":
+                first, *rest = prompt.split(MARK) if inline else (prompt,)
+                text += first
+                for number, after in enumerate(rest):
+                    row += [text, number]
+                    text = after
+            else:
+                text += part
+        row.append(text)
+    return [part for part in row if part != ""] or [""]
+
+
+def scored(offsets: Sequence[tuple[int, int]], boundary: int) -> range:
+    """Which tokens of the last text are the answer's: those that reach beyond `boundary`.
+
+    offsets: the characters [start, end) of each token; boundary: the length of the text before the
+    gap. A token that a merge made of characters from both sides belongs to the answer, since the
+    answer can not be had without it. Tokens without characters (specials) at the end do not.
+
+    >>> scored([(0, 4), (4, 6), (6, 7), (0, 0)], 5)
+    range(1, 3)
+    """
+    hits = [index for index, (_, end) in enumerate(offsets) if end > boundary]
+    if not hits:
+        return range(0)
+    first = hits[0]
+    # a lone space may come with its characters trimmed away: it lies behind the boundary too
+    while first and offsets[first - 1][0] == offsets[first - 1][1] >= boundary > 0:
+        first -= 1
+    return range(first, hits[-1] + 1)
