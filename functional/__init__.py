@@ -64,7 +64,8 @@ __all__ = [
     "select",
 ]
 
-_MODULES = ("card", "header", "types", "io", "merge", "compare")  # searched in this order: those without torch first
+# Searched in this order: those without torch first.
+_MODULES = ("card", "header", "types", "io", "merge", "compare")
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ import msgspec
 
 from .errors import DeltaFault, listed
 from .header import FORMAT, Header, faults
-from .safe import Slot, canonical, read_table, strict_json
+from .safe import Slot, canonical, plain, read_table, strict_json
 
 __all__ = ["KEY", "Peek", "misfits", "peek", "text_of"]
 
@@ -84,7 +84,7 @@ def _decode(text: str) -> tuple[Header, str]:
         raise ValueError("the delta's description must be a JSON object")
     if body.get("format") != FORMAT:
         raise ValueError(
-            f"the delta is of format {str(body.get('format'))[:20]}, this version of errata reads "
+            f"the delta is of format {plain(body.get('format'), 20)}, this version of errata reads "
             f"format {FORMAT}: update errata, or save the delta again with its own version"
         )
     if canonical(body) != text:
@@ -99,7 +99,7 @@ def _decode(text: str) -> tuple[Header, str]:
     try:
         header = msgspec.convert(body, Header)
     except (msgspec.ValidationError, RecursionError) as error:
-        raise ValueError(f"the delta's description does not fit: {error}") from None
+        raise ValueError(f"the delta's description does not fit: {plain(error)}") from None
     missing = set(Header.__struct_fields__) - set(body)
     if missing:
         raise ValueError(f"the delta's description lacks {', '.join(sorted(missing))}")

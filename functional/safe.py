@@ -29,6 +29,7 @@ __all__ = [
     "layout",
     "open_regular",
     "parse",
+    "plain",
     "read_table",
     "strict_json",
 ]
@@ -127,7 +128,7 @@ def strict_json(raw: bytes, what: str) -> Any:
     except RecursionError:
         raise ValueError(f"{what} is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"{what} is not JSON as it must be: {str(error)[:200]}") from None
+        raise ValueError(f"{what} is not JSON as it must be: {plain(error)}") from None
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
@@ -181,7 +182,9 @@ def parse(raw: bytes, size: int) -> Table:
         metadata = msgspec.convert(body.pop("__metadata__", {}), dict[str, str])
         slots = msgspec.convert(body, dict[str, Slot])
     except msgspec.ValidationError as error:
-        raise ValueError(f"the header does not have the form of safetensors: {error}") from None
+        raise ValueError(
+            f"the header does not have the form of safetensors: {plain(error)}"
+        ) from None
     data = 8 + len(raw)
     end = 0
     for name, slot in sorted(slots.items(), key=lambda item: item[1].data_offsets):
@@ -205,6 +208,16 @@ def parse(raw: bytes, size: int) -> Table:
             "it is cut short or has something appended"
         )
     return Table(metadata, slots, data, size)
+
+
+def plain(text: object, most: int = 200) -> str:
+    """Text from a stranger's file, fit for a message: printable, and not too long.
+
+    >>> plain("a\\x00b")
+    'a\\\\x00b'
+    """
+    text = str(text)[:most]
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def _short(number: int) -> str:

@@ -1,0 +1,34 @@
+"""The short form of the fuzzing run; the long one is `python -m errata.bench.fuzz_delta`."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from errata.bench.fuzz_delta import MUTATIONS, fuzz, sample, signed
+from errata.functional import load, save
+
+
+def test_hostile_files_are_refused_or_are_what_they_say(tmp_path):
+    outcome = fuzz(1200, seed=7, folder=tmp_path, bound=False)
+    assert not outcome.bad, "\n".join(outcome.bad[:5])
+    assert set(outcome.refused) == set(MUTATIONS)
+    assert sum(outcome.refused.values()) + sum(outcome.loaded.values()) == 1200
+
+
+@pytest.mark.parametrize("kind", sorted(MUTATIONS))
+def test_each_mutation_changes_the_file(tmp_path, kind):
+    save(tmp_path / "x", sample(0))
+    raw = (tmp_path / "x").read_bytes()
+    assert any(MUTATIONS[kind](raw, random.Random(seed)) != raw for seed in range(5))
+
+
+def test_a_forged_file_can_be_signed_so_that_only_its_content_is_judged(tmp_path):
+    from errata.bench.fuzz_delta import _apart
+
+    save(tmp_path / "x", sample(0))
+    file = _apart((tmp_path / "x").read_bytes())
+    file.meta["editor"] = "forged"
+    (tmp_path / "y").write_bytes(signed(file))
+    assert load(tmp_path / "y").header.editor == "forged"
