@@ -1,8 +1,8 @@
 """Video frames to tensors, as Hugging Face's video processors make them, without torchvision.
 
-Those processors stack the frames as bytes, resize them with torchvision, and normalise. torchvision
-resizes bytes with `torch.nn.functional.interpolate` on bytes, antialiased, and so does this file: the
-tensors are the same. Frames are taken as they come: choosing them is the caller's business.
+Those processors stack the frames as bytes, resize them with torchvision, and normalise. What
+torchvision calls for bytes is `torch.nn.functional.interpolate`, antialiased, and so does this
+file: the tensors are the same. Frames are taken as they come; choosing them is up to the caller.
 
 Source: transformers `video_processing_utils.py`, `video_processing_qwen2_vl.py`,
 `video_processing_qwen3_vl.py`, `video_processing_llava_onevision.py`.
@@ -78,7 +78,8 @@ def fit(
     """Multiples of `factor` near (height, width) so that depth * area lies in [least, most].
 
     Qwen's `smart_resize`: round both sides; if the volume is out of range, scale both by the same
-    root and round towards the range. `full` is the depth after rounding. Raises BadInput for an aspect ratio above 200.
+    root and round towards the range. `full` is the depth after rounding. Raises BadInput for an
+    aspect ratio above 200.
     """
     if max(height, width) > 200 * min(height, width):
         raise BadInput(

@@ -277,7 +277,8 @@ class Reader:
         tokenizer = self.found.tokenizer
         coded = tokenizer(
             texts, add_special_tokens=False, return_offsets_mapping=True, padding=False,
-            truncation=False, return_attention_mask=False, return_token_type_ids=False, verbose=False,
+            truncation=False, return_attention_mask=False, return_token_type_ids=False,
+            verbose=False,
         )  # fmt: skip
         codes = iter(zip(coded["input_ids"], coded["offset_mapping"]))
         return [self._encoded(row, codes) for row in rows]

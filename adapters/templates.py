@@ -3,8 +3,9 @@
 Four code bases put different strings before the model for the "same" metric, so a score carries
 the name of its template. Under `*` is what holds for every family that has no line of its own.
 
-Sources: zjunlp/EasyEdit `trainer/blip2_models/`, `evaluate/multimodal_evaluate.py`, `dataset/vqa.py`;
-VLKEB/VLKEB and MMKE-Bench (forks of it); qizhou000/LiveEdit `editor/vllms_for_edit/`; bigai-ai/ICE.
+Sources: zjunlp/EasyEdit `trainer/blip2_models/`, `evaluate/multimodal_evaluate.py` and
+`dataset/vqa.py`; VLKEB/VLKEB and MMKE-Bench (forks of it); qizhou000/LiveEdit
+`editor/vllms_for_edit/`; bigai-ai/ICE.
 """
 
 from __future__ import annotations

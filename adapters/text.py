@@ -67,7 +67,8 @@ def segments(template: Template, raw: Sequence[str], query: Query) -> list[Segme
     Pictures stand where the template has `{images}`, or, if the prompt says `<image>` exactly as
     often as it has pictures, there.
 
-    >>> segments(Template(picture="<Img>{}</Img> "), ("Q: {images}{prompt}",), Query("Who?", "", (0,)))
+    >>> template = Template(picture="<Img>{}</Img> ")
+    >>> segments(template, ("Q: {images}{prompt}",), Query("Who?", "", ("cat.png",)))
     ['Q: <Img>', 0, '</Img> Who?']
     """
     prompt = template.prompt.replace("{prompt}", query.prompt)
