@@ -33,7 +33,16 @@ from errata.functional.rows import pick
 from .capture import Capture, capture, discover, stopped_at, swapped
 from .families import family_of
 from .family import Family
-from .plan import ATTENDED, Sizes, added_key, make_plan
+from .plan import ATTENDED, added_key, make_plan
+from .probe import (
+    FIRST,
+    GROWN,
+    LONGER,
+    as_hugging_face,
+    empty_past,
+    observed,
+    tokens,
+)
 from .skeleton import EXPLICIT, Ledger, Skeletons, replaced
 from .structure import attention_path, decoder_path, text_config
 from .tail import ending
@@ -96,19 +105,15 @@ class Decoder:
 
     # The four functions of a model.
 
-    def embed(self, params: Params, inputs: Inputs, rewrites: Rewrites | None = None) -> Batch:
+    def embed(
+        self,
+        params: Params,
+        inputs: Inputs,
+        rewrites: Rewrites | None = None,
+        edit: Tensor | None = None,
+    ) -> Batch:
         """Vision tower, projector and token embeddings: the batch at depth 0."""
-        family = self.family
-        skeleton = self._skeletons.get()
-        positions = family.positions(skeleton, inputs) if family.positions else None
-        kwargs = family.arguments(skeleton, inputs)
-        if positions is not None:
-            kwargs["position_ids"] = _as_hugging_face(positions)
-        seen = self._capture(
-            skeleton, params, lambda module: family.enter(module, kwargs), rewrites or {}
-        )
-        if positions is None:
-            positions = _observed(seen.positions, inputs)
+        seen, positions = self._embed(self._skeletons.get(), params, inputs, rewrites)
         return Batch(
             hidden=seen.hidden,
             mask=inputs.mask,
@@ -116,7 +121,7 @@ class Decoder:
             image=inputs.image,
             labels=inputs.labels,
             at=inputs.at,
-            edit=torch.zeros(len(inputs.ids), dtype=torch.long, device=inputs.ids.device),
+            edit=torch.zeros_like(inputs.ids[:, 0]) if edit is None else edit,
             extras=self.plan.pack(seen),
         )
 
@@ -204,14 +209,20 @@ class Decoder:
         return few._replace(at=at, extras={**few.extras, ATTENDED: _gather(attended, batch.at)})
 
     def extend(
-        self, params: Params, ids: Tensor, past: Past, rewrites: Rewrites | None = None
+        self,
+        params: Params,
+        ids: Tensor,
+        past: Past,
+        rewrites: Rewrites | None = None,
+        edit: Tensor | None = None,
     ) -> Batch:
         """The batch at depth 0 of new token ids [B n] behind `past`; `at` is the last of them."""
         if self.plan.cached is None:
             raise ModelUnsupported(
                 f"{self.card.id} can not go on from keys and values: {self.plan.refusal}."
             )
-        seen, positions, new = self._extend(self._skeletons.get(), params, ids, past, rewrites)
+        skeleton = self._skeletons.get()
+        seen, positions, new = self._extend(skeleton, params, ids, past, rewrites)
         last = torch.full_like(ids[:, :1], ids.shape[1] - 1)
         return Batch(
             hidden=seen.hidden,
@@ -220,11 +231,30 @@ class Decoder:
             image=torch.zeros_like(new),
             labels=torch.full_like(last, IGNORE),
             at=last,
-            edit=torch.zeros_like(ids[:, 0]),
+            edit=torch.zeros_like(ids[:, 0]) if edit is None else edit,
             extras=self.plan.pack(seen),
         )
 
     # What they share.
+
+    def _arguments(self, skeleton: nn.Module, inputs: Inputs) -> tuple[dict, Tensor | None]:
+        kwargs = self.family.arguments(skeleton, inputs)
+        if self.family.positions is None:
+            return kwargs, None
+        positions = self.family.positions(skeleton, inputs)
+        return {**kwargs, "position_ids": as_hugging_face(positions)}, positions
+
+    def _embed(
+        self,
+        skeleton: nn.Module,
+        params: Params,
+        inputs: Inputs,
+        rewrites: Rewrites | None = None,
+    ) -> tuple[Capture, Tensor]:
+        kwargs, positions = self._arguments(skeleton, inputs)
+        enter = self.family.enter
+        seen = self._capture(skeleton, params, lambda module: enter(module, kwargs), rewrites or {})
+        return seen, observed(seen.positions, inputs) if positions is None else positions
 
     def _names(self, module: nn.Module, path: str) -> list[tuple[str, str]]:
         """(name inside the part, name in `params`) of every parameter of a part."""
@@ -289,7 +319,7 @@ class Decoder:
             lambda module: module.get_submodule(self.decoder)(
                 input_ids=ids,
                 attention_mask=torch.cat([past.mask, new], 1).long(),
-                position_ids=_as_hugging_face(positions),
+                position_ids=as_hugging_face(positions),
                 past_key_values=ledger,
                 use_cache=True,
             ),
@@ -330,7 +360,7 @@ class Decoder:
         with ExitStack() as stack:
             if ATTENDED in extras and number == self.card.num_layers - 1:
                 site = layer.get_submodule(self.attention[number])
-                saved = self.found_attention[number].of(extras[ATTENDED])
+                saved = self.attention_shapes[number].of(extras[ATTENDED])
                 stack.enter_context(replaced([site], [lambda *a, **k: saved]))
             result = first_tensor(functional_call(layer, own, args, kwargs, tie_weights=False))
         added = extras.get(added_key(number))
@@ -346,25 +376,26 @@ class Decoder:
     # What is found once, on construction.
 
     def _probe(self, module: nn.Module) -> None:
-        """Find tail, layouts and state by a free forward and two captures of a few tokens."""
-        card, family = self.card, self.family
-        skeleton = self._skeletons.get()
+        """Find tail, state and layouts by a free forward and two captures of a few tokens."""
+        card, skeleton = self.card, self._skeletons.get()
         params = {name: tensor.detach() for name, tensor in module.named_parameters()}
         layers = list(skeleton.get_submodule(card.layers))
         attentions = [
             layer.get_submodule(path) if path else None
             for layer, path in zip(layers, self.attention)
         ]
-        small = Sizes(2, 5, 5)
-        inputs = _tokens(card, module, small.rows, small.query)
-        kwargs = family.arguments(skeleton, inputs)
-        if family.positions:
-            kwargs["position_ids"] = _as_hugging_face(family.positions(skeleton, inputs))
-        head = skeleton.get_submodule(card.head)
-        found = discover(skeleton, layers, attentions, head, lambda: family.enter(skeleton, kwargs))
+        inputs = tokens(card, module, FIRST)
+        kwargs, _ = self._arguments(skeleton, inputs)
+        found = discover(
+            skeleton,
+            layers,
+            attentions,
+            skeleton.get_submodule(card.head),
+            lambda: self.family.enter(skeleton, kwargs),
+        )
         for path, name in found.state:
             setattr(skeleton.get_submodule(path), name, getattr(module.get_submodule(path), name))
-        self.shapes, self.found_attention = found.layers, found.attention
+        self.shapes, self.attention_shapes = found.layers, found.attention
         self.tail, self.state = found.tail, found.state
         self._tail_params = [self._names(module, path) for path in self.tail]
         self._ending = lambda logits: logits
@@ -372,71 +403,24 @@ class Decoder:
         configs = [text_config(module.config), module.config]
         self._ending = ending(configs, raw, found.logits, type(module).__name__)
 
-        def run(given: Inputs) -> Capture:
-            these = family.arguments(skeleton, given)
-            if family.positions:
-                these["position_ids"] = _as_hugging_face(family.positions(skeleton, given))
-            return self._capture(skeleton, params, lambda part: family.enter(part, these), {})
-
-        one = run(inputs)
-        large, refusal = Sizes(3, 3, 7), ""
-        axes = family.positions(skeleton, inputs).shape[1] if family.positions else None
-        axes = axes or _observed(one.positions, inputs).shape[1]
-        past = _empty_past(large, axes)
+        one, positions = self._embed(skeleton, params, inputs)
         try:
-            ids = _tokens(card, module, large.rows, large.query).ids
+            past = empty_past(inputs.ids, positions.shape[1])
+            ids = tokens(card, module, GROWN).ids
             two = self._extend(skeleton, params, ids, past)[0]
-            plan = make_plan(one, small, two, large)
-        except (TypeError, ValueError, AttributeError, RuntimeError, ModelUnsupported) as error:
-            refusal = f"its decoder does not go on from a cache of ours ({error})"
-            large = Sizes(3, 7, 7)
-            two = run(_tokens(card, module, large.rows, large.query))
-            plan = make_plan(one, small, two, large, refusal)
-        self.plan = plan
-
-
-def _tokens(card: ModelCard, module: nn.Module, rows: int, length: int) -> Inputs:
-    """Synthetic token rows, clear of the special ones; the last row is one token shorter."""
-    special = {
-        value
-        for config in (module.config, text_config(module.config))
-        for name, value in vars(config).items()
-        if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
-    }
-    plain = [token for token in range(min(card.vocab, 256)) if token not in special]
-    order = torch.arange(rows * length) * 7 % len(plain)
-    device = next(module.parameters()).device
-    ids = torch.tensor(plain)[order].reshape(rows, length).to(device)
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    mask[-1, -1] = False
-    nothing = torch.zeros_like(mask)
-    at = torch.zeros_like(ids[:, :1])
-    return Inputs(ids, mask, nothing, torch.full_like(at, IGNORE), at)
-
-
-def _empty_past(sizes: Sizes, axes: int) -> Past:
-    length = sizes.keys - sizes.query
-    return Past(
-        (),
-        (),
-        torch.ones(sizes.rows, length, dtype=torch.bool),
-        torch.full((sizes.rows, axes), length),
-    )
-
-
-def _as_hugging_face(positions: Tensor) -> Tensor:
-    """[B P L] as Hugging Face has it: [B L], or [P B L] for several axes."""
-    return positions[:, 0] if positions.shape[1] == 1 else positions.transpose(0, 1)
-
-
-def _observed(positions: Tensor | None, inputs: Inputs) -> Tensor:
-    """[B P L] from what the decoder was given, or counted where it was given nothing."""
-    rows, length = inputs.ids.shape
-    if positions is None:
-        return torch.arange(length, device=inputs.ids.device).expand(rows, 1, length)
-    if positions.ndim == 3:
-        return positions.transpose(0, 1).expand(rows, -1, -1)
-    return positions.reshape(-1, 1, length).expand(rows, 1, length)
+            self.plan = make_plan(one, FIRST, two, GROWN)
+        except (
+            AttributeError,
+            IndexError,
+            KeyError,
+            ModelUnsupported,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            two, _ = self._embed(skeleton, params, tokens(card, module, LONGER))
+            refusal = f"its decoder does not go on from keys and values it is given ({error})"
+            self.plan = make_plan(one, FIRST, two, LONGER, refusal)
 
 
 def _gather(hidden: Tensor, at: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from errata.functional.errors import ModelUnsupported
 
-from . import llava, llava_onevision, qwen2_vl, qwen3_vl, text_only
+from . import blip2, llava, llava_onevision, qwen2_vl, qwen3_vl, text_only
 from .family import Family
 
 __all__ = ["FAMILIES", "REFUSED", "family_of"]
@@ -14,6 +14,8 @@ __all__ = ["FAMILIES", "REFUSED", "family_of"]
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
+        blip2.family,
+        blip2.minigpt4,
         llava.family,
         llava_onevision.family,
         qwen2_vl.qwen2,

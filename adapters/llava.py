@@ -1,6 +1,7 @@
 """LLaVA-1.5: a CLIP tower, a two-layer projector, a Llama decoder; features replace placeholders.
 
-Liu et al., "Improved Baselines with Visual Instruction Tuning", 2024; `LlavaForConditionalGeneration`.
+Liu et al., "Improved Baselines with Visual Instruction Tuning", 2024;
+`LlavaForConditionalGeneration`.
 """
 
 from .family import Family
