@@ -53,6 +53,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     images: bool = True  # takes images at all
     several: bool = True  # takes several images in one row
     videos: bool = False
+    stop: tuple[int, ...] = ()  # token ids that end an answer
 
     def site(self, name: str) -> str:
         """The full path of one site given by neutral or family name.

@@ -137,8 +137,9 @@ class Model(NamedTuple):
 
     read(queries) -> Inputs
         The impure edge: template, tokenizer, image decoding and preprocessing.
-    embed(params, inputs, rewrites={}) -> Batch
-        Vision tower, projector, token embeddings: the batch at depth 0.
+    embed(params, inputs, rewrites={}, edit=None) -> Batch
+        Vision tower, projector, token embeddings: the batch at depth 0. `edit` [B] says which edit
+        of a stacked delta each row runs under (None: all under edit 0).
     decode(params, batch, rewrites={}, *, start=None, stop=None, at=None, past=None, keep=False)
         Layers `batch.depth` (== start, when given) up to `stop`. With `stop` < N a Batch at that
         depth; with `stop` None or N the logits [B T V] at positions `at` (default `batch.at`),
@@ -148,7 +149,7 @@ class Model(NamedTuple):
         For a batch before the last layer: run its attention on whole rows, then keep only the
         scored positions (L becomes T). `decode` of the result gives the same logits; only changes
         to the last layer's position-wise part, the final norm or the head may differ between.
-    extend(params, ids, past) -> Batch
+    extend(params, ids, past, rewrites={}, edit=None) -> Batch
         The batch at depth 0 of new token ids [B n] that follow `past`.
     write(ids) -> str
         Detokenise, special tokens dropped.

@@ -1,0 +1,127 @@
+"""One linear map per edit: rows of a batch go through the matrix of the edit they name.
+
+    y_b = x_b D_{e(b)}^T,   e(b) = -1: y_b = 0
+
+Rows and edits come in any order and any number. No matrix is copied per row: rows of one edit are
+multiplied together, and where every edit has as many rows, in order, the whole is one `bmm`. The
+two maps below are each other's derivatives, so gradients of any order, `vmap` and their
+compositions work. Legend: B rows · L tokens · I in · O out · E edits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+__all__ = ["grouped_linear"]
+
+
+def grouped_linear(x: Tensor, maps: Tensor, edit: Tensor) -> Tensor:
+    """y[b] = x[b] maps[edit[b]]^T: [B L I], [E O I], [B] -> [B L O]; rows of edit -1 give zeros.
+
+    >>> maps = torch.stack([torch.eye(2), 3 * torch.eye(2)])
+    >>> grouped_linear(torch.ones(2, 1, 2), maps, torch.tensor([1, -1])).tolist()
+    [[[3.0, 3.0]], [[0.0, 0.0]]]
+    """
+    return _Apply.apply(x, maps, edit)
+
+
+class _Apply(Function):
+    """(x [B L I], maps [E O I], edit [B]) -> [B L O]"""
+
+    @staticmethod
+    def forward(x, maps, edit):
+        groups, size = _groups(edit, maps.shape[0])
+        if size:
+            return torch.bmm(_together(x, size), maps.mT).view(*x.shape[:2], -1)
+        out = x.new_zeros(*x.shape[:2], maps.shape[1])
+        for number, rows in groups.items():
+            out[rows] = x[rows] @ maps[number].mT
+        return out
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, maps, edit = ctx.saved_tensors
+        back = _Apply.apply(grad, maps.mT, edit) if ctx.needs_input_grad[0] else None
+        outer = _Outer.apply(grad, x, edit, maps.shape[0]) if ctx.needs_input_grad[1] else None
+        return back, outer, None
+
+    @staticmethod
+    def vmap(info, in_dims, x, maps, edit):
+        size = info.batch_size
+        x = _lead(x, in_dims[0], size)
+        if in_dims[1] is not None:
+            maps = maps.movedim(in_dims[1], 0)
+            edit = _shift(_lead(edit, in_dims[2], size), maps.shape[1])
+            maps = maps.flatten(0, 1)
+        else:
+            edit = _lead(edit, in_dims[2], size)
+        out = _Apply.apply(x.flatten(0, 1), maps, edit.flatten())
+        return out.unflatten(0, (size, -1)), 0
+
+
+class _Outer(Function):
+    """(g [B L O], x [B L I], edit [B], E) -> sum over rows of each edit of g^T x: [E O I]"""
+
+    @staticmethod
+    def forward(g, x, edit, num_edits):
+        groups, size = _groups(edit, num_edits)
+        if size:
+            return torch.bmm(_together(g, size).mT, _together(x, size))
+        out = x.new_zeros(num_edits, g.shape[-1], x.shape[-1])
+        for number, rows in groups.items():
+            out[number] = g[rows].flatten(0, 1).mT @ x[rows].flatten(0, 1)
+        return out
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3])
+
+    @staticmethod
+    def backward(ctx, grad):
+        g, x, edit = ctx.saved_tensors
+        to_g = _Apply.apply(x, grad, edit) if ctx.needs_input_grad[0] else None
+        to_x = _Apply.apply(g, grad.mT, edit) if ctx.needs_input_grad[1] else None
+        return to_g, to_x, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, g, x, edit, num_edits):
+        size = info.batch_size
+        g, x = _lead(g, in_dims[0], size), _lead(x, in_dims[1], size)
+        edit = _shift(_lead(edit, in_dims[2], size), num_edits)
+        out = _Outer.apply(g.flatten(0, 1), x.flatten(0, 1), edit.flatten(), size * num_edits)
+        return out.unflatten(0, (size, num_edits)), 0
+
+
+def _groups(edit: Tensor, num_edits: int) -> tuple[dict[int, slice | list[int]], int]:
+    """The rows of each edit present; and, where all edits have n rows each, in order, that n."""
+    numbers = edit.tolist()
+    size, rest = divmod(len(numbers), num_edits) if num_edits else (0, 0)
+    if size and not rest and numbers == [e for e in range(num_edits) for _ in range(size)]:
+        return {}, size
+    rows: dict[int, list[int]] = {}
+    for row, number in enumerate(numbers):
+        if number >= 0:
+            rows.setdefault(number, []).append(row)
+    runs = {e: slice(r[0], r[-1] + 1) if r[-1] - r[0] + 1 == len(r) else r for e, r in rows.items()}
+    return runs, 0
+
+
+def _together(x: Tensor, size: int) -> Tensor:
+    """[E*n L I] -> [E n*L I]"""
+    return x.reshape(-1, size * x.shape[1], x.shape[2])
+
+
+def _lead(x: Tensor, dim: int | None, size: int) -> Tensor:
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def _shift(edit: Tensor, num_edits: int) -> Tensor:
+    """Number the edits of every lane of a vmap apart: lane n has n*E .. n*E + E - 1."""
+    lane = torch.arange(edit.shape[0], device=edit.device)[:, None] * num_edits
+    return torch.where(edit < 0, edit, edit + lane)

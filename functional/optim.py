@@ -1,0 +1,309 @@
+"""Optimisers as pairs of pure functions over pytrees, for one edit or for many side by side.
+
+    optimizer = adamw(lr=1e-3)
+    state = optimizer.init(tensors)
+    tensors, state = optimizer.update(grads, state, tensors)
+
+The arithmetic is torch.optim's, to the last bit or two. Under `torch.func.vmap` each edit has its
+own step count. Without vmap, `init(tensors, num_edits=E)` gives tensors with a leading edit axis
+one step count per edit, and `update(..., mask=active)` leaves finished edits as they are.
+
+With `donate=True` the tensors and the state handed to `update` are overwritten by a fused kernel
+and handed back: one pass over memory instead of about ten. Only donate what your own loop made
+(what `init` made, and the delta being trained), never a model's parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree  # what torch.func itself is built on
+
+__all__ = [
+    "AdamState",
+    "Optimizer",
+    "Schedule",
+    "SgdState",
+    "adam",
+    "adamw",
+    "clamp",
+    "clip_norm",
+    "constant",
+    "exponential",
+    "sgd",
+    "warmup",
+]
+
+Tree = Any
+"""A tensor, or dicts, tuples and NamedTuples of them."""
+
+Schedule = Callable[[Tensor], Tensor]
+"""Number of updates done before this one -> learning rate."""
+
+
+class Optimizer(NamedTuple):
+    """A way to descend, as two pure functions.
+
+    init(tensors, num_edits=0) -> state
+        With `num_edits` = E > 0 every tensor leads with an edit axis of that length.
+    update(grads, state, tensors, *, mask=None, scale=1.0, anchor=None) -> (tensors, state)
+        One step. `mask` [E] bool: edits that are False keep tensors and state (needs `num_edits`).
+        `scale` multiplies the learning rate. `anchor`: what weight decay adds to the tensors before
+        it pulls them to zero: with the base's parameters there, a change d decays as W + d does.
+    """
+
+    init: Callable[..., Any]
+    update: Callable[..., tuple[Tree, Any]]
+
+
+class AdamState(NamedTuple):
+    """Updates done, and the running means of the gradient and of its square."""
+
+    step: Tensor  # [] or [E] float64
+    mean: Tree
+    square: Tree
+
+
+class SgdState(NamedTuple):
+    """Updates done, and the momentum (an empty tuple where there is none)."""
+
+    step: Tensor  # [] or [E] float64
+    momentum: Tree
+
+
+def adam(
+    lr: float | Schedule = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    *,
+    donate: bool = False,
+) -> Optimizer:
+    """Adam (Kingma and Ba 2015), weight decay added to the gradient.
+
+        m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2,
+        x = x - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+    >>> optimizer = adam(lr=0.1)
+    >>> x = {"x": torch.tensor(1.0)}
+    >>> optimizer.update({"x": torch.tensor(2.0)}, optimizer.init(x), x)[0]
+    {'x': tensor(0.9000)}
+    """
+    return _adam(lr, betas, eps, weight_decay, decoupled=False, donate=donate)
+
+
+def adamw(
+    lr: float | Schedule = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    *,
+    donate: bool = False,
+) -> Optimizer:
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019): x = (1 - lr wd) x first."""
+    return _adam(lr, betas, eps, weight_decay, decoupled=True, donate=donate)
+
+
+def sgd(
+    lr: float | Schedule,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    *,
+    donate: bool = False,
+) -> Optimizer:
+    """Gradient descent: m = momentum m + g + wd x, x = x - lr m."""
+
+    def init(tensors: Tree, num_edits: int = 0) -> SgdState:
+        buffers = pytree.tree_map(torch.zeros_like, tensors) if momentum else ()
+        return SgdState(_zero_steps(tensors, num_edits), buffers)
+
+    def change(x: Tensor, g: Tensor, m: Tensor | None, base: Tensor | None, rate: Tensor):
+        if weight_decay:
+            g = g + weight_decay * (x if base is None else x + base)
+        if m is not None:
+            g = momentum * m + g
+        return x - _wide(rate, x) * g, g
+
+    def update(grads, state, tensors, *, mask=None, scale=1.0, anchor=None):
+        rate = _rate(lr, state.step, scale)
+        leaves, shape = pytree.tree_flatten(tensors)
+        grads, bases = shape.flatten_up_to(grads), _anchors(anchor, tensors)
+        buffers = shape.flatten_up_to(state.momentum) if momentum else [None] * len(leaves)
+        if donate:
+            with torch.no_grad():
+                for where, _ in _groups(state.step, rate, mask):
+                    for x, g, m, base in zip(leaves, grads, buffers, bases):
+                        part = [None if t is None else t[where] for t in (x, g, m)]
+                        size = rate[where] if rate.ndim else rate
+                        moved, kept = change(*part, base, size)
+                        part[0].copy_(moved)
+                        if part[2] is not None:
+                            part[2].copy_(kept)
+        else:
+            pairs = [change(*group, rate) for group in zip(leaves, grads, buffers, bases)]
+            leaves = _keep(mask, [pair[0] for pair in pairs], leaves)
+            buffers = _keep(mask, [pair[1] for pair in pairs], buffers) if momentum else []
+        kept = pytree.tree_unflatten(buffers, shape) if momentum else ()
+        return pytree.tree_unflatten(leaves, shape), SgdState(_advance(state.step, mask), kept)
+
+    return Optimizer(init, update)
+
+
+def constant(lr: float) -> Schedule:
+    """The same learning rate at every step."""
+    return lambda step: torch.full_like(step, lr)
+
+
+def exponential(lr: float, gamma: float) -> Schedule:
+    """lr * gamma^t at the step after t updates: torch's ExponentialLR stepped with the optimiser.
+
+    >>> exponential(0.1, 0.5)(torch.tensor(2.0))
+    tensor(0.0250)
+    """
+    return lambda step: lr * gamma**step
+
+
+def warmup(lr: float, num_steps: int) -> Schedule:
+    """lr * min(1, (t + 1) / num_steps): linear, then constant."""
+    return lambda step: lr * ((step + 1) / num_steps).clamp_max(1.0)
+
+
+def clip_norm(tree: Tree, limit: float) -> tuple[Tree, Tensor]:
+    """Scale a pytree of gradients so that its Euclidean norm is at most `limit`; also the norm.
+
+    g = g * min(1, limit / (|g| + 1e-6)), as `torch.nn.utils.clip_grad_norm_`. For stacked edits,
+    each with its own norm, wrap it in `torch.func.vmap`.
+
+    >>> clip_norm({"w": torch.tensor([3.0, 4.0])}, 1.0)
+    ({'w': tensor([0.6000, 0.8000])}, tensor(5.))
+    """
+    leaves = pytree.tree_leaves(tree)
+    parts = [torch.linalg.vector_norm(leaf.float()) for leaf in leaves]
+    total = torch.linalg.vector_norm(torch.stack(parts))
+    factor = (limit / (total + 1e-6)).clamp_max(1.0)
+    return pytree.tree_map(lambda leaf: leaf * factor.to(leaf.dtype), tree), total
+
+
+def clamp(tree: Tree, limit: float, *, donate: bool = False) -> Tree:
+    """Project every element on [-limit, limit]: the L-infinity constraint of FT-L.
+
+    >>> clamp({"w": torch.tensor([-2.0, 0.5])}, 1.0)
+    {'w': tensor([-1.0000,  0.5000])}
+    """
+    if donate:
+        with torch.no_grad():
+            for leaf in pytree.tree_leaves(tree):
+                leaf.clamp_(-limit, limit)
+        return tree
+    return pytree.tree_map(lambda leaf: leaf.clamp(-limit, limit), tree)
+
+
+def _adam(lr, betas, eps: float, weight_decay: float, *, decoupled: bool, donate: bool):
+    b1, b2 = betas
+    kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
+
+    def init(tensors: Tree, num_edits: int = 0) -> AdamState:
+        mean = pytree.tree_map(torch.zeros_like, tensors)
+        square = pytree.tree_map(torch.zeros_like, tensors)
+        return AdamState(_zero_steps(tensors, num_edits), mean, square)
+
+    def change(x, g, m, v, base, rate: Tensor, step: Tensor):
+        if weight_decay:
+            whole = x if base is None else x + base
+            if decoupled:
+                x = x - _wide(rate * weight_decay, x) * whole
+            else:
+                g = g + weight_decay * whole
+        m = torch.lerp(m, g, 1 - b1)
+        v = b2 * v + (1 - b2) * g * g
+        size = _wide(rate / (1 - b1**step), x)
+        root = v.sqrt() / _wide((1 - b2**step).sqrt(), x) + eps
+        return x - size * m / root, m, v
+
+    def fused(parts: list[list[Tensor]], bases, rate: float, step: Tensor) -> None:
+        xs, gs, ms, vs = parts
+        pull = rate * weight_decay
+        for i, base in enumerate(bases):
+            if base is None or not weight_decay:
+                continue
+            if decoupled:  # the kernel then multiplies by (1 - pull)
+                xs[i].sub_(base, alpha=pull / (1 - pull))
+            else:
+                gs[i] = gs[i] + weight_decay * base
+        kernel(
+            xs, gs, ms, vs, [], [step] * len(xs), lr=rate, beta1=b1, beta2=b2,
+            weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
+        )  # fmt: skip
+
+    def update(grads, state, tensors, *, mask=None, scale=1.0, anchor=None):
+        rate, step = _rate(lr, state.step, scale), state.step + 1
+        shape = pytree.tree_structure(tensors)
+        lists = [shape.flatten_up_to(t) for t in (tensors, grads, state.mean, state.square)]
+        bases = _anchors(anchor, tensors)
+        if donate:
+            with torch.no_grad():
+                for where, size in _groups(state.step, rate, mask):
+                    parts = [[leaf[where] for leaf in leaves] for leaves in lists]
+                    count = step[where].flatten()[0].float()
+                    fused(parts, bases, size, count)
+            news = [lists[0], *lists[2:]]
+        else:
+            triples = [change(*group, rate, step) for group in zip(*lists, bases)]
+            news = [[triple[i] for triple in triples] for i in range(3)]
+            news = [_keep(mask, new, old) for new, old in zip(news, [lists[0], *lists[2:]])]
+        tensors, mean, square = (pytree.tree_unflatten(leaves, shape) for leaves in news)
+        return tensors, AdamState(_advance(state.step, mask), mean, square)
+
+    return Optimizer(init, update)
+
+
+def _zero_steps(tensors: Tree, num_edits: int) -> Tensor:
+    device = pytree.tree_leaves(tensors)[0].device
+    return torch.zeros((num_edits,) if num_edits else (), dtype=torch.float64, device=device)
+
+
+def _rate(lr: float | Schedule, step: Tensor, scale) -> Tensor:
+    rate = lr(step) if callable(lr) else torch.full_like(step, lr)
+    return rate * scale
+
+
+def _wide(factor: Tensor, x: Tensor) -> Tensor:
+    """A number per edit (or one number) so that it multiplies x, which may lead with edits."""
+    return factor.to(x.dtype).reshape(factor.shape + (1,) * (x.ndim - factor.ndim))
+
+
+def _anchors(anchor: Tree | None, tensors: Tree) -> list[Tensor | None]:
+    """The anchors of the leaves, in order; a dict may lack names."""
+    if anchor is None:
+        return [None] * len(pytree.tree_leaves(tensors))
+    if isinstance(anchor, Mapping):
+        assert isinstance(tensors, Mapping), "an anchor in a dict is for tensors in a dict"
+        return [anchor.get(name) for name in tensors]
+    return pytree.tree_leaves(anchor)
+
+
+def _keep(mask: Tensor | None, new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
+    if mask is None:
+        return new
+    return [torch.where(_wide(mask, n).bool(), n, o) for n, o in zip(new, old)]
+
+
+def _advance(step: Tensor, mask: Tensor | None) -> Tensor:
+    assert mask is None or step.ndim, "a mask needs a step per edit: init(tensors, num_edits=E)"
+    return step + 1 if mask is None else step + mask.to(step.dtype)
+
+
+def _groups(step: Tensor, rate: Tensor, mask: Tensor | None):
+    """What a donated update may run as one: (index, learning rate) per group of tensors.
+
+    All edits at once where all are active and at one step, else each active edit by itself.
+    """
+    rates = torch.broadcast_to(rate, step.shape).flatten().tolist()
+    steps = step.flatten().tolist()
+    active = [True] * len(steps) if mask is None else mask.tolist()
+    if all(active) and len(set(steps)) == 1 and len(set(rates)) == 1:
+        return [(..., rates[0])]
+    return [(edit, rates[edit]) for edit, on in enumerate(active) if on]
