@@ -12,8 +12,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .answers import answers
+    from .bind import bind
     from .card import Base, ModelCard
     from .compare import conflicts, diff
+    from .generate import generate
     from .header import Dense, EditRecord, Header, LowRank
     from .io import load, save
     from .merge import compress, merge, remove, scale, select
@@ -53,9 +56,12 @@ __all__ = [
     "Query",
     "Rewrite",
     "Rewrites",
+    "answers",
+    "bind",
     "compress",
     "conflicts",
     "diff",
+    "generate",
     "load",
     "merge",
     "remove",
@@ -65,7 +71,7 @@ __all__ = [
 ]
 
 # Searched in this order: those without torch first.
-_MODULES = ("card", "header", "types", "io", "merge", "compare")
+_MODULES = ("card", "header", "types", "io", "merge", "compare", "bind", "answers", "generate")
 
 
 def __getattr__(name: str) -> Any:
