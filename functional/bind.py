@@ -5,7 +5,7 @@
 
     dense, one edit          overlay  W + d
     dense, stacked           rewrite  y + x d_e^T  (a bias: y + d_e), e = the row's edit
-    lowrank, form "weight"   overlay  (W.float() + B A).to(W.dtype)
+    lowrank, form "weight"   overlay  W + (B A).to(W.dtype), B A in fp32
     lowrank, form "act"      rewrite  y + (x A^T) B^T, in the model's dtype
     lowrank, "act_fp32"      rewrite  the product in fp32, cast once at the end
     lowrank, stacked         rewrite  with A_e, B_e; form "weight" runs as "act_fp32"
@@ -237,9 +237,9 @@ def _lowrank(model: Model, header: Header, entry: LowRank, tensors: Mapping[str,
     plain = all(p in card.linears and runs_below(card, p) != runs_above(card, p) for p in paths)
     if header.form == "weight" or not plain:
         base = model.params[home]
-        full = up.float() @ down.float()
+        full = (up.float() @ down.float()).to(base.dtype)  # as PEFT merges: rounded, then added
         full = full.mT if entry.transposed else full
-        return Change(params={home: (base.float() + full).to(base.dtype)})
+        return Change(params={home: base + full})
     rewrite = _act_fp32(down, up) if header.form == "act_fp32" else _act(down, up)
     above = {path: rewrite for path in paths if runs_above(card, path)}
     below = {path: rewrite for path in paths if runs_below(card, path)}

@@ -47,7 +47,7 @@ Form = Literal["act", "act_fp32", "weight"]
 
 act       y = x Wᵀ + (x Aᵀ) Bᵀ, in the model's dtype
 act_fp32  the same, the low-rank product in fp32, cast once at the end
-weight    W' = (W.float() + B A).to(W.dtype), then y = x W'ᵀ
+weight    W' = W + (B A).to(W.dtype), B A in fp32, then y = x W'ᵀ: what PEFT merges to
 """
 
 
