@@ -104,6 +104,6 @@ def affine(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     On a CPU this goes to oneDNN, which reads a tall `weight` for few rows about 1.4 to 3 times
     faster than the BLAS behind `torch.mm` does and needs no copy of it.
     """
-    if rows.is_cpu and torch.backends.mkldnn.is_available():
+    if rows.is_cpu and rows.numel() and weight.numel() and torch.backends.mkldnn.is_available():
         return F.linear(rows.contiguous().to_mkldnn(), weight, bias).to_dense()
     return F.linear(rows, weight, bias)

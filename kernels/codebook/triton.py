@@ -1,0 +1,252 @@
+"""The nearest key on a GPU: tile minima on tensor cores, then an exact scan of the few tiles left.
+
+Legend: B queries · N keys · D width of a key · T tiles of `KEYS` keys
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from errata.kernels.codebook import ref
+
+KEYS = 128  # keys per tile; they take the long side of the product, which needs 64 rows for wgmma
+LIMIT = tl.constexpr(ref.LIMIT)
+FAR = tl.constexpr(2**31 - 1)
+
+
+class Blocks(NamedTuple):
+    """One fixed launch configuration: a timed choice would change bits between runs."""
+
+    rows: int  # queries per program
+    width: int  # columns per step
+    num_warps: int
+    num_stages: int
+
+
+def blocks(num_rows: int, itemsize: int) -> Blocks:
+    """The configuration for a batch of `num_rows`; about 96 KB of shared memory at most."""
+    width = 64 if itemsize == 2 else 32
+    if num_rows <= 16:
+        return Blocks(16, width, 4, 5)
+    if num_rows <= 64:
+        return Blocks(64, width, 4, 4)
+    return Blocks(128, width, 8, 3)
+
+
+@triton.jit
+def tile_minima(
+    query,
+    keys,
+    norms,
+    minima,
+    longest,
+    num_rows,
+    num_keys,
+    width,
+    num_tiles,
+    query_stride,
+    key_stride,
+    WIDEN: tl.constexpr,
+    KEYS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """minima[b, t] = min over tile t of |k|^2 - 2 q.k; longest[t] = max |k|^2. NaN never wins."""
+    program = tl.program_id(0)
+    row_tiles = tl.cdiv(num_rows, ROWS)
+    tile = program // row_tiles  # neighbours share a tile of keys: it is read once, then from L2
+    row = (program % row_tiles) * ROWS + tl.arange(0, ROWS)
+    key = tile * KEYS + tl.arange(0, KEYS)
+    column = tl.arange(0, WIDTH)
+
+    norm = tl.load(norms + key, mask=key < num_keys, other=float("inf"))
+    usable = norm <= LIMIT
+    key_at = keys + key.to(tl.int64)[:, None] * key_stride + column[None, :]
+    query_at = query + row.to(tl.int64)[:, None] * query_stride + column[None, :]
+    product = tl.zeros([KEYS, ROWS], tl.float32)
+    for start in range(0, width, WIDTH):
+        inside = (start + column < width)[None, :]
+        k = tl.load(key_at + start, mask=usable[:, None] & inside, other=0.0)
+        q = tl.load(query_at + start, mask=(row < num_rows)[:, None] & inside, other=0.0)
+        if WIDEN:
+            k = k.to(tl.float32)
+            q = q.to(tl.float32)
+        product = tl.dot(k, tl.trans(q), product, input_precision="tf32x3")
+    score = tl.where(usable[:, None], norm[:, None] - 2 * product, float("inf"))
+    least = tl.min(score, 0)
+    tl.store(minima + row.to(tl.int64) * num_tiles + tile, least, mask=row < num_rows)
+    tl.store(longest + tile, tl.max(tl.where(usable, norm, 0.0), 0), mask=program % row_tiles == 0)
+
+
+@triton.jit
+def rescan(
+    query,
+    keys,
+    norms,
+    reach,
+    minima,
+    longest,
+    index,
+    distance,
+    num_keys,
+    width,
+    num_tiles,
+    query_stride,
+    key_stride,
+    unit,
+    KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Per query, the exact nearest key among the tiles inside the rounding band."""
+    row = tl.program_id(0)
+    column = tl.arange(0, WIDTH)
+    query_at = query + tl.cast(row, tl.int64) * query_stride + column
+    squares = tl.zeros([WIDTH], tl.float32)
+    for start in range(0, width, WIDTH):
+        q = tl.load(query_at + start, mask=start + column < width, other=0.0).to(tl.float32)
+        squares += q * q
+    length = tl.sum(squares, 0)
+    sound = length <= LIMIT
+
+    offset = tl.arange(0, TILES)
+    least = tl.full([TILES], float("inf"), tl.float32)
+    most = tl.zeros([TILES], tl.float32)
+    minima_at = minima + tl.cast(row, tl.int64) * num_tiles + offset
+    for start in range(0, num_tiles, TILES):
+        inside = start + offset < num_tiles
+        least = tl.minimum(least, tl.load(minima_at + start, mask=inside, other=float("inf")))
+        most = tl.maximum(most, tl.load(longest + start + offset, mask=inside, other=0.0))
+    lowest = tl.min(least, 0)
+    far = tl.max(most, 0)
+    band = unit * (2 * tl.sqrt(tl.where(sound, length, 0.0)) * tl.sqrt(far) + far)
+    within = tl.load(reach + row)
+    certain = lowest + length - band - unit * length
+    near = sound & (lowest < float("inf")) & (within >= 0) & (certain <= within * within)
+    limit = tl.where(near, lowest + band, float("-inf"))
+
+    best = tl.full([], float("inf"), tl.float64)
+    first = tl.full([], -1, tl.int32)
+    for start in range(0, num_tiles, TILES):
+        inside = start + offset < num_tiles
+        minimum = tl.load(minima_at + start, mask=inside, other=float("inf"))
+        candidate = inside & (minimum <= limit)
+        left = tl.sum(candidate.to(tl.int32), 0)
+        while left > 0:
+            place = tl.min(tl.where(candidate, offset, TILES), 0)
+            key = (start + place) * KEYS + tl.arange(0, KEYS)
+            norm = tl.load(norms + key, mask=key < num_keys, other=float("inf"))
+            usable = norm <= LIMIT
+            key_at = keys + key.to(tl.int64)[:, None] * key_stride + column[None, :]
+            total = tl.zeros([KEYS], tl.float64)
+            for step in range(0, width, WIDTH):
+                valid = step + column < width
+                k = tl.load(key_at + step, mask=usable[:, None] & valid[None, :], other=0.0)
+                q = tl.load(query_at + step, mask=valid, other=0.0)
+                apart = k.to(tl.float64) - q.to(tl.float64)[None, :]
+                total += tl.sum(apart * apart, 1)
+            total = tl.where(usable, total, float("inf"))
+            smallest = tl.min(total, 0)
+            lowest_key = tl.min(tl.where(total == smallest, key, FAR), 0)
+            better = smallest < best  # strict: tiles come in ascending order
+            first = tl.where(better, lowest_key, first)
+            best = tl.where(better, smallest, best)
+            candidate = candidate & (offset != place)
+            left -= 1
+
+    exact = tl.sqrt(best).to(tl.float32)
+    found = (first >= 0) & (exact <= within)
+    missed = tl.where(sound, float("inf"), float("nan"))
+    tl.store(index + row, tl.where(found, first, -1).to(tl.int64))
+    tl.store(distance + row, tl.where(found, exact, missed))
+
+
+def nearest(query: Tensor, keys: Tensor, norms: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+    """The twin of `ref.nearest`: two launches per `ref.MINIMA` tile minima, no wait for either."""
+    num_rows, num_keys = query.shape[0], keys.shape[0]
+    index = torch.full_like(query[:, 0], -1, dtype=torch.int64)
+    distance = torch.empty_like(index, dtype=torch.float32)
+    if num_keys == 0 or num_rows == 0:
+        return ref.nearest(query, keys, norms, reach)
+    query, keys = (part if part.stride(1) == 1 else part.contiguous() for part in (query, keys))
+    norms, reach = norms.contiguous(), reach.contiguous()
+    num_tiles = triton.cdiv(num_keys, KEYS)
+    longest = torch.empty_like(norms[:num_tiles])
+    step = max(1, ref.MINIMA // num_tiles)
+    minima = torch.empty((min(step, num_rows), num_tiles), device=norms.device)
+    for start in range(0, num_rows, step):
+        stop = min(start + step, num_rows)
+        search(
+            query[start:stop],
+            keys,
+            norms,
+            reach[start:stop],
+            minima,
+            longest,
+            index[start:stop],
+            distance[start:stop],
+        )
+    return index, distance
+
+
+def search(
+    query: Tensor,
+    keys: Tensor,
+    norms: Tensor,
+    reach: Tensor,
+    minima: Tensor,
+    longest: Tensor,
+    index: Tensor,
+    distance: Tensor,
+) -> None:
+    """Both passes over one slice of the queries."""
+    num_rows, width = query.shape
+    num_keys, num_tiles = keys.shape[0], longest.shape[0]
+    interpreted = triton.knobs.runtime.interpret  # it multiplies the bit patterns of bf16
+    widen = interpreted or query.dtype != keys.dtype or keys.dtype == torch.float64
+    rows, step, num_warps, num_stages = blocks(num_rows, 4 if widen else keys.element_size())
+    tile_minima[(triton.cdiv(num_rows, rows) * num_tiles,)](
+        query,
+        keys,
+        norms,
+        minima,
+        longest,
+        num_rows,
+        num_keys,
+        width,
+        num_tiles,
+        query.stride(0),
+        keys.stride(0),
+        WIDEN=widen,
+        KEYS=KEYS,
+        ROWS=rows,
+        WIDTH=step,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        enable_fp_fusion=True,
+    )
+    rescan[(num_rows,)](
+        query,
+        keys,
+        norms,
+        reach,
+        minima,
+        longest,
+        index,
+        distance,
+        num_keys,
+        width,
+        num_tiles,
+        query.stride(0),
+        keys.stride(0),
+        2 * ref.BAND * math.sqrt(width) * 2.0**-23,
+        KEYS=KEYS,
+        WIDTH=32,
+        TILES=1024,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )

@@ -1,0 +1,218 @@
+"""Routing and expert application on a GPU; the two products are those of `grouped_lora`.
+
+Legend: B sequences · L tokens · D hidden width · M experts · S slots · R rank
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from errata.kernels.grouped_lora.triton import low_rank
+from errata.kernels.lora_moe import ref
+
+SPAN = 1024  # experts per step of the softmax and the compaction
+
+
+@triton.jit
+def score_experts(
+    vision,
+    query,
+    threshold,
+    vision_keys,
+    query_keys,
+    alive,
+    scores,
+    num_rows,
+    num_experts,
+    vision_width,
+    query_width,
+    scale,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """scores[b, m] = scale <g_b, G_m> where scale <v_b, E_m> > threshold_b, else -inf.
+
+    The query keys are read only for a tile of experts in which some gate is open.
+    """
+    expert = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    there = tl.load(alive + expert, mask=expert < num_experts, other=0) != 0
+    wide = expert.to(tl.int64)[:, None]
+    tall = row.to(tl.int64)[:, None]
+    inside = (row < num_rows)[:, None]
+
+    similarity = tl.zeros([EXPERTS, ROWS], tl.float32)
+    for start in range(0, vision_width, WIDTH):
+        at = start + column[None, :]
+        valid = at < vision_width
+        key = tl.load(vision_keys + wide * vision_width + at, mask=there[:, None] & valid, other=0)
+        own = tl.load(vision + tall * vision_width + at, mask=inside & valid, other=0)
+        similarity = tl.dot(
+            key.to(tl.float32),
+            tl.trans(own.to(tl.float32)),
+            similarity,
+            input_precision="tf32x3",
+        )
+    least = tl.load(threshold + row, mask=row < num_rows, other=float("inf")).to(tl.float32)
+    gate = there[:, None] & (similarity * scale > least[None, :])  # NaN opens no gate
+
+    score = tl.full([EXPERTS, ROWS], float("-inf"), tl.float32)
+    if tl.max(tl.max(gate.to(tl.int32), 1), 0) > 0:
+        product = tl.zeros([EXPERTS, ROWS], tl.float32)
+        for start in range(0, query_width, WIDTH):
+            at = start + column[None, :]
+            valid = at < query_width
+            key = tl.load(
+                query_keys + wide * query_width + at, mask=there[:, None] & valid, other=0
+            )
+            own = tl.load(query + tall * query_width + at, mask=inside & valid, other=0)
+            product = tl.dot(
+                key.to(tl.float32),
+                tl.trans(own.to(tl.float32)),
+                product,
+                input_precision="tf32x3",
+            )
+        product = product * scale
+        finite = (product > float("-inf")) & (product < float("inf"))
+        score = tl.where(gate & finite, product, float("-inf"))
+    score_at = scores + row.to(tl.int64)[None, :] * num_experts + expert[:, None]
+    tl.store(score_at, score, mask=(expert < num_experts)[:, None] & (row < num_rows)[None, :])
+
+
+@triton.jit
+def compact_routes(scores, ids, weights, count, num_experts, SPAN: tl.constexpr):
+    """softmax * sigmoid over the gated experts of a row, moved to its first slots in order."""
+    row = tl.cast(tl.program_id(0), tl.int64) * num_experts
+    offset = tl.arange(0, SPAN)
+    highest = tl.full([SPAN], float("-inf"), tl.float32)
+    for start in range(0, num_experts, SPAN):
+        at = start + offset
+        score = tl.load(scores + row + at, mask=at < num_experts, other=float("-inf"))
+        highest = tl.maximum(highest, score)
+    top = tl.max(highest, 0)
+    top = tl.where(top > float("-inf"), top, 0.0)
+    totals = tl.zeros([SPAN], tl.float32)
+    for start in range(0, num_experts, SPAN):
+        at = start + offset
+        score = tl.load(scores + row + at, mask=at < num_experts, other=float("-inf"))
+        totals += tl.exp(score - top)
+    total = tl.sum(totals, 0)
+    total = tl.where(total == 0, 1.0, total)
+
+    filled = tl.full([], 0, tl.int32)
+    for start in range(0, num_experts, SPAN):
+        at = start + offset
+        score = tl.load(scores + row + at, mask=at < num_experts, other=float("-inf"))
+        gate = score > float("-inf")
+        small = tl.exp(-tl.abs(score))  # sigmoid without overflow
+        sigmoid = tl.where(score >= 0, 1.0, small) / (1 + small)
+        slot = filled + tl.cumsum(gate.to(tl.int32), 0) - 1
+        tl.store(ids + row + slot, at.to(tl.int64), mask=gate)
+        tl.store(weights + row + slot, tl.exp(score - top) / total * sigmoid, mask=gate)
+        filled += tl.sum(gate.to(tl.int32), 0)
+    for start in range(0, num_experts, SPAN):
+        slot = start + offset
+        empty = (slot >= filled) & (slot < num_experts)
+        tl.store(ids + row + slot, tl.full([SPAN], -1, tl.int64), mask=empty)
+        tl.store(weights + row + slot, tl.zeros([SPAN], tl.float32), mask=empty)
+    tl.store(count + tl.program_id(0), filled.to(tl.int64))
+
+
+def route_experts(
+    vision: Tensor,
+    query: Tensor,
+    threshold: Tensor,
+    vision_keys: Tensor,
+    query_keys: Tensor,
+    alive: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The twin of `ref.route`: two launches, no wait for either."""
+    num_rows, num_experts = vision.shape[0], vision_keys.shape[0]
+    if num_rows == 0 or num_experts == 0:
+        return ref.route(vision, query, threshold, vision_keys, query_keys, alive, scale)
+    scores = torch.empty((num_rows, num_experts), device=vision.device)
+    ids = torch.empty_like(scores, dtype=torch.int64)
+    count = torch.empty_like(ids[:, 0])
+    weights = torch.empty_like(scores)
+    experts, rows = 64, 16
+    score_experts[(triton.cdiv(num_experts, experts), triton.cdiv(num_rows, rows))](
+        vision.contiguous(),
+        query.contiguous(),
+        threshold.contiguous(),
+        vision_keys.contiguous(),
+        query_keys.contiguous(),
+        alive.contiguous().view(torch.uint8),
+        scores,
+        num_rows,
+        num_experts,
+        vision.shape[1],
+        query.shape[1],
+        scale,
+        EXPERTS=experts,
+        ROWS=rows,
+        WIDTH=64,
+        num_warps=4,
+        num_stages=3,
+        enable_fp_fusion=True,
+    )
+    compact_routes[(num_rows,)](
+        scores, ids, weights, count, num_experts, SPAN=SPAN, num_warps=4, enable_fp_fusion=True
+    )
+    return ids, weights, count
+
+
+@triton.jit
+def row_moments(hidden, moments, width, row_stride, eps, WIDTH: tl.constexpr):
+    """Mean and reciprocal deviation of each row, in two passes over registers."""
+    row = tl.cast(tl.program_id(0), tl.int64)
+    column = tl.arange(0, WIDTH)
+    inside = column < width
+    x = tl.load(hidden + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(x, 0) / width
+    apart = tl.where(inside, x - mean, 0.0)
+    tl.store(moments + 2 * row, mean)
+    tl.store(moments + 2 * row + 1, tl.rsqrt(tl.sum(apart * apart, 0) / width + eps))
+
+
+def apply_experts(
+    hidden: Tensor,
+    down: Tensor,
+    up: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    count: Tensor,
+    lengths: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    """The twin of `ref.apply_experts`: up to three launches, no wait for any."""
+    hidden = hidden if hidden.stride(2) == 1 else hidden.contiguous()
+    moments = None
+    if gamma is not None and hidden.numel():
+        flat = hidden.contiguous()
+        moments = torch.empty((*hidden.shape[:2], 2), device=hidden.device)
+        row_moments[(hidden.shape[0] * hidden.shape[1],)](
+            flat,
+            moments,
+            hidden.shape[2],
+            flat.stride(1),
+            eps,
+            WIDTH=triton.next_power_of_2(hidden.shape[2]),
+            num_warps=8,
+            enable_fp_fusion=True,
+        )
+    return low_rank(
+        hidden,
+        down,
+        up,
+        (ids, weights, count, lengths),
+        base=hidden,
+        norm=None if gamma is None else (moments, gamma, beta),
+        relu=activation == "relu",
+    )
