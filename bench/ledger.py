@@ -24,9 +24,10 @@ from typing import IO, Literal
 
 import msgspec
 
+from errata.functional.atomic import whole_file
 from errata.functional.errors import BadInput
 
-__all__ = ["Answer", "Ledger", "Part", "Row", "Unit", "locked", "read_rows", "write_whole"]
+__all__ = ["PROGRESS", "RESULTS", "Answer", "Ledger", "Part", "Row", "Unit", "locked", "read_rows"]
 
 RESULTS, PROGRESS = "results.jsonl", "progress.jsonl"
 
@@ -102,15 +103,19 @@ class Ledger:
         _cut(self._results, self.end)
         _replace_lines(self._progress, self.units)
 
-    def has(self, part: Part) -> bool:
-        """Whether the rows of this part are on disk already."""
-        return any(unit.part == part for unit in self.units)
+    def leg(self, model: str, editor: str, protocol: str) -> list[Unit]:
+        """The units of one model, editor and protocol that are on disk."""
+        wanted = (model, editor, protocol)
+        return [
+            unit
+            for unit in self.units
+            if (unit.part.model, unit.part.editor, unit.part.protocol) == wanted
+        ]
 
     def finished(self, model: str, editor: str, protocol: str) -> bool:
         """Whether every part of one leg is on disk."""
-        parts = [u.part for u in self.units]
-        leg = [p for p in parts if (p.model, p.editor, p.protocol) == (model, editor, protocol)]
-        return bool(leg) and len(leg) == leg[0].of
+        leg = self.leg(model, editor, protocol)
+        return bool(leg) and len(leg) == leg[0].part.of
 
     def append(
         self,
@@ -148,7 +153,9 @@ def read_rows(folder: str | Path) -> list[Row]:
     try:
         return [decoder.decode(line) for line in lines[:-1]]
     except msgspec.DecodeError as fault:
-        raise BadInput(f"{path} must hold one row per line as this version writes them: {fault}.")
+        raise BadInput(
+            f"{path} must hold one row per line as this version writes them: {fault}."
+        ) from None
 
 
 def _whole_units(folder: Path) -> Iterator[Unit]:
@@ -194,25 +201,13 @@ def _append(path: Path, data: bytes, start: int) -> None:
 def _replace_lines(path: Path, units: Sequence[Unit]) -> None:
     data = b"".join(msgspec.json.encode(unit) + b"\n" for unit in units)
     if not path.is_file() or path.read_bytes() != data:
-        write_whole(path, data)
+        with whole_file(path) as file:
+            file.write(data)
 
 
 def _sync(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or, when anything fails, as it was before."""
-    fresh = path.with_name(f".{path.name}.part")
-    try:
-        with fresh.open("wb") as file:
-            file.write(data)
-            _sync(file)
-        os.replace(fresh, path)
-    except OSError:
-        fresh.unlink(missing_ok=True)
-        raise
 
 
 @contextlib.contextmanager

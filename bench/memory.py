@@ -1,0 +1,47 @@
+"""How much memory a run takes: the peak of a stretch of work, measured where the model lies."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+__all__ = ["Peak", "measured"]
+
+
+class Peak:
+    """The most bytes seen while it was measured; 0 until the stretch is over."""
+
+    bytes: int = 0
+
+
+@contextlib.contextmanager
+def measured(device: torch.device) -> Iterator[Peak]:
+    """Measure the peak of what runs inside: device memory of `device`, else resident memory.
+
+    On Linux the process' high-water mark is reset first where the system lets it; elsewhere the
+    mark is of the whole process so far.
+    """
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        peak.bytes = torch.cuda.max_memory_allocated(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # "reset the peak resident set size"
+    yield peak
+    peak.bytes = _resident_peak()
+
+
+def _resident_peak() -> int:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

@@ -1,0 +1,252 @@
+"""Ask a model and its edited selves the same questions, from a prefix computed once per row.
+
+Equal questions are read once, run once up to the lowest edited place, and answered once by the
+base; each edit that asks them goes on from there. Legend: B unique rows · A asks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from errata.functional import Inputs, Model, Query, prefix, rows
+from errata.functional.answers import answers
+from errata.functional.errors import BadInput, ErrataError
+from errata.functional.generate import generate
+from errata.functional.metrics import (
+    Reading,
+    Scorer,
+    exact_match,
+    mean_nll,
+    score,
+    token_accuracy,
+)
+from errata.functional.prefix import Reach
+from errata.functional.records import image_key
+from errata.functional.types import IGNORE
+from errata.functional.words import first_line, matches
+
+from .ledger import Answer
+
+__all__ = ["Ask", "Measured", "Terms", "check_finite", "key_of", "measure", "row_bytes"]
+
+MOST_ROWS = 64  # read and embedded together, whatever the budget
+
+
+class Ask(NamedTuple):
+    """One question to one edit."""
+
+    probe: str
+    query: Query
+    edit: int = 0  # number in the stacked delta; 0 where only one edit is bound
+
+
+class Terms(NamedTuple):
+    """How answers are measured."""
+
+    scorers: tuple[Scorer, ...]
+    generate: int = 0  # tokens of free generation; 0: none
+    budget: int = 1 << 30  # bytes a batch may take beside the model
+
+    @property
+    def ranks(self) -> int:
+        return max(one.ranks for one in self.scorers)
+
+    @property
+    def everywhere(self) -> bool:
+        return any(one.whole for one in self.scorers)
+
+
+class Measured(NamedTuple):
+    """What came of one ask: both answers, and (base success, score) by scorer name."""
+
+    before: Answer
+    after: Answer
+    scores: dict[str, tuple[float | None, float | None]]
+
+
+def key_of(query: Query) -> tuple:
+    """What makes two questions the same: words, target, and what the pictures show."""
+    return query.prompt, query.target, tuple(map(image_key, query.images)), query.video
+
+
+def measure(
+    model: Model, bound: Model, asks: Sequence[Ask], reach: Reach, terms: Terms
+) -> list[Measured]:
+    """Answers of the base and of the edit each ask names, in the order of the asks.
+
+    `bound` is `model` with one delta, plain or stacked, whose entries lie within `reach`. Raises
+    BadInput for a question that can not be read and for a base that computes NaN.
+    """
+    unique: dict[tuple, int] = {}
+    home = [unique.setdefault(key_of(ask.query), len(unique)) for ask in asks]  # A -> unique
+    queries: list[Query] = [None] * len(unique)  # type: ignore[list-item]
+    for ask, number in zip(asks, home):
+        queries[number] = ask.query
+    if terms.everywhere:
+        reach = reach._replace(scored=False)  # a thinned batch has no other positions
+    found: list[Measured | None] = [None] * len(asks)
+    for batch in _batches(model, queries, terms.budget):
+        place = {number: row for row, number in enumerate(batch)}
+        here = [a for a, number in enumerate(home) if number in place]
+        index = torch.tensor([place[home[a]] for a in here])
+        part = _measure_batch(
+            model, bound, [queries[n] for n in batch], [asks[a] for a in here], index, reach, terms
+        )
+        for a, one in zip(here, part):
+            found[a] = one
+    return [one for one in found if one is not None]
+
+
+def _measure_batch(
+    model: Model,
+    bound: Model,
+    queries: Sequence[Query],
+    asks: Sequence[Ask],
+    index: Tensor,
+    reach: Reach,
+    terms: Terms,
+) -> list[Measured]:
+    """`index` [A]: which of the queries each ask is about."""
+    inputs = model.read(queries)
+    source = prefix.cut(model, inputs, reach)
+    options = {"k": terms.ranks, "everywhere": terms.everywhere}
+    before = _on_cpu(answers(model, source, **options))
+    check_finite(model, before)
+    edit = torch.tensor([ask.edit for ask in asks])
+    after = _edited(bound, source, asks, index, edit, options)
+    said = _said(model, bound, queries, asks, edit, terms)
+    base = Reading(*(None if part is None else part[index] for part in before))
+    scores = _scores(asks, base, after, terms)
+    one = _answers(model, base, [said[0][row] for row in index.tolist()], asks)
+    two = _answers(model, after, said[1], asks)
+    return [Measured(*found) for found in zip(one, two, scores)]
+
+
+def _edited(
+    bound: Model, source, asks: Sequence[Ask], index: Tensor, edit: Tensor, options: dict
+) -> Reading:
+    """The edited models' readings, a few rows at a time."""
+    if isinstance(source, Inputs):  # edits act before the decoder: pixels have no row axis to take
+        inputs = bound.read([ask.query for ask in asks])
+        return _on_cpu(answers(bound, inputs, edit=edit.to(inputs.ids.device), **options))
+    device = source.edit.device
+    parts = []
+    for begin in range(0, len(asks), source.rows):
+        some = slice(begin, begin + source.rows)
+        batch = rows.take(source, index[some].to(device))
+        parts.append(_on_cpu(answers(bound, batch, edit=edit[some].to(device), **options)))
+    whole = None if parts[0].whole is None else torch.cat([part.whole for part in parts])
+    return Reading(*(torch.cat([part[n] for part in parts]) for n in range(3)), whole)
+
+
+def _said(
+    model: Model,
+    bound: Model,
+    queries: Sequence[Query],
+    asks: Sequence[Ask],
+    edit: Tensor,
+    terms: Terms,
+) -> tuple[list[str | None], list[str | None]]:
+    """Free generation: of the base per query, of the edited models per ask."""
+    if not terms.generate:
+        return [None] * len(queries), [None] * len(asks)
+    device = next(iter(model.params.values())).device
+    before = generate(model, queries, terms.generate)
+    after: list[str | None] = []
+    for begin in range(0, len(asks), len(queries)):
+        some = slice(begin, begin + len(queries))
+        asked = [ask.query for ask in asks[some]]
+        after += generate(bound, asked, terms.generate, edit=edit[some].to(device))
+    return list(before), after
+
+
+def _scores(asks: Sequence[Ask], base: Reading, after: Reading, terms: Terms) -> list[dict]:
+    found: list[dict] = [{} for _ in asks]
+    for name in dict.fromkeys(ask.probe for ask in asks):
+        here = [a for a, ask in enumerate(asks) if ask.probe == name]
+        pair = [Reading(*(None if p is None else p[here] for p in r)) for r in (base, after)]
+        for rule in terms.scorers:
+            got = score(rule, name, *pair)
+            kept = got.after if got.agreement is None else got.agreement
+            for a, one, two in zip(here, got.before.tolist(), kept.tolist()):
+                found[a][rule.name] = (_number(one), _number(two))
+    return found
+
+
+def _answers(
+    model: Model, found: Reading, said: Sequence[str | None], asks: Sequence[Ask]
+) -> Iterator[Answer]:
+    ids = found.top[..., 0]  # [A T]
+    accuracy = token_accuracy(ids, found.labels).tolist()
+    exact = exact_match(ids, found.labels).tolist()
+    nll = mean_nll(found.nll, found.labels).tolist()
+    for a, ask in enumerate(asks):
+        text = model.write(ids[a][found.labels[a] != IGNORE].tolist()).strip()
+        answer = Answer(
+            text=text, accuracy=round(accuracy[a], 4), exact=exact[a] == 1, nll=_number(nll[a])
+        )
+        free = said[a]
+        if free is not None:
+            answer = Answer(
+                text=answer.text, accuracy=answer.accuracy, exact=answer.exact, nll=answer.nll,
+                said=first_line(free), match=matches(free, ask.query.target),
+            )  # fmt: skip
+        yield answer
+
+
+def _number(value: float) -> float | None:
+    return round(value, 4) + 0.0 if math.isfinite(value) else None
+
+
+def _on_cpu(found: Reading) -> Reading:
+    return Reading(*(None if part is None else part.cpu() for part in found))
+
+
+def check_finite(model: Model, found: Reading) -> None:
+    """Raise BadInput, naming parameters, when the base model's own scores are not numbers."""
+    if bool(found.nll.isfinite().all()):
+        return
+    broken = [n for n, t in model.params.items() if not bool(torch.isfinite(t).all())]
+    where = f"{len(broken)} parameter(s) hold NaN or infinity, e.g. {broken[0]}" if broken else (
+        f"its parameters are finite, so it overflows in {next(iter(model.params.values())).dtype}"
+    )  # fmt: skip
+    raise BadInput(
+        f"a model must give finite scores, and {model.card.id} does not: {where}. "
+        "Get the checkpoint again, or load it with another dtype."
+    )
+
+
+def row_bytes(model: Model, tokens: int) -> int:
+    """What one row takes while it is decoded without gradients, roughly and from above.
+
+    Sixteen values of model width per token (residual stream, attention, feed-forward), and two
+    attention maps per head of some 64 channels.
+    """
+    card = model.card
+    heads = max(1, card.width // 64)
+    return 4 * (16 * tokens * card.width + 2 * heads * tokens * tokens)
+
+
+def _batches(model: Model, queries: Sequence[Query], budget: int) -> Iterator[list[int]]:
+    """Numbers of the queries, alike in pictures and length, as many together as fit the budget."""
+    groups: dict[tuple, list[int]] = {}
+    for number, query in enumerate(queries):
+        groups.setdefault((len(query.images), query.video), []).append(number)
+    for numbers in groups.values():
+        numbers.sort(key=lambda n: (-len(queries[n].prompt) - len(queries[n].target), n))
+        longest = _read_one(model, queries[numbers[0]])
+        size = max(1, min(MOST_ROWS, budget // row_bytes(model, longest)))
+        for begin in range(0, len(numbers), size):
+            yield numbers[begin : begin + size]
+
+
+def _read_one(model: Model, query: Query) -> int:
+    try:
+        return model.read([query]).ids.shape[1]
+    except ErrataError as fault:
+        raise type(fault)(f"{fault} (asked: {query.prompt[:60]!r})") from fault

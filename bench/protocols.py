@@ -1,0 +1,266 @@
+"""The two ways to put an editor to the test, as streams of measured steps.
+
+    single      n independent edits, each from the base, run side by side
+    sequential  n edits one after another, the base back before each group
+
+Both are generators over *steps*. What a step holds is decided by the arguments alone, never by what
+was measured on the way, so that a run that was killed can leave out finished steps and end with the
+same rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Collection, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+
+from errata.functional import Case, Delta, Editor, Model, Query, prefix
+from errata.functional.bind import bind
+from errata.functional.errors import ErrataError
+from errata.functional.stacks import unstack
+
+from .ledger import Answer
+from .memory import measured
+from .probes import Ask, Terms, measure, row_bytes
+from .sources import queries_of
+
+__all__ = ["Result", "Step", "reach_of", "sequential", "single"]
+
+Moment = Literal["edit", "gap", "end"]
+
+MOST_EDITS = 64  # side by side, whatever the budget
+TRAINED = 5  # a delta, its gradient, two moments, and the copy it is written to
+KEPT = 34  # values of model width per token that autograd keeps of a layer
+
+
+class Result(NamedTuple):
+    """One probe under one scorer."""
+
+    number: int  # of the case
+    case: Case
+    probe: str
+    index: int
+    query: Query
+    moment: Moment
+    gap: int
+    scorer: str
+    base: float | None
+    score: float | None
+    before: Answer
+    after: Answer
+
+
+class Step(NamedTuple):
+    """What is finished together: results, the deltas that were made, and what it cost."""
+
+    number: int
+    of: int
+    cases: int  # edits made
+    results: list[Result]
+    deltas: dict[str, Delta]  # by a name fit for a file
+    edit_seconds: float
+    probe_seconds: float
+    peak_bytes: int
+
+
+class _About(NamedTuple):
+    """A case whose probes are asked, and when."""
+
+    number: int
+    case: Case
+    moment: Moment = "edit"
+    gap: int = 0
+    edit: int = 0  # number in a stacked delta
+
+
+class _Clock:
+    """Seconds of stretches of work, waiting for the device at their ends."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last = self._now()
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def lap(self) -> float:
+        now = self._now()
+        spent, self._last = now - self._last, now
+        return spent
+
+
+def single(
+    model: Model,
+    editor: Editor,
+    cases: Sequence[Case],
+    terms: Terms,
+    *,
+    seed: int = 0,
+    together: int = 0,
+    done: Collection[int] = (),
+) -> Iterator[Step]:
+    """n independent edits, each from the base; probes before and after.
+
+    `together` edits run side by side; with 0 the first case runs alone, and the size of its delta
+    says how many of the others fit into `terms.budget`. Steps whose numbers are in `done` are left
+    out. All edits start from one state, drawn from `seed`.
+
+    Cost of a step: one optimisation for all its edits, one prefix per distinct question, and from
+    the cut on one pass of the base per question and one of the edited model per ask.
+    """
+    device = _device(model)
+    state = editor.init(model, torch.Generator().manual_seed(seed))
+    if together:
+        chunks = [slice(i, i + together) for i in range(0, len(cases), together)]
+    else:
+        chunks = [slice(0, 1)]
+    number = 0
+    while number < len(chunks):
+        chunk = cases[chunks[number]]
+        wanted = number not in done
+        sizing = number == 0 and not together and len(cases) > 1
+        if not (wanted or sizing):
+            number += 1
+            continue
+        clock = _Clock(device)
+        with measured(device) as peak:
+            with _naming(model, chunk):
+                delta = editor.each(model, state, [case.edit for case in chunk])
+            edit_seconds = clock.lap()
+            if sizing:
+                size = _fitting(model, delta, cases, terms.budget)
+                chunks += [slice(i, i + size) for i in range(1, len(cases), size)]
+            results = []
+            if wanted:
+                first = chunks[number].start
+                asked = [_About(first + e, case, edit=e) for e, case in enumerate(chunk)]
+                results = _ask(model, delta, asked, terms)
+        if wanted:
+            first = chunks[number].start
+            files = {f"case-{first + e:05d}": one for e, one in enumerate(unstack(delta))}
+            yield Step(number, len(chunks), len(chunk), results, files, edit_seconds, clock.lap(),
+                       peak.bytes)  # fmt: skip
+        number += 1
+
+
+def sequential(
+    model: Model,
+    editor: Editor,
+    cases: Sequence[Case],
+    terms: Terms,
+    *,
+    seed: int = 0,
+    group: int = 0,
+    gaps: Sequence[int] = (),
+    done: Collection[int] = (),
+) -> Iterator[Step]:
+    """Edits one after another on the same model; each group of `group` starts from the base.
+
+    A case is probed right after its edit, `g` edits later for each g in `gaps`, and once more after
+    the last edit of its group. Every edit is a step, and so is the end of a group. Edits of
+    finished steps are made again where a later step builds on them: an editor is deterministic, so
+    they come out the same.
+    """
+    group = group or len(cases)
+    starts = range(0, len(cases), group)
+    of = len(cases) + len(starts)
+    device = _device(model)
+    number = 0
+    for start in starts:
+        members = cases[start : start + group]
+        last = number + len(members)  # the step of the group's end
+        needed = [n for n in range(number, last + 1) if n not in done]
+        if not needed:
+            number = last + 1
+            continue
+        state = editor.init(model, torch.Generator().manual_seed(seed))
+        delta: Delta | None = None
+        for k, case in enumerate(members):
+            clock = _Clock(device)
+            with measured(device) as peak:
+                with _naming(model, [case]):
+                    delta, state = editor.edit(model, state, [case.edit])
+                edit_seconds = clock.lap()
+                if number not in done:
+                    asked = [_About(start + k, case)]
+                    asked += [
+                        _About(start + k - g, members[k - g], "gap", g) for g in gaps if g <= k
+                    ]
+                    results = _ask(model, delta, asked, terms)
+            if number not in done:
+                yield Step(number, of, 1, results, {}, edit_seconds, clock.lap(), peak.bytes)
+            number += 1
+            if max(needed) < number:
+                break
+        number = last
+        if number not in done and delta is not None:
+            clock = _Clock(device)
+            with measured(device) as peak:
+                later = len(members) - 1
+                asked = [
+                    _About(start + k, case, "end", later - k) for k, case in enumerate(members)
+                ]
+                results = _ask(model, delta, asked, terms)
+            files = {f"group-{start // group:04d}": delta}
+            yield Step(number, of, 0, results, files, 0.0, clock.lap(), peak.bytes)
+        number = last + 1
+
+
+def _ask(model: Model, delta: Delta, about: Sequence[_About], terms: Terms) -> list[Result]:
+    """All probes of these cases, in order: case, probe, index, scorer."""
+    asked = [(one, *probe) for one in about for probe in queries_of(one.case)]
+    asks = [Ask(probe, query, one.edit) for one, probe, _, query in asked]
+    with _naming(model, [one.case for one in about]):
+        found = measure(model, bind(model, delta), asks, reach_of(model, delta), terms)
+    return [
+        Result(one.number, one.case, probe, index, query, one.moment, one.gap, scorer,
+               *got.scores[scorer], got.before, got.after)
+        for (one, probe, index, query), got in zip(asked, found)
+        for scorer in got.scores
+    ]  # fmt: skip
+
+
+def reach_of(model: Model, delta: Delta) -> prefix.Reach:
+    """The lowest place a delta acts on; a kind that does not say where acts on everything."""
+    places = [getattr(e, "name", "") or getattr(e, "site", "") for e in delta.header.entries]
+    return prefix.reach(model.card, places) if all(places) else prefix.Reach()
+
+
+def _fitting(model: Model, delta: Delta, cases: Sequence[Case], budget: int) -> int:
+    """How many edits like this one may run side by side: its optimiser, and what autograd keeps."""
+    card, reach = model.card, reach_of(model, delta)
+    own = sum(t.numel() * t.element_size() for t in delta.tensors.values()) // delta.header.stack
+    longest = max(cases, key=lambda case: len(case.edit.prompt) + len(case.edit.target)).edit
+    with _naming(model, cases):
+        inputs = model.read([longest])
+    scored, tokens = inputs.labels.shape[1], inputs.ids.shape[1]
+    kept = scored if reach.scored else tokens
+    layers = max(1, card.num_layers - reach.layer)
+    graph = 4 * (KEPT * layers * kept * card.width + 3 * scored * card.vocab)
+    each = TRAINED * own + graph + row_bytes(model, tokens)
+    return max(1, min(MOST_EDITS, budget // each))
+
+
+def _device(model: Model) -> torch.device:
+    return next(iter(model.params.values())).device
+
+
+@contextlib.contextmanager
+def _naming(model: Model, cases: Sequence[Case]) -> Iterator[None]:
+    """Say which case a fault is about: the first whose questions can not be read, else all."""
+    try:
+        yield
+    except ErrataError as fault:
+        for case in cases:
+            try:
+                model.read([query for _, _, query in queries_of(case)])
+            except ErrataError as own:
+                raise type(own)(f"case {case.id!r}: {own}") from own
+        if len(cases) == 1:
+            raise type(fault)(f"case {cases[0].id!r}: {fault}") from fault
+        raise

@@ -1,0 +1,210 @@
+"""A whole run: models x editors x cases x protocols -> results, delta files and a report."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import msgspec
+import torch
+
+from errata import editors
+from errata.functional import Case, Editor, Model, io
+from errata.functional.atomic import whole_file
+from errata.functional.errors import BadInput, ErrataError
+from errata.functional.metrics import scorer
+
+from . import protocols, report
+from .ledger import PROGRESS, RESULTS, Ledger, Part, Row, locked, read_rows
+from .probes import Terms
+from .progress import Progress
+from .protocols import Result, Step
+from .settings import EditorChoice, ModelChoice, Protocol, RunSettings, Sequential
+from .sources import check_cases, open_cases, open_model, picture_name, picture_of, queries_of
+
+__all__ = ["run", "versions"]
+
+IDENTITY = "run.json"
+
+
+def versions() -> str:
+    """What the figures of a run were made with.
+
+    >>> versions().split()[0]
+    'errata'
+    """
+    named = ("errata", "torch", "transformers")
+    found = [f"{name} {metadata.version(name)}" for name in named]
+    return ", ".join([*found, f"Python {platform.python_version()}"])
+
+
+def run(
+    settings: RunSettings, text: str, *, fresh: bool = False, progress: Progress | None = None
+) -> Path:
+    """Do everything a settings file asks for and return the folder it lies in.
+
+    Goes on where an earlier run of the same settings stopped, however it was stopped; `fresh`
+    starts over. `text` is the settings file as it was read, kept beside the results. Raises
+    BadSettings and BadInput before anything is written where that can be known, and BadInput when
+    the folder holds another run or is in use.
+    """
+    progress = progress or Progress()
+    scorers = tuple(map(scorer, settings.scorers))
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    cases = open_cases(settings.cases)
+    check_cases(cases)
+    terms = Terms(scorers, settings.generate, settings.budget)
+    folder = Path(settings.out)
+    identity = settings.digest(versions())
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        _claim(folder, identity, fresh)
+        with whole_file(folder / "settings.toml") as file:
+            file.write(text.encode())
+        ledger = Ledger(folder)
+        _keep_pictures(folder, cases[: settings.pictures])
+        for choice in settings.models:
+            _run_model(settings, choice, cases, terms, ledger, identity, progress)
+        rows = read_rows(folder)
+        with whole_file(folder / "summary.json") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(report.summary(rows))) + b"\n")
+        report.html(
+            rows, folder / "report.html", folder=folder, settings=text, title=settings.title
+        )
+    return folder
+
+
+def _claim(folder: Path, identity: str, fresh: bool) -> None:
+    """Make the folder this run's, or refuse because it is another's."""
+    path = folder / IDENTITY
+    if fresh:
+        for name in (RESULTS, PROGRESS, IDENTITY, "report.html", "summary.json"):
+            (folder / name).unlink(missing_ok=True)
+        for name in ("deltas", "pictures"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    if path.is_file():
+        there = msgspec.json.decode(path.read_bytes())
+        if there.get("run") != identity:
+            raise BadInput(
+                f"{folder} must be empty or hold the same run, and holds run {there.get('run')} "
+                f"({there.get('versions')}) while these settings are run {identity} "
+                f"({versions()}): give another `out`, or --fresh to start over."
+            )
+        return
+    if (folder / RESULTS).exists():
+        raise BadInput(
+            f"{folder} holds {RESULTS} of an unknown run: give another `out`, or --fresh."
+        )
+    with whole_file(path) as file:
+        file.write(msgspec.json.encode({"run": identity, "versions": versions()}) + b"\n")
+
+
+def _run_model(
+    settings: RunSettings,
+    choice: ModelChoice,
+    cases: Sequence[Case],
+    terms: Terms,
+    ledger: Ledger,
+    identity: str,
+    progress: Progress,
+) -> None:
+    chosen = [e for e in settings.editors if not e.models or choice.label in e.models]
+    legs = [(e, p) for e in chosen for p in settings.protocols]
+    open_legs = [
+        leg for leg in legs if not ledger.finished(choice.label, leg[0].label, _name(leg[1]))
+    ]
+    if not open_legs:
+        return
+    progress.note(f"{choice.label}: loading {choice.id}")
+    model = open_model(choice)
+    made = {e.label: _make(e, model) for e in chosen}
+    for editor, protocol in open_legs:
+        name = _name(protocol)
+        there = ledger.leg(choice.label, editor.label, name)
+        done = {unit.part.number for unit in there}
+        edited = sum(unit.cases for unit in there)
+        progress.start(f"{choice.label} · {editor.label} · {name}", len(cases), edited)
+        for step in _steps(protocol, model, made[editor.label], cases, terms, settings.seed, done):
+            part = Part(
+                model=choice.label, editor=editor.label, protocol=name,
+                number=step.number, of=step.of,
+            )  # fmt: skip
+            if settings.deltas:
+                _save(ledger.folder / "deltas" / choice.label / editor.label / name, step)
+            ledger.append(
+                part,
+                [_row(one, part, identity, settings.seed) for one in step.results],
+                cases=step.cases,
+                edit_seconds=step.edit_seconds,
+                probe_seconds=step.probe_seconds,
+                peak_bytes=step.peak_bytes,
+            )
+            progress.step(step.cases)
+        progress.stop()
+
+
+def _make(choice: EditorChoice, model: Model) -> Editor:
+    """The editor, tried on the model: a site it lacks is said before the first edit."""
+    editor = editors.make(editors.configure(choice.type, choice.preset, **choice.settings))
+    try:
+        editor.init(model, torch.Generator().manual_seed(0))
+    except ErrataError as fault:
+        raise type(fault)(f"editor {choice.label!r} on {model.card.id}: {fault}") from fault
+    return editor
+
+
+def _name(protocol: Protocol) -> str:
+    return type(protocol).__name__.lower()
+
+
+def _steps(
+    protocol: Protocol,
+    model: Model,
+    editor: Editor,
+    cases: Sequence[Case],
+    terms: Terms,
+    seed: int,
+    done: Collection[int],
+) -> Iterator[Step]:
+    if isinstance(protocol, Sequential):
+        return protocols.sequential(
+            model, editor, cases, terms, seed=seed, group=protocol.group, gaps=protocol.gaps,
+            done=done,
+        )  # fmt: skip
+    return protocols.single(
+        model, editor, cases, terms, seed=seed, together=protocol.together, done=done
+    )
+
+
+def _row(one: Result, part: Part, identity: str, seed: int) -> Row:
+    return Row(
+        run=identity, model=part.model, editor=part.editor, protocol=part.protocol,
+        moment=one.moment, gap=one.gap, number=one.number, case=one.case.id, probe=one.probe,
+        index=one.index, scorer=one.scorer, seed=seed, prompt=one.query.prompt,
+        target=one.query.target, images=tuple(map(picture_name, one.query.images)),
+        base=one.base, score=one.score, before=one.before, after=one.after, versions=versions(),
+    )  # fmt: skip
+
+
+def _save(folder: Path, step: Step) -> None:
+    if step.deltas:
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, delta in step.deltas.items():
+        io.save(folder / f"{name}.safetensors", delta)
+
+
+def _keep_pictures(folder: Path, cases: Sequence[Case]) -> None:
+    """Small copies of the first cases' pictures, so that the report can show them."""
+    home = folder / "pictures"
+    home.mkdir(exist_ok=True)
+    for case in cases:
+        for _, _, query in queries_of(case):
+            for image in query.images:
+                path = home / f"{picture_name(image)}.png"
+                if not path.exists():
+                    with whole_file(path) as file:
+                        file.write(picture_of(image))

@@ -1,0 +1,135 @@
+"""From the words of a settings file to values: models, cases, pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errata.functional.errors import BadInput, BadSettings, listed
+from errata.functional.records import image_key
+from errata.functional.types import Case, Query
+
+from .settings import File, ModelChoice, World
+
+if TYPE_CHECKING:
+    from errata.functional import Model
+
+__all__ = ["check_cases", "open_cases", "open_model", "picture_name", "picture_of", "queries_of"]
+
+MICRO, TINY = "micro/", "tiny/"
+
+
+def open_model(choice: ModelChoice) -> Model:
+    """The model a settings file or command line names.
+
+    `micro/NAME` is a trained model of the micro zoo, `tiny/NAME` a random one; anything else is a
+    folder or a hub id. Raises BadInput for NaN weights, ModelUnsupported for families not served.
+    """
+    import torch
+
+    from errata import adapters
+
+    dtype, device = getattr(torch, choice.dtype), _device(choice.device)
+    if choice.id.startswith(MICRO):
+        return adapters.micro(choice.id.removeprefix(MICRO), dtype=dtype, device=device)
+    if choice.id.startswith(TINY):
+        return adapters.tiny(choice.id.removeprefix(TINY), dtype=dtype, device=device)
+    return adapters.load(choice.id, dtype=dtype, device=device, revision=choice.revision or None)
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as fault:
+        reason = str(fault).strip().splitlines()[0]
+        raise BadSettings(
+            f"device must be one that torch can use here, e.g. 'cpu' or 'cuda:0'; got {name!r} "
+            f"({reason})."
+        ) from None
+    return device
+
+
+def open_cases(choice: World | File) -> list[Case]:
+    """The cases a settings file asks for, in order.
+
+    Raises BadInput when the source has fewer than `skip` + 1, or a file that can not be read.
+    """
+    if isinstance(choice, World):
+        from .data.world import cases
+
+        made = cases(
+            choice.skip + choice.count, choice.seed, split=choice.split,
+            subjects=choice.subjects, relations=choice.relations,
+        )  # fmt: skip
+        return made[choice.skip :]
+    from .data import Options
+    from .data import open_cases as read
+
+    path = Path(choice.path)
+    if not path.exists():
+        raise BadInput(f"cases.path must be an annotation file; there is none at {path}.")
+    options = Options(
+        images=choice.images, on_missing=choice.on_missing, on_fault=choice.on_fault,
+        template=choice.template, clean=choice.clean, strip=choice.strip, repair=choice.repair,
+        hop=choice.hop, start=choice.skip,
+    )  # fmt: skip
+    found = list(islice(read(path, options, benchmark=choice.benchmark), choice.count or None))
+    if not found:
+        raise BadInput(f"{path} must hold cases after the first {choice.skip}; it has none.")
+    return found
+
+
+def queries_of(case: Case) -> list[tuple[str, int, Query]]:
+    """What is asked about a case, in the order of its rows: (probe, index, query).
+
+    `reliability` is the edit itself where the case does not ask it otherwise.
+    """
+    probes = {"reliability": (case.edit,), **case.probes}
+    return [(name, i, query) for name, asked in probes.items() for i, query in enumerate(asked)]
+
+
+def check_cases(cases: Sequence[Case]) -> None:
+    """Refuse cases that can not be edited or scored, all of them at once, before any work.
+
+    Raises BadInput.
+    """
+    faults = []
+    seen: set[str] = set()
+    for case in cases:
+        if case.id in seen:
+            faults.append(f"case {case.id!r} comes twice")
+        seen.add(case.id)
+        for probe, index, query in queries_of(case):
+            if not query.target.strip():
+                faults.append(f"case {case.id!r}, {probe}[{index}]: the target is empty")
+    if faults:
+        raise BadInput(f"every query must have a target and every case a name: {listed(faults)}.")
+
+
+def picture_name(image: Any) -> str:
+    """A short name of a picture's content, fit for a file.
+
+    >>> class Dot:
+    ...     key = "dot"
+    >>> picture_name(Dot())
+    'e392dad8b08599f7'
+    """
+    return hashlib.sha256(image_key(image).encode()).hexdigest()[:16]
+
+
+def picture_of(image: Any, side: int = 224) -> bytes:
+    """A picture as PNG, made small: what the report shows. Raises BadInput, see `picture`."""
+    from errata.adapters.images import picture
+
+    small = picture(image).copy()
+    small.thumbnail((side, side))
+    data = io.BytesIO()
+    small.save(data, "PNG")
+    return data.getvalue()
