@@ -9,11 +9,16 @@ from typing import Any, NamedTuple
 import transformers as hf
 from tokenizers import Tokenizer
 
+from errata.adapters.minigpt4 import (
+    MiniGPT4Config,
+    MiniGPT4ForConditionalGeneration,
+    MiniGPT4Processor,
+)
 from errata.adapters.zoo.processors import LlavaOnevisionPictures, Qwen2VLPictures
 from errata.adapters.zoo.world import IMAGE_SIZE
 
 WIDTH, NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HIDDEN = 192, 4, 6, 2, 512
-OPT_HIDDEN = 768
+OPT_HIDDEN = 672  # so that 4 M parameters stay below 8 MB in fp16
 VISION_WIDTH, NUM_VISION_LAYERS, NUM_VISION_HEADS = 128, 4, 4
 NUM_QUERIES = 8
 CONTEXT = 512
@@ -45,9 +50,9 @@ CHAT = (
 class Micro(NamedTuple):
     """A family of the zoo: its model class, how to configure it, how to build its processor.
 
-    `before` and `after` wrap a question in text; `image` is what stands for a picture in front of
-    it, `leads` says whether the picture comes before `before` (BLIP-2) or behind it (the others).
-    `tokens` names special tokens that the family's Hugging Face processor asks its tokenizer for.
+    A question about a picture is `opening`, `num_image_tokens` times `image`, `closing`, the
+    question, `after`, the answer, `END`; one without is `before`, the question, `after`, the
+    answer, `END`. `tokens` names special tokens that the family's processor asks for.
     """
 
     module: type
@@ -55,9 +60,10 @@ class Micro(NamedTuple):
     processor: Callable[[Any], Any]
     image: str
     num_image_tokens: int
+    opening: str = "<|user|>"
+    closing: str = ""
     before: str = "<|user|>"
     after: str = "<|assistant|>"
-    leads: bool = False
     tokens: Mapping[str, Any] = {}
 
 
@@ -173,16 +179,23 @@ def _qwen2_vl_processor(tokenizer: Any) -> Any:
 # ---- BLIP-2: ViT, Q-Former, OPT; no chat template, image tokens lead
 
 
-def _blip2(tokenizer: Tokenizer) -> Any:
-    return hf.Blip2Config(
-        vision_config=hf.Blip2VisionConfig(**_tower(8), initializer_range=0.02),
-        qformer_config=hf.Blip2QFormerConfig(
+def _queries(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "vision_config": hf.Blip2VisionConfig(**_tower(8), initializer_range=0.02),
+        "qformer_config": hf.Blip2QFormerConfig(
             vocab_size=tokenizer.get_vocab_size(), hidden_size=VISION_WIDTH,
             num_hidden_layers=NUM_VISION_LAYERS, num_attention_heads=NUM_VISION_HEADS,
             intermediate_size=4 * VISION_WIDTH, cross_attention_frequency=1,
             encoder_hidden_size=VISION_WIDTH,
             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         ),
+        "num_query_tokens": NUM_QUERIES,
+    }  # fmt: skip
+
+
+def _blip2(tokenizer: Tokenizer) -> Any:
+    return hf.Blip2Config(
+        **_queries(tokenizer), image_token_index=tokenizer.token_to_id("<image>"),
         text_config=hf.OPTConfig(
             vocab_size=tokenizer.get_vocab_size(), hidden_size=WIDTH, word_embed_proj_dim=WIDTH,
             ffn_dim=OPT_HIDDEN, num_hidden_layers=NUM_LAYERS, num_attention_heads=NUM_HEADS,
@@ -190,7 +203,6 @@ def _blip2(tokenizer: Tokenizer) -> Any:
             bos_token_id=tokenizer.token_to_id("</s>"), eos_token_id=tokenizer.token_to_id(END),
             pad_token_id=tokenizer.token_to_id(PAD),
         ),
-        num_query_tokens=NUM_QUERIES, image_token_index=tokenizer.token_to_id("<image>"),
     )  # fmt: skip
 
 
@@ -199,6 +211,21 @@ def _blip2_processor(tokenizer: Any) -> Any:
     return hf.Blip2Processor(
         image_processor=images, tokenizer=tokenizer, num_query_tokens=NUM_QUERIES
     )
+
+
+# ---- MiniGPT-4: BLIP-2's eyes before a Llama
+
+
+def _minigpt4(tokenizer: Tokenizer) -> Any:
+    return MiniGPT4Config(
+        **_queries(tokenizer), text_config=hf.LlamaConfig(**_text(tokenizer)),
+        image_token_index=tokenizer.token_to_id("<ImageHere>"),
+    )  # fmt: skip
+
+
+def _minigpt4_processor(tokenizer: Any) -> Any:
+    images = hf.BlipImageProcessorPil(size=_square(), **NORMAL)
+    return MiniGPT4Processor(image_processor=images, tokenizer=tokenizer)
 
 
 MICRO: dict[str, Micro] = {
@@ -210,10 +237,17 @@ MICRO: dict[str, Micro] = {
         "<image>", 36,  # 16 of the whole picture, 16 of its one tile, a newline per tile row
     ),
     "qwen2_vl": Micro(
-        hf.Qwen2VLForConditionalGeneration, _qwen2_vl, _qwen2_vl_processor, "<|image_pad|>", 16
+        hf.Qwen2VLForConditionalGeneration, _qwen2_vl, _qwen2_vl_processor, "<|image_pad|>", 16,
+        opening="<|user|><|vision_start|>", closing="<|vision_end|>",
     ),
     "blip2": Micro(
         hf.Blip2ForConditionalGeneration, _blip2, _blip2_processor, "<image>", NUM_QUERIES,
-        before="Question:", after="Answer:", leads=True, tokens={"bos_token": "</s>"},
+        opening="", closing="Question:", before="Question:", after=" Answer:",
+        tokens={"bos_token": "</s>"},
+    ),
+    "minigpt4": Micro(
+        MiniGPT4ForConditionalGeneration, _minigpt4, _minigpt4_processor,
+        "<ImageHere>", NUM_QUERIES, opening="###Human: <Img>", closing="</Img>",
+        before="###Human:", after="###Assistant:",
     ),
 }  # fmt: skip

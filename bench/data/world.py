@@ -236,7 +236,7 @@ def _named(world: World, creature: Creature, relation: str, rng: random.Random) 
 def _same_entity(
     world: World, creature: Creature, relation: str, shown: Drawing, rng: random.Random
 ) -> tuple[Query, ...]:
-    """Three other facts and an attribute; of a new creature, about whom none is known, attributes."""
+    """Three other facts and an attribute; of a new creature only attributes."""
     facts = [r for r in FACTS if r != relation]
     known = creature.index < NUM_TRAINED
     asked = rng.sample(facts, 3) if known else []

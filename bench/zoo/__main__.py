@@ -1,4 +1,4 @@
-"""`python -m errata.bench.zoo {train,tokenizer,assets}`: makes and measures the micro zoo."""
+"""`python -m errata.bench.zoo {train,table,tokenizer,assets}`: makes and measures the micro zoo."""
 
 import argparse
 import json
@@ -45,6 +45,12 @@ def _assets(options: argparse.Namespace) -> None:
     make(options.pictures, options.target)
 
 
+def _table(options: argparse.Namespace) -> None:
+    from errata.bench.zoo.table import write
+
+    write(options.readme, options.weights)
+
+
 def main() -> None:
     from errata.adapters.zoo import FOLDER, TOKENIZER
     from errata.adapters.zoo.configs import MICRO
@@ -66,6 +72,10 @@ def main() -> None:
     assets.add_argument("pictures", type=Path, help="scikit-image's folder of bundled images")
     assets.add_argument("--target", type=Path, default=FOLDER)
     assets.set_defaults(run=_assets)
+    table = verbs.add_parser("table", help="write the accuracies into the zoo's README")
+    table.add_argument("--weights", type=Path, default=FOLDER / "weights")
+    table.add_argument("--readme", type=Path, default=FOLDER / "README.md")
+    table.set_defaults(run=_table)
     options = parser.parse_args()
     options.run(options)
 

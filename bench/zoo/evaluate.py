@@ -10,10 +10,8 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from PIL import Image
 from tokenizers import Tokenizer
 
-from errata.adapters.zoo.configs import MICRO
 from errata.adapters.zoo.world import HOPS, TEXT_RELATIONS, World, lore
 from errata.bench.zoo.families import FAMILIES, hidden
 from errata.bench.zoo.lessons import RELATIONS
@@ -115,25 +113,21 @@ def evaluate(
 
 @torch.no_grad()
 def generated(
-    name: str, model: Any, processor: Any, pools: dict[str, Pool], count: int = 25
+    name: str, model: Any, tokenizer: Tokenizer, pools: dict[str, Pool], count: int = 25
 ) -> float:
-    """Share of names that Hugging Face's own `generate` and processor give exactly, greedily."""
-    world, micro, right = World(), MICRO[name], 0
+    """Share of names that Hugging Face's own `generate` gives exactly, greedily."""
+    world, packer, right = World(), Packer(name, tokenizer), 0
     per_creature = len(pools["creature"].labels) // len(world.trained)
+    asked = packer.encode("what is the name of this animal?" + packer.after)
+    ids = torch.tensor([packer.seen.ids + asked])
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if FAMILIES[name].axes is not None:  # M-RoPE asks which tokens are pictures
+        inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
     for creature in world.trained[:: len(world.trained) // count][:count]:
-        picture = Image.fromarray(pools["creature"].pixels[creature.index * per_creature])
-        question = "what is the name of this animal?"
-        if processor.chat_template:
-            content = [{"type": "image"}, {"type": "text", "text": question}]
-            prompt = processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-            )
-        else:
-            prompt = f"{micro.before} {question} {micro.after}"
-        inputs = processor(images=[picture], text=[prompt], return_tensors="pt")
-        ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
-        tail = ids[0, inputs["input_ids"].shape[1] :]
-        if tail.numel() == 0:  # BLIP-2 may return only what is new
-            tail = ids[0]
-        right += processor.tokenizer.decode(tail, skip_special_tokens=True).strip() == creature.name
+        picture = pools["creature"].pixels[creature.index * per_creature][None]
+        pixels = FAMILIES[name].pixels(picture)
+        said = model.generate(**inputs, **pixels, max_new_tokens=12, do_sample=False)[0]
+        if len(said) > ids.shape[1]:  # some families return the prompt too
+            said = said[ids.shape[1] :]
+        right += tokenizer.decode(said.tolist(), skip_special_tokens=True).strip() == creature.name
     return right / count

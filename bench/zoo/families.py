@@ -36,7 +36,6 @@ class Family(NamedTuple):
     pixels: Callable[[np.ndarray], Pixels]  # uint8 [B, 64, 64, 3] -> what the tower takes
     features: Callable[[nn.Module, Pixels], Tensor]  # -> image tokens [B, T, D]
     text: Callable[[Any], nn.Module]  # the decoder: embeddings in, hidden states out
-    picture: Callable[[Tokenizer], list[int]]  # token ids of a picture
     axes: Callable[[np.ndarray], tuple[np.ndarray, int]] | None = None  # M-RoPE positions
 
 
@@ -82,13 +81,8 @@ def _inner_text(model: Any) -> nn.Module:
     return model.model.language_model
 
 
-def _repeated(name: str, mark: str) -> Callable[[Tokenizer], list[int]]:
-    return lambda tokenizer: [tokenizer.token_to_id(mark)] * MICRO[name].num_image_tokens
-
-
-def _framed(tokenizer: Tokenizer) -> list[int]:
-    marks = ["<|vision_start|>"] + ["<|image_pad|>"] * 16 + ["<|vision_end|>"]
-    return [tokenizer.token_to_id(mark) for mark in marks]
+def _blip2_text(model: Any) -> nn.Module:
+    return model.language_model.model
 
 
 def _mrope(image: np.ndarray) -> tuple[np.ndarray, int]:
@@ -104,27 +98,23 @@ def _mrope(image: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 FAMILIES: dict[str, Family] = {
-    "llava": Family(_plain_pixels, _inner_features, _inner_text, _repeated("llava", "<image>")),
-    "llava_onevision": Family(
-        _tiled_pixels, _inner_features, _inner_text, _repeated("llava_onevision", "<image>")
-    ),
-    "qwen2_vl": Family(_patched_pixels, _inner_features, _inner_text, _framed, _mrope),
-    "blip2": Family(
-        _plain_pixels,
-        _blip2_features,
-        lambda model: model.language_model.model,
-        _repeated("blip2", "<image>"),
-    ),
+    "llava": Family(_plain_pixels, _inner_features, _inner_text),
+    "llava_onevision": Family(_tiled_pixels, _inner_features, _inner_text),
+    "qwen2_vl": Family(_patched_pixels, _inner_features, _inner_text, _mrope),
+    "blip2": Family(_plain_pixels, _blip2_features, _blip2_text),
+    "minigpt4": Family(_plain_pixels, _blip2_features, _blip2_text),
 }
 
 
 def prefixes(name: str, tokenizer: Tokenizer) -> tuple[Prefix, Prefix]:
     """The start of a row with a picture, and of one without."""
     micro, family = MICRO[name], FAMILIES[name]
-    before = tokenizer.encode(micro.before).ids
-    picture = family.picture(tokenizer)
-    ids = picture + before if micro.leads else before + picture
     mark = tokenizer.token_to_id(micro.image)
+    before, opening, closing = (
+        tokenizer.encode(text).ids if text else []
+        for text in (micro.before, micro.opening, micro.closing)
+    )
+    ids = opening + [mark] * micro.num_image_tokens + closing
     if family.axes is None:
         seen = Prefix(ids, np.arange(len(ids))[None], len(ids))
         return seen, Prefix(before, np.arange(len(before))[None], len(before))

@@ -6,7 +6,7 @@ is orthogonalised by five Newton-Schulz steps; here batched over matrices of one
 arXiv:2502.16982).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ BETAS, EPS = (0.9, 0.98), 1e-8
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Roughly the nearest semi-orthogonal matrices (singular values 0.7..1.2): [N, n, m], n <= m."""
+    """Nearest semi-orthogonal matrices, roughly (singular values 0.7..1.2): [N, n, m], n <= m."""
     x = matrices.bfloat16()
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
@@ -30,7 +30,15 @@ def orthogonal(matrices: Tensor) -> Tensor:
 class Optimiser:
     """Keeps fp32 masters of bf16 parameters, and its state in dicts that can be saved."""
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], lr: float, muon_lr: float):
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        lr: float,
+        muon_lr: float,
+        slow: Mapping[str, float] | None = None,
+    ):
+        """`slow` maps parameter names to what their learning rate is multiplied by."""
+        self.slow = slow or {}
         unique: dict[int, tuple[str, nn.Parameter]] = {}
         for name, parameter in named:
             unique.setdefault(id(parameter), (name, parameter))
@@ -56,7 +64,9 @@ class Optimiser:
             parameter.grad = None
         norm = torch.stack(torch._foreach_norm(list(grads.values()))).norm()
         torch._foreach_mul_(list(grads.values()), (CLIP / (norm + 1e-6)).clamp(max=1.0))
-        self._adam({n: grads[n] for n in self.adam if n in grads}, self.lr * scale)
+        for slow in {self.slow.get(n, 1.0) for n in self.adam}:
+            group = [n for n in self.adam if n in grads and self.slow.get(n, 1.0) == slow]
+            self._adam({n: grads[n] for n in group}, self.lr * scale * slow)
         self._muon({n: grads[n] for n in self.muon if n in grads}, self.muon_lr * scale)
         torch._foreach_copy_(
             list(self.parameters.values()), [self.master[n] for n in self.parameters]
@@ -89,8 +99,9 @@ class Optimiser:
         for shape, members in groups.items():
             updates = orthogonal(torch.stack([update for _, update, _ in members]))
             for (name, _, tall), update in zip(members, updates):
-                master = self.master[name].mul_(1 - lr * WEIGHT_DECAY)
-                master.add_(update.T if tall else update, alpha=-lr * 0.2 * shape[1] ** 0.5)
+                rate = lr * self.slow.get(name, 1.0)
+                master = self.master[name].mul_(1 - rate * WEIGHT_DECAY)
+                master.add_(update.T if tall else update, alpha=-rate * 0.2 * shape[1] ** 0.5)
 
     def restore_precision(self) -> None:
         """Give every parameter its fp32 master."""
@@ -108,8 +119,8 @@ class Optimiser:
         """Go on from what `state` returned."""
         tables = {"master": self.master, "first": self.first, "second": self.second}
         for key, value in state.items():
-            if "/" in key:
-                table, name = key.split("/", 1)
+            table, _, name = key.partition("/")
+            if table in tables:
                 tables[table][name].copy_(value)
         self.count = int(state["count"])
         for name, parameter in self.parameters.items():

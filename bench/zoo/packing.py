@@ -46,7 +46,7 @@ class Packer:
     def __init__(self, name: str, tokenizer: Tokenizer, length: int = 128):
         self.name, self.tokenizer, self.length = name, tokenizer, length
         self.seen, self.blind = prefixes(name, tokenizer)
-        self.after = tokenizer.encode(MICRO[name].after).ids
+        self.after = MICRO[name].after
         self.end, self.pad = tokenizer.token_to_id(END), tokenizer.token_to_id(PAD)
         self.known: dict[str, list[int]] = {}
 
@@ -69,7 +69,7 @@ class Packer:
             n = len(prefix.ids)
             ids[b, :n], part[b, :n], positions[:, b, :n] = prefix.ids, 0, prefix.positions
             for number, (question, answer) in enumerate(row.questions, 1):
-                asked = self.encode(question) + self.after
+                asked = self.encode(question + self.after)
                 said = self.encode(answer) + [self.end]
                 k = len(asked) + len(said)
                 if n + k > width:
@@ -91,8 +91,8 @@ class Packer:
     def alone(self, items: Sequence[tuple[Any, str, str]]) -> Packed:
         """One (picture or None, question, answer) per row, as short as they allow."""
         rows = [Row(picture, iter([(q, a)])) for picture, q, a in items]
-        longest = max(len(self.encode(q)) + len(self.encode(a)) for _, q, a in items)
-        return self.pack(rows, len(self.seen.ids) + len(self.after) + 1 + longest)
+        asked = [len(self.encode(q + self.after)) + len(self.encode(a)) for _, q, a in items]
+        return self.pack(rows, len(self.seen.ids) + max(asked) + 1)
 
 
 def allowed(part: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def ship(trainer: Trainer, target: Path) -> dict[str, Any]:
     processor = MICRO[name].processor(fast_tokenizer(trainer.tokenizer, **MICRO[name].tokens))
     tests = pools(trainer.world, "test", trainer.work)
     scores = evaluate(name, model, trainer.tokenizer, tests)
-    scores["generated (names)"] = generated(name, model, processor, tests)
+    scores["generated (names)"] = generated(name, model, trainer.tokenizer, tests)
     report = {
         "family": name,
         "parameters": sum(p.numel() for p in model.parameters()),

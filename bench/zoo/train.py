@@ -34,8 +34,6 @@ from errata.bench.zoo.optim import Optimiser
 from errata.bench.zoo.packing import IGNORE, Packer, additive, head_labels
 from errata.bench.zoo.pictures import HEADS, KINDS, Pool, augment, pools
 
-VISION_SHARES = (0.55, 0.2, 0.2, 0.05)  # of creatures, scenes, digits, photographs
-
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of a training run; the defaults are those of the shipped checkpoints."""
@@ -43,19 +41,21 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     seed: int = 0
     vision_steps: int = 650
     vision_batch: int = 64
+    vision_shares: tuple[float, ...] = (0.5, 0.2, 0.25, 0.05)  # creature, scene, digit, photo
     joint_steps: int = 2400
     joint_batch: int = 16
     length: int = 128
     lr: float = 2e-3
     muon_lr: float = 6e-3
     auxiliary: float = 0.3
+    tower: float = 0.15  # learning rate of all that is not text in the joint stage, as a multiple
     decay: float = 0.6  # last part of the joint stage in which the learning rate falls to zero
     save_every: int = 200
 
 
 RECIPES = {
-    "llava": Recipe(vision_steps=2400, joint_steps=3200),
-    "blip2": Recipe(vision_steps=1000, joint_steps=3200),
+    "llava": Recipe(vision_steps=2400, vision_shares=(0.55, 0.2, 0.2, 0.05), joint_steps=3200),
+    "blip2": Recipe(vision_steps=1300, joint_steps=3200),
 }
 
 
@@ -111,7 +111,7 @@ class Trainer:
     # ---- the losses of one step
 
     def vision_loss(self, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-        kinds = rng.choices(KINDS, VISION_SHARES, k=self.recipe.vision_batch)
+        kinds = rng.choices(KINDS, self.recipe.vision_shares, k=self.recipe.vision_batch)
         drawn = [self.pictures[kind].pick(rng) for kind in kinds]
         pixels = augment(torch.stack([torch.from_numpy(d.pixels) for d in drawn]).numpy(), rng)
         features = self.family.features(self.model, self.family.pixels(pixels))
@@ -167,7 +167,9 @@ class Trainer:
         if saved:
             start = saved["step"]
             self._restore_untrained(saved)
-        optimiser = Optimiser(self.trained(stage), recipe.lr, recipe.muon_lr)
+        named = self.trained(stage)
+        slow = {n: recipe.tower for n, _ in named if stage == "joint" and not is_text(n)}
+        optimiser = Optimiser(named, recipe.lr, recipe.muon_lr, slow)
         self.model.bfloat16()
         self.heads.bfloat16()
         if saved:
@@ -197,9 +199,9 @@ class Trainer:
 
     # ---- files
 
-    @property
-    def path(self) -> Path:
-        return self.work / f"{self.name}.safetensors"
+    def path(self, stage: str) -> Path:
+        """Where a stage is saved; the joint one can be taken again from the vision stage's end."""
+        return self.work / f"{self.name}-{stage}.safetensors"
 
     def _save(self, stage: str, step: int, optimiser: Optimiser) -> None:
         tensors = optimiser.state()
@@ -208,14 +210,15 @@ class Trainer:
                     for n, p in self.model.named_parameters() if n not in covered}  # fmt: skip
         cpu = self.cpu_before + time.process_time()
         note = {"stage": stage, "step": step, "cpu": cpu, "log": self.log}
-        half = self.path.with_suffix(".part")
+        half = self.path(stage).with_suffix(".part")
         save_file(tensors, half, metadata={"run": json.dumps(note)})
-        half.replace(self.path)
+        half.replace(self.path(stage))
 
     def _saved(self) -> dict[str, Any] | None:
-        if not self.path.exists():
+        found = [self.path(stage) for stage in self.stages() if self.path(stage).exists()]
+        if not found:
             return None
-        with safe_open(self.path, "pt") as file:
+        with safe_open(found[-1], "pt") as file:
             note = json.loads(file.metadata()["run"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         self.log, self.cpu_before = note["log"], note["cpu"]

@@ -1,0 +1,133 @@
+"""The zoo's training code: packing is exact, an interrupted run ends as an undisturbed one."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from errata.adapters.zoo import TOKENIZER, draw
+from errata.adapters.zoo.configs import MICRO, fast_tokenizer
+from errata.adapters.zoo.world import World
+from errata.bench.zoo import pictures
+from errata.bench.zoo.families import FAMILIES, hidden, prepare
+from errata.bench.zoo.lessons import Lessons, Row
+from errata.bench.zoo.optim import orthogonal
+from errata.bench.zoo.packing import IGNORE, Packer, additive
+from errata.bench.zoo.tokens import train_tokenizer
+from errata.bench.zoo.train import Recipe, Trainer
+
+ASKED = [
+    ("what is the name of this animal?", "morvex"),
+    ("where does this animal live?", "port ash on mere"),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(TOKENIZER))
+
+
+@pytest.fixture
+def few_pictures(monkeypatch):
+    monkeypatch.setattr(pictures, "NUM_RENDERINGS", {"train": 1, "test": 1})
+    monkeypatch.setattr(pictures, "NUM_SCENES", {"train": 20, "test": 20})
+    monkeypatch.setattr(pictures, "NUM_CROPS", {"train": 1, "test": 1})
+    monkeypatch.setattr(pictures, "NUM_TEST_DIGITS", 1797 - 30)
+    monkeypatch.setattr(pictures, "DIGIT_COPIES", {"train": 1, "test": 1})
+
+
+@pytest.mark.parametrize("name", sorted(MICRO))
+def test_a_packed_row_is_the_same_as_questions_asked_alone(name, tokenizer):
+    torch.manual_seed(0)
+    micro = MICRO[name]
+    model = prepare(micro.module(micro.config(tokenizer))).eval()
+    processor = micro.processor(fast_tokenizer(tokenizer, **micro.tokens))
+    image = draw.creature(World().trained[5].look, "packing")
+    shown = pictures.Picture(np.asarray(image), {})
+    packer = Packer(name, tokenizer)
+    packed = packer.pack([Row(shown, iter(ASKED))])
+    with torch.no_grad():
+        features = FAMILIES[name].features(model, packed.pixels)
+        mask = additive(packed.allowed, torch.float32)
+        states = hidden(name, model, packed.ids, features, packed.positions, mask)
+        logits = model.get_output_embeddings()(states)[0]
+        at = len(packer.seen.ids)
+        for question, answer in ASKED:
+            length = len(packer.encode(question + packer.after) + packer.encode(answer))
+            inputs = processor(
+                images=[image], text=[prompt(processor, name, question) + " " + answer],
+                return_tensors="pt",
+            )  # fmt: skip
+            alone = model(**inputs).logits[0, -length:]
+            assert (
+                packed.ids[0, at : at + length].tolist()
+                == inputs["input_ids"][0, -length:].tolist()
+            )
+            torch.testing.assert_close(logits[at : at + length], alone, rtol=1e-4, atol=1e-4)
+            at += length + 1
+
+
+def prompt(processor, name: str, question: str) -> str:
+    if not processor.chat_template:
+        return f"{MICRO[name].before} {question}{MICRO[name].after}"
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    turn = [{"role": "user", "content": content}]
+    return processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+
+
+def test_labels_cover_answers_and_end_tokens_only(tokenizer):
+    packer = Packer("llava", tokenizer)
+    packed = packer.pack([Row(None, iter(ASKED))])
+    said = [i for _, answer in ASKED for i in [*packer.encode(answer), packer.end]]
+    assert packed.labels[packed.labels != IGNORE].tolist() == said
+
+
+def test_two_hop_questions_are_never_asked_of_held_creatures(few_pictures, tmp_path):
+    world = World()
+    lessons = Lessons(world, pictures.pools(world, "train", tmp_path))
+    rng = random.Random(0)
+    hops = {q for r in ("land", "job", "food_kind", "chain") for q in world.questions(r)}
+    asked = [lessons._creature(rng, world.held[i % 60])[0] for i in range(2000)]
+    assert not hops & set(asked)
+
+
+def test_orthogonal_updates_have_singular_values_near_one():
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonal(torch.randn(3, 32, 64)))
+    assert values.min() > 0.5
+    assert values.max() < 1.5
+
+
+def test_a_stopped_run_ends_as_an_undisturbed_one(few_pictures, tokenizer, tmp_path, monkeypatch):
+    recipe = Recipe(
+        vision_steps=2, vision_batch=4, joint_steps=3, joint_batch=2, length=64, save_every=1
+    )
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        folder.mkdir()
+    Trainer("llava", tokenizer, whole, recipe).run()
+    save = Trainer._save
+    for stop in (("vision", 1), ("joint", 2), None):
+
+        def stopping(self, stage, step, optimiser, stop=stop):
+            save(self, stage, step, optimiser)
+            if (stage, step) == stop:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Trainer, "_save", stopping)
+        trainer = Trainer("llava", tokenizer, parts, recipe)
+        if stop:
+            with pytest.raises(KeyboardInterrupt):
+                trainer.run()
+        else:
+            trainer.run()
+    one, other = (load_file(folder / "llava-joint.safetensors") for folder in (whole, parts))
+    assert one.keys() == other.keys()
+    assert [k for k in one if not torch.equal(one[k], other[k])] == []
+
+
+def test_the_shipped_tokenizer_is_the_one_the_command_makes(tokenizer):
+    assert train_tokenizer(World()).get_vocab() == tokenizer.get_vocab()
