@@ -26,6 +26,7 @@ from errata.functional import (
 )
 from errata.functional.bind import bind
 from errata.functional.losses import nll
+from errata.functional.stacks import per_edit
 
 __all__ = ["Objective", "Rule", "Trained", "descend_each", "descend_jointly"]
 
@@ -81,7 +82,7 @@ def descend_each(
             for query in queries
         ]
         return {name: torch.stack([tensors[name] for tensors in alone]) for name in start}
-    stacked = {name: tensor.expand(len(queries), *tensor.shape) for name, tensor in start.items()}
+    stacked = {name: t.expand(len(queries), *t.shape) for name, t in start.items()}
     batch = prefix.cut(model, model.read(queries), reach)
     batch = batch._replace(edit=torch.arange(len(queries), device=batch.edit.device))
     loss = _stacked_loss(model, header, batch, rule, express)
@@ -114,16 +115,11 @@ def descend_jointly(
 
 def _stacked_loss(model: Model, header: Header, batch: Batch, rule: Rule, express: Express):
     """losses(tensors) [E]: rows of the batch run under the edit they name."""
-    num_edits = header.stack
-    rows = torch.zeros(num_edits, device=batch.edit.device).index_add(
-        0, batch.edit, torch.ones(batch.rows, device=batch.edit.device)
-    )
 
     def losses(tensors: Tensors) -> Tensor:
         bound = bind(model, Delta(header, express(tensors)), check=False)
         logits = bound.decode(bound.params, batch, at=_positions(batch.at, rule.objective))
-        row = nll(logits, batch.labels)  # [B]
-        return row.new_zeros(num_edits).index_add(0, batch.edit, row) / rows
+        return per_edit(nll(logits, batch.labels), batch.edit, header.stack)
 
     return losses
 
@@ -147,39 +143,27 @@ def _positions(at: Tensor, objective: Objective) -> Tensor:
 
 
 def _descend(losses, start: Tensors, rule: Rule, anchor: Params | None) -> dict[str, Tensor]:
-    """Descend from `start`; an edit whose loss is at most `stop_loss` stays where it is."""
+    """Descend from `start` [E ...]; an edit whose loss is at most `stop_loss` stays as it is.
+
+    The optimiser overwrites tensors made here, so that a step is one pass over memory.
+    """
 
     def total(tensors: Tensors):
         each = losses(tensors)
         return each.sum(), each.detach()
 
     step = torch.func.grad(total, has_aux=True)
-    make = {"adamw": optim.adam, "adam": optim.adam, "sgd": optim.sgd}[rule.optimizer]
-    optimizer = make(lr=rule.lr)
-    tensors = {name: tensor.float().clone() for name, tensor in start.items()}
-    memory = optimizer.init(tensors)
-    for number in range(rule.num_steps):
+    make = {"adamw": optim.adamw, "adam": optim.adam, "sgd": optim.sgd}[rule.optimizer]
+    rate = optim.exponential(rule.lr, rule.gamma)
+    optimizer = make(rate, weight_decay=rule.weight_decay, donate=True)
+    tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in start.items()}
+    memory = optimizer.init(tensors, num_edits=next(iter(tensors.values())).shape[0])
+    for _ in range(rule.num_steps):
         grads, each = step(tensors)
         active = each > rule.stop_loss  # [E]
         if not bool(active.any()):
             break
-        scale = rule.gamma**number
-        if rule.weight_decay:
-            grads, tensors = _decay(grads, tensors, anchor or {}, rule, scale, active)
-        tensors, memory = optimizer.update(grads, memory, tensors, mask=active, scale=scale)
+        tensors, memory = optimizer.update(grads, memory, tensors, mask=active, anchor=anchor)
         if rule.clamp is not None:
-            tensors = {n: t.clamp(-rule.clamp, rule.clamp) for n, t in tensors.items()}
+            tensors = optim.clamp(tensors, rule.clamp, donate=True)
     return tensors
-
-
-def _decay(grads, tensors, anchor: Params, rule: Rule, scale: float, active: Tensor):
-    """Weight decay on W + d: decoupled for AdamW, in the gradient for Adam and SGD."""
-
-    def whole(name: str) -> Tensor:
-        return tensors[name] + anchor[name].float() if name in anchor else tensors[name]
-
-    if rule.optimizer != "adamw":
-        return {n: g + rule.weight_decay * whole(n) for n, g in grads.items()}, tensors
-    rate = rule.lr * scale * rule.weight_decay * active.float()
-    shaped = {n: rate.view(-1, *[1] * (t.ndim - 1)) for n, t in tensors.items()}
-    return grads, {n: t - shaped[n] * whole(n) for n, t in tensors.items()}

@@ -12,6 +12,15 @@ from .errors import UnknownSite
 
 __all__ = ["Base", "ModelCard"]
 
+_FUSED = {
+    "attn.q": "attn.qkv",
+    "attn.k": "attn.qkv",
+    "attn.v": "attn.qkv",
+    "mlp.gate": "mlp.gate_up",
+    "mlp.up": "mlp.gate_up",
+}
+"""Where a family fuses maps, the part that stands for each of them (as PEFT's `c_attn`)."""
+
 
 class Base(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The identity of a base model, as a delta records it."""
@@ -125,6 +134,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
             tries = [pattern.replace("*", str(i), 1) for i in range(self.num_layers)]
         else:
             tries = [pattern]
+        tries += [name for group in tries for name in self._grouped(group)]
         hits: set[str] = set()
         for name in tries:
             try:
@@ -138,6 +148,19 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
             inside = [p for p in self.linears if p.startswith(self.layers + ".")]
             hits = {p for p in inside if p.rsplit(".", 1)[-1] == pattern}
         return hits
+
+    def _grouped(self, name: str) -> list[str]:
+        """The parts that a name below a layer stands for, where the family has none of that name.
+
+        `layers.3.mlp` is every `mlp.*`; `layers.3.attn.q` is the fused `attn.qkv`.
+        """
+        layer, _, part = name.removeprefix("layers.").partition(".")
+        if not name.startswith("layers.") or part in self.parts:
+            return []
+        inside = [known for known in self.parts if known.startswith(part + ".")]
+        if _FUSED.get(part) in self.parts:
+            inside.append(_FUSED[part])
+        return [f"layers.{layer}.{known}" for known in inside]
 
     def layer_of(self, path: str) -> int | None:
         """The number of the decoder layer a module or parameter path lies in, or None."""
