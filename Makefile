@@ -2,6 +2,8 @@
 # machine with an NVIDIA GPU wants e.g. `make demo TORCH_INDEX=https://download.pytorch.org/whl/cu130`.
 PYTHON ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# The interpreter that runs the Triton kernels on a CPU; a CUDA build of torch brings its own.
+TRITON := $(if $(filter Linux,$(shell uname -s)),triton==3.9.0)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -38,6 +40,7 @@ $(READY): requirements.lock pyproject.toml
 	# torch alone first: where its CPU index can not be reached, pip takes the default one.
 	$(BIN)/python -m pip install -q --retries 0 --no-deps \
 	  --extra-index-url $(TORCH_INDEX) "$$(grep '^torch==' requirements.lock)"
+	$(if $(TRITON),$(BIN)/python -m pip install -q --no-deps $(TRITON))
 	$(BIN)/python -m pip install -q -r requirements.lock
 	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
 	touch $(READY)

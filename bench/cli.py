@@ -111,7 +111,9 @@ def _verb(verbs: Any, name: str, function: Verb, words: str) -> argparse.Argumen
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="micro/NAME, a folder, or a hub id")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"]
+    )
     parser.add_argument("--device", default="cpu")
 
 

@@ -36,8 +36,8 @@ from msgspec import Meta
 from errata.functional.errors import BadSettings
 
 __all__ = [
-    "Cases", "EditorChoice", "File", "ModelChoice", "Protocol", "RunSettings", "Sequential",
-    "Single", "World", "parse", "read_settings", "size_in_bytes", "unknown",
+    "Cases", "Dtype", "EditorChoice", "File", "ModelChoice", "Protocol", "RunSettings",
+    "Sequential", "Single", "World", "parse", "read_settings", "size_in_bytes", "unknown",
 ]  # fmt: skip
 
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?) ?(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)$")
@@ -47,6 +47,9 @@ Natural = Annotated[int, Meta(ge=0)]
 Text = Annotated[str, Meta(min_length=1)]
 Size = Annotated[str, Meta(pattern=_SIZE.pattern)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._+-]{0,63}$")]
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+"""Of the weights; "auto" is the checkpoint's own."""
 
 _UNITS = {"B": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -97,13 +100,14 @@ Cases = World | File
 
 
 class ModelChoice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One model: `micro/NAME`, a folder, or a hub id."""
+    """One model: `micro/NAME`, `tiny/NAME`, a folder, or a hub id."""
 
     id: Text
     name: Name | None = None  # in results; the id's last part by default
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "auto"
     device: Text = "cpu"
     revision: str = ""
+    template: Text = "default"  # `errata.adapters.PRESETS`
 
     @property
     def label(self) -> str:

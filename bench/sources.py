@@ -32,13 +32,19 @@ def open_model(choice: ModelChoice) -> Model:
     import torch
 
     from errata import adapters
+    from errata.adapters.zoo import micro_parts
 
-    dtype, device = getattr(torch, choice.dtype), _device(choice.device)
-    if choice.id.startswith(MICRO):
-        return adapters.micro(choice.id.removeprefix(MICRO), dtype=dtype, device=device)
-    if choice.id.startswith(TINY):
-        return adapters.tiny(choice.id.removeprefix(TINY), dtype=dtype, device=device)
-    return adapters.load(choice.id, dtype=dtype, device=device, revision=choice.revision or None)
+    dtype = None if choice.dtype == "auto" else getattr(torch, choice.dtype)
+    device = _device(choice.device)
+    for start, parts in ((MICRO, micro_parts), (TINY, adapters.tiny)):
+        if choice.id.startswith(start):
+            module, processor = parts(choice.id.removeprefix(start))
+            module = module.to(device=device, dtype=dtype)
+            return adapters.adapt(module, processor, template=choice.template, id=choice.id)
+    return adapters.load(
+        choice.id, dtype=dtype, device=device, revision=choice.revision or None,
+        template=choice.template,
+    )  # fmt: skip
 
 
 def _device(name: str) -> Any:
