@@ -9,10 +9,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import LlavaOnevisionProcessor, Qwen2VLProcessor, Qwen3VLProcessor
+from transformers import (
+    Blip2Processor,
+    LlavaOnevisionProcessor,
+    LlavaProcessor,
+    Qwen2VLProcessor,
+    Qwen3VLProcessor,
+)
 from transformers.processing_utils import ProcessorMixin
 
-__all__ = ["LlavaOnevisionPictures", "Qwen2VLPictures", "Qwen3VLPictures"]
+from .minigpt4 import MiniGPT4Processor
+
+__all__ = ["OURS", "LlavaOnevisionPictures", "Qwen2VLPictures", "Qwen3VLPictures"]
 
 
 def _name_tokens(processor: Any, tokenizer: Any, **default: str) -> None:
@@ -61,3 +69,15 @@ class LlavaOnevisionPictures(LlavaOnevisionProcessor):
         self.vision_aspect_ratio = vision_aspect_ratio
         _name_tokens(self, tokenizer, image_token=image_token, video_token=video_token)
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+OURS: dict[str, Any] = {
+    "llava": LlavaProcessor,
+    "llava_onevision": LlavaOnevisionPictures,
+    "qwen2_vl": Qwen2VLPictures,
+    "qwen2_5_vl": Qwen2VLPictures,
+    "qwen3_vl": Qwen3VLPictures,
+    "blip-2": Blip2Processor,
+    "minigpt4": MiniGPT4Processor,
+}
+"""The processor of each family that has an adapter of its own, put together from its parts."""
