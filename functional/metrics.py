@@ -115,6 +115,8 @@ class Scorer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     success: Literal["token_accuracy", "exact_match"] = "token_accuracy"
     text: Agreement = Agreement()
     image: Agreement = Agreement()
+    pooled: bool = False
+    """Kinds of portability, and of locality, are averaged as one pool of a case's questions."""
 
     @property
     def ranks(self) -> int:
@@ -150,7 +152,11 @@ SCORERS: Mapping[str, Scorer] = {
             image=Agreement(k=10),
         ),
         Scorer(name="liveedit", source="qizhou000/LiveEdit evaluation/vllm_editor_eval.py:108-173"),
-        Scorer(name="ice", source="bigai-ai/ICE eval.py; EasyEdit evaluate_utils.py:242-317"),
+        Scorer(
+            name="ice",
+            source="bigai-ai/ICE eval.py:60-107; EasyEdit evaluate_utils.py:242-317",
+            pooled=True,
+        ),
     )
 }
 

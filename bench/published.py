@@ -1,0 +1,70 @@
+"""Numbers from papers, quoted with their source: to print beside ours, never to test against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib import resources
+
+import msgspec
+
+__all__ = ["Quoted", "here", "quoted"]
+
+
+class Quoted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One row of a paper's table; values are percents, by probe."""
+
+    benchmark: str
+    models: tuple[str, ...]  # names a user may have given the same model, the first the paper's
+    method: str
+    scorer: str
+    protocol: str
+    source: str
+    values: Mapping[str, float]
+    exact: Mapping[str, float] = {}  # the first of an EM/Acc pair
+
+
+@lru_cache(maxsize=1)
+def quoted() -> tuple[Quoted, ...]:
+    """Every row of `published.toml`: a table gives its setting once, its rows the numbers."""
+    text = resources.files("errata.bench").joinpath("published.toml").read_text(encoding="utf-8")
+    rows = []
+    for table in msgspec.toml.decode(text)["table"]:
+        setting = {name: table[name] for name in ("benchmark", "models", "scorer", "protocol")}
+        for method, numbers in table["rows"].items():
+            values = dict(zip(table["probes"], numbers, strict=True))
+            row = {
+                **setting,
+                "method": method,
+                "source": table["source"],
+                "values": {name: _last(value) for name, value in values.items() if value != []},
+                "exact": {name: one[0] for name, one in values.items() if _pair(one)},
+            }
+            rows.append(msgspec.convert(row, Quoted))
+    return tuple(rows)
+
+
+def _pair(value: float | list[float]) -> bool:
+    return isinstance(value, list) and len(value) == 2
+
+
+def _last(value: float | list[float]) -> float:
+    return value[-1] if isinstance(value, list) else value
+
+
+def _plain(name: str) -> str:
+    return "".join(char for char in name.rsplit("/", 1)[-1].lower() if char.isalnum())
+
+
+def here(benchmark: str, model: str) -> list[Quoted]:
+    """The quoted rows of a benchmark and a model, however the model's name is spelled.
+
+    >>> [row.method for row in here("mmedit-vqa", "Salesforce/blip2-opt-2.7b")][-1]
+    'MEND'
+    """
+    name = _plain(model)
+    return [
+        row
+        for row in quoted()
+        if row.benchmark == benchmark and name in {_plain(one) for one in row.models}
+    ]
