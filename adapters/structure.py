@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -149,7 +151,7 @@ def describe(
     linears, transposed = _linears(module)
     return ModelCard(
         family=family.model_type or config.model_type,
-        id=id or getattr(config, "_name_or_path", "") or config.model_type,
+        id=id or _name(config) or config.model_type,
         revision=revision or getattr(config, "_commit_hash", None) or "",
         config=fingerprint(config),
         num_layers=len(stack),
@@ -171,6 +173,12 @@ def describe(
         several=family.several,
         videos=family.videos,
     )
+
+
+def _name(config: Any) -> str:
+    """What the model was loaded from; of a folder only its name, for deltas carry it around."""
+    name = getattr(config, "_name_or_path", "")
+    return os.path.basename(os.path.normpath(name)) if os.path.isabs(name) else name
 
 
 def fingerprint(config: Any) -> str:

@@ -117,7 +117,7 @@ class EditRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     id: str
     prompt: str = ""  # sha256 of the prompt
     target: str = ""
-    images: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()  # content names: sha256, or what a data set calls its picture
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -183,8 +183,10 @@ def _faults(header: Header) -> Iterator[str]:
     for number, edit in enumerate(header.edits):
         if not _tame(edit.id):
             yield f"edits[{number}].id must be printable text of at most 256 characters"
-        if not all(_HASH.fullmatch(text) for text in (edit.prompt, edit.target, *edit.images)):
-            yield f"edits[{number}] must give sha256 hashes in hex"
+        if not (_HASH.fullmatch(edit.prompt) and _HASH.fullmatch(edit.target)):
+            yield f"edits[{number}] must give sha256 hashes of prompt and target in hex"
+        if not all(_tame(key) and not _ABSOLUTE.match(key) for key in edit.images):
+            yield f"edits[{number}].images must be content names: hashes, or names of a data set's"
 
 
 def _tame(text: str) -> bool:
