@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import BadInput
+from .errors import BadInput, ModelUnsupported
 from .types import Inputs, Model, Query
 
 __all__ = ["continue_rows", "generate"]
@@ -53,26 +54,58 @@ def continue_rows(
     The prompt runs once and leaves its keys and values; then each step runs one token per row. One
     number per step leaves the device: whether all rows have ended.
     """
-    ends = torch.tensor(
-        list(model.card.stop if stop is None else stop), device=inputs.ids.device, dtype=torch.long
-    )
+    if max_new_tokens < 1:
+        raise BadInput(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    device = inputs.ids.device
+    ends = torch.tensor(tuple(model.card.stop if stop is None else stop), device=device).long()
+    said: list[Tensor] = []
     with torch.no_grad():
-        batch = model.embed(model.params, inputs, edit=edit)
-        last = inputs.mask.sum(-1, keepdim=True) - 1  # [B 1]
-        logits, past = model.decode(model.params, batch, at=last, keep=True)
-        said: list[Tensor] = []
-        done = torch.zeros(batch.rows, dtype=torch.bool, device=inputs.ids.device)
-        for number in range(max_new_tokens):
-            ids = logits[:, -1].argmax(-1)  # [B]
-            said.append(ids)
-            done = done | torch.isin(ids, ends)
-            if number + 1 == max_new_tokens or bool(done.all()):
+        done = torch.zeros(len(inputs.ids), dtype=torch.bool, device=device)
+        for logits in _steps(model, inputs, said, edit):
+            said.append(logits[:, -1].argmax(-1))  # [B]
+            done = done | torch.isin(said[-1], ends)
+            if len(said) == max_new_tokens or bool(done.all()):
                 break
-            batch = model.extend(model.params, ids[:, None], past, edit=batch.edit)
-            logits, past = model.decode(
-                model.params, batch, at=torch.zeros_like(last), past=past, keep=True
-            )
     return [_until(row, set(ends.tolist())) for row in torch.stack(said, 1).tolist()]
+
+
+def _steps(
+    model: Model, inputs: Inputs, said: list[Tensor], edit: Tensor | None
+) -> Iterator[Tensor]:
+    """The logits [B 1 V] of each next token, given what has been said since the last."""
+    batch = model.embed(model.params, inputs, edit=edit)
+    last = inputs.mask.sum(-1, keepdim=True) - 1  # [B 1]
+    try:
+        logits, past = model.decode(model.params, batch, at=last, keep=True)
+    except ModelUnsupported:  # a family whose layers take no cache of ours
+        yield from _steps_again(model, inputs, said, edit)
+        return
+    yield logits
+    while True:
+        batch = model.extend(model.params, said[-1][:, None], past, edit=batch.edit)
+        here = torch.zeros_like(last)
+        logits, past = model.decode(model.params, batch, at=here, past=past, keep=True)
+        yield logits
+
+
+def _steps_again(
+    model: Model, inputs: Inputs, said: list[Tensor], edit: Tensor | None
+) -> Iterator[Tensor]:
+    """The same without a cache: every step runs the rows from their beginning."""
+    while True:
+        batch = model.embed(model.params, inputs, edit=edit)
+        yield model.decode(model.params, batch, at=inputs.mask.sum(-1, keepdim=True) - 1)
+        inputs = _grown(inputs, said[-1])
+
+
+def _grown(inputs: Inputs, ids: Tensor) -> Inputs:
+    """The rows with one more token each, right behind their last."""
+    end = inputs.mask.sum(-1, keepdim=True)  # [B 1]
+    return inputs._replace(
+        ids=F.pad(inputs.ids, (0, 1)).scatter(1, end, ids[:, None]),
+        mask=F.pad(inputs.mask, (0, 1)).scatter(1, end, True),
+        image=F.pad(inputs.image, (0, 1)),
+    )
 
 
 def _until(ids: list[int], ends: set[int]) -> list[int]:

@@ -211,14 +211,13 @@ def _adam(lr, betas, eps: float, weight_decay: float, *, decoupled: bool, donate
         return AdamState(_zero_steps(tensors, num_edits), mean, square)
 
     def change(x, g, m, v, base, rate: Tensor, step: Tensor):
-        if weight_decay:
-            whole = x if base is None else x + base
-            if decoupled:
-                x = x - _wide(rate * weight_decay, x) * whole
-            else:
-                g = g + weight_decay * whole
+        if weight_decay and decoupled:
+            pull = _wide(rate * weight_decay, x)
+            x = x * (1 - pull) if base is None else x * (1 - pull) - pull * base
+        elif weight_decay:
+            g = g + weight_decay * (x if base is None else x + base)
         m = torch.lerp(m, g, 1 - b1)
-        v = b2 * v + (1 - b2) * g * g
+        v = torch.addcmul(b2 * v, g, g, value=1 - b2)
         size = _wide(rate / (1 - b1**step), x)
         root = v.sqrt() / _wide((1 - b2**step).sqrt(), x) + eps
         return x - size * m / root, m, v
