@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from errata.functional.errors import BadInput
@@ -40,8 +39,9 @@ def families() -> dict[str, str]:
 
 def micros() -> tuple[str, ...]:
     """The names that `micro` takes."""
-    weights = Path(__file__).parent / "zoo" / "weights"
-    return tuple(sorted({path.name.split(".")[0] for path in weights.glob("*.safetensors")}))
+    from . import zoo
+
+    return zoo.micro_names()
 
 
 def micro(name: str, template: str | Template = "default") -> Model:

@@ -22,6 +22,7 @@ hop, "train" (for editors that are trained) creatures 0-139. With `subjects="new
 taught that no model has seen, without end: even numbers from 200 for "test", odd ones for "train".
 """
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -114,11 +115,12 @@ def cases(
     _check(count, split, subjects, relations)
     world = World()
     made: list[Case] = []
-    turn = 0
-    while len(made) < count:
-        made += _round(world, turn, seed, split, subjects, relations)
-        turn += 1
-    return made[:count]
+    for turn in itertools.count():
+        facts = _facts(turn, seed, split, subjects, relations)[: count - len(made)]
+        if not facts:
+            return made
+        made += [_case(world, world.creature(i), r, f"{seed}-{turn}") for i, r in facts]
+    raise AssertionError("turns never end")
 
 
 def _check(count: int, split: str, subjects: str, relations: Sequence[str]) -> None:
@@ -136,10 +138,10 @@ def _check(count: int, split: str, subjects: str, relations: Sequence[str]) -> N
         raise BadSettings(f"cases of the micro world: {listed(wrong)}.")
 
 
-def _round(
-    world: World, turn: int, seed: int, split: str, subjects: str, relations: Sequence[str]
-) -> list[Case]:
-    """Every fact of a split once, in an order and with targets of this turn."""
+def _facts(
+    turn: int, seed: int, split: str, subjects: str, relations: Sequence[str]
+) -> list[tuple[int, str]]:
+    """Every (creature, relation) of a split once, in the order of this turn."""
     if subjects == "known":
         first_held = NUM_TRAINED - NUM_HELD
         indices = range(first_held) if split == "train" else range(first_held, NUM_TRAINED)
@@ -148,9 +150,7 @@ def _round(
         indices = range(start, start + 2 * 100, 2)
     facts = [(index, relation) for index in indices for relation in relations]
     random.Random(f"cases-{seed}-{split}-{subjects}-{turn}").shuffle(facts)
-    return [
-        _case(world, world.creature(index), relation, f"{seed}-{turn}") for index, relation in facts
-    ]
+    return facts
 
 
 def _case(world: World, creature: Creature, relation: str, draw_key: str) -> Case:
