@@ -120,7 +120,7 @@ function tradeoff() {
   if (!points.length) return plot.replaceChildren(node("p", { class: "none" }, "No locality was asked."));
   const lowest = Math.min(...points.map(point => point.x.low));
   const left = lowest > .82 ? .8 : lowest > .62 ? .6 : lowest > .42 ? .4 : 0;
-  const { svg, px, py } = frame(620, 430, { left: 44, right: 64, top: 30, bottom: 42 }, share(left), share(0),
+  const { svg, px, py } = frame(620, 470, { left: 44, right: 64, top: 30, bottom: 42 }, share(left), share(0),
     { x: "Locality, % unchanged →", y: "↑ Success, %" });
   const labels = [];
   for (const { line, editor, x, y, z } of points) {
@@ -134,7 +134,7 @@ function tradeoff() {
     if (y) svg.append(mark(editor, at, py(y.mean), { tip }));
     labels.push({ x: at, y: py(both[0].mean), text: line.editor });
   }
-  spread(labels, 30, 388);
+  spread(labels, 30, 428);
   for (const label of labels) {
     const end = label.x > 500;
     svg.append(node("text", { class: "name", x: label.x + (end ? -11 : 11), y: label.y + 4, "text-anchor": end ? "end" : "start" }, label.text));
@@ -198,7 +198,7 @@ function lifelong() {
     for (const curve of chosen) {
       const editor = D.editors.indexOf(curve.editor), pts = curve.points;
       const band = [...pts.map(p => `${px(p[0])} ${py(p[3])}`), ...[...pts].reverse().map(p => `${px(p[0])} ${py(p[2])}`)];
-      svg.append(node("path", { d: `M${band.join("L")}z`, fill: colour(editor), opacity: .12 }));
+      if (chosen.length < 5) svg.append(node("path", { d: `M${band.join("L")}z`, fill: colour(editor), opacity: .12 }));
       svg.append(node("path", { d: `M${pts.map(p => `${px(p[0])} ${py(p[1])}`).join("L")}`, fill: "none", stroke: colour(editor), "stroke-width": 2 }));
       for (const p of pts) svg.append(mark(editor, px(p[0]), py(p[1]), { r: 3.5, tip: `${curve.editor}\n${p[0]} edits: ${percent(p[1])} [${percent(p[2])}, ${percent(p[3])}]  n=${p[4]}` }));
       labels.push({ x: 0, y: py(pts.at(-1)[1]), text: curve.editor });
@@ -341,7 +341,7 @@ function detail() {
     const pictures = R.images[i].filter(index => !R.images[one].includes(index)).map(index => picture(index)).filter(Boolean);
     const first = node("td", {}, fresh ? node("div", { class: "probe" }, probe.title) : null, S[R.prompt[i]],
       node("div", { class: "want" }, "→ ", S[R.target[i]]), pictures.length ? node("div", { class: "pics" }, ...pictures) : null);
-    const spoken = (text, said, kind, tip) => node("td", {}, hover(node("span", { class: "answer " + kind }, S[text] || "∅"), tip),
+    const spoken = (text, said, kind, tip) => node("td", {}, hover(node("span", { class: "answer " + kind }, S[text] || "∅"), S[text].length > 60 ? `${S[text]}\n${tip}` : tip),
       said >= 0 ? node("div", { class: "gen" }, "says “", S[said], "”") : null);
     return node("tr", { class: fresh ? "first" : "" }, first, spoken(R.btext[i], R.bsaid[i], "", "the unedited model's likeliest tokens at the answer"),
       ...editors.map(editor => {
