@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
