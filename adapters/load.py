@@ -193,7 +193,7 @@ def _check_files(folder: Path) -> None:
             wrong.append(f"{file.name} is truncated or no safetensors file ({error})")
     if wrong:
         raise BadInput(
-            f"the weights in {os.fspath(folder)!r} must be whole: {listed(wrong)}. Fetch them again."
+            f"the weights in {os.fspath(folder)!r} must be whole: {listed(wrong)}. Fetch them anew."
         )
 
 
@@ -311,7 +311,7 @@ def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
                 tokenizer = AutoTokenizer.from_pretrained(name, **where)
                 images = AutoImageProcessor.from_pretrained(name, backend="pil", **where)
                 processor = OURS[config.model_type](
-                    image_processor=images, tokenizer=tokenizer, **_plain(settings, config),
+                    image_processor=images, tokenizer=tokenizer, **_plain(settings),
                     chat_template=_chat(name, tokenizer, revision),
                 )  # fmt: skip
                 processor.video_settings = _video(name, settings, revision)
@@ -335,15 +335,11 @@ def _json(name: str, file: str, revision: str | None) -> dict[str, Any]:
     return json.loads(Path(path).read_text("utf-8")) if path else {}
 
 
-def _plain(settings: dict[str, Any], config: Any) -> dict[str, Any]:
-    """The processor's own settings; what an old checkpoint does not say is left to the config."""
-    nested = ("image_processor", "video_processor", "tokenizer", "feature_extractor")
-    kept = {
-        k: v for k, v in settings.items() if k not in (*nested, "processor_class", "chat_template")
-    }
-    if config.model_type == "blip-2":
-        kept.setdefault("num_query_tokens", config.num_query_tokens)
-    return kept
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """The processor's own settings, without those of its parts."""
+    nested = {"image_processor", "video_processor", "tokenizer", "feature_extractor"}
+    other = nested | {"processor_class", "chat_template"}
+    return {name: value for name, value in settings.items() if name not in other}
 
 
 def _chat(name: str, tokenizer: Any, revision: str | None) -> str | None:

@@ -2,14 +2,14 @@
 
 The original comes in four parts, three of them `.pth` files:
 
-    eva_vit_g.pth                    EVA-CLIP-g without a prefix; LAVIS uses its first 39 of 40 blocks
-    blip2_pretrained_flant5xxl.pth   {"model": query_tokens, ln_vision, Qformer.bert, t5_proj (unused)}
-    prerained_minigpt4_7b.pth        {"model": llama_proj}
-    Vicuna-7B                        a Hugging Face folder with safetensors
+    eva_vit_g.pth                   EVA-CLIP-g, no prefix; LAVIS uses the first 39 of its 40 blocks
+    blip2_pretrained_flant5xxl.pth  {"model": query_tokens, ln_vision, Qformer.bert; t5_proj unused}
+    prerained_minigpt4_7b.pth       {"model": llama_proj}
+    Vicuna-7B                       a Hugging Face folder with safetensors
 
 They are read by torch's restricted reader (`weights_only=True`, memory-mapped), which rebuilds
-tensors and nothing else; this is the one place in errata that reads a `.pth`. Every tensor must find
-its place and every place its tensor, or nothing is written.
+tensors and nothing else; this is the one place in errata that reads a `.pth`. Every tensor must
+find its place and every place its tensor, or nothing is written.
 
 Names: salesforce/LAVIS `lavis/models/eva_vit.py`, `blip2_models/Qformer.py`; Vision-CAIR/MiniGPT-4
 `minigpt4/models/mini_gpt4.py`; transformers `convert_blip_2_original_to_pytorch.py`.
