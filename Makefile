@@ -23,7 +23,7 @@ bench: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -43,4 +43,8 @@ $(READY): requirements.lock pyproject.toml
 	$(if $(TRITON),$(BIN)/python -m pip install -q --no-deps $(TRITON))
 	$(BIN)/python -m pip install -q -r requirements.lock
 	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	# type checkers do not see setuptools' package map: links they can follow
+	mkdir -p $(VENV)/types/errata
+	for floor in kernels functional adapters editors bench; do \
+	  ln -sfn ../../../$$floor $(VENV)/types/errata/$$floor; done
 	touch $(READY)
