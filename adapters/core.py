@@ -27,9 +27,10 @@ from errata.functional import (
     Rewrites,
 )
 from errata.functional.call import first_tensor, rewriting
-from errata.functional.errors import ModelUnsupported, ShapeMismatch
+from errata.functional.errors import ModelUnsupported, ShapeMismatch, UnknownSite
 from errata.functional.rows import pick
 
+from .attributes import check_config
 from .capture import Capture, capture, discover, stopped_at, swapped
 from .families import family_of
 from .family import Family
@@ -63,7 +64,10 @@ def build(
     handed is found by two probes of a few tokens, in which no layer runs but one of each class.
     Raises ModelUnsupported with the reason where the module does something a cut can not carry.
     """
-    decoder = Decoder(card, module, family or family_of(card.family))
+    family = family or family_of(card.family)
+    if family.explicit:
+        check_config(module.config, family)
+    decoder = Decoder(card, module, family)
     return Model(
         card=card,
         params={name: tensor.detach() for name, tensor in module.named_parameters()},
@@ -89,6 +93,7 @@ class Decoder:
         self.family = family
         self.decoder = decoder_path(module)
         self._skeletons = Skeletons(module, self.decoder, attention)
+        self._sites = {path for path, _ in module.named_modules()}
         stack = module.get_submodule(card.layers)
         self.attention = tuple(attention_path(layer) for layer in stack)
         self._layer_params = [
@@ -269,6 +274,12 @@ class Decoder:
         inside = [f"{self.card.layers}.", *(f"{path}." for path in self.tail)]
         last = self.card.num_layers - 1
         saved = f"{self.card.layers}.{last}.{self.attention[last]}."
+        unknown = sorted(set(rewrites) - self._sites)
+        if unknown:
+            raise UnknownSite(
+                f"a rewrite's site must be a module of {self.card.id}, and it has no "
+                f"{', '.join(map(repr, unknown))}; `card.site` gives full paths."
+            )
         return {
             path: rewrite
             for path, rewrite in rewrites.items()

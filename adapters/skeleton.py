@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 __all__ = ["EXPLICIT", "Ledger", "Skeletons", "replaced"]
@@ -48,7 +48,42 @@ def _by_place(attention_mask: Tensor, mask_function: Callable) -> Callable:
     return placed
 
 
-AttentionInterface.register(EXPLICIT, sdpa_attention_forward)
+def _explicit_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """softmax(q k^T scale + mask) v: the fused kernel, or plain products where vmap can not fuse."""
+    if not any(map(_batched, (query, key, value, attention_mask))):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (query * scale) @ key.transpose(-1, -2)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+def _batched(tensor: Tensor | None) -> bool:
+    while tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
+
+
+AttentionInterface.register(EXPLICIT, _explicit_attention)
 AttentionMaskInterface.register(EXPLICIT, _explicit_mask)
 
 

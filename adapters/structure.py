@@ -137,6 +137,12 @@ def describe(
     """
     config = module.config
     text = text_config(config)
+    if getattr(text, "is_encoder_decoder", False) or getattr(config, "is_encoder_decoder", False):
+        raise ModelUnsupported(
+            "a model must be a decoder that can be cut between layers; the text model of "
+            f"{type(module).__name__} ({text.model_type}) is an encoder-decoder, whose layers read "
+            "an encoder's states beside the stream. Use a checkpoint with a decoder-only text model."
+        )
     decoder = decoder_path(module)
     layers = layers_path(module, decoder)
     stack = module.get_submodule(layers)
