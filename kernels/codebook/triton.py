@@ -13,6 +13,8 @@ from torch import Tensor
 
 from errata.kernels.codebook import ref
 
+SCAN, SCAN_WARPS = 16, 8  # columns per step of the exact scan, and its warps
+TILES = 1024  # tile minima per step of the exact scan
 KEYS = 128  # keys per tile; they take the long side of the product, which needs 64 rows for wgmma
 LIMIT = tl.constexpr(ref.LIMIT)
 FAR = tl.constexpr(2**31 - 1)
@@ -29,12 +31,13 @@ class Blocks(NamedTuple):
 
 def blocks(num_rows: int, itemsize: int) -> Blocks:
     """The configuration for a batch of `num_rows`; about 96 KB of shared memory at most."""
-    width = 64 if itemsize == 2 else 32
+    if itemsize != 2:  # three tensor-core passes for fp32, and the registers for them
+        return Blocks(16, 32, 4, 4) if num_rows <= 16 else Blocks(64, 32, 8, 3)
     if num_rows <= 16:
-        return Blocks(16, width, 4, 5)
+        return Blocks(16, 64, 4, 5)
     if num_rows <= 64:
-        return Blocks(64, width, 4, 4)
-    return Blocks(128, width, 8, 3)
+        return Blocks(64, 64, 4, 4)
+    return Blocks(128, 64, 8, 3)
 
 
 @triton.jit
@@ -245,8 +248,8 @@ def search(
         keys.stride(0),
         2 * ref.BAND * math.sqrt(width) * 2.0**-23,
         KEYS=KEYS,
-        WIDTH=32,
-        TILES=1024,
-        num_warps=4,
+        WIDTH=SCAN,
+        TILES=TILES,
+        num_warps=SCAN_WARPS,
         enable_fp_fusion=True,
     )

@@ -6,12 +6,37 @@ layer has many slots per row, a batch of edits one.
 Legend: B rows · L tokens · I, O input and output widths · M experts · S slots · R rank
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 INNER = 1 << 28  # rank activations [B, L, S R] held at once
+
+
+class Blocks(NamedTuple):
+    """One fixed launch configuration, shared by the two products."""
+
+    tokens: int  # tokens per program
+    columns: int  # (slot, rank) columns per program of `shrink`
+    depth: int  # input columns per step of `shrink`
+    step: int  # (slot, rank) columns per step of `expand`
+    outputs: int  # output columns per program of `expand`
+    num_warps: int
+
+
+def blocks(num_tokens: int, num_columns: int, widen: bool) -> Blocks:
+    """The configuration for rows of `num_tokens` tokens and `num_columns` slots times ranks.
+
+    Products of fp32 tiles take three tensor-core passes and the registers for them: smaller steps.
+    """
+    tokens = 64 if num_tokens >= 64 else 16
+    columns = 64 if num_columns >= 64 else 16
+    if widen:
+        return Blocks(tokens, columns, 32, min(columns, 32), 64, 8 if tokens == 64 else 4)
+    return Blocks(tokens, columns, 64, columns, 128, 4)
 
 
 @triton.jit
@@ -218,11 +243,9 @@ def _slice(
     # The interpreter multiplies the bit patterns of bf16.
     widen = triton.knobs.runtime.interpret or x.dtype != down.dtype or down.dtype != up.dtype
     widen = widen or x.element_size() != 2
-    tokens = 64 if num_tokens >= 64 else 16
-    columns = 64 if (last - first) * rank >= 64 else 16
-    depth = 32 if widen else 64
-    token_tiles = triton.cdiv(num_tokens, tokens)
-    shrink[(token_tiles, triton.cdiv((last - first) * rank, columns), num_rows)](
+    block = blocks(num_tokens, (last - first) * rank, widen)
+    token_tiles = triton.cdiv(num_tokens, block.tokens)
+    shrink[(token_tiles, triton.cdiv((last - first) * rank, block.columns), num_rows)](
         x,
         moments,
         gamma,
@@ -247,14 +270,14 @@ def _slice(
         SHIFTED=beta is not None,
         RELU=relu,
         WIDEN=widen,
-        TOKENS=tokens,
-        COLUMNS=columns,
-        WIDTH=depth,
-        num_warps=4,
+        TOKENS=block.tokens,
+        COLUMNS=block.columns,
+        WIDTH=block.depth,
+        num_warps=block.num_warps,
         num_stages=3,
         enable_fp_fusion=True,
     )
-    expand[(token_tiles, triton.cdiv(out_width, 128), num_rows)](
+    expand[(token_tiles, triton.cdiv(out_width, block.outputs), num_rows)](
         base,
         inner,
         up,
@@ -275,10 +298,10 @@ def _slice(
         RANK=rank,
         BASED=base is not None,
         WIDEN=widen,
-        TOKENS=tokens,
-        COLUMNS=columns,
-        WIDTH=128,
-        num_warps=4,
+        TOKENS=block.tokens,
+        COLUMNS=block.step,
+        WIDTH=block.outputs,
+        num_warps=block.num_warps,
         num_stages=3,
         enable_fp_fusion=True,
     )

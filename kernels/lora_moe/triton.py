@@ -11,6 +11,7 @@ from torch import Tensor
 from errata.kernels.grouped_lora.triton import low_rank
 from errata.kernels.lora_moe import ref
 
+EXPERTS, ROWS, WIDTH = 64, 16, 32  # block of the routing scores
 SPAN = 1024  # experts per step of the softmax and the compaction
 
 
@@ -138,8 +139,7 @@ def route_experts(
     ids = torch.empty_like(scores, dtype=torch.int64)
     count = torch.empty_like(ids[:, 0])
     weights = torch.empty_like(scores)
-    experts, rows = 64, 16
-    score_experts[(triton.cdiv(num_experts, experts), triton.cdiv(num_rows, rows))](
+    score_experts[(triton.cdiv(num_experts, EXPERTS), triton.cdiv(num_rows, ROWS))](
         vision.contiguous(),
         query.contiguous(),
         threshold.contiguous(),
@@ -152,9 +152,9 @@ def route_experts(
         vision.shape[1],
         query.shape[1],
         scale,
-        EXPERTS=experts,
-        ROWS=rows,
-        WIDTH=64,
+        EXPERTS=EXPERTS,
+        ROWS=ROWS,
+        WIDTH=WIDTH,
         num_warps=4,
         num_stages=3,
         enable_fp_fusion=True,
