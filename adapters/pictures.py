@@ -49,13 +49,13 @@ class Reading(NamedTuple):
 
     place: str
     raw: tuple[str, ...]  # the makers' own prompt, where there is no chat template
-    picture: str = "{}"
+    picture: str = "{}"  # and what it has around each picture
+    mark: str = "{}"  # what must stand around a placeholder wherever it is written
     image: Callable[[Parts], str] | None = None
     video: Callable[[Parts], str] | None = None
     pictures: Callable[[Parts, Sequence[Pictures.Image]], Seen] | None = None
     frames: Callable[[Parts, Sequence[Pictures.Image]], Seen] | None = None
     types: bool = False  # the forward wants `mm_token_type_ids`
-    gap: str | None = None
 
 
 def parts(processor: Any, config: Any) -> Parts:
@@ -203,15 +203,15 @@ READINGS: dict[str, Reading] = {
         frames=_onevision_video,
     ),
     "qwen2_vl": Reading(
-        "text", _CHATML, _MARKED, image=_image, video=_video, pictures=_qwen, frames=_qwen2_video,
+        "text", _CHATML, mark=_MARKED, image=_image, video=_video, pictures=_qwen, frames=_qwen2_video,
         types=True,
     ),
     "qwen2_5_vl": Reading(
-        "text", _CHATML, _MARKED, image=_image, video=_video, pictures=_qwen, frames=_qwen2_video,
+        "text", _CHATML, mark=_MARKED, image=_image, video=_video, pictures=_qwen, frames=_qwen2_video,
         types=True,
     ),
     "qwen3_vl": Reading(
-        "text", _CHATML, _MARKED, image=_image, video=_qwen3_place, pictures=_qwen,
+        "text", _CHATML, mark=_MARKED, image=_image, video=_qwen3_place, pictures=_qwen,
         frames=_qwen3_video, types=True,
     ),
     "blip-2": Reading("lead", ("Question: {prompt} Answer:",), pictures=_queries),

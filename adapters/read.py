@@ -25,7 +25,7 @@ from .pictures import READINGS, TEXT, Parts, Reading, Seen, parts
 from .templates import preset
 from .text import Segment, Template, gap, scored, segments
 
-__all__ = ["Reader", "Row", "assemble", "checked", "reader", "writer"]
+__all__ = ["Reader", "Row", "assemble", "checked", "ending", "every", "reader", "writer"]
 
 
 class Row(NamedTuple):
@@ -54,6 +54,17 @@ def writer(tokenizer: Any) -> Callable[[Sequence[int]], str]:
         return tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
 
     return write
+
+
+def ending(template: Template, tokenizer: Any) -> str:
+    """What is appended to every answer: nothing, the tokenizer's end token, or a text."""
+    if isinstance(template.end, str):
+        return template.end
+    if template.end and tokenizer.eos_token is None:
+        raise BadSettings(
+            "template.end must be a text for a tokenizer without an end token; got true."
+        )
+    return tokenizer.eos_token if template.end else ""
 
 
 def checked(query: Query, card: ModelCard) -> None:
@@ -120,9 +131,7 @@ class Reader:
         self.raw = template.raw or reading.raw
         if not template.raw and template.picture == "{}":
             self.template = replace(template, picture=reading.picture)
-        self.end = tokenizer.eos_token if template.end else ""
-        if self.end is None:
-            raise BadSettings("template.end needs a tokenizer with an end token, this one has none")
+        self.end = ending(template, tokenizer)
 
     def __call__(self, queries: Sequence[Query]) -> Inputs:
         queries = list(queries)
@@ -192,6 +201,14 @@ class Reader:
             raise BadInput(f"{self.card.id} takes no {'video' if query.video else 'images'}")
         return place(self.found)
 
+    def _marked(self, query: Query) -> str:
+        """The placeholder with the tokens that must stand around it, for texts we write."""
+        place = self._place(query)
+        before, _, after = self.reading.mark.partition("{}")
+        if place.startswith(before) and place.endswith(after):  # it brings its own
+            return place
+        return before + place + after
+
     def _chats(self) -> bool:
         return self.template.chat and bool(self.found.chat)
 
@@ -199,14 +216,10 @@ class Reader:
         """A raw template with the placeholder written where pictures stand: one text a piece."""
         if not query.images:
             return segments(self.template, self.raw, query)
-        place = self._place(query)
-        template = self.template
-        before, _, after = template.picture.partition("{}")
-        if place.startswith(before) and place.endswith(after):  # it brings its own marks
-            template = replace(template, picture="{}")
+        place = self._marked(query)
         row: list[Segment] = []
         for piece in self.raw:
-            found = segments(template, (piece,), query)
+            found = segments(self.template, (piece,), query)
             row.append("".join(place if isinstance(part, int) else part for part in found))
         return row
 
@@ -229,8 +242,9 @@ class Reader:
         place = self._place(query)
         count = 1 if query.video else len(query.images)
         if text.count(place) != count:  # a template that knows no pictures: write them ourselves
+            marked = self._marked(query)
             text = self._render(
-                "".join(place if isinstance(part, int) else part for part in ordered)
+                "".join(marked if isinstance(part, int) else part for part in ordered)
             )
         return text
 

@@ -4,7 +4,7 @@ Four code bases put different strings before the model for the "same" metric, so
 the name of its template. Under `*` is what holds for every family that has no line of its own.
 
 Sources: zjunlp/EasyEdit `trainer/blip2_models/`, `evaluate/multimodal_evaluate.py` and
-`dataset/vqa.py`; VLKEB/VLKEB and MMKE-Bench (forks of it); qizhou000/LiveEdit
+`dataset/vqa.py`; VLKEB/VLKEB (`trainer/llava/`) and MMKE-Bench, forks of it; qizhou000/LiveEdit
 `editor/vllms_for_edit/`; bigai-ai/ICE.
 """
 
@@ -26,6 +26,10 @@ _WRAPPED = Template(
     chat=False, raw=("{images}", "{prompt}"), picture="###Human: <Img>{}</Img> ", gap=" ",
     bos=False,
 )  # fmt: skip
+_BARE = Template(
+    # the picture is spliced in behind <s>, question and answer are one text behind it
+    chat=False, raw=("{images}", "{prompt}"), gap=" ",
+)  # fmt: skip
 _LINE = Template(chat=False, raw=("{images}{prompt}",), picture="{}\n")
 
 PRESETS: dict[str, dict[str, Template]] = {
@@ -37,9 +41,9 @@ PRESETS: dict[str, dict[str, Template]] = {
     "easyedit": {"blip-2": _LAVIS, "minigpt4": _WRAPPED, "*": Template(gap="")},
     # EasyEdit's trainer and its datasets put a space before every answer
     "easyedit-trainer": {"blip-2": _LAVIS, "minigpt4": _WRAPPED, "*": Template(gap=" ")},
-    # " ".join([question, answer])
-    "vlkeb": {"blip-2": _LAVIS, "minigpt4": _WRAPPED, "*": Template(gap=" ")},
-    "mmke": {"blip-2": _LAVIS, "minigpt4": _WRAPPED, "*": Template(gap=" ")},
+    # f"{question} {answer}" without chat words; LLaVA too
+    "vlkeb": {"blip-2": _LAVIS, "minigpt4": _WRAPPED, "*": _BARE},
+    "mmke": {"blip-2": _LAVIS, "minigpt4": _WRAPPED, "*": _BARE},
     # no chat words; a space unless one is there; BLIP-2's pictures come before its </s>
     "liveedit": {"blip-2": Template(chat=False, raw=("{prompt}",)), "*": _LINE},
     # text models, bare

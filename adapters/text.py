@@ -33,8 +33,9 @@ class Template(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     there already. It counts as part of the answer, as it does for every peer: a tokenizer that
     makes the space a token of its own has that token scored.
 
-    `end` appends the end-of-turn token to the answer, scored like the rest. The peers score the
-    answer alone, and so does the default; train an editor with `end` if its edits must also stop.
+    `end` appends the tokenizer's end token (or the text given) to the answer, scored like the rest.
+    The peers score the answer alone, and so does the default; edit with `end` if generation must
+    also stop after the answer.
     """
 
     name: str = "default"
@@ -45,7 +46,7 @@ class Template(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     picture: str = "{}"  # in raw text, what is written around each picture
     gap: str | None = None
     bos: bool = True  # begin with what the tokenizer puts before a text
-    end: bool = False
+    end: bool | str = False
 
 
 def gap(template: Template, text: str, target: str, specials: tuple[str, ...]) -> str:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from errata.functional import IGNORE, Inputs, ModelCard, Query
-from errata.functional.errors import BadInput, BadSettings, ModelUnsupported, listed
+from errata.functional.errors import BadInput, ModelUnsupported, listed
 
 from .images import key, picture
 from .pictures import Parts
-from .read import checked, every
+from .read import checked, ending, every
 from .text import Template, gap, scored, segments
 
 __all__ = ["Whole"]
@@ -36,9 +36,7 @@ class Whole:
                 f"{type(tokenizer).__name__} does not: load the model's fast tokenizer."
             )
         self.specials = tuple(tokenizer.get_added_vocab())
-        self.end = tokenizer.eos_token if template.end else ""
-        if self.end is None:
-            raise BadSettings("template.end needs a tokenizer with an end token; this has none.")
+        self.end = ending(template, tokenizer)
 
     def __call__(self, queries: Sequence[Query]) -> Inputs:
         queries = list(queries)
