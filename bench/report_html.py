@@ -34,7 +34,7 @@ from .report import by_case, ordered, summary
 
 __all__ = ["curves", "page", "write"]
 
-MOST_ROWS = 60_000
+MOST_ROWS = 150_000
 MOST_PICTURES = 12_000_000  # characters of data URIs
 SIDE = 192  # pixels of a picture's longer side
 _BINS = 10
@@ -42,9 +42,7 @@ _BINS = 10
 Pictures = Path | Mapping[str, Path]
 
 
-def write(
-    rows: Sequence[Row], path: Path, folder: Path | None, settings: str, title: str
-) -> None:
+def write(rows: Sequence[Row], path: Path, folder: Path | None, settings: str, title: str) -> None:
     """Write the page of a run's rows, whole or not at all; see `report.html`."""
     asked, benchmark = _cases(settings)
     whole = page(

@@ -71,7 +71,18 @@ __all__ = [
 ]
 
 # Searched in this order: those without torch first.
-_MODULES = ("card", "header", "types", "io", "merge", "compare", "bind", "answers", "generate")
+_MODULES = (
+    "card",
+    "header",
+    "queries",
+    "types",
+    "io",
+    "merge",
+    "compare",
+    "bind",
+    "answers",
+    "generate",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .card import ModelCard
 from .header import Header
+from .queries import Case, Image, Query
 
 __all__ = [
     "IGNORE",
@@ -48,32 +49,8 @@ Rewrite = Callable[[Tensor, Tensor], Tensor]
 Rewrites = Mapping[str, Rewrite]
 """Dotted module path (the full in-memory name) -> rewrite."""
 
-Image = Any
-"""A PIL image, a path, or anything with `.load() -> PIL.Image` and `.key: str` (a content name)."""
-
 State = Any
 """What an editor remembers between edits: a pytree of tensors, msgspec Structs and plain values."""
-
-
-class Query(NamedTuple):
-    """One question and the answer wanted: the unit of editing, probing and training.
-
-    `images` are in the order in which the prompt refers to them; with `video=True` they are the
-    frames of one video. `target` may be empty only where nothing is scored (generation).
-    """
-
-    prompt: str
-    target: str = ""
-    images: tuple[Image, ...] = ()
-    video: bool = False
-
-
-class Case(NamedTuple):
-    """One edit and what is asked before and after it; probe names are metric names."""
-
-    id: str
-    edit: Query
-    probes: Mapping[str, tuple[Query, ...]] = {}
 
 
 class Inputs(NamedTuple):

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from errata.functional.errors import BadInput
-from errata.functional.types import Case
+from errata.functional.queries import Case
 
 from .ads_edit import ADS_EDIT
 from .comprehendedit import COMPREHENDEDIT

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from errata.functional.errors import BadInput
-from errata.functional.types import Case, Query
+from errata.functional.queries import Case, Query
 
 from .loading import Benchmark, Skipped, Source
 from .mmedit import common_probes

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import msgspec
 
-from errata.functional.types import Case, Query
+from errata.functional.queries import Case, Query
 
 from .loading import Benchmark, Skipped, Source
 from .stream import records

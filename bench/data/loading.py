@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from errata.functional.errors import BadInput
-from errata.functional.types import Case, Query
+from errata.functional.queries import Case, Query
 
 from .pictures import MISSING, Drawn, Folder, Missing, Picture
 from .stream import records

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from errata.functional.types import Case, Query
+from errata.functional.queries import Case, Query
 
 from .loading import Benchmark, Skipped, Source
 

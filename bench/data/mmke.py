@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from errata.functional.types import Case, Query
+from errata.functional.queries import Case, Query
 
 from .loading import Benchmark, Skipped, Source, portability
 from .mmedit import common_probes

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import warnings
-from functools import cached_property
-from pathlib import Path, PurePosixPath
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -108,7 +109,7 @@ def safe_name(name: str, above: bool = False) -> str:
 
     Raises `BadInput` for absolute names, names that climb out of the root, and empty ones.
     """
-    parts = list(PurePosixPath(name.replace("\\", "/")).parts)
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     while above and parts and parts[0] == "..":
         parts.pop(0)
     climbs = ".." in parts or name.startswith(("/", "\\", "~")) or ":" in name[:3]
@@ -117,6 +118,16 @@ def safe_name(name: str, above: bool = False) -> str:
             f"an image name must be a relative path below the image root; got {name[:200]!r}."
         )
     return "/".join(parts)
+
+
+@lru_cache(maxsize=4096)
+def _listed(folder: str) -> frozenset[str]:
+    """The files of a folder; none of a folder that is not there."""
+    try:
+        with os.scandir(folder) as entries:
+            return frozenset(entry.name for entry in entries if entry.is_file())
+    except OSError:
+        return frozenset()
 
 
 class Folder(msgspec.Struct, frozen=True):
@@ -132,19 +143,23 @@ class Folder(msgspec.Struct, frozen=True):
         bases = [Path(root)] if root else [file.parent, *list(file.parents)[1:3]]
         if root and not bases[0].is_dir():
             raise BadInput(f"the image root {root} must be a folder; there is none.")
+        _listed.cache_clear()  # files may have come since the last reading
         found = (base / alias for base in bases for alias in _ALIASES)
         return cls(tuple(dict.fromkeys(one for one in found if one.is_dir())), on_missing, above)
 
     def path(self, name: str) -> Path | None:
-        """The file a name stands for; the picture of the same stem where it ends in .json."""
-        name = safe_name(name, self.above)
+        """The file a name stands for; the picture of the same stem where it ends in .json.
+
+        Folders are listed once: a benchmark names ten thousands of images in a few of them.
+        """
+        folder, _, file = safe_name(name, self.above).rpartition("/")
+        stem = file.removesuffix(".json")
+        files = [file] if stem == file else [stem + suffix for suffix in _SUFFIXES]
         for root in self.roots:
-            if (whole := root / name).is_file() and whole.suffix != ".json":
-                return whole
-            if whole.suffix == ".json":
-                for suffix in _SUFFIXES:
-                    if (twin := whole.with_suffix(suffix)).is_file():
-                        return twin
+            there = _listed(os.path.join(root, folder))
+            for one in files:
+                if one in there:
+                    return Path(root, folder, one)
         return None
 
     def find(self, name: str) -> Picture | Drawn | None:
@@ -152,7 +167,7 @@ class Folder(msgspec.Struct, frozen=True):
         if path := self.path(name):
             return Picture(path)
         if self.on_missing == "draw":
-            return Drawn(safe_name(name, self.above))
+            return Drawn(name)
         if self.on_missing == "none":
             return None
         roots = ", ".join(map(str, self.roots)) or "no folder"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from errata.functional.errors import BadInput
-from errata.functional.types import Case, Query
+from errata.functional.queries import Case, Query
 
 from .loading import Benchmark, Skipped, Source, portability
 from .mmedit import Record as Common

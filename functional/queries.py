@@ -1,0 +1,35 @@
+"""Questions and edits as people state them. Free of torch: benchmarks are read and checked without.
+
+The names are those of `errata.functional.types`, which holds everything made of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+__all__ = ["Case", "Image", "Query"]
+
+Image = Any
+"""A PIL image, a path, or anything with `.load() -> PIL.Image` and `.key: str` (a content name)."""
+
+
+class Query(NamedTuple):
+    """One question and the answer wanted: the unit of editing, probing and training.
+
+    `images` are in the order in which the prompt refers to them; with `video=True` they are the
+    frames of one video. `target` may be empty only where nothing is scored (generation).
+    """
+
+    prompt: str
+    target: str = ""
+    images: tuple[Image, ...] = ()
+    video: bool = False
+
+
+class Case(NamedTuple):
+    """One edit and what is asked before and after it; probe names are metric names."""
+
+    id: str
+    edit: Query
+    probes: Mapping[str, tuple[Query, ...]] = {}
