@@ -106,10 +106,17 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a token that the vocabulary is known to hold."""
+    found = tokenizer.token_to_id(token)
+    assert found is not None, token
+    return found
+
+
 def prefixes(name: str, tokenizer: Tokenizer) -> tuple[Prefix, Prefix]:
     """The start of a row with a picture, and of one without."""
     micro, family = MICRO[name], FAMILIES[name]
-    mark = tokenizer.token_to_id(micro.image)
+    mark = token_id(tokenizer, micro.image)
     before, opening, closing = (
         tokenizer.encode(text).ids if text else []
         for text in (micro.before, micro.opening, micro.closing)

@@ -62,31 +62,25 @@ class Optimiser:
         grads = {n: p.grad.float() for n, p in self.parameters.items() if p.grad is not None}
         for parameter in self.parameters.values():
             parameter.grad = None
-        norm = torch.stack(torch._foreach_norm(list(grads.values()))).norm()
-        torch._foreach_mul_(list(grads.values()), (CLIP / (norm + 1e-6)).clamp(max=1.0))
+        norm = torch.stack([grad.norm() for grad in grads.values()]).norm()
+        for grad in grads.values():
+            grad.mul_((CLIP / (norm + 1e-6)).clamp(max=1.0))
         for slow in {self.slow.get(n, 1.0) for n in self.adam}:
             group = [n for n in self.adam if n in grads and self.slow.get(n, 1.0) == slow]
             self._adam({n: grads[n] for n in group}, self.lr * scale * slow)
         self._muon({n: grads[n] for n in self.muon if n in grads}, self.muon_lr * scale)
-        torch._foreach_copy_(
-            list(self.parameters.values()), [self.master[n] for n in self.parameters]
-        )
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.master[name])
 
     def _adam(self, grads: dict[str, Tensor], lr: float) -> None:
-        names = list(grads)
-        if not names:
-            return
-        first, second = ([table[n] for n in names] for table in (self.first, self.second))
-        torch._foreach_lerp_(first, list(grads.values()), 1 - BETAS[0])
-        torch._foreach_mul_(second, BETAS[1])
-        torch._foreach_addcmul_(second, list(grads.values()), list(grads.values()), 1 - BETAS[1])
-        scale = torch._foreach_sqrt(torch._foreach_div(second, 1 - BETAS[1] ** self.count))
-        torch._foreach_add_(scale, EPS)
-        masters = [self.master[n] for n in names]
-        for master in masters:
+        for name, grad in grads.items():
+            first = self.first[name].lerp_(grad, 1 - BETAS[0])
+            second = self.second[name].mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
+            scale = (second / (1 - BETAS[1] ** self.count)).sqrt_().add_(EPS)
+            master = self.master[name]
             if master.ndim >= 2:
                 master.mul_(1 - lr * WEIGHT_DECAY)
-        torch._foreach_addcdiv_(masters, first, scale, -lr / (1 - BETAS[0] ** self.count))
+            master.addcdiv_(first, scale, value=-lr / (1 - BETAS[0] ** self.count))
 
     def _muon(self, grads: dict[str, Tensor], lr: float) -> None:
         groups: dict[tuple[int, ...], list[tuple[str, Tensor, bool]]] = {}

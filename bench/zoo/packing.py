@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from errata.adapters.zoo.configs import END, MICRO, PAD
-from errata.bench.zoo.families import FAMILIES, Pixels, prefixes
+from errata.bench.zoo.families import FAMILIES, Pixels, prefixes, token_id
 from errata.bench.zoo.lessons import Row
 from errata.bench.zoo.pictures import HEADS, augment
 
@@ -47,7 +47,7 @@ class Packer:
         self.name, self.tokenizer, self.length = name, tokenizer, length
         self.seen, self.blind = prefixes(name, tokenizer)
         self.after = MICRO[name].after
-        self.end, self.pad = tokenizer.token_to_id(END), tokenizer.token_to_id(PAD)
+        self.end, self.pad = token_id(tokenizer, END), token_id(tokenizer, PAD)
         self.known: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:

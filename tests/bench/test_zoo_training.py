@@ -57,10 +57,7 @@ def test_a_packed_row_is_the_same_as_questions_asked_alone(name, tokenizer):
         at = len(packer.seen.ids)
         for question, answer in ASKED:
             length = len(packer.encode(question + packer.after) + packer.encode(answer))
-            inputs = processor(
-                images=[image], text=[prompt(processor, name, question) + " " + answer],
-                return_tensors="pt",
-            )  # fmt: skip
+            inputs = read(processor, name, image, question, answer)
             alone = model(**inputs).logits[0, -length:]
             assert (
                 packed.ids[0, at : at + length].tolist()
@@ -70,12 +67,20 @@ def test_a_packed_row_is_the_same_as_questions_asked_alone(name, tokenizer):
             at += length + 1
 
 
-def prompt(processor, name: str, question: str) -> str:
-    if not processor.chat_template:
-        return f"{MICRO[name].before} {question}{MICRO[name].after}"
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    turn = [{"role": "user", "content": content}]
-    return processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+def read(processor, name: str, picture, question: str, answer: str):
+    """A question with its answer, as the family's makers would put it."""
+    if processor.chat_template:
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        return processor(images=[picture], text=[f"{text} {answer}"], return_tensors="pt")
+    micro = MICRO[name]
+    pictures = micro.opening + micro.image * micro.num_image_tokens + micro.closing
+    text = f"{pictures} {question}{micro.after} {answer}"
+    pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+    ids = processor.tokenizer(text, return_tensors="pt")["input_ids"]
+    return {"input_ids": ids, "pixel_values": pixels}
 
 
 def test_labels_cover_answers_and_end_tokens_only(tokenizer):
