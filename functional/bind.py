@@ -8,7 +8,7 @@
     lowrank, form "weight"   overlay  W + (B A).to(W.dtype), B A in fp32
     lowrank, form "act"      rewrite  y + (x A^T) B^T, in the model's dtype
     lowrank, "act_fp32"      rewrite  the product in fp32, cast once at the end
-    lowrank, stacked         rewrite  with A_e, B_e; form "weight" runs as "act_fp32"
+    lowrank, stacked         rewrite  with A_e, B_e, as "act_fp32" whatever the form
 
 Stacked changes that no rewrite can express (a norm's scale, an embedding, anything in the vision
 path) run edit by edit: once per edit that the batch names, each over its own rows in the decoder.
@@ -30,6 +30,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from errata.kernels import grouped_lora
 
 from .bound import Plan, functions
 from .call import compose
@@ -228,10 +230,9 @@ def _lowrank(model: Model, header: Header, entry: LowRank, tensors: Mapping[str,
     card, home = model.card, canonical(model.card, entry.name)
     down, up = tensors[f"{entry.name}.A"], tensors[f"{entry.name}.B"]
     if header.stack:
-        exact = header.form != "act"
         paths = [module_of(name) for name in uses(card, home) if runs_above(card, name)]
         linear = [path for path in paths if path in card.linears and not runs_below(card, path)]
-        makers = {path: partial(_per_row_lowrank, down, up, exact) for path in linear}
+        makers = {path: partial(_per_row_lowrank, down, up) for path in linear}
         return Change(rewrites=partial(_made, makers), apart=len(linear) < len(paths))
     paths = [module_of(name) for name in uses(card, home)]
     plain = all(p in card.linears and runs_below(card, p) != runs_above(card, p) for p in paths)
@@ -282,16 +283,11 @@ def _per_row(maps: Tensor, batch: Batch) -> Rewrite:
     return rewrite
 
 
-def _per_row_lowrank(down: Tensor, up: Tensor, exact: bool, batch: Batch) -> Rewrite:
-    """y + (x A_e^T) B_e^T, e = the row's edit."""
+def _per_row_lowrank(down: Tensor, up: Tensor, batch: Batch) -> Rewrite:
+    """y + (x A_e^T) B_e^T in fp32, rounded once, e = the row's edit."""
 
     def rewrite(x: Tensor, y: Tensor) -> Tensor:
-        dtype = torch.float32 if exact else x.dtype
-        real = batch.edit.clamp_min(0)
-        a, b = down[real].to(dtype), up[real].to(dtype)  # [B r in] [B out r]
-        a = a * (batch.edit >= 0)[:, None, None]
-        more = _rows(x, batch).to(dtype) @ a.mT @ b.mT
-        return (y + more.view(y.shape)).to(y.dtype)
+        return grouped_lora(_rows(x, batch), down, up, batch.edit, _rows(y, batch)).view(y.shape)
 
     return rewrite
 

@@ -7,6 +7,7 @@ import threading
 import msgspec
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.func import grad, vmap
 
 from errata.functional import Base, Delta, Dense, EditRecord, Header, LowRank
@@ -139,16 +140,18 @@ def test_bf16_forms_are_what_the_header_says(toy_bf16, queries, form):
     toy_bf16.decode(toy_bf16.params, batch, {name: watch})
     x, y = seen["x"], seen["y"]
     weight, bias = toy_bf16.params[f"{name}.weight"], toy_bf16.params[f"{name}.bias"]
-    want = {
-        "act": y + (x @ down.bfloat16().mT) @ up.bfloat16().mT,
-        "act_fp32": (y + (x.float() @ down.mT) @ up.mT).bfloat16(),
-        "weight": x @ (weight.float() + up @ down).bfloat16().mT + bias,
-    }[form]
+    wants = {
+        "act": y + F.linear(F.linear(x, down.bfloat16()), up.bfloat16()),
+        "act_fp32": (y + F.linear(F.linear(x.float(), down), up)).bfloat16(),
+        "weight": F.linear(x, weight + (up @ down).bfloat16(), bias),
+    }
     bound = bind(toy_bf16, delta)
     bound.decode(bound.params, batch, {name: watch})
     assert seen["y"].dtype == torch.bfloat16
-    tolerance = 2e-2 if form == "weight" else 0  # bias is added inside the product or behind it
-    torch.testing.assert_close(seen["y"], want, rtol=tolerance, atol=tolerance)
+    share = {name: (seen["y"] == made).float().mean().item() for name, made in wants.items()}
+    # Products in fp32 may differ in their last bit from call to call, and so may their rounding.
+    assert share.pop(form) > 0.995
+    assert max(share.values()) < 0.98, "no other form gives this"
 
 
 def _stacked(model, kind, names, edits):
