@@ -37,7 +37,7 @@ _NEUTRAL = frozenset({
     "inference_mode", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora",
     "target_modules",
     "target_parameters", "rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform",
-    "layers_pattern", "peft_version", "megatron_core", "runtime_config",
+    "layers_pattern", "peft_version", "megatron_core", "runtime_config", "qalora_group_size",
 })  # fmt: skip
 """What a LoRA's config may say without changing the arithmetic of its factors."""
 

@@ -1,0 +1,135 @@
+"""A plain Hugging Face model under a delta computes what `bind` computes, and is left as it was."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+import torch
+
+from errata.adapters.attach import attach
+from errata.adapters.tiny import TINY
+from errata.functional import Delta, Dense, Header, bind, load, save
+from errata.functional.errors import (
+    BaseMismatch,
+    KindUnsupported,
+    ShapeMismatch,
+    UnknownSite,
+)
+from errata.functional.records import base_of
+from errata.functional.stacks import stack
+from tests.adapters.deltas import case, logits, lowrank
+
+FORMS = ("act", "act_fp32", "weight")
+DTYPES = (torch.float32, torch.bfloat16)
+each_form = pytest.mark.parametrize("form", FORMS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def state(module):
+    """Every parameter by identity and version, and how many hooks each part has."""
+    held = {name: (id(p), p._version) for name, p in module.named_parameters()}
+    return held, [len(part._forward_hooks) for part in module.modules()]
+
+
+@pytest.mark.parametrize("name", TINY)
+@each_form
+def test_attach_is_bind_on_every_family(name, form, tmp_path):
+    module, model, inputs, kwargs = case(name)
+    delta = lowrank(model, form)
+    save(tmp_path / "x", delta)
+    before, untouched = state(module), logits(module, kwargs)
+    edited = bind(model, load(tmp_path / "x"))
+    want = edited.decode(edited.params, edited.embed(edited.params, inputs), at="all")
+    with attach(module, load(tmp_path / "x")):
+        got = logits(module, kwargs)
+    assert torch.equal(got[inputs.mask], want[inputs.mask])
+    assert not torch.equal(got[inputs.mask], untouched[inputs.mask])
+    assert state(module) == before
+    assert torch.equal(logits(module, kwargs), untouched)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "blip2"])
+@each_form
+@each_dtype
+def test_a_loaded_delta_gives_the_logits_of_the_saved_one(name, form, dtype, tmp_path):
+    module, model, _, kwargs = case(name, dtype)
+    delta = lowrank(model, form)
+    save(tmp_path / "x", delta)
+    with attach(module, delta):
+        want = logits(module, kwargs)
+    with attach(module, load(tmp_path / "x")):
+        assert torch.equal(logits(module, kwargs), want)
+
+
+def test_generate_runs_edited_and_detach_leaves_it_as_it_was():
+    module, model, _, kwargs = case("llava")
+    rows = {key: value for key, value in kwargs.items() if key != "labels"}
+    plain = module.generate(**rows, max_new_tokens=4, do_sample=False)
+    attached = attach(module, lowrank(model))
+    edited = module.generate(**rows, max_new_tokens=4, do_sample=False)
+    attached.detach()
+    attached.detach()
+    assert not torch.equal(edited, plain)
+    assert torch.equal(module.generate(**rows, max_new_tokens=4, do_sample=False), plain)
+
+
+def test_a_dense_change_of_a_tied_weight_acts_on_all_its_uses():
+    module, model, inputs, kwargs = case("gpt2")
+    name = "transformer.wte.weight"
+    base = model.params[name]
+    entry = Dense(name=name, checkpoint=name, shape=tuple(base.shape))
+    delta = Delta(
+        Header(base=base_of(model, [name]), entries=(entry,)), {name: 0.1 * torch.randn_like(base)}
+    )
+    edited = bind(model, delta)
+    want = edited.decode(edited.params, edited.embed(edited.params, inputs), at="all")
+    with attach(module, delta):
+        assert module.lm_head.weight is module.transformer.wte.weight
+        assert torch.equal(logits(module, kwargs)[inputs.mask], want[inputs.mask])
+    assert module.lm_head.weight is module.transformer.wte.weight
+
+
+def test_deltas_attach_one_on_another():
+    module, model, _, kwargs = case("llava")
+    one, two = lowrank(model, "weight", seed=1), lowrank(model, "act", seed=2)
+    before, plain = state(module), logits(module, kwargs)
+    with attach(module, one):
+        once = logits(module, kwargs)
+        with attach(module, two):
+            assert not torch.equal(logits(module, kwargs), once)
+        assert torch.equal(logits(module, kwargs), once)
+    assert state(module) == before
+    assert torch.equal(logits(module, kwargs), plain)
+
+
+def test_an_error_inside_still_detaches():
+    module, model, _, _ = case("llava")
+    before = state(module)
+    with pytest.raises(RuntimeError, match="inside"), attach(module, lowrank(model, "weight")):
+        raise RuntimeError("inside")
+    assert state(module) == before
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_touched():
+    module, model, _, _ = case("llava")
+    before = state(module)
+    good = lowrank(model)
+    entry = good.header.entries[0]
+
+    def with_entry(**change):
+        entries = (msgspec.structs.replace(entry, **change), *good.header.entries[1:])
+        return Delta(msgspec.structs.replace(good.header, entries=entries), good.tensors)
+
+    other = msgspec.structs.replace(good.header.base, touched={entry.name: "0" * 64})
+    with pytest.raises(BaseMismatch, match="other values"):
+        attach(module, Delta(msgspec.structs.replace(good.header, base=other), good.tensors))
+    alien = msgspec.structs.replace(good.header.base, family="blip-2")
+    with pytest.raises(BaseMismatch, match="blip-2"):
+        attach(module, Delta(msgspec.structs.replace(good.header, base=alien), good.tensors))
+    with pytest.raises(UnknownSite, match="near"):
+        attach(module, with_entry(name=entry.name.replace("self_attn", "attention")))
+    with pytest.raises(ShapeMismatch, match="not"):
+        attach(module, with_entry(shape=(1, 2)))
+    with pytest.raises(KindUnsupported, match="stacked"):
+        attach(module, stack([good, good]))
+    assert state(module) == before
