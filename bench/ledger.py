@@ -187,15 +187,23 @@ def _cut(path: Path, size: int) -> None:
 
 def _append(path: Path, data: bytes, start: int) -> None:
     """Append to a file that ends at `start`; when that fails, the file is as it was."""
-    with path.open("r+b") as file:
-        file.seek(start)
-        try:
-            file.write(data)
-            _sync(file)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.ftruncate(file.fileno(), start)
-            raise
+    try:
+        with path.open("r+b", buffering=0) as file:
+            file.seek(start)
+            try:
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[file.write(rest) :]
+                _sync(file)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    file.truncate(start)
+                raise
+    except OSError as fault:
+        raise BadInput(
+            f"{path} could not be written ({fault.strerror or fault}); what was finished before is "
+            "kept: free space or mend the permissions, and run the same again."
+        ) from fault
 
 
 def _replace_lines(path: Path, units: Sequence[Unit]) -> None:

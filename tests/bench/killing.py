@@ -1,0 +1,112 @@
+"""Kill a run at random moments with SIGKILL, start it again each time, and let it end.
+
+    python tests/bench/killing.py SETTINGS.toml FOLDER [--kills 10] [--seed 0]
+
+prints whether the results are byte for byte those of an undisturbed run. The runs are forks of this
+process, which has imported everything but computed nothing: a start costs no seconds of imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import torch
+import transformers  # noqa: F401 - forks shall not import it each
+
+from errata.bench import run as running
+from errata.bench.progress import Progress
+from errata.bench.settings import RunSettings, parse
+
+
+class Outcome(NamedTuple):
+    """What was seen of a run that was killed and started again until it ended."""
+
+    kills: int
+    starts: int
+    bytes: int
+    same: bool
+
+
+def started(settings: RunSettings, text: str) -> int:
+    """Start a run in a fork and return its process id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        with open(os.devnull, "w") as quiet:
+            running.run(settings, text, progress=Progress(quiet))
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def ended(child: int) -> int:
+    """Wait for a process; its exit status, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Digest of every file whose bytes must not depend on how the run went."""
+    found = [folder / "results.jsonl", *sorted(folder.rglob("*.safetensors"))]
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in found
+    }
+
+
+def killed(text: str, folder: Path, kills: int = 10, seed: int = 0) -> Outcome:
+    """Run settings undisturbed, then again with `kills` kills, and compare."""
+    settings = parse(text)
+    calm = msgspec.structs.replace(settings, out=str(folder / "calm"))
+    shaken = msgspec.structs.replace(settings, out=str(folder / "shaken"))
+    began = time.monotonic()
+    if ended(started(calm, text)) != 0:
+        raise SystemExit("the undisturbed run failed")
+    span = time.monotonic() - began
+    moments = random.Random(seed)
+    count = starts = 0
+    while True:
+        child = started(shaken, text)
+        starts += 1
+        if count < kills:
+            # Early enough that later kills find something left to interrupt.
+            time.sleep(moments.uniform(0, 1.5 * span / kills))
+            os.kill(child, signal.SIGKILL)
+        status = ended(child)
+        if status == -signal.SIGKILL:
+            count += 1
+        elif status != 0:
+            raise SystemExit(f"a run that went on after {count} kills failed")
+        else:
+            break
+    want, got = contents(folder / "calm"), contents(folder / "shaken")
+    size = (folder / "calm" / "results.jsonl").stat().st_size
+    return Outcome(count, starts, size, want == got)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("settings", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    outcome = killed(options.settings.read_text(), options.folder, options.kills, options.seed)
+    print(outcome)  # noqa: T201
+    return 0 if outcome.same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
