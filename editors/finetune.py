@@ -56,8 +56,8 @@ def finetune(config: FinetuneConfig = FinetuneConfig()) -> Editor:
     State: the change so far, one tensor per parameter. Sequential edits start from it with a fresh
     optimiser. Raises UnknownSite when a site is not in the model.
 
-    >>> from errata.adapters import tiny
-    >>> model = tiny("llava")
+    >>> from errata import adapters
+    >>> model = adapters.adapt(*adapters.tiny("llava"))
     >>> editor = finetune(FinetuneConfig(num_steps=2))
     >>> state = editor.init(model, torch.Generator().manual_seed(0))
     >>> delta, state = editor.edit(model, state, [Query("who is it?", "bo")])

@@ -54,8 +54,8 @@ def lora(config: LoraConfig = LoraConfig()) -> Editor:
     from the same A, so that edits side by side equal edits alone. Raises UnknownSite for a target
     that matches no linear map.
 
-    >>> from errata.adapters import tiny
-    >>> model = tiny("llava")
+    >>> from errata import adapters
+    >>> model = adapters.adapt(*adapters.tiny("llava"))
     >>> editor = lora(LoraConfig(rank=2, num_steps=1))
     >>> state = editor.init(model, torch.Generator().manual_seed(0))
     >>> delta = editor.each(model, state, [Query("who is it?", "bo"), Query("and now?", "al")])

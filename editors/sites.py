@@ -22,8 +22,8 @@ def parameters(model: Model, sites: Sequence[str], *, everything: bool = False) 
 
     Raises UnknownSite for a site that matches no parameter.
 
-    >>> from errata.adapters import tiny
-    >>> parameters(tiny("llava"), ["layers.-1.mlp.down"])
+    >>> from errata import adapters
+    >>> parameters(adapters.adapt(*adapters.tiny("llava")), ["layers.-1.mlp.down"])
     ('model.language_model.layers.2.mlp.down_proj.weight',)
     """
     card = model.card

@@ -79,7 +79,7 @@ def header_for(
     """The header of a delta that holds `earlier` edits and then `queries`."""
     return Header(
         editor=editor,
-        settings=msgspec.to_builtins(settings),
+        settings=msgspec.json.decode(msgspec.json.encode(settings)),  # lists as a file has them
         base=base_of(model, (entry.name for entry in entries)),
         form=form,
         entries=entries,
