@@ -1,0 +1,274 @@
+"""Both protocols against the plain way: one edit, one question, one whole forward at a time."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from errata.adapters import adapt, tiny
+from errata.bench.probes import Ask, Terms, measure
+from errata.bench.protocols import reach_of, sequential, single
+from errata.bench.sources import check_cases, queries_of
+from errata.editors import FinetuneConfig, LoraConfig, make
+from errata.functional import Case, Model, Query
+from errata.functional.answers import answers
+from errata.functional.bind import bind
+from errata.functional.errors import BadInput, ErrataError
+from errata.functional.generate import generate
+from errata.functional.metrics import exact_match, mean_nll, score, scorer, token_accuracy
+from errata.functional.types import IGNORE
+
+EDITORS = {
+    "last-mlp": FinetuneConfig(num_steps=4, lr=2e-2),
+    "middle": FinetuneConfig(sites=("layers.1.mlp",), num_steps=2, lr=2e-2),
+    "lora": LoraConfig(rank=2, num_steps=3, lr=3e-2),
+}
+TERMS = Terms((scorer("errata"),))
+
+
+def picture(shade: int) -> Image.Image:
+    return Image.new("RGB", (40, 32), (shade, 255 - shade, 40))
+
+
+def case(number: int) -> Case:
+    shown = (picture(20 * number),)
+    return Case(
+        f"case {number}",
+        Query(f"who is number {number}?", "bo the owl", shown),
+        {
+            "rephrase": (Query("and who is this?", "bo the owl", shown),),
+            "image_locality": (
+                Query("what is it?", "a far red house", (picture(200),)),
+                Query("where?", "in a town", (picture(number),)),
+            ),
+            "text_locality": (Query("what is the capital of the country?", "old town"),),
+        },
+    )
+
+
+CASES = [case(number) for number in range(5)]
+
+
+@pytest.fixture(scope="module", params=["llava", "qwen2_vl", "blip2"])
+def model(request) -> Model:
+    return adapt(*tiny(request.param))
+
+
+@pytest.fixture(scope="module")
+def llava() -> Model:
+    return adapt(*tiny("llava"))
+
+
+def plain(model: Model, query: Query) -> tuple[list[int], float, float, float]:
+    """(likeliest ids, accuracy, exact, nll) of one question, from one whole forward."""
+    found = answers(model, model.read([query]))
+    ids = found.top[..., 0]
+    keep = found.labels[0] != IGNORE
+    values = token_accuracy(ids, found.labels), exact_match(ids, found.labels)
+    return (ids[0][keep].tolist(), *map(float, values), float(mean_nll(found.nll, found.labels)))
+
+
+def agrees(model: Model, query: Query, got) -> None:
+    ids, accuracy, exact, nll = plain(model, query)
+    assert got.text == model.write(ids).strip()
+    assert got.accuracy == pytest.approx(accuracy, abs=1e-4)
+    assert got.exact == (exact == 1)
+    assert got.nll == pytest.approx(nll, abs=5e-4)
+
+
+@pytest.mark.parametrize("name", list(EDITORS))
+def test_single_is_what_the_plain_way_gives(model, name):
+    editor = make(EDITORS[name])
+    versions = {n: t._version for n, t in model.params.items()}
+    steps = list(single(model, editor, CASES, TERMS, together=3))
+    assert [(s.number, s.of, s.cases) for s in steps] == [(0, 2, 3), (1, 2, 2)]
+    results = [one for step in steps for one in step.results]
+    wanted = [(n, p, i) for n, c in enumerate(CASES) for p, i, _ in queries_of(c)]
+    assert [(r.number, r.probe, r.index) for r in results] == wanted
+    state = editor.init(model, torch.Generator().manual_seed(0))
+    for number, one in enumerate(CASES):
+        edited = bind(model, editor.edit(model, state, [one.edit])[0])
+        for got in results[number * 5 : number * 5 + 5]:
+            agrees(model, got.query, got.before)
+            agrees(edited, got.query, got.after)
+    assert {n: t._version for n, t in model.params.items()} == versions
+
+
+def test_scores_are_those_of_the_scorer(llava):
+    names = ["errata", "easyedit", "comprehendedit"]
+    terms = Terms(tuple(map(scorer, names)))
+    editor = make(EDITORS["lora"])
+    (step,) = single(llava, editor, CASES[:2], terms, together=2)
+    state = editor.init(llava, torch.Generator().manual_seed(0))
+    assert [r.scorer for r in step.results[:3]] == names
+    for got in step.results:
+        edited = bind(llava, editor.edit(llava, state, [CASES[got.number].edit])[0])
+        rule = scorer(got.scorer)
+        pair = [
+            answers(one, one.read([got.query]), k=rule.ranks, everywhere=rule.whole)
+            for one in (llava, edited)
+        ]
+        want = score(rule, got.probe, *pair)
+        kept = want.after if want.agreement is None else want.agreement
+        assert got.base == pytest.approx(float(want.before), abs=1e-4)
+        assert got.score == pytest.approx(float(kept), abs=1e-4)
+
+
+def test_finished_steps_are_left_out_and_the_rest_is_the_same(llava):
+    editor = make(EDITORS["last-mlp"])
+    every = list(single(llava, editor, CASES, TERMS))
+    assert [step.cases for step in every] == [1, 4]
+    (late,) = single(llava, editor, CASES, TERMS, done={0})
+    assert late.results == every[1].results
+    assert list(single(llava, editor, CASES, TERMS, done={0, 1})) == []
+    whole = list(sequential(llava, editor, CASES, TERMS, group=2, gaps=(1,)))
+    for done in ({0, 1, 2}, {0, 1, 2, 3}, {0, 1, 2, 3, 4, 5, 6}):
+        rest = list(sequential(llava, editor, CASES, TERMS, group=2, gaps=(1,), done=done))
+        assert [step.number for step in rest] == [s.number for s in whole if s.number not in done]
+        assert [step.results for step in rest] == [
+            step.results for step in whole if step.number not in done
+        ]
+
+
+def test_a_small_budget_makes_small_batches_and_the_same_answers(llava):
+    editor = make(EDITORS["lora"])
+    wide = list(single(llava, editor, CASES, TERMS))
+    narrow = list(single(llava, editor, CASES, TERMS._replace(budget=1)))
+    assert [step.cases for step in wide] == [1, 4]
+    assert [step.cases for step in narrow] == [1] * 5
+    for one, two in zip(
+        (r for s in wide for r in s.results), (r for s in narrow for r in s.results)
+    ):
+        assert (one.before.text, one.after.text) == (two.before.text, two.after.text)
+        assert one.after.nll == pytest.approx(two.after.nll, abs=5e-4)
+
+
+def test_sequential_threads_the_state_and_starts_groups_from_the_base(llava):
+    editor = make(EDITORS["middle"])
+    steps = list(sequential(llava, editor, CASES, TERMS, group=3, gaps=(1,)))
+    assert [(s.number, s.cases) for s in steps] == [
+        (0, 1), (1, 1), (2, 1), (3, 0), (4, 1), (5, 1), (6, 0),
+    ]  # fmt: skip
+    assert {s.of for s in steps} == {7}
+    assert [list(s.deltas) for s in steps if s.deltas] == [["group-0000"], ["group-0001"]]
+    asked = [(r.moment, r.gap, r.number) for s in steps for r in s.results if r.probe == "rephrase"]
+    assert asked == [
+        ("edit", 0, 0), ("edit", 0, 1), ("gap", 1, 0), ("edit", 0, 2), ("gap", 1, 1),
+        ("end", 2, 0), ("end", 1, 1), ("end", 0, 2),
+        ("edit", 0, 3), ("edit", 0, 4), ("gap", 1, 3), ("end", 1, 3), ("end", 0, 4),
+    ]  # fmt: skip
+    for first in (0, 3):
+        state = editor.init(llava, torch.Generator().manual_seed(0))
+        for number in range(first, min(first + 3, 5)):
+            delta, state = editor.edit(llava, state, [CASES[number].edit])
+            edited = bind(llava, delta)
+            (own,) = [
+                r for s in steps for r in s.results
+                if (r.moment, r.number, r.probe) == ("edit", number, "reliability")
+            ]  # fmt: skip
+            agrees(edited, own.query, own.after)
+            agrees(llava, own.query, own.before)
+        for got in steps[3 if first == 0 else 6].results:
+            agrees(edited, got.query, got.after)
+
+
+def test_free_generation_stands_beside_teacher_forcing(llava):
+    editor = make(EDITORS["last-mlp"])
+    (step,) = single(llava, editor, CASES[:2], TERMS._replace(generate=3), together=2)
+    state = editor.init(llava, torch.Generator().manual_seed(0))
+    for got in step.results:
+        edited = bind(llava, editor.edit(llava, state, [CASES[got.number].edit])[0])
+        for one, answer in ((llava, got.before), (edited, got.after)):
+            said = generate(one, [got.query], 3)[0].strip().splitlines()
+            assert answer.said == (said[0].strip() if said else "")
+            assert answer.match in (True, False)
+
+
+def test_edits_below_the_decoder_run_edit_by_edit(llava):
+    editor = make(FinetuneConfig(sites=("projector",), num_steps=2, lr=1e-2))
+    (step,) = single(llava, editor, CASES[:2], TERMS, together=2)
+    state = editor.init(llava, torch.Generator().manual_seed(0))
+    for got in step.results:
+        edited = bind(llava, editor.edit(llava, state, [CASES[got.number].edit])[0])
+        agrees(edited, got.query, got.after)
+
+
+def test_equal_questions_are_read_once(llava):
+    seen: list[Query] = []
+
+    def read(queries):
+        seen.extend(queries)
+        return llava.read(queries)
+
+    watched = llava._replace(read=read)
+    editor = make(EDITORS["lora"])
+    delta = editor.each(llava, editor.init(llava, torch.Generator()), [c.edit for c in CASES])
+    asks = [
+        Ask(probe, query, number)
+        for number, one in enumerate(CASES)
+        for probe, _, query in queries_of(one)
+    ]
+    got = measure(watched, bind(watched, delta), asks, reach_of(llava, delta), TERMS)
+    assert len(got) == len(asks) == 25
+    # 17 different questions; the longest of each kind is read once more to measure its length
+    assert len(seen) == len({(q.prompt, q.target, id(q.images)) for q in seen}) + 2 == 19
+
+
+def test_a_case_that_can_not_be_read_is_named(llava):
+    long = Case("too long", Query("why? " * 600, "bo", (picture(1),)))
+    for protocol in (single, sequential):
+        with pytest.raises(ErrataError, match="'too long'"):
+            list(protocol(llava, make(EDITORS["lora"]), [CASES[0], long], TERMS))
+
+
+def test_empty_targets_and_twins_are_refused_together():
+    blank = CASES[0]._replace(id="blank", edit=CASES[0].edit._replace(target=" "))
+    with pytest.raises(BadInput, match=r"'blank', reliability\[0\].*'case 1' comes twice"):
+        check_cases([blank, CASES[1], CASES[1]])
+
+
+def test_weights_that_are_no_numbers_are_refused_by_name(llava):
+    name = llava.card.site("layers.1.mlp.down") + ".weight"
+    broken = llava._replace(params={**llava.params, name: llava.params[name] * math.nan})
+    with pytest.raises(BadInput, match=r"1 parameter\(s\) hold NaN .*layers\.1\.mlp"):
+        list(single(broken, make(EDITORS["last-mlp"]), CASES[:1], TERMS))
+
+
+SETTINGS = """
+out = "decided by the test"
+threads = 1
+[cases]
+source = "world"
+count = 3
+[[models]]
+id = "tiny/llava"
+[[editors]]
+type = "lora"
+num_steps = 2
+[[protocols]]
+type = "single"
+together = 1
+[[protocols]]
+type = "sequential"
+group = 2
+"""
+
+
+def test_a_run_that_is_killed_ends_with_the_same_bytes(tmp_path):
+    """`killing.py demo.toml FOLDER --kills 10` does the same on a long run."""
+    settings = tmp_path / "run.toml"
+    settings.write_text(SETTINGS)
+    script = Path(__file__).with_name("killing.py")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script, settings, tmp_path, "--kills", "3"],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "same=True" in done.stdout
+    assert "kills=3" in done.stdout
