@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata.functional.errors import BadInput, BadSettings, ErrataError
 
-from . import cli_delta
+from . import cli_data, cli_delta
 
 if TYPE_CHECKING:
     from errata.functional import Model, Query
@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     _verb(verbs, "models", _models, "the micro models that are shipped, and the families served")
     editors = _verb(verbs, "editors", _editors, "the editors, their settings and presets")
     editors.add_argument("name", nargs="?", help="only this one")
+    cli_data.register(verbs)
     cli_delta.register(verbs)
     return parser
 

@@ -78,7 +78,8 @@ def _several(wanted: str | Sequence[str]) -> Sequence[str]:
 
 
 # The Penn Treebank conventions (Robert MacIntyre's sed script, public domain) with the order,
-# dashes and Unicode quotes of NLTK's `NLTKWordTokenizer` (Apache-2.0): fluency in print is of its tokens.
+# dashes and Unicode quotes of NLTK's `NLTKWordTokenizer` (Apache-2.0): fluency in print is of
+# its tokens.
 _CONTRACTIONS = re.compile(
     r"(?i)\b(can)(not)\b|\b(d)('ye)\b|\b(gim)(me)\b|\b(gon)(na)\b|\b(got)(ta)\b|\b(lem)(me)\b"
     r"|\b(more)('n)\b|\b(wan)(na)(?=\s)| ('t)(is)\b| ('t)(was)\b"

@@ -27,6 +27,7 @@ __all__ = [
     "cases",
     "clean_rephrase",
     "hops",
+    "open_source",
     "portability",
     "repaired",
     "texts",
@@ -162,7 +163,7 @@ def cases(
     """
     path = Path(path)
     tally = Counter() if tally is None else tally
-    source = _source(benchmark, path, options, tally)
+    source = open_source(benchmark, path, options, tally)
     stop = options.start + options.limit if options.limit else None
     for index, raw in enumerate(records(path)):
         if stop is not None and index >= stop:
@@ -182,7 +183,8 @@ def cases(
             tally[f"skipped: {_kind(fault)}"] += 1
 
 
-def _source(benchmark: Benchmark, path: Path, options: Options, tally: Counter) -> Source:
+def open_source(benchmark: Benchmark, path: Path, options: Options, tally: Counter) -> Source:
+    """Options as a loader needs them. Raises `BadInput` for an unknown template or image root."""
     if options.template not in TEMPLATES:
         raise BadInput(f"template must be one of {', '.join(TEMPLATES)}; got {options.template!r}.")
     folder = Folder.around(path, options.images, options.on_missing, benchmark.above)
