@@ -29,7 +29,7 @@ SPECIAL_TOKENS = (
     "<ImageHere>",
 )  # fmt: skip
 PAD, END = "<|endoftext|>", "<|end|>"
-NORMAL = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
+NORMAL: dict[str, Any] = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
 
 # One turn: <|user|> image question <|assistant|> answer <|end|>
 CHAT = (
@@ -67,6 +67,13 @@ class Micro(NamedTuple):
     tokens: Mapping[str, Any] = {}
 
 
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a token that the vocabulary is known to hold."""
+    found = tokenizer.token_to_id(token)
+    assert found is not None, token
+    return found
+
+
 def fast_tokenizer(tokenizer: Tokenizer, **extra: Any) -> hf.PreTrainedTokenizerFast:
     """The Hugging Face face of a trained `tokenizers` tokenizer."""
     return hf.PreTrainedTokenizerFast(
@@ -82,8 +89,8 @@ def _text(tokenizer: Tokenizer, **extra: Any) -> dict[str, Any]:
         "intermediate_size": HIDDEN, "num_hidden_layers": NUM_LAYERS,
         "num_attention_heads": NUM_HEADS, "num_key_value_heads": NUM_KV_HEADS,
         "max_position_embeddings": CONTEXT, "rope_parameters": rope | extra,
-        "bos_token_id": None, "eos_token_id": tokenizer.token_to_id(END),
-        "pad_token_id": tokenizer.token_to_id(PAD), "rms_norm_eps": 1e-6,
+        "bos_token_id": None, "eos_token_id": token_id(tokenizer, END),
+        "pad_token_id": token_id(tokenizer, PAD), "rms_norm_eps": 1e-6,
         "tie_word_embeddings": True,
     }  # fmt: skip
 
@@ -109,7 +116,7 @@ def _llava(tokenizer: Tokenizer) -> Any:
             **_tower(16), projection_dim=VISION_WIDTH, hidden_act="gelu"
         ),
         text_config=hf.LlamaConfig(**_text(tokenizer)),
-        image_token_index=tokenizer.token_to_id("<image>"),
+        image_token_index=token_id(tokenizer, "<image>"),
         image_seq_length=16, vision_feature_layer=-1, vision_feature_select_strategy="default",
         tie_word_embeddings=True,
     )  # fmt: skip
@@ -131,8 +138,8 @@ def _onevision(tokenizer: Tokenizer) -> Any:
     return hf.LlavaOnevisionConfig(
         vision_config=hf.SiglipVisionConfig(**_tower(16), vision_use_head=False),
         text_config=hf.Qwen2Config(**_text(tokenizer)),
-        image_token_index=tokenizer.token_to_id("<image>"),
-        video_token_index=tokenizer.token_to_id("<video>"),
+        image_token_index=token_id(tokenizer, "<image>"),
+        video_token_index=token_id(tokenizer, "<video>"),
         vision_feature_layer=-1, vision_feature_select_strategy="full",
         image_grid_pinpoints=[[IMAGE_SIZE, IMAGE_SIZE]], tie_word_embeddings=True,
     )  # fmt: skip
@@ -159,10 +166,10 @@ def _qwen2_vl(tokenizer: Tokenizer) -> Any:
             "num_heads": NUM_VISION_HEADS, "mlp_ratio": 4, "patch_size": 8,
             "spatial_merge_size": 2, "temporal_patch_size": 2,
         },
-        image_token_id=tokenizer.token_to_id("<|image_pad|>"),
-        video_token_id=tokenizer.token_to_id("<|video_pad|>"),
-        vision_start_token_id=tokenizer.token_to_id("<|vision_start|>"),
-        vision_end_token_id=tokenizer.token_to_id("<|vision_end|>"),
+        image_token_id=token_id(tokenizer, "<|image_pad|>"),
+        video_token_id=token_id(tokenizer, "<|video_pad|>"),
+        vision_start_token_id=token_id(tokenizer, "<|vision_start|>"),
+        vision_end_token_id=token_id(tokenizer, "<|vision_end|>"),
         tie_word_embeddings=True,
     )  # fmt: skip
 
@@ -195,13 +202,13 @@ def _queries(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _blip2(tokenizer: Tokenizer) -> Any:
     return hf.Blip2Config(
-        **_queries(tokenizer), image_token_index=tokenizer.token_to_id("<image>"),
+        **_queries(tokenizer), image_token_index=token_id(tokenizer, "<image>"),
         text_config=hf.OPTConfig(
             vocab_size=tokenizer.get_vocab_size(), hidden_size=WIDTH, word_embed_proj_dim=WIDTH,
             ffn_dim=OPT_HIDDEN, num_hidden_layers=NUM_LAYERS, num_attention_heads=NUM_HEADS,
             max_position_embeddings=CONTEXT, dropout=0.0,
-            bos_token_id=tokenizer.token_to_id("</s>"), eos_token_id=tokenizer.token_to_id(END),
-            pad_token_id=tokenizer.token_to_id(PAD),
+            bos_token_id=token_id(tokenizer, "</s>"), eos_token_id=token_id(tokenizer, END),
+            pad_token_id=token_id(tokenizer, PAD),
         ),
     )  # fmt: skip
 
@@ -219,7 +226,7 @@ def _blip2_processor(tokenizer: Any) -> Any:
 def _minigpt4(tokenizer: Tokenizer) -> Any:
     return MiniGPT4Config(
         **_queries(tokenizer), text_config=hf.LlamaConfig(**_text(tokenizer)),
-        image_token_index=tokenizer.token_to_id("<ImageHere>"),
+        image_token_index=token_id(tokenizer, "<ImageHere>"),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from transformers.processing_utils import ProcessorMixin
 class Qwen2VLPictures(Qwen2VLProcessor):
     """`Qwen2VLProcessor` for pictures and text."""
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **_: Any):
+    def __init__(self, image_processor=None, tokenizer: Any = None, chat_template=None, **_: Any):
         self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
@@ -26,7 +26,7 @@ class LlavaOnevisionPictures(LlavaOnevisionProcessor):
     def __init__(
         self,
         image_processor=None,
-        tokenizer=None,
+        tokenizer: Any = None,
         num_image_tokens=None,
         vision_feature_select_strategy=None,
         chat_template=None,

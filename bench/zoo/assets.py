@@ -22,8 +22,9 @@ def make(skimage_folder: Path, target: Path) -> None:
     """Write `digits.safetensors` and `photos/*.png` into `target`."""
     import sklearn.datasets
 
-    data = sklearn.datasets.load_digits()
-    arrays = {"images": data.images.astype(np.uint8), "values": data.target.astype(np.uint8)}
+    flat, values = sklearn.datasets.load_digits(return_X_y=True)
+    images = np.asarray(flat).reshape(-1, 8, 8)
+    arrays = {"images": images.astype(np.uint8), "values": np.asarray(values).astype(np.uint8)}
     save_file(arrays, target / "digits.safetensors")
     (target / "photos").mkdir(exist_ok=True)
     folder = Path(sklearn.datasets.__file__).parent / "images"

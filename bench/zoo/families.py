@@ -16,7 +16,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     apply_rotary_pos_emb_vision,
 )
 
-from errata.adapters.zoo.configs import MICRO
+from errata.adapters.zoo.configs import MICRO, token_id
 from errata.adapters.zoo.world import IMAGE_SIZE
 
 Pixels = Mapping[str, Tensor]
@@ -106,13 +106,6 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def token_id(tokenizer: Tokenizer, token: str) -> int:
-    """The id of a token that the vocabulary is known to hold."""
-    found = tokenizer.token_to_id(token)
-    assert found is not None, token
-    return found
-
-
 def prefixes(name: str, tokenizer: Tokenizer) -> tuple[Prefix, Prefix]:
     """The start of a row with a picture, and of one without."""
     micro, family = MICRO[name], FAMILIES[name]
@@ -149,7 +142,7 @@ def hidden(
 class BatchedVisionAttention(VisionAttention):
     """Qwen2-VL's vision attention over pictures of one size: one product instead of a loop."""
 
-    def forward(self, hidden_states, cu_seqlens, position_embeddings=None, **_):
+    def forward(self, hidden_states, cu_seqlens, position_embeddings=(), **_):
         total, pictures = hidden_states.shape[0], len(cu_seqlens) - 1
         qkv = self.qkv(hidden_states).reshape(total, 3, self.num_heads, -1).permute(1, 0, 2, 3)
         query, key, value = qkv.unbind(0)

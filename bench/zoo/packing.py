@@ -13,8 +13,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from errata.adapters.zoo.configs import END, MICRO, PAD
-from errata.bench.zoo.families import FAMILIES, Pixels, prefixes, token_id
+from errata.adapters.zoo.configs import END, MICRO, PAD, token_id
+from errata.bench.zoo.families import FAMILIES, Pixels, prefixes
 from errata.bench.zoo.lessons import Row
 from errata.bench.zoo.pictures import HEADS, augment
 
