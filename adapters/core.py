@@ -34,6 +34,7 @@ from .attributes import check_config
 from .capture import Capture, capture, discover, stopped_at, swapped
 from .families import family_of
 from .family import Family
+from .generic import Proof, proven, samples
 from .plan import ATTENDED, added_key, make_plan
 from .probe import (
     FIRST,
@@ -57,17 +58,26 @@ def build(
     read: Callable[[Sequence[Query]], Inputs],
     write: Callable[[Sequence[int]], str],
     family: Family | None = None,
+    given: Sequence[Inputs] = (),
 ) -> Model:
     """A Hugging Face module as pure functions of its parameters.
 
     The module is never written to, and its parameters are shared, not copied. What its layers are
     handed is found by two probes of a few tokens, in which no layer runs but one of each class.
+    A family found by structure is then proven on real input: `given`, or what `samples` makes.
     Raises ModelUnsupported with the reason where the module does something a cut can not carry.
     """
     family = family or family_of(card.family)
     if family.explicit:
         check_config(module.config, family)
-    decoder = Decoder(card, module, family)
+        decoder = Decoder(card, module, family)
+    else:
+        decoder = proven(
+            module,
+            decoder_path(module),
+            given or samples(card, module, read),
+            lambda attention: Decoder(card, module, family, attention),
+        )
     return Model(
         card=card,
         params={name: tensor.detach() for name, tensor in module.named_parameters()},
@@ -91,6 +101,10 @@ class Decoder:
     ) -> None:
         self.card = card
         self.family = family
+        self.attention_name = attention
+        self.config = module.config
+        self.unthinnable = ""  # why the last layer can not run on scored positions only
+        self.proofs: tuple[Proof, ...] = ()
         self.decoder = decoder_path(module)
         self._skeletons = Skeletons(module, self.decoder, attention)
         self._sites = {path for path, _ in module.named_modules()}
@@ -190,10 +204,9 @@ class Decoder:
                 f"depth {batch.depth}: decode(params, batch, stop={last}) first."
             )
         if not self.attention[last]:
-            raise ModelUnsupported(
-                f"thin needs one self-attention in the last layer; {self.card.id}'s "
-                f"{self.card.layers}.{last} has none or several."
-            )
+            self.no_thin("its last layer has no one self-attention")
+        if self.unthinnable:
+            raise ModelUnsupported(f"{self.card.id} can not be thinned: {self.unthinnable}.")
         skeleton = self._skeletons.get()
         ledger = None if past is None else self._ledger(past, batch, last + 1)
         if ledger is not None and past is not None:
@@ -240,6 +253,14 @@ class Decoder:
             extras=self.plan.pack(seen),
         )
 
+    def no_thin(self, reason: str) -> None:
+        """Refuse `thin` from now on."""
+        self.unthinnable = reason
+
+    def no_past(self, reason: str) -> None:
+        """Refuse to keep and to go on from keys and values from now on."""
+        self.plan = self.plan._replace(cached=None, refusal=reason)
+
     # What they share.
 
     def _arguments(self, skeleton: nn.Module, inputs: Inputs) -> tuple[dict, Tensor | None]:
@@ -259,6 +280,11 @@ class Decoder:
         kwargs, positions = self._arguments(skeleton, inputs)
         enter = self.family.enter
         seen = self._capture(skeleton, params, lambda module: enter(module, kwargs), rewrites or {})
+        if seen.hidden.shape[:2] != inputs.ids.shape:
+            raise ModelUnsupported(
+                f"every token must be one position of the decoder; {self.card.id} made "
+                f"{tuple(seen.hidden.shape[:2])} of {tuple(inputs.ids.shape)} (rows, tokens)."
+            )
         return seen, observed(seen.positions, inputs) if positions is None else positions
 
     def _names(self, module: nn.Module, path: str) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from errata.functional.errors import ModelUnsupported
 
 from . import blip2, llava, llava_onevision, qwen2_vl, qwen3_vl, text_only
 from .family import Family
+from .generic import generic
 
 __all__ = ["FAMILIES", "REFUSED", "family_of"]
 
@@ -45,4 +46,4 @@ def family_of(model_type: str) -> Family:
             f"a model must be a decoder that can be cut between layers; {model_type!r} can not: "
             f"{REFUSED[model_type]}."
         )
-    return FAMILIES.get(model_type) or Family(model_type, positions=None, explicit=False)
+    return FAMILIES.get(model_type) or generic(model_type)

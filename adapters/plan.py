@@ -165,6 +165,7 @@ def _layout(name: str, value: Tensor, small: Sizes, twin: Tensor, large: Sizes) 
     """Letters of the dimensions with rows first, and where the rows were (-1: nowhere)."""
     meaning = {
         (small.rows, large.rows): "b",
+        (1, large.rows): "b",  # one table for all rows where positions are not given by row
         (small.query, large.query): "q",
         (small.keys, large.keys): "k",
     }

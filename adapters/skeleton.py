@@ -56,22 +56,34 @@ def _explicit_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(q k^T scale + mask) v: the fused kernel, or plain products where vmap can not fuse."""
-    if not any(map(_batched, (query, key, value, attention_mask))):
+    """softmax(q k^T scale + mask) v: fused, or plain where vmap, a cap or sinks forbid that.
+
+    `softcap` c bounds scores to c tanh(score / c) (Gemma 2); `s_aux` [H] are scores of sinks that
+    take weight and give nothing (gpt-oss).
+    """
+    special = softcap is not None or s_aux is not None
+    if not special and not any(map(_batched, (query, key, value, attention_mask))):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = (query * scale) @ key.transpose(-1, -2)
+    scores = (query * scale) @ key.transpose(-1, -2)  # [B H Q K]
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     elif attention_mask is not None:
         scores = scores + attention_mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    if s_aux is not None:
+        sinks = s_aux.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks.to(scores.dtype)], -1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)[..., : key.shape[-2]]
     return (weights @ value).transpose(1, 2).contiguous(), None
 
 
@@ -139,14 +151,15 @@ class Skeletons:
     """One skeleton of `module` per thread, made when a thread first asks.
 
     `attention` is set on the configs below `decoder` only, so that vision towers run as they
-    came. The master copy is never run, the base module never touched.
+    came; None leaves them all. The master copy is never run, the base module never touched.
     """
 
-    def __init__(self, module: nn.Module, decoder: str, attention: str) -> None:
+    def __init__(self, module: nn.Module, decoder: str, attention: str | None) -> None:
         self._shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
         self._master = self._copy(module)
         self._master.eval()
-        set_attention(self._master.get_submodule(decoder), attention)
+        if attention is not None:
+            set_attention(self._master.get_submodule(decoder), attention)
         self._local = threading.local()
 
     def get(self) -> nn.Module:

@@ -52,7 +52,15 @@ _PARTS: Mapping[str, tuple[str, ...]] = {
 _VOLATILE = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
 """Config entries that name no property of the weights."""
 
-_VISION = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower", "vqmodel")
+_VISION = (
+    "vision_tower",
+    "visual",
+    "vision_model",
+    "vision_encoder",
+    "image_tower",
+    "image_encoder",
+    "vqmodel",
+)
 _PROJECTOR = (
     "multi_modal_projector",
     "mm_projector",
@@ -141,7 +149,7 @@ def describe(
         raise ModelUnsupported(
             "a model must be a decoder that can be cut between layers; the text model of "
             f"{type(module).__name__} ({text.model_type}) is an encoder-decoder, whose layers read "
-            "an encoder's states beside the stream. Use a checkpoint with a decoder-only text model."
+            "an encoder's states beside the stream. Take a decoder-only text model."
         )
     decoder = decoder_path(module)
     layers = layers_path(module, decoder)
@@ -154,6 +162,9 @@ def describe(
         )
     tokens = path_of(module, module.get_input_embeddings())
     linears, transposed = _linears(module)
+    vision = family.vision or (_named(module, _VISION, decoder) if family.images else "")
+    projector = family.projector or (_named(module, _PROJECTOR, decoder) if family.images else "")
+    images = family.images if family.explicit else bool(vision or projector)
     return ModelCard(
         family=family.model_type or config.model_type,
         id=id or _name(config) or config.model_type,
@@ -166,16 +177,15 @@ def describe(
         layers=layers,
         head=path_of(module, head),
         tokens=tokens,
-        vision=family.vision or (_named(module, _VISION, decoder) if family.images else ""),
-        projector=family.projector
-        or (_named(module, _PROJECTOR, decoder) if family.images else ""),
+        vision=vision,
+        projector=projector,
         parts=_parts(stack),
         linears=linears,
         transposed=transposed,
         ties=_ties(module),
         checkpoint=checkpoint_names(module),
-        images=family.images,
-        several=family.several,
+        images=images,
+        several=images and family.several,
         videos=family.videos,
     )
 
