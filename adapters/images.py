@@ -24,7 +24,7 @@ from errata.functional.types import Image
 
 __all__ = ["FORMATS", "Cache", "key", "picture"]
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "MPO")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 """What is opened. Pillow knows more; some of those run other programs."""
 
 

@@ -203,12 +203,12 @@ READINGS: dict[str, Reading] = {
         frames=_onevision_video,
     ),
     "qwen2_vl": Reading(
-        "text", _CHATML, mark=_MARKED, image=_image, video=_video, pictures=_qwen, frames=_qwen2_video,
-        types=True,
+        "text", _CHATML, mark=_MARKED, image=_image, video=_video, pictures=_qwen,
+        frames=_qwen2_video, types=True,
     ),
     "qwen2_5_vl": Reading(
-        "text", _CHATML, mark=_MARKED, image=_image, video=_video, pictures=_qwen, frames=_qwen2_video,
-        types=True,
+        "text", _CHATML, mark=_MARKED, image=_image, video=_video, pictures=_qwen,
+        frames=_qwen2_video, types=True,
     ),
     "qwen3_vl": Reading(
         "text", _CHATML, mark=_MARKED, image=_image, video=_qwen3_place, pictures=_qwen,

@@ -56,6 +56,19 @@ def writer(tokenizer: Any) -> Callable[[Sequence[int]], str]:
     return write
 
 
+def opened(images: Sequence[Any], wrong: list[str]) -> list[Any]:
+    """All pictures of a query, or one BadInput: what is `wrong` already, and what will not open."""
+    found = []
+    for image in images:
+        try:
+            found.append(picture(image))
+        except BadInput as error:
+            wrong.append(str(error).rstrip("."))
+    if wrong:
+        raise BadInput(listed(dict.fromkeys(wrong)))
+    return found
+
+
 def ending(template: Template, tokenizer: Any) -> str:
     """What is appended to every answer: nothing, the tokenizer's end token, or a text."""
     if isinstance(template.end, str):
@@ -179,21 +192,16 @@ class Reader:
         look = self.reading.frames if query.video else self.reading.pictures
         if look is None:
             raise BadInput(f"{self.card.id} takes no {'video' if query.video else 'images'}")
-        wrong: list[str] = []
-
-        def tried(act: Callable[[Any], Any]) -> list[Any]:
-            done = []
-            for image in query.images:
-                try:
-                    done.append(act(image))
-                except BadInput as error:
-                    wrong.append(str(error).rstrip("."))
-            if wrong:
-                raise BadInput(listed(wrong))
-            return done
-
-        keys = tuple(tried(key))
-        return self.cache.get((keys, query.video), lambda: look(self.found, tried(picture))), keys
+        keys, wrong = [], []
+        for image in query.images:
+            try:
+                keys.append(key(image))
+            except BadInput as error:
+                wrong.append(str(error).rstrip("."))
+        if wrong:
+            opened(query.images, wrong)
+        name = (tuple(keys), query.video)
+        return self.cache.get(name, lambda: look(self.found, opened(query.images, []))), name[0]
 
     def _place(self, query: Query) -> str:
         place = self.reading.video if query.video else self.reading.image

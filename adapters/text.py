@@ -65,8 +65,8 @@ def gap(template: Template, text: str, target: str, specials: tuple[str, ...]) -
 def segments(template: Template, raw: Sequence[str], query: Query) -> list[Segment]:
     """A query under a raw template: texts and picture numbers, in order.
 
-    Pictures stand where the template has `{images}`, or, if the prompt says `<image>` exactly as
-    often as it has pictures, there.
+    Pictures stand, with the template's `picture` around them, where it has `{images}`; or, if the
+    prompt says `<image>` exactly as often as it has pictures, there.
 
     >>> template = Template(picture="<Img>{}</Img> ")
     >>> segments(template, ("Q: {images}{prompt}",), Query("Who?", "", ("cat.png",)))
@@ -75,21 +75,21 @@ def segments(template: Template, raw: Sequence[str], query: Query) -> list[Segme
     prompt = template.prompt.replace("{prompt}", query.prompt)
     count = 1 if query.video else len(query.images)
     inline = count > 0 and prompt.count(MARK) == count
+    before, _, after = template.picture.partition("{}")
     row: list[Segment] = []
     for piece in raw:
         text = ""
         for part in re.split(r"(\{images\}|\{prompt\})", piece):
             if part == "{images}":
-                before, _, after = template.picture.partition("{}")
                 for number in () if inline else range(count):
                     row += [text + before, number]
                     text = after
             elif part == "{prompt}":
                 first, *rest = prompt.split(MARK) if inline else (prompt,)
                 text += first
-                for number, after in enumerate(rest):
-                    row += [text, number]
-                    text = after
+                for number, words in enumerate(rest):
+                    row += [text + before, number]
+                    text = after + words
             else:
                 text += part
         row.append(text)
