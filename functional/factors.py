@@ -11,17 +11,22 @@ L tokens · I in · O out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import grad
 
+from .bind import bind
+from .card import ModelCard
+from .grouped import Unformed
+from .header import Dense
 from .losses import nll
+from .places import module_of, uses
 from .taps import tap, zeros
-from .types import Batch, Model, Rewrites
+from .types import Batch, Delta, Model, Rewrites
 
-__all__ = ["Factor", "factors", "gradient", "rows_nll"]
+__all__ = ["Factor", "factors", "gradient", "rows_nll", "unformed_gradients"]
 
 
 class Factor(NamedTuple):
@@ -66,6 +71,55 @@ def factors(
         site: Factor(inputs[site].reshape(-1, length, inputs[site].shape[-1]), deltas[site])
         for site in sites
     }
+
+
+def unformed_gradients(
+    model: Model,
+    delta: Delta,
+    batch: Batch,
+    loss: Callable[[Tensor], tuple[Tensor, Any]],
+    **options: Any,
+) -> tuple[dict[str, Tensor | Unformed], Any]:
+    """Gradients of loss(logits) -> (scalar, aux) for a stacked dense delta, and aux.
+
+    Those of linear weights come as factors (`Unformed`), which a donating optimiser takes as they
+    are: for large matrices and few scored tokens this saves most of a step's memory traffic. Other
+    parameters get plain gradients [E ...]. `options` go to `decode`.
+    """
+    card = model.card
+    paths = {
+        entry.name: module_of(entry.name)
+        for entry in delta.header.entries
+        if isinstance(entry, Dense) and _is_weight(card, entry.name)
+    }
+    rest = {name: tensor for name, tensor in delta.tensors.items() if name not in paths}
+
+    def probed(wanted: Mapping[str, Mapping[str, Tensor]]):
+        tensors = {**delta.tensors, **wanted["rest"]}
+        bound = bind(model, delta._replace(tensors=tensors), check=False)
+        logits, seen = tap(
+            bound.decode, bound.params, batch, paths.values(), probes=wanted["probes"], **options
+        )
+        value, aux = loss(logits)
+        return value, (aux, {path: seen[path].input for path in paths.values()})
+
+    start = {"rest": rest, "probes": zeros(card, batch, paths.values())}
+    grads, (aux, inputs) = grad(probed, has_aux=True)(start)
+    found: dict[str, Tensor | Unformed] = dict(grads["rest"])
+    for name, path in paths.items():
+        left, right = grads["probes"][path], inputs[path].reshape(*batch.hidden.shape[:2], -1)
+        flip = path in card.transposed
+        found[name] = (
+            Unformed(right, left, batch.edit) if flip else Unformed(left, right, batch.edit)
+        )
+    return found, aux
+
+
+def _is_weight(card: ModelCard, name: str) -> bool:
+    """Whether a parameter is nothing but the weight of one linear map in the decoder's layers."""
+    path = module_of(name)
+    inside = card.layer_of(path) is not None and path in card.linears
+    return name.endswith(".weight") and inside and uses(card, name) == [name]
 
 
 def gradient(factor: Factor) -> Tensor:

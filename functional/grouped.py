@@ -10,11 +10,13 @@ compositions work. Legend: B rows · L tokens · I in · O out · E edits.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-__all__ = ["grouped_linear"]
+__all__ = ["Unformed", "grouped_linear"]
 
 
 def grouped_linear(x: Tensor, maps: Tensor, edit: Tensor) -> Tensor:
@@ -25,6 +27,27 @@ def grouped_linear(x: Tensor, maps: Tensor, edit: Tensor) -> Tensor:
     [[[3.0, 3.0]], [[0.0, 0.0]]]
     """
     return _Apply.apply(x, maps, edit)
+
+
+class Unformed(NamedTuple):
+    """The gradient of stacked maps as factors: G_e = sum over rows b of edit e of left_b^T right_b.
+
+    A step of an optimiser needs one G_e at a time, so the stack [E O I] is never held.
+    """
+
+    left: Tensor  # [B L O]
+    right: Tensor  # [B L I]
+    edit: Tensor  # [B]
+
+    def formed(self, num_edits: int) -> Tensor:
+        """All of them: [E O I]."""
+        return _Outer.apply(self.left, self.right, self.edit, num_edits)
+
+    def one(self, number: int, out: Tensor) -> Tensor:
+        """G of one edit, written into `out` [O I]."""
+        rows = (self.edit == number).nonzero()[:, 0]
+        left, right = self.left[rows].flatten(0, 1), self.right[rows].flatten(0, 1)
+        return torch.mm(left.mT.to(out.dtype), right.to(out.dtype), out=out)
 
 
 class _Apply(Function):

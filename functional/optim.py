@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree  # what torch.func itself is built on
 
+from .grouped import Unformed
+
 __all__ = [
     "AdamState",
     "Optimizer",
@@ -51,8 +53,9 @@ class Optimizer(NamedTuple):
         With `num_edits` = E > 0 every tensor leads with an edit axis of that length.
     update(grads, state, tensors, *, mask=None, scale=1.0, anchor=None) -> (tensors, state)
         One step. `mask` [E] bool: edits that are False keep tensors and state (needs `num_edits`).
-        `scale` multiplies the learning rate. `anchor`: what weight decay adds to the tensors before
-        it pulls them to zero: with the base's parameters there, a change d decays as W + d does.
+        Gradients may come in factors (`Unformed`). `scale` multiplies the learning rate.
+        `anchor`: what weight decay adds to the tensors before it pulls them to zero: with the
+        base's parameters there, a change d decays as W + d does.
     """
 
     init: Callable[..., Any]
@@ -130,18 +133,18 @@ def sgd(
     def update(grads, state, tensors, *, mask=None, scale=1.0, anchor=None):
         rate = _rate(lr, state.step, scale)
         leaves, shape = pytree.tree_flatten(tensors)
-        grads, bases = shape.flatten_up_to(grads), _anchors(anchor, tensors)
+        grads, bases = _gradients(shape, grads, leaves, donate), _anchors(anchor, tensors)
         buffers = shape.flatten_up_to(state.momentum) if momentum else [None] * len(leaves)
         if donate:
             with torch.no_grad():
-                for where, _ in _groups(state.step, rate, mask):
-                    for x, g, m, base in zip(leaves, grads, buffers, bases):
-                        part = [None if t is None else t[where] for t in (x, g, m)]
-                        size = rate[where] if rate.ndim else rate
-                        moved, kept = change(*part, base, size)
-                        part[0].copy_(moved)
-                        if part[2] is not None:
-                            part[2].copy_(kept)
+                for where, _, gs in _groups(state.step, rate, mask, leaves, grads):
+                    size = rate[where] if rate.ndim else rate
+                    for x, g, m, base in zip(leaves, gs, buffers, bases):
+                        mine = None if m is None else m[where]
+                        moved, kept = change(x[where], g, mine, base, size)
+                        x[where].copy_(moved)
+                        if mine is not None:
+                            mine.copy_(kept)
         else:
             pairs = [change(*group, rate) for group in zip(leaves, grads, buffers, bases)]
             leaves = _keep(mask, [pair[0] for pair in pairs], leaves)
@@ -224,6 +227,10 @@ def _adam(lr, betas, eps: float, weight_decay: float, *, decoupled: bool, donate
 
     def fused(parts: list[list[Tensor]], bases, rate: float, step: Tensor) -> None:
         xs, gs, ms, vs = parts
+        # The kernel walks all four in memory order, whatever their strides say.
+        gs = [
+            g if g.stride() == x.stride() else torch.empty_like(x).copy_(g) for x, g in zip(xs, gs)
+        ]
         pull = rate * weight_decay
         for i, base in enumerate(bases):
             if base is None or not weight_decay:
@@ -240,19 +247,19 @@ def _adam(lr, betas, eps: float, weight_decay: float, *, decoupled: bool, donate
     def update(grads, state, tensors, *, mask=None, scale=1.0, anchor=None):
         rate, step = _rate(lr, state.step, scale), state.step + 1
         shape = pytree.tree_structure(tensors)
-        lists = [shape.flatten_up_to(t) for t in (tensors, grads, state.mean, state.square)]
-        bases = _anchors(anchor, tensors)
+        olds = [shape.flatten_up_to(t) for t in (tensors, state.mean, state.square)]
+        grads, bases = _gradients(shape, grads, olds[0], donate), _anchors(anchor, tensors)
         if donate:
             with torch.no_grad():
-                for where, size in _groups(state.step, rate, mask):
-                    parts = [[leaf[where] for leaf in leaves] for leaves in lists]
-                    count = step[where].flatten()[0].float()
-                    fused(parts, bases, size, count)
-            news = [lists[0], *lists[2:]]
+                for where, size, gs in _groups(state.step, rate, mask, olds[0], grads):
+                    xs, ms, vs = ([leaf[where] for leaf in leaves] for leaves in olds)
+                    fused([xs, gs, ms, vs], bases, size, step[where].flatten()[0].float())
+            news = olds
         else:
-            triples = [change(*group, rate, step) for group in zip(*lists, bases)]
+            groups = zip(olds[0], grads, olds[1], olds[2], bases)
+            triples = [change(*group, rate, step) for group in groups]
             news = [[triple[i] for triple in triples] for i in range(3)]
-            news = [_keep(mask, new, old) for new, old in zip(news, [lists[0], *lists[2:]])]
+            news = [_keep(mask, new, old) for new, old in zip(news, olds)]
         tensors, mean, square = (pytree.tree_unflatten(leaves, shape) for leaves in news)
         return tensors, AdamState(_advance(state.step, mask), mean, square)
 
@@ -295,14 +302,34 @@ def _advance(step: Tensor, mask: Tensor | None) -> Tensor:
     return step + 1 if mask is None else step + mask.to(step.dtype)
 
 
-def _groups(step: Tensor, rate: Tensor, mask: Tensor | None):
-    """What a donated update may run as one: (index, learning rate) per group of tensors.
+def _gradients(shape, grads: Tree, leaves: list[Tensor], donate: bool) -> list[Any]:
+    """The gradients of the leaves, in order; those in factors are formed unless donated."""
+    found = shape.flatten_up_to(grads)
+    if donate:
+        return found
+    return [g.formed(x.shape[0]) if isinstance(g, Unformed) else g for g, x in zip(found, leaves)]
 
-    All edits at once where all are active and at one step, else each active edit by itself.
+
+def _groups(step: Tensor, rate: Tensor, mask: Tensor | None, leaves: list[Tensor], grads: list):
+    """What a donated update may run as one: (index, learning rate, gradients there) per group.
+
+    All edits at once where all are active, at one step, and have their gradients formed; else each
+    active edit by itself, its gradients formed in the same place one after another.
     """
     rates = torch.broadcast_to(rate, step.shape).flatten().tolist()
     steps = step.flatten().tolist()
     active = [True] * len(steps) if mask is None else mask.tolist()
-    if all(active) and len(set(steps)) == 1 and len(set(rates)) == 1:
-        return [(..., rates[0])]
-    return [(edit, rates[edit]) for edit, on in enumerate(active) if on]
+    buffers = [
+        torch.empty_like(x[0]) if isinstance(g, Unformed) else None for x, g in zip(leaves, grads)
+    ]
+    whole = all(buffer is None for buffer in buffers)
+    if whole and all(active) and len(set(steps)) == 1 and len(set(rates)) == 1:
+        yield ..., rates[0], list(grads)
+        return
+    for edit, on in enumerate(active):
+        if on:
+            mine = [
+                g[edit] if buffer is None else g.one(edit, buffer)
+                for g, buffer in zip(grads, buffers)
+            ]
+            yield edit, rates[edit], mine

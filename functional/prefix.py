@@ -93,7 +93,12 @@ def finish(model: Model, source: Inputs | Batch, edit: Tensor | None = None) -> 
 
 
 def _pointwise(card: ModelCard, path: str) -> bool:
-    """Whether a place in a layer is in its feed-forward part, by the card's names."""
+    """Whether a place in a layer is in its feed-forward part, by the card's names.
+
+    Never where the layer's attention has no name: then nothing can run it apart.
+    """
+    if "attn" not in card.parts:
+        return False
     part = path[len(card.layers) + 1 :].partition(".")[2]
     homes = [home for name, home in card.parts.items() if name.partition(".")[0] == "mlp"]
     return any(part == home or part.startswith(f"{home}.") for home in homes)

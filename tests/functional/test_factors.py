@@ -1,11 +1,18 @@
 """Per-edit factors against the gradient they stand for."""
 
+import pytest
 import torch
+from torch import Tensor
 from torch.func import grad, vmap
 
-from errata.functional.factors import Factor, factors, gradient
+from errata.functional import optim
+from errata.functional.bind import bind
+from errata.functional.factors import Factor, factors, gradient, unformed_gradients
 from errata.functional.losses import nll
 from errata.functional.rows import take
+from errata.functional.stacks import per_edit
+
+from .test_bind import dense
 
 SITES = ["layers.1.down", "layers.2.up", "layers.2.attn.v", "head"]
 
@@ -65,3 +72,44 @@ def test_factors_work_under_grad_and_vmap(toy, queries):
 def test_a_factor_of_one_token_is_rank_one():
     u, d = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, 0.0, 1.0]]])
     assert torch.equal(gradient(Factor(u, d))[0], d[0].T @ u[0])
+
+
+@pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
+@pytest.mark.parametrize("depth", [1, 2, "thinned"])
+def test_a_step_on_factors_is_a_step_on_gradients(toy, queries, donate, depth):
+    """Transposed and plain weights and a bias; rows of an edit, of none, of an edit with two."""
+    low = {1: ["layers.1.attn.q.weight"]}.get(depth, [])
+    names = [*low, "layers.2.up.weight", "layers.2.down.weight", "layers.2.down.bias"]
+    delta = dense(toy, names, edits=4)
+    batch = toy.embed(toy.params, toy.read(queries), edit=torch.tensor([3, 1, -1, 0, 1]))
+    batch = toy.decode(toy.params, batch, stop=2 if depth == "thinned" else depth)
+    batch = toy.thin(toy.params, batch) if depth == "thinned" else batch
+
+    def loss(logits):
+        each = per_edit(nll(logits, batch.labels), batch.edit, 4)
+        return each.sum(), each.detach()
+
+    def total(tensors):
+        bound = bind(toy, delta._replace(tensors=tensors), check=False)
+        return loss(bound.decode(bound.params, batch))
+
+    want, each = grad(total, has_aux=True)(dict(delta.tensors))
+    got, aux = unformed_gradients(toy, delta, batch, loss)
+    torch.testing.assert_close(aux, each)
+    assert [name for name, g in got.items() if isinstance(g, Tensor)] == ["layers.2.down.bias"]
+    for name, g in got.items():
+        formed = g if isinstance(g, Tensor) else g.formed(4)
+        torch.testing.assert_close(formed, want[name], rtol=1e-5, atol=1e-6)
+    for make in (optim.adamw, optim.adam, optim.sgd):
+        mask = torch.tensor([True, False, True, True])
+        ends = []
+        for grads in (want, got):
+            optimizer = make(1e-2, weight_decay=0.1, donate=donate)
+            tensors = {n: t.clone() for n, t in delta.tensors.items()}
+            state = optimizer.init(tensors, 4)
+            for _ in range(2):
+                tensors, state = optimizer.update(grads, state, tensors, mask=mask)
+            ends.append(tensors)
+        for name in want:
+            torch.testing.assert_close(ends[1][name], ends[0][name], rtol=1e-4, atol=1e-5)
+            assert torch.equal(ends[1][name][1], delta.tensors[name][1])

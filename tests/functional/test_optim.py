@@ -144,6 +144,19 @@ def test_gradients_may_come_in_another_order(donate):
     assert_same(got, want)
 
 
+@each_optimizer
+def test_gradients_may_lie_in_memory_in_another_order(name):
+    start, grads = tree(lead=(3,)), [tree(seed, lead=(3,)) for seed in (1, 2)]
+    turned = [
+        {n: g.mT.contiguous().mT if g.ndim == 3 else g for n, g in one.items()} for one in grads
+    ]
+    assert turned[0]["w"].stride() != start["w"].stride()
+    for masks in (None, [torch.tensor([True, False, True])] * 2):
+        want, _ = descend(MAKE[name][0](), start, grads, 3, masks)
+        got, _ = descend(MAKE[name][0](donate=True), clone(start), turned, 3, masks)
+        assert_same(got, want, 1e-6)
+
+
 @donated
 def test_schedules_follow_each_edits_steps(donate):
     start, grads = {"w": torch.zeros(2, 3)}, [{"w": torch.ones(2, 3)}] * 3
