@@ -56,6 +56,9 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 RECIPES = {
     "llava": Recipe(vision_steps=2400, vision_shares=(0.55, 0.2, 0.2, 0.05), joint_steps=3200),
     "blip2": Recipe(vision_steps=1300, joint_steps=3200),
+    "qwen2_vl": Recipe(vision_steps=800, joint_steps=2800),
+    "llava_onevision": Recipe(vision_steps=2000, joint_steps=2800),
+    "minigpt4": Recipe(vision_steps=1000, joint_steps=2600),
 }
 
 
