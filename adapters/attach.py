@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -121,7 +122,7 @@ def _addition(down: Tensor, up: Tensor, exact: bool) -> Any:
     def hook(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], y: Tensor) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
         wide = torch.float32 if exact else x.dtype
-        more = x.to(wide) @ down.to(wide).mT @ up.to(wide).mT
+        more = F.linear(F.linear(x.to(wide), down.to(wide)), up.to(wide))
         return (y + more).to(y.dtype)
 
     return hook

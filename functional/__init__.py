@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .header import Dense, EditRecord, Header, LowRank
     from .io import load, save
     from .merge import compress, merge, remove, scale, select
+    from .mixed import bind_rows
     from .types import (
         IGNORE,
         Batch,
@@ -58,6 +59,7 @@ __all__ = [
     "Rewrites",
     "answers",
     "bind",
+    "bind_rows",
     "compress",
     "conflicts",
     "diff",
@@ -80,6 +82,7 @@ _MODULES = (
     "merge",
     "compare",
     "bind",
+    "mixed",
     "answers",
     "generate",
 )

@@ -126,7 +126,9 @@ def compress(delta: Delta, rank: int | None = None, energy: float | None = None)
     Raises BadInput unless rank >= 1 or 0 < energy <= 1 is given; KindUnsupported for stacked deltas
     and kinds without a matrix.
     """
-    if (rank is None) == (energy is None) or (rank or 1) < 1 or not 0 < (energy or 1) <= 1:
+    ranked = rank is not None and rank >= 1 and energy is None
+    shared = energy is not None and 0 < energy <= 1 and rank is None
+    if not (ranked or shared):
         raise BadInput(
             f"compress needs a rank >= 1 or an energy in (0, 1], got rank={rank}, energy={energy}."
         )
