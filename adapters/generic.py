@@ -19,6 +19,7 @@ from errata.functional import Batch, Inputs, Params, Query
 from errata.functional.errors import ErrataError, ModelUnsupported
 from errata.functional.rows import concat, earlier, later, pad, take
 
+from .anatomy import HUGGING_FACE
 from .family import Family
 from .plan import Sizes
 from .probe import tokens
@@ -77,22 +78,9 @@ def proven(
             return made
         except ErrataError as error:
             reasons.append(str(error))
-        except _HUGGING_FACE as error:
+        except HUGGING_FACE as error:
             reasons.append(f"{type(module).__name__} fails when it is run ({_first_line(error)}).")
     raise ModelUnsupported(" ".join(dict.fromkeys(reasons)))
-
-
-_HUGGING_FACE = (
-    AttributeError,
-    AssertionError,
-    IndexError,
-    KeyError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-"""What running somebody else's forward can raise."""
 
 
 def _first_line(error: Exception) -> str:
@@ -114,7 +102,7 @@ def prove(module: nn.Module, decoder: str, made: Any, given: Inputs) -> Proof:
     params = {name: tensor.detach() for name, tensor in module.named_parameters()}
     with torch.no_grad():
         base = Skeletons(module, decoder, None).get()
-        wanted = made.family.enter(base, made.family.arguments(base, given)).logits
+        wanted = made.body.family.enter(base, made.body.family.arguments(base, given)).logits
         batch = made.embed(params, given)
         whole = made.decode(params, batch, at="all")
         measure = _Measure(wanted, whole, given.mask, type(module).__name__)
@@ -204,7 +192,7 @@ def _thin(
     everywhere = torch.ones_like(at, dtype=torch.bool)
     try:
         got = made.decode(params, made.thin(params, half))
-    except (ErrataError, *_HUGGING_FACE):
+    except (ErrataError, *HUGGING_FACE):
         made.no_thin("its last layer does not run with a saved attention")
         return None
     apart = measure.difference(got, want, everywhere)
@@ -217,7 +205,7 @@ def _thin(
 def _past(
     made: Any, params: Params, batch: Batch, ids: Tensor, whole: Tensor, measure: _Measure
 ) -> float | None:
-    if made.plan.cached is None:
+    if made.body.plan.cached is None:
         return None
     if made.attention_name == "eager" and getattr(text_config(made.config), "sliding_window", None):
         made.no_past("its sliding window counts padding under its own attention")
@@ -230,7 +218,7 @@ def _past(
         got = made.decode(params, later(batch, t), past=past, at="all")
         step = made.extend(params, ids[:, t:], past)
         grown = made.decode(params, step, past=past, at="all")
-    except (ErrataError, *_HUGGING_FACE) as error:
+    except (ErrataError, *HUGGING_FACE) as error:
         made.no_past(f"it fails with keys and values of earlier tokens ({_first_line(error)})")
         return None
     keep = batch.mask[:, t:]
