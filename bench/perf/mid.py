@@ -17,10 +17,11 @@ from errata.functional import Case, Query
 
 __all__ = ["blip2", "cases"]
 
-_WORDS = (
+_SENTENCE = (
     "what is the color of this animal how many people are in picture where does man stand which "
     "kind food on table sport do they play time clock show left right big small red blue green"
-).split()  # noqa: SIM905  the sentence reads better
+)
+_WORDS = _SENTENCE.split()
 _WIDTH, _LAYERS, _VISION, _SIDE, _VOCAB = 768, 12, 384, 224, 4096
 
 

@@ -22,7 +22,9 @@ Train = Callable[[torch.nn.Module, Callable[[], Tensor]], None]
 
 
 def forward(module: torch.nn.Module, inputs: Inputs) -> Tensor:
-    """Logits [1 L V] of one row by the module's own forward."""
+    """Logits [1 L V] of one row by the module's own forward; words alone go to its decoder."""
+    if not inputs.pixels:
+        module = module.language_model
     return module(
         input_ids=inputs.ids, attention_mask=inputs.mask.long(), use_cache=False, **inputs.pixels
     ).logits

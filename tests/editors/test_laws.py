@@ -23,7 +23,7 @@ CASES = {
     "finetune-sgd-last": FinetuneConfig(num_steps=3, optimizer="sgd", lr=0.5, objective="last"),
     "finetune-clamped": FinetuneConfig(num_steps=4, optimizer="adam", lr=5e-3, clamp=4e-3),
     "finetune-middle": FinetuneConfig(
-        sites=("layers.1.mlp",), num_steps=4, lr=2e-3, weight_decay=0.01
+        sites=("layers.1.mlp",), num_steps=8, lr=2e-3, weight_decay=0.01
     ),
     "lora": LoraConfig(rank=2, num_steps=4, lr=2e-2),
     "lora-mlp": LoraConfig(targets=("layers.-1.mlp.up",), rank=3, num_steps=3, lr=2e-2),
