@@ -105,5 +105,7 @@ def affine(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     faster than the BLAS behind `torch.mm` does and needs no copy of it.
     """
     if rows.is_cpu and rows.numel() and weight.numel() and torch.backends.mkldnn.is_available():
-        return F.linear(rows.contiguous().to_mkldnn(), weight, bias).to_dense()
+        # oneDNN takes the bias for contiguous, whatever its strides say.
+        bias = None if bias is None else bias.contiguous()
+        return F.linear(rows.contiguous().to_mkldnn(), weight.contiguous(), bias).to_dense()
     return F.linear(rows, weight, bias)

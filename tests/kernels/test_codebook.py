@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from errata.kernels import Found, lookup, nearest, replace, square_norms
-from errata.kernels.codebook import ref
 from safetensors.torch import load_file
 from torch.func import grad, jacrev, jvp, vjp, vmap
+
+from errata.kernels import Found, lookup, nearest, replace, square_norms
+from errata.kernels.codebook import ref
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SHAPES = [(1, 1, 1), (15, 5, 16), (16, 2, 33), (17, 3, 40), (300, 65, 72)]  # N B D
@@ -230,6 +231,6 @@ def test_what_does_not_fit_is_refused_all_at_once():
         nearest(torch.randn(2, 4), torch.randn(6, 3), alive=torch.ones(5, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"radii must be \[6\], got \[7\]"):
         lookup(torch.randn(2, 4), torch.randn(6, 4), torch.ones(7))
+    found = lookup(torch.randn(2, 4), torch.randn(6, 4), torch.ones(6))
     with pytest.raises(ValueError, match=r"values must be \[N 3\].*where must be \[2, 1\]"):
-        found = lookup(torch.randn(2, 4), torch.randn(6, 4), torch.ones(6))
         replace(torch.randn(2, 1, 3), found, torch.randn(6, 5), torch.ones(2, 2))
