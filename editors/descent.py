@@ -7,7 +7,7 @@ train them is here. Legend: E edits · B rows · T scored positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from errata.functional import (
     prefix,
 )
 from errata.functional.bind import bind
+from errata.functional.factors import unformed_gradients
 from errata.functional.losses import nll
 from errata.functional.stacks import per_edit
 
@@ -35,6 +36,7 @@ Objective = Literal["target", "last"]
 Tensors = Mapping[str, Tensor]
 Describe = Callable[[Sequence[Query], int], Header]
 Express = Callable[[Tensors], Tensors]
+Step = Callable[[Tensors], tuple[Any, Tensor]]  # tensors -> gradients, losses [E]
 
 
 class Trained(NamedTuple):
@@ -85,8 +87,8 @@ def descend_each(
     stacked = {name: t.expand(len(queries), *t.shape) for name, t in start.items()}
     batch = prefix.cut(model, model.read(queries), reach)
     batch = batch._replace(edit=torch.arange(len(queries), device=batch.edit.device))
-    loss = _stacked_loss(model, header, batch, rule, express)
-    return _descend(loss, stacked, rule, anchor)
+    step = _stacked_step(model, header, batch, rule, express)
+    return _descend(step, stacked, rule, anchor)
 
 
 def descend_jointly(
@@ -104,37 +106,45 @@ def descend_jointly(
     header = describe(queries[:1], 1)
     reach = prefix.reach(model.card, [entry.name for entry in header.entries])
     if reach.embed:
-        loss = _embed_loss(model, describe(queries, 0), inputs, rule, express)
+        step = _embed_step(model, describe(queries, 0), inputs, rule, express)
     else:
         batch = prefix.cut(model, inputs, reach)
         batch = batch._replace(edit=torch.zeros_like(batch.edit))
-        loss = _stacked_loss(model, header, batch, rule, express)
+        step = _stacked_step(model, header, batch, rule, express)
     alone = {name: tensor[None] for name, tensor in start.items()}
-    return {name: tensor[0] for name, tensor in _descend(loss, alone, rule, anchor).items()}
+    return {name: tensor[0] for name, tensor in _descend(step, alone, rule, anchor).items()}
 
 
-def _stacked_loss(model: Model, header: Header, batch: Batch, rule: Rule, express: Express):
-    """losses(tensors) [E]: rows of the batch run under the edit they name."""
+def _stacked_step(model: Model, header: Header, batch: Batch, rule: Rule, express: Express) -> Step:
+    """Gradients and losses [E] of a stacked delta: rows run under the edit they name."""
+    at = _positions(batch.at, rule.objective)
 
-    def losses(tensors: Tensors) -> Tensor:
+    def loss(logits: Tensor):
+        each = per_edit(nll(logits, batch.labels), batch.edit, header.stack)
+        return each.sum(), each.detach()
+
+    if express is dict:  # the tensors of the delta themselves: their gradients may stay in factors
+        return lambda tensors: unformed_gradients(model, Delta(header, tensors), batch, loss, at=at)
+
+    def total(tensors: Tensors):
         bound = bind(model, Delta(header, express(tensors)), check=False)
-        logits = bound.decode(bound.params, batch, at=_positions(batch.at, rule.objective))
-        return per_edit(nll(logits, batch.labels), batch.edit, header.stack)
+        return loss(bound.decode(bound.params, batch, at=at))
 
-    return losses
+    return torch.func.grad(total, has_aux=True)
 
 
-def _embed_loss(model: Model, header: Header, inputs: Inputs, rule: Rule, express: Express):
-    """losses(tensors) [1] for changes below the decoder: the vision path runs in every step."""
+def _embed_step(model: Model, header: Header, inputs: Inputs, rule: Rule, express: Express) -> Step:
+    """The same, one edit, for changes below the decoder: the vision path runs in every step."""
 
-    def losses(tensors: Tensors) -> Tensor:
+    def total(tensors: Tensors):
         alone = express({name: tensor[0] for name, tensor in tensors.items()})
         bound = bind(model, Delta(header, alone), check=False)
         batch = bound.embed(bound.params, inputs)
         logits = bound.decode(bound.params, batch, at=_positions(batch.at, rule.objective))
-        return nll(logits, batch.labels).mean()[None]
+        each = nll(logits, batch.labels).mean()[None]
+        return each.sum(), each.detach()
 
-    return losses
+    return torch.func.grad(total, has_aux=True)
 
 
 def _positions(at: Tensor, objective: Objective) -> Tensor:
@@ -142,17 +152,11 @@ def _positions(at: Tensor, objective: Objective) -> Tensor:
     return at[:, :1].expand_as(at) if objective == "last" else at
 
 
-def _descend(losses, start: Tensors, rule: Rule, anchor: Params | None) -> dict[str, Tensor]:
+def _descend(step: Step, start: Tensors, rule: Rule, anchor: Params | None) -> dict[str, Tensor]:
     """Descend from `start` [E ...]; an edit whose loss is at most `stop_loss` stays as it is.
 
     The optimiser overwrites tensors made here, so that a step is one pass over memory.
     """
-
-    def total(tensors: Tensors):
-        each = losses(tensors)
-        return each.sum(), each.detach()
-
-    step = torch.func.grad(total, has_aux=True)
     make = {"adamw": optim.adamw, "adam": optim.adam, "sgd": optim.sgd}[rule.optimizer]
     rate = optim.exponential(rule.lr, rule.gamma)
     optimizer = make(rate, weight_decay=rule.weight_decay, donate=True)

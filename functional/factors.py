@@ -84,14 +84,15 @@ def unformed_gradients(
 
     Those of linear weights come as factors (`Unformed`), which a donating optimiser takes as they
     are: for large matrices and few scored tokens this saves most of a step's memory traffic. Other
-    parameters get plain gradients [E ...]. `options` go to `decode`.
+    parameters get plain gradients [E ...], and so do all where edits have to run apart (a norm's
+    scale is among them). `options` go to `decode`.
     """
     card = model.card
-    paths = {
-        entry.name: module_of(entry.name)
-        for entry in delta.header.entries
-        if isinstance(entry, Dense) and _is_weight(card, entry.name)
-    }
+    names = [entry.name for entry in delta.header.entries if isinstance(entry, Dense)]
+    together = len(names) == len(delta.header.entries) and all(_is_linear(card, n) for n in names)
+    if not together or any(bound.header.stack for bound in model.deltas):
+        names = []
+    paths = {name: module_of(name) for name in names if name.endswith(".weight")}
     rest = {name: tensor for name, tensor in delta.tensors.items() if name not in paths}
 
     def probed(wanted: Mapping[str, Mapping[str, Tensor]]):
@@ -115,11 +116,10 @@ def unformed_gradients(
     return found, aux
 
 
-def _is_weight(card: ModelCard, name: str) -> bool:
-    """Whether a parameter is nothing but the weight of one linear map in the decoder's layers."""
+def _is_linear(card: ModelCard, name: str) -> bool:
+    """Whether a parameter is nothing but weight or bias of one linear map in a decoder layer."""
     path = module_of(name)
-    inside = card.layer_of(path) is not None and path in card.linears
-    return name.endswith(".weight") and inside and uses(card, name) == [name]
+    return card.layer_of(path) is not None and path in card.linears and uses(card, name) == [name]
 
 
 def gradient(factor: Factor) -> Tensor:

@@ -113,3 +113,20 @@ def test_a_step_on_factors_is_a_step_on_gradients(toy, queries, donate, depth):
         for name in want:
             torch.testing.assert_close(ends[1][name], ends[0][name], rtol=1e-4, atol=1e-5)
             assert torch.equal(ends[1][name][1], delta.tensors[name][1])
+
+
+def test_edits_that_must_run_apart_get_plain_gradients(toy, queries):
+    delta = dense(toy, ["layers.2.norm.weight", "layers.2.down.weight"], edits=5)
+    batch = toy.embed(toy.params, toy.read(queries), edit=torch.arange(5))
+
+    def loss(logits):
+        return nll(logits, batch.labels).sum(), ()
+
+    def total(tensors):
+        bound = bind(toy, delta._replace(tensors=tensors), check=False)
+        return loss(bound.decode(bound.params, batch))[0]
+
+    got, _ = unformed_gradients(toy, delta, batch, loss)
+    for name, want in grad(total)(dict(delta.tensors)).items():
+        torch.testing.assert_close(got[name], want)
+        assert want.abs().max() > 0
