@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from errata.adapters.zoo import TOKENIZER, draw
+from errata.adapters.zoo import FOLDER, TOKENIZER, WEIGHTS, draw
 from errata.adapters.zoo.configs import MICRO, fast_tokenizer
 from errata.adapters.zoo.world import World
 from errata.bench.zoo import pictures
@@ -16,6 +16,7 @@ from errata.bench.zoo.families import FAMILIES, hidden, prepare
 from errata.bench.zoo.lessons import Lessons, Row
 from errata.bench.zoo.optim import orthogonal
 from errata.bench.zoo.packing import IGNORE, Packer, additive
+from errata.bench.zoo.table import table
 from errata.bench.zoo.tokens import train_tokenizer
 from errata.bench.zoo.train import Recipe, Trainer
 
@@ -132,6 +133,11 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(few_pictures, tokenizer, tmp_p
     one, other = (load_file(folder / "llava-joint.safetensors") for folder in (whole, parts))
     assert one.keys() == other.keys()
     assert [k for k in one if not torch.equal(one[k], other[k])] == []
+
+
+def test_the_readme_shows_what_the_reports_say():
+    readme = (FOLDER / "README.md").read_text("utf-8")
+    assert table(WEIGHTS) in readme
 
 
 def test_the_shipped_tokenizer_is_the_one_the_command_makes(tokenizer):
