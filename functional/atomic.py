@@ -23,6 +23,10 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     as it was. Raises BadInput naming the path and the reason.
     """
     target = Path(path)
+    if target.exists() and not target.is_file():
+        raise BadInput(
+            f"{path} must be a file or not exist yet, and is a folder or a device: name a file."
+        )
     part = target.parent / f".{target.name[:200]}.{secrets.token_hex(6)}.part"
     try:
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
