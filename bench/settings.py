@@ -94,6 +94,8 @@ class File(
     strip: bool = False
     repair: bool = False
     hop: Natural = 0
+    neighbours: Natural = 0  # ComprehendEdit: how many of an edit's neighbours are asked
+    neighbour_answers: str = "answer"  # and whose answers they should keep
 
 
 Cases = World | File

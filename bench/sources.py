@@ -84,7 +84,8 @@ def open_cases(choice: World | File) -> list[Case]:
     options = Options(
         images=choice.images, on_missing=choice.on_missing, on_fault=choice.on_fault,
         template=choice.template, clean=choice.clean, strip=choice.strip, repair=choice.repair,
-        hop=choice.hop, start=choice.skip,
+        hop=choice.hop, neighbours=choice.neighbours,
+        neighbour_answers=choice.neighbour_answers, start=choice.skip,
     )  # fmt: skip
     found = list(islice(read(path, options, benchmark=choice.benchmark), choice.count or None))
     if not found:

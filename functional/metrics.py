@@ -76,6 +76,8 @@ PROBES: Mapping[str, Probe] = {
     "same_entity_locality": Probe("Same-entity locality", "E-Loc", "locality"),
     "hard_locality": Probe("Hard locality", "H-Loc", "locality"),
     "portability": Probe("Portability", "Port", "success"),
+    "kgi": Probe("Knowledge generalisation", "KGI", "success"),
+    "kpi": Probe("Knowledge preservation", "KPI", "success"),
 }
 
 

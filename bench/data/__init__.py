@@ -20,13 +20,24 @@ from .loading import RAW, Benchmark, Options, cases
 from .mmedit import CAPTION, NQ, OKVQA, VQA
 from .mmke import MMKE
 from .stream import records
-from .vlkeb import VLKEB
+from .vlkeb import EDIT_ONEHOP, VLKEB
 
 __all__ = ["BENCHMARKS", "Benchmark", "Options", "detect", "open_cases"]
 
 BENCHMARKS: Mapping[str, Benchmark] = {
     one.name: one
-    for one in (MMKE, ADS_EDIT, VLKEB, CAPTION, VQA, NQ, OKVQA, COMPREHENDEDIT, KNOWEDIT)
+    for one in (
+        MMKE,
+        ADS_EDIT,
+        VLKEB,
+        CAPTION,
+        VQA,
+        NQ,
+        OKVQA,
+        COMPREHENDEDIT,
+        KNOWEDIT,
+        EDIT_ONEHOP,
+    )
 }
 """By name, and in the order in which a file is tried for them."""
 

@@ -146,6 +146,7 @@ class Benchmark(NamedTuple):
     sniff: Callable[[Mapping[str, Any], Path], bool]
     oddities: Callable[[Any], Iterable[str]]
     above: bool = False  # image names may start with ../
+    follow: Callable[[Any, Case, Source], Iterator[Case]] | None = None  # cases edited right after
 
 
 def cases(
@@ -174,7 +175,8 @@ def cases(
         try:
             record = msgspec.convert(raw, benchmark.record)
             _writable(record)
-            yield benchmark.case(record, f"{path.stem}/{index:05d}", source)
+            case = benchmark.case(record, f"{path.stem}/{index:05d}", source)
+            yield from (case, *(benchmark.follow(record, case, source) if benchmark.follow else ()))
         except Skipped as reason:
             tally[f"skipped: {reason}"] += 1
         except (msgspec.ValidationError, BadInput) as fault:

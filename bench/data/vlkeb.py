@@ -4,6 +4,12 @@
 portability questions; images in `VLKEB_images/m.<id>/` (LiveEdit expects `mmkb_images/`). The
 eleven fields of MMEdit plus `port_new`, whose two schemas are told apart by their keys. `pred` is a
 Wikipedia title with underscores.
+
+The gap protocol is `sequential` with `gaps = [10, 20, 50, 100]`. For the edit-one-hop protocol, read
+`eval_edit_onehop.json` as benchmark "vlkeb-edit-onehop", which gives two cases a record (the entity
+edit, then the text-only edit of the bridging fact, `id+hop`, with the portability question about the
+entity's image), and run `sequential` with `group = 2`. The reference row of portability without any
+edit is the `base` of every result.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ from .loading import Benchmark, Skipped, Source, portability
 from .mmedit import Record as Common
 from .mmedit import common_probes, images, oddities
 
-__all__ = ["VLKEB", "Record", "case", "second_edit"]
+__all__ = ["EDIT_ONEHOP", "VLKEB", "Record", "case", "second_edit"]
 
 
 class Record(Common, frozen=True):
@@ -47,6 +53,18 @@ def second_edit(record: Record) -> Query:
     raise BadInput("port_new must hold port_edit_q and port_edit_a for the edit-one-hop protocol.")
 
 
+def without_portability(record: Record, name: str, source: Source) -> Case:
+    """The first of the two edits: its portability is asked after the second one."""
+    made = case(record, name, source)
+    return made._replace(probes={k: v for k, v in made.probes.items() if "portability" not in k})
+
+
+def then_edit_hop(record: Record, first: Case, source: Source) -> Iterator[Case]:
+    """The second edit, after which the first one's image is asked for what follows from both."""
+    probes = portability(record.port_new, first.edit.images, source)
+    yield Case(f"{first.id}+hop", second_edit(record), probes)
+
+
 def vlkeb_oddities(record: Record) -> Iterator[str]:
     """MMEdit's, and what portability questions add."""
     yield from oddities(record)
@@ -69,4 +87,11 @@ VLKEB = Benchmark(
         "src" in raw and "knowledge_type" not in raw and str(raw.get("image", "")).startswith("m.")
     ),
     vlkeb_oddities,
+)
+EDIT_ONEHOP = VLKEB._replace(
+    name="vlkeb-edit-onehop",
+    title="VLKEB, edit one hop",
+    case=without_portability,
+    sniff=lambda raw, path: False,  # the same file: only who asks for it by name means it
+    follow=then_edit_hop,
 )

@@ -296,3 +296,18 @@ def test_locality_files_become_cases(write):
               "answer": ["a", "b", "b", "", "", "", "c"]}  # fmt: skip
     (okvqa,), _ = read(write(record))
     assert okvqa.edit.target == "b"  # the majority among answers that are not empty
+
+
+def test_edit_one_hop_is_two_edits_and_then_the_question(write):
+    path = write({**ENTITY, "port_new": ONEHOP}, {**ENTITY, "port_new": ONEHOP})
+    found = list(open_cases(path, DRAW, benchmark="vlkeb-edit-onehop"))
+    assert [case.id for case in found] == [
+        "vqa_eval/00000", "vqa_eval/00000+hop", "vqa_eval/00001", "vqa_eval/00001+hop",
+    ]  # fmt: skip
+    first, second = found[:2]
+    assert "portability_1hop" not in first.probes
+    assert (second.edit.prompt, second.edit.images) == ("t?", ())
+    (asked,) = second.probes["portability_1hop"]
+    assert (asked.prompt, asked.images) == ("zone?", first.edit.images)
+    with pytest.raises(BadInput, match="record 0: port_new must hold port_edit_q"):
+        list(open_cases(write(ENTITY), DRAW, benchmark="vlkeb-edit-onehop"))
