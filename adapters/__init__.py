@@ -48,8 +48,8 @@ class _Package(ModuleType):
     """`adapters.load` is the function, also after its module of the same name was imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and _HOMES.get(name) == name:
-            value = getattr(value, name)
+        if isinstance(value, ModuleType) and name in _HOMES:
+            value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
         super().__setattr__(name, value)
 
 

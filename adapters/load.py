@@ -254,7 +254,7 @@ def _module(
         with _quiet():
             module, info = _class(config).from_pretrained(
                 name, config=config, dtype=dtype, use_safetensors=True, revision=revision,
-                output_loading_info=True, **places,
+                output_loading_info=True, ignore_mismatched_sizes=True, **places,
             )  # fmt: skip
     except ErrataError:
         raise
