@@ -122,6 +122,7 @@ def compress(delta: Delta, rank: int | None = None, energy: float | None = None)
     the fewest directions that hold the share `energy` of sum(S^2) (Eckart-Young); sqrt(S) on either
     side. In fp64, stored in the delta's dtype. What was lost is returned and written to the
     header's settings; rows of several edits are mixed, so single ones can no longer be removed.
+    With a dense change among them the result has form "weight".
 
     Raises BadInput unless rank >= 1 or 0 < energy <= 1 is given; KindUnsupported for stacked deltas
     and kinds without a matrix.
@@ -160,8 +161,11 @@ def compress(delta: Delta, rank: int | None = None, energy: float | None = None)
         lost[part.entry.name] = min(1.0, max(0.0, share))
         small.append(Part(entry, tensors, part.edits))
     note = {"rank": rank, "energy": energy, "lost": lost}
+    whole = any(not isinstance(entry, LowRank) for entry in delta.header.entries)
     header = msgspec.structs.replace(
-        delta.header, settings={**delta.header.settings, "compressed": note}
+        delta.header,
+        settings={**delta.header.settings, "compressed": note},
+        form="weight" if whole else delta.header.form,  # a dense change was one of the weight
     )
     return Compressed(_delta(header, small), lost)
 
