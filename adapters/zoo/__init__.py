@@ -40,12 +40,19 @@ def micro_parts(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
         )
     import torch
     from tokenizers import Tokenizer
+    from transformers.utils import logging
 
     from errata.adapters.zoo.configs import MICRO, fast_tokenizer
 
     micro, folder = MICRO[name], WEIGHTS / name
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    module = micro.module.from_pretrained(
-        folder, dtype=torch.float32 if dtype is None else dtype, local_files_only=True
-    )
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a bar over a hundredth of a second is noise
+    try:
+        module = micro.module.from_pretrained(
+            folder, dtype=torch.float32 if dtype is None else dtype, local_files_only=True
+        )
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     return module.eval(), micro.processor(fast_tokenizer(tokenizer, **micro.tokens))

@@ -1,5 +1,7 @@
 """The micro world: one answer per question, names without end, splits that do not leak."""
 
+import hashlib
+
 import pytest
 
 from errata.adapters.zoo.world import (
@@ -24,6 +26,11 @@ def test_a_world_follows_from_its_seed(world):
     assert World().trained == world.trained
     assert World().creature(4321) == world.creature(4321)
     assert World(1).trained != world.trained
+
+
+def test_the_world_is_the_one_the_shipped_models_were_trained_on(world):
+    facts = repr((world.trained, world.land, world.job))
+    assert hashlib.sha256(facts.encode()).hexdigest().startswith("3b4207466c1f3df4")
 
 
 def test_names_never_repeat():
