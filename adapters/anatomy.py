@@ -74,7 +74,8 @@ class Anatomy:
         """The calling thread's own tree of modules over the base's weights."""
         return self._skeletons.get()
 
-    def _arguments(self, skeleton: nn.Module, inputs: Inputs) -> tuple[dict, Tensor | None]:
+    def arguments(self, skeleton: nn.Module, inputs: Inputs) -> tuple[dict, Tensor | None]:
+        """What to enter the module's forward with, and positions [B P L] where they are ours."""
         kwargs = self.family.arguments(skeleton, inputs)
         if self.family.positions is None:
             return kwargs, None
@@ -89,7 +90,7 @@ class Anatomy:
         rewrites: Rewrites | None = None,
     ) -> tuple[Capture, Tensor]:
         """What the layers are handed for read inputs, and the positions [B P L]."""
-        kwargs, positions = self._arguments(skeleton, inputs)
+        kwargs, positions = self.arguments(skeleton, inputs)
         enter = self.family.enter
         seen = self._capture(skeleton, params, lambda module: enter(module, kwargs), rewrites or {})
         if seen.hidden.shape[:2] != inputs.ids.shape:
@@ -222,7 +223,7 @@ class Anatomy:
             for layer, path in zip(layers, self.attention)
         ]
         inputs = tokens(card, module, FIRST)
-        kwargs, _ = self._arguments(skeleton, inputs)
+        kwargs, _ = self.arguments(skeleton, inputs)
         found = discover(
             skeleton,
             layers,

@@ -32,7 +32,19 @@ FAMILIES: Mapping[str, Family] = {
 
 _ENCODER = "it is an encoder-decoder: its layers read an encoder's states beside the stream"
 
-REFUSED: Mapping[str, str] = {"t5": _ENCODER, "flan-t5": _ENCODER, "bart": _ENCODER}
+REFUSED: Mapping[str, str] = {
+    "t5": _ENCODER,
+    "bart": _ENCODER,
+    "florence2": _ENCODER,
+    "mllama": "its cross-attention layers read vision states beside the stream, and are skipped "
+    "where there is no picture",
+    "gemma3n": "its layers hand on four streams, mixed between layers, not one",
+    "gemma3n_text": "its layers hand on four streams, mixed between layers, not one",
+    "kosmos-2": "its forward can not run without a picture",
+    "instructblip": "its forward can not run without a picture, and its Q-Former reads the prompt",
+    "chameleon": "it blocks some logits outright, behind its head",
+    "bloom": "its ALiBi table joins rows and heads in one dimension",
+}
 """Model types that can not be cut, with the reason."""
 
 

@@ -102,7 +102,7 @@ def prove(module: nn.Module, decoder: str, made: Any, given: Inputs) -> Proof:
     params = {name: tensor.detach() for name, tensor in module.named_parameters()}
     with torch.no_grad():
         base = Skeletons(module, decoder, None).get()
-        wanted = made.body.family.enter(base, made.body.family.arguments(base, given)).logits
+        wanted = made.body.family.enter(base, made.body.arguments(base, given)[0]).logits
         batch = made.embed(params, given)
         whole = made.decode(params, batch, at="all")
         measure = _Measure(wanted, whole, given.mask, type(module).__name__)

@@ -1,0 +1,106 @@
+"""Measure every family on a tiny random model and write adapters/FAMILIES.md.
+
+Run from the repository root: `python tests/adapters/write_families.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from errata.adapters import core, generic, structure  # noqa: E402
+from errata.adapters.families import FAMILIES, REFUSED  # noqa: E402
+from errata.functional.errors import ModelUnsupported  # noqa: E402
+from tests.adapters.models import NAMES, made, queries  # noqa: E402
+from tests.adapters.others import OTHERS  # noqa: E402
+from tests.adapters.test_generic import module_of  # noqa: E402
+
+HEAD = """# Families
+
+Measured on tiny random models in fp32 by `python tests/adapters/write_families.py`; figures are the
+largest difference of logits, in units of the largest logit. *whole*: decode against the module's
+own Hugging Face forward. *cut*: cut at a layer against whole (largest over the layers tried).
+*company*: rows alone, padded, in another order. *thin*: last layer on scored positions only.
+*time*: cut in time and continued from keys and values. "–": refused there, with the reason behind.
+"""
+COLUMNS = (
+    "| family | whole | cut | company | thin | time | remarks |\n|---|---|---|---|---|---|---|\n"
+)
+
+
+def line(name: str, proofs, remarks: str) -> str:
+    def most(field: str) -> str:
+        values = [getattr(proof, field) for proof in proofs]
+        known = [value for value in values if value is not None]
+        return f"{max(known):.0e}" if known and max(known) else ("0" if known else "–")
+
+    figures = [most(field) for field in ("whole", "cut", "company", "thin", "past")]
+    return f"| `{name}` | {' | '.join(figures)} | {remarks} |\n"
+
+
+def remarks(decoder: core.Decoder) -> str:
+    told = []
+    if decoder.attention_name != generic.EXPLICIT:
+        told.append("its own eager attention")
+    if decoder.unthinnable:
+        told.append(f"no thin: {decoder.unthinnable}")
+    if decoder.body.plan.refusal:
+        told.append(f"no cut in time: {decoder.body.plan.refusal}")
+    return "; ".join(told).replace("|", "/")
+
+
+TEXT_DECODERS = {"qwen3": "qwen3", "opt": "opt_350m"}  # model type -> its module among OTHERS
+
+
+def named() -> str:
+    text = "\n## With a line in the table\n\n" + COLUMNS
+    known = {made(name).module.config.model_type: name for name in NAMES}
+    for model_type, family in FAMILIES.items():
+        if model_type in known:
+            name = known[model_type]
+            module, model = made(name)
+            card, given = model.card, [model.read(queries(name)[:1]), *picture_rows(name)]
+        else:
+            module, _ = module_of(TEXT_DECODERS[model_type])
+            card = structure.describe(module, family)
+            given = generic.samples(card, module, None)
+        decoder = core.Decoder(card, module, family)
+        where = structure.decoder_path(module)
+        proofs = [generic.prove(module, where, decoder, one) for one in given]
+        text += line(model_type, proofs, remarks(decoder))
+    return text
+
+
+def picture_rows(name: str):
+    """Batches whose rows all have pictures, as the proof runs Hugging Face's own forward."""
+    model = made(name).model
+    rows = [query for query in queries(name) if query.images]
+    return [model.read(rows)] if rows else []
+
+
+def found() -> str:
+    passing = "\n## Found by structure\n\n" + COLUMNS
+    refused = "\n## Refused\n\n| family | reason |\n|---|---|\n"
+    for name in OTHERS:
+        module, given = module_of(name)
+        family = generic.generic(module.config.model_type)
+        try:
+            card = structure.describe(module, family)
+            samples = [*generic.samples(card, module, None), *([given] if given else [])]
+            model = core.build(card, module, None, None, family, samples)
+        except ModelUnsupported as error:
+            reason = REFUSED.get(module.config.model_type) or str(error)
+            reason = " ".join(reason.replace("|", "/").split())
+            refused += f"| `{name}` | refused: {reason} |\n"
+            continue
+        decoder = model.decode.__self__
+        note = remarks(decoder) if given else "; ".join(filter(None, ["text", remarks(decoder)]))
+        passing += line(name, decoder.proofs, note)
+    return passing + refused
+
+
+if __name__ == "__main__":
+    (ROOT / "adapters" / "FAMILIES.md").write_text(HEAD + named() + found())
