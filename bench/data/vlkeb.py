@@ -5,11 +5,11 @@ portability questions; images in `VLKEB_images/m.<id>/` (LiveEdit expects `mmkb_
 eleven fields of MMEdit plus `port_new`, whose two schemas are told apart by their keys. `pred` is a
 Wikipedia title with underscores.
 
-The gap protocol is `sequential` with `gaps = [10, 20, 50, 100]`. For the edit-one-hop protocol, read
-`eval_edit_onehop.json` as benchmark "vlkeb-edit-onehop", which gives two cases a record (the entity
-edit, then the text-only edit of the bridging fact, `id+hop`, with the portability question about the
-entity's image), and run `sequential` with `group = 2`. The reference row of portability without any
-edit is the `base` of every result.
+The gap protocol is `sequential` with `gaps = [10, 20, 50, 100]`. For the edit-one-hop protocol,
+read `eval_edit_onehop.json` as benchmark "vlkeb-edit-onehop", which gives two cases a record (the
+entity edit, then the text-only edit of the bridging fact, `id+hop`, with the portability question
+about the entity's image), and run `sequential` with `group = 2`. The reference row of portability
+without any edit is the `base` of every result.
 """
 
 from __future__ import annotations
