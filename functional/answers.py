@@ -42,11 +42,15 @@ def answers(
         size = max(1, _ELEMENTS // max(1, length * model.card.vocab))
         parts = [
             _read(model, rows.take(source, slice(begin, begin + size)), k, everywhere)
-            for begin in range(0, source.rows, size)
+            for begin in range(0, max(1, source.rows), size)
         ]
-    whole = torch.cat([part.whole for part in parts]) if everywhere else None
-    joined = (torch.cat([part[n] for part in parts]) for n in range(3))
-    return Reading(*joined, whole)
+    whole = [part.whole for part in parts if part.whole is not None]
+    return parts[0]._replace(
+        labels=torch.cat([part.labels for part in parts]),
+        top=torch.cat([part.top for part in parts]),
+        nll=torch.cat([part.nll for part in parts]),
+        whole=torch.cat(whole) if whole else None,
+    )
 
 
 def _read(model: Model, batch: Batch, k: int, everywhere: bool) -> Reading:

@@ -51,14 +51,16 @@ def fingerprint(tensor: Tensor) -> str:
 def derive(tensor: Tensor, base: Tensor) -> Tensor:
     """Remember that `tensor` is an edited form of `base`; returns `tensor`."""
     with _lock:
-        _origins[tensor] = _origins.get(base, base)
+        found = _origins.get(base)
+        _origins[tensor] = base if found is None else found
     return tensor
 
 
 def origin(tensor: Tensor) -> Tensor:
     """The unedited parameter behind one that `bind` made; any other tensor is its own origin."""
     with _lock:
-        return _origins.get(tensor, tensor)
+        found = _origins.get(tensor)
+    return tensor if found is None else found
 
 
 def _digest(tensor: Tensor) -> str:
@@ -67,5 +69,5 @@ def _digest(tensor: Tensor) -> str:
     step = max(1, _CHUNK // max(1, flat.element_size()))
     for begin in range(0, flat.numel(), step):
         part = flat[begin : begin + step].cpu().contiguous()
-        state.update(memoryview(part.view(torch.uint8).numpy()))
+        state.update(part.view(torch.uint8).numpy().data)
     return state.hexdigest()

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam as torch_adam
 from torch.utils import _pytree as pytree  # what torch.func itself is built on
 
 from .grouped import Unformed
@@ -206,7 +207,6 @@ def clamp(tree: Tree, limit: float, *, donate: bool = False) -> Tree:
 
 def _adam(lr, betas, eps: float, weight_decay: float, *, decoupled: bool, donate: bool):
     b1, b2 = betas
-    kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
 
     def init(tensors: Tree, num_edits: int = 0) -> AdamState:
         mean = pytree.tree_map(torch.zeros_like, tensors)
@@ -239,9 +239,10 @@ def _adam(lr, betas, eps: float, weight_decay: float, *, decoupled: bool, donate
                 xs[i].sub_(base, alpha=pull / (1 - pull))
             else:
                 gs[i] = gs[i] + weight_decay * base
-        kernel(
-            xs, gs, ms, vs, [], [step] * len(xs), lr=rate, beta1=b1, beta2=b2,
-            weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
+        torch_adam(
+            xs, gs, ms, vs, [], [step - 1 for _ in xs], lr=rate, beta1=b1, beta2=b2, eps=eps,
+            weight_decay=weight_decay, decoupled_weight_decay=decoupled, amsgrad=False,
+            maximize=False, fused=True,
         )  # fmt: skip
 
     def update(grads, state, tensors, *, mask=None, scale=1.0, anchor=None):
@@ -291,7 +292,7 @@ def _anchors(anchor: Tree | None, tensors: Tree) -> list[Tensor | None]:
     return pytree.tree_leaves(anchor)
 
 
-def _keep(mask: Tensor | None, new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
+def _keep(mask: Tensor | None, new: list[Tensor], old: list[Any]) -> list[Tensor]:
     if mask is None:
         return new
     return [torch.where(_wide(mask, n).bool(), n, o) for n, o in zip(new, old)]
