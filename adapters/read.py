@@ -17,15 +17,17 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from errata.functional import IGNORE, Inputs, ModelCard, Query
+from errata.functional import Inputs, ModelCard, Query
 from errata.functional.errors import BadInput, BadSettings, ModelUnsupported, listed
 
-from .images import Cache, key, picture
+from .checks import checked, every, named, opened
+from .collate import Encoded, assemble, collated
+from .images import Cache, key
 from .pictures import READINGS, TEXT, Parts, Reading, Seen, parts
 from .templates import preset
 from .text import Segment, Template, gap, scored, segments
 
-__all__ = ["Reader", "Row", "assemble", "checked", "ending", "every", "reader", "writer"]
+__all__ = ["Reader", "Row", "ending", "reader", "writer"]
 
 
 class Row(NamedTuple):
@@ -39,14 +41,6 @@ class Row(NamedTuple):
     video: bool = False
 
 
-class Encoded(NamedTuple):
-    """A row as token ids."""
-
-    ids: list[int]
-    image: list[bool]
-    scored: range  # positions of the answer's tokens
-
-
 def writer(tokenizer: Any) -> Callable[[Sequence[int]], str]:
     """Detokenise, special tokens dropped."""
 
@@ -54,19 +48,6 @@ def writer(tokenizer: Any) -> Callable[[Sequence[int]], str]:
         return tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
 
     return write
-
-
-def opened(images: Sequence[Any], wrong: list[str]) -> list[Any]:
-    """All pictures of a query, or one BadInput: what is `wrong` already, and what will not open."""
-    found = []
-    for image in images:
-        try:
-            found.append(picture(image))
-        except BadInput as error:
-            wrong.append(str(error).rstrip("."))
-    if wrong:
-        raise BadInput(listed(dict.fromkeys(wrong)))
-    return found
 
 
 def ending(template: Template, tokenizer: Any) -> str:
@@ -78,47 +59,6 @@ def ending(template: Template, tokenizer: Any) -> str:
             "template.end must be a text for a tokenizer without an end token; got true."
         )
     return tokenizer.eos_token if template.end else ""
-
-
-def checked(query: Query, card: ModelCard) -> None:
-    """Raise BadInput with everything about a query that this model can not take."""
-    wrong = []
-    if not isinstance(query.prompt, str) or not isinstance(query.target, str):
-        raise BadInput(
-            "prompt and target must be text, got "
-            f"{type(query.prompt).__name__} and {type(query.target).__name__}"
-        )
-    if query.target and not query.target.strip():
-        wrong.append(f"the target must hold more than white space, got {query.target!r}")
-    if query.images and not card.images:
-        wrong.append(f"{card.id} takes no images, got {len(query.images)}: leave them out")
-    elif query.video and not card.videos:
-        wrong.append(f"{card.id} takes no video: pass the frames as pictures, or choose a model")
-    elif len(query.images) > 1 and not query.video and not card.several:
-        wrong.append(f"{card.id} takes one image per question, got {len(query.images)}")
-    if query.video and not query.images:
-        wrong.append("a video must have frames, got none")
-    if wrong:
-        raise BadInput(listed(wrong))
-
-
-def _named(number: int, query: Query, error: Exception) -> str:
-    prompt = query.prompt if isinstance(query.prompt, str) else repr(query.prompt)
-    short = prompt if len(prompt) <= 40 else prompt[:37] + "..."
-    return f"query {number + 1} ({short!r}): {str(error).rstrip('.')}"
-
-
-def every(queries: Sequence[Query], act: Callable[[int, Query], Any]) -> list[Any]:
-    """Act on each query; raise one BadInput that lists all that fail."""
-    done, wrong = [], []
-    for number, query in enumerate(queries):
-        try:
-            done.append(act(number, query))
-        except BadInput as error:
-            wrong.append(_named(number, query, error))
-    if wrong:
-        raise BadInput(f"{listed(wrong)}.")
-    return done
 
 
 class Reader:
@@ -153,7 +93,7 @@ class Reader:
         if bare and len(bare) < len(rows):
             raise BadInput(
                 f"every query of a scored batch must have a target; empty: "
-                f"{listed(_named(i, queries[i], BadInput('no target')) for i in bare)}."
+                f"{listed(named(i, queries[i], BadInput('no target')) for i in bare)}."
             )
         encoded = self._encode(rows)
         every(queries, lambda number, _: self._fits(encoded[number], rows[number]))
@@ -386,52 +326,6 @@ class Reader:
                 kinds = torch.where((inputs.ids == token) & inputs.mask, kind, kinds)
             inputs = inputs._replace(pixels={**pixels, "mm_token_type_ids": kinds})
         return inputs
-
-
-def collated(
-    encoded: Sequence[Encoded], pad: int, keys: tuple[tuple[str, ...], ...], pixels: dict[str, Any]
-) -> Inputs:
-    """Rows of ids as right-padded tensors, with the labels read from the rows."""
-    rows = len(encoded)
-    length = max((len(row.ids) for row in encoded), default=0)
-    targets = max((len(row.scored) for row in encoded), default=0)
-    ids = torch.full((rows, length), pad, dtype=torch.int64)
-    mask = torch.zeros((rows, length), dtype=torch.bool)
-    image = torch.zeros((rows, length), dtype=torch.bool)
-    labels = torch.full((rows, targets), IGNORE, dtype=torch.int64)
-    at = torch.zeros((rows, targets), dtype=torch.int64)
-    for index, row in enumerate(encoded):
-        ids[index, : len(row.ids)] = torch.tensor(row.ids)
-        mask[index, : len(row.ids)] = True
-        image[index, : len(row.ids)] = torch.tensor(row.image)
-        where = torch.arange(row.scored.start, row.scored.stop)
-        labels[index, : len(where)] = ids[index, where]
-        at[index, : len(where)] = where - 1
-    return Inputs(ids, mask, image, labels, at, pixels, keys)
-
-
-def assemble(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Pixels of all rows, by name, one after another; a shorter second axis is filled with zeros.
-
-    That axis is the tiles of LLaVA-OneVision. Videos of unequal length can not share a batch there:
-    raises BadInput.
-    """
-    joined = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        found = [row[name] for row in rows if name in row]
-        if found[0].ndim > 2 and len({tensor.shape[1] for tensor in found}) > 1:
-            if name == "pixel_values_videos":
-                raise BadInput(
-                    "videos of one batch must have the same number of frames, got "
-                    f"{sorted({tensor.shape[1] for tensor in found})}: read them apart."
-                )
-            most = max(tensor.shape[1] for tensor in found)
-            found = [
-                torch.cat([t, t.new_zeros(len(t), most - t.shape[1], *t.shape[2:])], dim=1)
-                for t in found
-            ]
-        joined[name] = torch.cat(found)
-    return joined
 
 
 def reader(

@@ -16,9 +16,10 @@ from torch import Tensor
 from errata.functional import IGNORE, Inputs, ModelCard, Query
 from errata.functional.errors import BadInput, ModelUnsupported, listed
 
+from .checks import checked, every
 from .images import key, picture
 from .pictures import Parts
-from .read import checked, ending, every
+from .read import ending
 from .text import Template, gap, scored, segments
 
 __all__ = ["Whole"]

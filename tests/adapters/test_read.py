@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from errata.adapters import PRESETS, Template, adapt, preset, tiny
-from errata.adapters.read import assemble, reader
+from errata.adapters.collate import assemble
+from errata.adapters.read import reader
 from errata.adapters.text import gap, scored
 from errata.adapters.tiny import TINY, tiny_tokenizer
 from errata.functional import IGNORE, Inputs, ModelCard, Query
