@@ -187,6 +187,7 @@ def describe(
         images=images,
         several=images and family.several,
         videos=family.videos,
+        stop=_stop(module, text),
     )
 
 
@@ -207,6 +208,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items() if k not in _VOLATILE}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _stop(module: nn.Module, text: Any) -> tuple[int, ...]:
+    """The token ids that end an answer: as the generation config has it, else the decoder's."""
+    for config in (getattr(module, "generation_config", None), text):
+        found = getattr(config, "eos_token_id", None)
+        if found is not None:
+            return tuple(found) if isinstance(found, list | tuple) else (found,)
+    return ()
 
 
 def _context(text: Any) -> int:
