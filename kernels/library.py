@@ -107,5 +107,5 @@ def affine(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if rows.is_cpu and rows.numel() and weight.numel() and torch.backends.mkldnn.is_available():
         # oneDNN takes the bias for contiguous, whatever its strides say.
         bias = None if bias is None else bias.contiguous()
-        return F.linear(rows.contiguous().to_mkldnn(), weight.contiguous(), bias).to_dense()
+        return F.linear(rows.contiguous().to_mkldnn(), weight, bias).to_dense()
     return F.linear(rows, weight, bias)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from errata.kernels import library
 
-WIDENED = 1 << 22  # elements of 16-bit keys widened at once
-HIDDEN = 1 << 24  # expert activations [L, S R] held at once
+WIDENED = 1 << 22  # elements of gathered or widened keys and experts held at once
+HIDDEN = 1 << 24  # expert activations [B, L, S R] held at once
+TOKENS = 192  # tokens per step on a CPU: what lies between the two products stays in cache
 
 
 def weigh(scores: Tensor, gate: Tensor) -> Tensor:
@@ -132,21 +133,21 @@ def apply_experts(
 ) -> Tensor:
     """`apply`, forward only: each sequence pays for its own tokens and experts, not for `M`."""
     out = hidden.clone(memory_format=torch.contiguous_format)
-    sizes = zip(count.tolist(), lengths.tolist())
-    for row, (slots, length) in enumerate(sizes):
-        if slots and length:
-            one = slice(row, row + 1)
-            out[one, :length] = apply(
-                hidden[one, :length],
-                down,
-                up,
-                ids[one, :slots],
-                weights[one, :slots],
-                count[one],
-                lengths[one],
-                gamma,
-                beta,
-                eps,
-                activation,
-            )
+    for row, (slots, length) in enumerate(zip(count.tolist(), lengths.tolist())):
+        if slots == 0 or length == 0:
+            continue
+        own = out[row, :length]
+        total = own if own.dtype == torch.float32 else own.float()
+        step = max(1, WIDENED // (down.shape[1] * down.shape[2]))
+        for chosen, weight in zip(ids[row, :slots].split(step), weights[row].split(step)):
+            first, second = down[chosen].float().flatten(0, 1), up[chosen].float().flatten(0, 1)
+            columns = weight[: len(chosen)].repeat_interleave(down.shape[1])  # [SR]
+            for start in range(0, length, TOKENS):
+                block = slice(start, min(start + TOKENS, length))
+                normed = _normed(hidden[row, block], gamma, beta, eps)
+                inner = library.affine(normed, first)  # [T SR]
+                inner = (F.relu(inner) if activation == "relu" else inner) * columns
+                total[block] += library.affine(inner, second.mT)
+        if total is not own:
+            own.copy_(total)
     return out
