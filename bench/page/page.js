@@ -227,7 +227,7 @@ function numbers() {
       const cell = line.probes[name];
       if (!cell || !cell.score.count) return node("td", {}, "–");
       const half = (cell.score.high - cell.score.low) / 2;
-      return hover(node("td", { class: cell.score.mean === best[name] ? "best" : "" }, percent(cell.score.mean), node("small", {}, `±${percent(half)}`)), range(cell.score));
+      return hover(node("td", { class: lines().length > 1 && cell.score.mean === best[name] ? "best" : "" }, percent(cell.score.mean), node("small", {}, `±${percent(half)}`)), range(cell.score));
     })));
     for (const [label, field] of [["all tokens right", "exact"], ["says it, generating freely", "said"]])
       if (names.some(name => line.probes[name] && line.probes[name][field] !== undefined))
@@ -246,7 +246,7 @@ function numbers() {
     node("td", {}, one.values[name] === undefined ? "–" : (one.exact[name] === undefined ? "" : one.exact[name].toFixed(2) + " / ") + one.values[name].toFixed(2)))));
   table.replaceChildren(...body);
   const elsewhere = [...new Set(D.published.filter(one => one.here === view.model).map(one => one.scorer))].filter(one => one !== view.scorer);
-  $("numbers-hint").textContent = "Percent, mean over cases ± half its 95% bootstrap interval; the best of a column is bold. "
+  $("numbers-hint").textContent = "Percent, mean over cases ± half its 95% bootstrap interval." + (lines().length > 1 ? " The best of a column is bold. " : " ")
     + (quoted.length ? "Lines in italics are quoted from the paper named (exact match / accuracy), not run here. " : "")
     + (!quoted.length && elsewhere.length ? `Published numbers of this setting are under scorer ${elsewhere.join(", ")}.` : "");
 }
