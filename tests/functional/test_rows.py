@@ -1,94 +1,126 @@
-"""Row algebra: batches cut, padded, joined and cut in time answer as the whole does."""
+"""Cutting, padding and joining batches follows the layout in the keys of extras."""
 
 import pytest
 import torch
 
-from errata.functional import IGNORE
+from errata.functional import IGNORE, Batch
 from errata.functional.errors import ShapeMismatch
 from errata.functional.rows import concat, earlier, later, pad, pick, take, trim
 
 
-@pytest.fixture
-def batch(toy, queries):
-    return toy.embed(toy.params, toy.read(queries), edit=torch.arange(5))
+def batch(rows=2, length=5, scored=2, past=0, seed=0, added=False):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.ones(rows, length, dtype=torch.bool)
+    mask[-1, -1] = False
+    causal = torch.ones(length, length + past, dtype=torch.bool).tril(past)
+    keys = torch.cat([torch.ones(rows, past, dtype=torch.bool), mask], 1)
+    extras = {
+        "mask@b_qk": causal[None, None] & keys[:, None, None],
+        "bias@b_qk": torch.randn(rows, 1, length, length + past, generator=generator),
+        "cos@bq_": torch.randn(rows, length, 4, generator=generator),
+        "axes@b_q_": torch.randn(rows, 3, length, 4, generator=generator),
+        "fixed@b_": torch.randn(rows, 6, generator=generator),
+    }
+    if added:
+        extras["added.0@bq_"] = torch.randn(rows, length, 3, generator=generator)
+    at = torch.arange(scored).expand(rows, scored) + length - scored - 1
+    return Batch(
+        hidden=torch.randn(rows, length, 3, generator=generator),
+        mask=mask,
+        positions=torch.arange(length).expand(rows, 1, length),
+        image=torch.zeros(rows, length, dtype=torch.bool),
+        labels=torch.randint(0, 9, (rows, scored), generator=generator),
+        at=at,
+        edit=torch.arange(rows),
+        extras=extras,
+        depth=1,
+    )
 
 
-def decode(toy, batch, **options):
-    return toy.decode(toy.params, batch, **options)
+def test_take_gathers_rows_of_everything():
+    whole = batch(3)
+    few = take(whole, torch.tensor([2, 0]))
+    assert torch.equal(few.hidden, whole.hidden[[2, 0]])
+    assert torch.equal(few.edit, torch.tensor([2, 0]))
+    assert all(torch.equal(few.extras[key], whole.extras[key][[2, 0]]) for key in whole.extras)
+    assert few.depth == 1
+    assert take(whole, slice(1, 2)).rows == 1
 
 
-def close(got, want):
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+def test_a_cut_in_time_splits_queries_and_shares_keys():
+    whole = batch()
+    first, rest = earlier(whole, 2), later(whole, 2)
+    assert torch.equal(torch.cat([first.hidden, rest.hidden], 1), whole.hidden)
+    assert torch.equal(torch.cat([first.positions, rest.positions], 2), whole.positions)
+    assert first.extras["mask@b_qk"].shape == (2, 1, 2, 2)
+    assert rest.extras["mask@b_qk"].shape == (2, 1, 3, 5)
+    assert rest.extras["axes@b_q_"].shape == (2, 3, 3, 4)
+    assert torch.equal(rest.extras["fixed@b_"], whole.extras["fixed@b_"])
+    assert torch.equal(rest.at, whole.at - 2)
+    assert torch.equal(rest.labels, whole.labels)
+    assert bool((first.labels == IGNORE).all())
 
 
-@pytest.mark.parametrize("depth", [0, 1, 2])
-def test_rows_are_independent(toy, batch, depth):
-    batch = decode(toy, batch, stop=depth)
-    whole = decode(toy, batch)
-    index = torch.tensor([3, 0, 3])
-    some = take(batch, index)
-    assert some.edit.tolist() == [3, 0, 3]
-    close(decode(toy, some), whole[index])
-    close(decode(toy, take(batch, slice(1, 4))), whole[1:4])
-    keep = torch.tensor([True, False, False, True, True])
-    close(decode(toy, take(batch, keep)), whole[keep])
+def test_labels_behind_a_cut_stay_and_before_it_go():
+    whole = batch(scored=3)  # scored at 1, 2, 3
+    rest = later(whole, 2)
+    assert rest.labels[:, 0].eq(IGNORE).all()
+    assert torch.equal(rest.labels[:, 1:], whole.labels[:, 1:])
+    assert torch.equal(rest.at[0], torch.tensor([0, 0, 1]))
+    first = earlier(whole, 2)
+    assert torch.equal(first.labels[:, :1], whole.labels[:, :1])
+    assert first.labels[:, 1:].eq(IGNORE).all()
 
 
-def test_padding_changes_no_answer(toy, batch):
-    whole, longer = decode(toy, batch), pad(batch, 20, 6)
-    assert longer.hidden.shape[1] == 20
-    assert longer.labels.shape == (5, 6)
-    assert (longer.labels[:, 4:] == IGNORE).all()
-    assert not longer.mask[:, 12:].any()
-    got = decode(toy, longer)
-    assert torch.isfinite(got).all()
-    close(got[:, :4], whole)
-    close(decode(toy, trim(longer, 12))[:, :4], whole)
-    with pytest.raises(ShapeMismatch, match="asked for 3 tokens, has 12"):
-        pad(batch, 3)
+def test_pick_keeps_keys_and_gathers_queries():
+    whole = batch()
+    few = pick(whole, whole.at)
+    row = torch.arange(2)[:, None]
+    assert torch.equal(few.hidden, whole.hidden[row, whole.at])
+    assert few.extras["mask@b_qk"].shape == (2, 1, 2, 5)
+    assert torch.equal(few.extras["axes@b_q_"][0], whole.extras["axes@b_q_"][0][:, whole.at[0]])
+    assert torch.equal(few.positions[:, 0], whole.at)
 
 
-def test_batches_read_apart_can_be_joined(toy, queries, batch):
-    whole = decode(toy, batch)
-    parts = [toy.embed(toy.params, toy.read([query])) for query in queries]
-    assert len({part.hidden.shape[1] for part in parts}) > 1
-    joined = concat(parts)
-    assert joined.rows == 5
-    close(decode(toy, joined), whole)
-    with pytest.raises(ShapeMismatch, match=r"depths \[0, 1\]"):
-        concat([parts[0], decode(toy, parts[1], stop=1)])
+def test_padding_is_masked_out_and_trimmed_again():
+    whole = batch()
+    long = pad(whole, 8, 4)
+    assert not long.mask[:, 5:].any()
+    assert not long.extras["mask@b_qk"][..., 5:].any()
+    assert long.extras["mask@b_qk"].any(-1).all()  # every query still has a key
+    lowest = torch.finfo(torch.float32).min
+    assert long.extras["bias@b_qk"][..., 5:].eq(lowest).all()
+    assert long.labels[:, 2:].eq(IGNORE).all()
+    back = trim(long, 5)
+    assert torch.equal(back.hidden, whole.hidden)
+    assert all(torch.equal(back.extras[key], value) for key, value in whole.extras.items())
+    with pytest.raises(ShapeMismatch, match="padded to be longer"):
+        pad(whole, 3)
 
 
-def test_an_extra_that_some_batches_lack_is_zero_there(batch):
-    one, two = take(batch, slice(0, 1)), take(batch, slice(1, 2))
-    one = one._replace(extras={**one.extras, "added.0@bq_": torch.ones_like(one.hidden)})
-    added = concat([one, two]).extras["added.0@bq_"]
-    assert (added[0] == 1).all()
-    assert (added[1] == 0).all()
+def test_concat_pads_to_the_longest_and_fills_what_is_missing():
+    short, long = batch(1, 4, 1), batch(2, 6, 2, seed=1, added=True)
+    joined = concat([short, long])
+    assert joined.hidden.shape == (3, 6, 3)
+    assert joined.labels.shape == (3, 2)
+    assert joined.extras["added.0@bq_"][0].eq(0).all()
+    assert torch.equal(joined.extras["added.0@bq_"][1:], long.extras["added.0@bq_"])
+    assert torch.equal(joined.hidden[0, :4], short.hidden[0])
+    with pytest.raises(ShapeMismatch, match=r"depths \[1, 2\]"):
+        concat([short, long._replace(depth=2)])
 
 
-@pytest.mark.parametrize("t", [1, 3, 5])
-def test_cut_in_time_is_exact(toy, batch, t):
-    """Positions from t on, over the keys and values of those before, say what the whole says."""
-    whole = decode(toy, batch)
-    early = earlier(batch, t)
-    first, past = decode(toy, early, keep=True)
-    late = later(batch, t)
-    second = decode(toy, late, past=past)
-    scored = batch.labels != IGNORE
-    before, after = scored & (batch.at < t), scored & (batch.at >= t)
-    assert torch.equal(early.labels != IGNORE, before)
-    assert torch.equal(late.labels != IGNORE, after)
-    assert after.any()
-    close(first[before], whole[before])
-    close(second[after], whole[after])
+def test_a_batch_behind_a_past_keeps_the_past_keys():
+    behind = batch(past=3)
+    long = pad(behind, 7)
+    assert long.extras["mask@b_qk"].shape == (2, 1, 7, 10)
+    assert torch.equal(long.extras["mask@b_qk"][:, :, :5, :8], behind.extras["mask@b_qk"])
 
 
-def test_picked_tokens_keep_their_keys(batch):
-    few = pick(batch, batch.at)
-    assert few.hidden.shape[1] == batch.at.shape[1]
-    for row in range(5):
-        assert torch.equal(few.hidden[row], batch.hidden[row, batch.at[row]])
-        attend = batch.extras["attend@b_qk"][row, 0, batch.at[row]]
-        assert torch.equal(few.extras["attend@b_qk"][row, 0], attend)
-        assert torch.equal(few.positions[row, 0], batch.positions[row, 0, batch.at[row]])
+def test_nothing_is_written_in_place():
+    whole = batch()
+    tensors = [whole.hidden, whole.mask, whole.labels, whole.at, *whole.extras.values()]
+    before = [tensor._version for tensor in tensors]
+    for _ in (pad(whole, 9), earlier(whole, 1), later(whole, 1), pick(whole, whole.at)):
+        concat([whole, whole])
+    assert before == [tensor._version for tensor in tensors]
