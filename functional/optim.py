@@ -324,6 +324,7 @@ def _groups(step: Tensor, rate: Tensor, mask: Tensor | None, leaves: list[Tensor
         torch.empty_like(x[0]) if isinstance(g, Unformed) else None for x, g in zip(leaves, grads)
     ]
     whole = all(buffer is None for buffer in buffers)
+    assert whole or step.ndim, "gradients in factors are of stacked tensors: init(..., num_edits=E)"
     if whole and all(active) and len(set(steps)) == 1 and len(set(rates)) == 1:
         yield ..., rates[0], list(grads)
         return
