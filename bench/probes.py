@@ -22,6 +22,7 @@ from errata.functional.metrics import (
     Scorer,
     exact_match,
     mean_nll,
+    probe,
     score,
     token_accuracy,
 )
@@ -49,7 +50,7 @@ class Terms(NamedTuple):
     """How answers are measured."""
 
     scorers: tuple[Scorer, ...]
-    generate: int = 0  # tokens of free generation; 0: none
+    generate: int = 0  # tokens of free generation, for probes of success; 0: none
     budget: int = 1 << 30  # bytes a batch may take beside the model
 
     @property
@@ -119,10 +120,10 @@ def _measure_batch(
     check_finite(model, before)
     edit = torch.tensor([ask.edit for ask in asks])
     after = _edited(bound, source, asks, index, edit, options)
-    said = _said(model, bound, queries, asks, edit, terms)
+    said = _said(model, bound, queries, asks, index, edit, terms.generate)
     base = Reading(*(None if part is None else part[index] for part in before))
     scores = _scores(asks, base, after, terms)
-    one = _answers(model, base, [said[0][row] for row in index.tolist()], asks)
+    one = _answers(model, base, said[0], asks)
     two = _answers(model, after, said[1], asks)
     return [Measured(*found) for found in zip(one, two, scores)]
 
@@ -149,20 +150,29 @@ def _said(
     bound: Model,
     queries: Sequence[Query],
     asks: Sequence[Ask],
+    index: Tensor,
     edit: Tensor,
-    terms: Terms,
+    tokens: int,
 ) -> tuple[list[str | None], list[str | None]]:
-    """Free generation: of the base per query, of the edited models per ask."""
-    if not terms.generate:
-        return [None] * len(queries), [None] * len(asks)
+    """What both models say when they are left to talk, per ask; asks of locality are not asked.
+
+    A locality is what stays the same, at positions both models are given: nothing is gained by
+    letting them talk, and it is most of what generation would cost.
+    """
+    before: list[str | None] = [None] * len(asks)
+    after: list[str | None] = [None] * len(asks)
+    wanted = [a for a, ask in enumerate(asks) if probe(ask.probe).kind == "success"]
+    if not (tokens and wanted):
+        return before, after
+    rows_asked = sorted({int(index[a]) for a in wanted})
+    said = dict(zip(rows_asked, generate(model, [queries[r] for r in rows_asked], tokens)))
     device = next(iter(model.params.values())).device
-    before = generate(model, queries, terms.generate)
-    after: list[str | None] = []
-    for begin in range(0, len(asks), len(queries)):
-        some = slice(begin, begin + len(queries))
-        asked = [ask.query for ask in asks[some]]
-        after += generate(bound, asked, terms.generate, edit=edit[some].to(device))
-    return list(before), after
+    for begin in range(0, len(wanted), len(queries)):
+        some = wanted[begin : begin + len(queries)]
+        asked = [asks[a].query for a in some]
+        for a, text in zip(some, generate(bound, asked, tokens, edit=edit[some].to(device))):
+            before[a], after[a] = said[int(index[a])], text
+    return before, after
 
 
 def _scores(asks: Sequence[Ask], base: Reading, after: Reading, terms: Terms) -> list[dict]:

@@ -32,6 +32,7 @@ class Progress:
         self._every = 0.1 if self._live else every
         self._shown = 0.0
         self._width = 0
+        self._said = -1  # steps done when the last line was shown
         self._label, self._total, self._done, self._fresh = "", 0, 0, 0
         self._began = time.monotonic()
 
@@ -39,6 +40,7 @@ class Progress:
         """Begin a stretch of `total` steps, of which `done` were finished in an earlier run."""
         self._label, self._total, self._done, self._fresh = label, total, done, 0
         self._began = self._shown = time.monotonic()
+        self._said = -1
         if self._live:
             self._show()
 
@@ -51,7 +53,8 @@ class Progress:
 
     def stop(self) -> None:
         """End the stretch: its last line stays."""
-        self._show()
+        if self._live or self._said != self._done:
+            self._show()
         if self._live:
             self._stream.write("\n")
             self._stream.flush()
@@ -64,6 +67,7 @@ class Progress:
 
     def _show(self) -> None:
         self._shown = now = time.monotonic()
+        self._said = self._done
         spent = now - self._began
         words = f"{self._label}  {self._done}/{self._total} edits"
         if self._fresh and spent > 0:

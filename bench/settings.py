@@ -155,7 +155,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     title: str = ""
     seed: int = 0
     scorers: Annotated[tuple[str, ...], Meta(min_length=1)] = ("errata",)
-    generate: Natural = 0  # tokens of free generation beside teacher forcing; 0: none
+    generate: Natural = 0  # tokens of free generation beside teacher forcing (not localities)
     memory: Size = "1 GiB"  # what a batch of edits or probes may take beside the model
     threads: Natural = 0  # of torch; 0: as it comes
     deltas: bool = True  # write one file per edit (single) or group (sequential)

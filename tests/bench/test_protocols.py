@@ -184,6 +184,9 @@ def test_free_generation_stands_beside_teacher_forcing(llava):
     state = editor.init(llava, torch.Generator().manual_seed(0))
     for got in step.results:
         edited = bind(llava, editor.edit(llava, state, [CASES[got.number].edit])[0])
+        if "locality" in got.probe:
+            assert got.before.said is got.after.said is got.after.match is None
+            continue
         for one, answer in ((llava, got.before), (edited, got.after)):
             said = generate(one, [got.query], 3)[0].strip().splitlines()
             assert answer.said == (said[0].strip() if said else "")
