@@ -67,6 +67,9 @@ class Anatomy:
             for name, _ in module.named_parameters(remove_duplicate=False)
             if not name.startswith(inside)
         }
+        tower = [name for name in self._outside if card.vision and name.startswith(card.vision)]
+        held = card.ties.get(f"{card.tokens}.weight", f"{card.tokens}.weight")
+        self._first = (held, *tower[:1])  # of the embedding, of the tower
         with torch.no_grad():
             self._probe(module)
 
@@ -88,8 +91,9 @@ class Anatomy:
         params: Params,
         inputs: Inputs,
         rewrites: Rewrites | None = None,
-    ) -> tuple[Capture, Tensor]:
-        """What the layers are handed for read inputs, and the positions [B P L]."""
+    ) -> tuple[Capture, Tensor, Inputs]:
+        """What the layers are handed, the positions [B P L], and the inputs where they now lie."""
+        inputs = self._placed(params, inputs)
         kwargs, positions = self.arguments(skeleton, inputs)
         enter = self.family.enter
         seen = self._capture(skeleton, params, lambda module: enter(module, kwargs), rewrites or {})
@@ -98,7 +102,23 @@ class Anatomy:
                 f"every token must be one position of the decoder; {self.card.id} made "
                 f"{tuple(seen.hidden.shape[:2])} of {tuple(inputs.ids.shape)} (rows, tokens)."
             )
-        return seen, observed(seen.positions, inputs) if positions is None else positions
+        if positions is None:
+            positions = observed(seen.positions, inputs)
+        return seen, positions, inputs
+
+    def _placed(self, params: Params, inputs: Inputs) -> Inputs:
+        """Inputs where the embedding is, pixels in the tower's precision: readers know neither."""
+        device = params[self._first[0]].device
+        dtype = params[self._first[-1]].dtype
+
+        def pixel(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return value.to(device, dtype if value.is_floating_point() else None)
+
+        moved = [value.to(device) for value in inputs[:5]]
+        pixels = {name: pixel(value) for name, value in inputs.pixels.items()}
+        return Inputs(*moved, pixels, inputs.keys)
 
     def _names(self, module: nn.Module, path: str) -> list[tuple[str, str]]:
         """(name inside the part, name in `params`) of every parameter of a part."""
@@ -201,7 +221,7 @@ class Anatomy:
                 stack.enter_context(replaced([site], [lambda *a, **k: saved]))
             result = first_tensor(functional_call(layer, own, args, kwargs, tie_weights=False))
         added = extras.get(added_key(number))
-        return result if added is None else result + added
+        return result if added is None else result + added.to(result.device)
 
     def finish(self, skeleton: nn.Module, params: Params, hidden: Tensor) -> Tensor:
         """Final norm, head and what the model does to its logits: [B T V]."""
@@ -241,13 +261,13 @@ class Anatomy:
         configs = [text_config(module.config), module.config]
         self._ending = ending(configs, raw, found.logits, type(module).__name__)
 
-        one, positions = self.before(skeleton, params, inputs)
+        one, positions, _ = self.before(skeleton, params, inputs)
         try:
             past = empty_past(inputs.ids, positions.shape[1])
             ids = tokens(card, module, GROWN).ids
             two = self.before_new(skeleton, params, ids, past)[0]
             self.plan = make_plan(one, FIRST, two, GROWN)
         except (ModelUnsupported, *HUGGING_FACE) as error:
-            two, _ = self.before(skeleton, params, tokens(card, module, LONGER))
+            two = self.before(skeleton, params, tokens(card, module, LONGER))[0]
             refusal = f"its decoder does not go on from keys and values it is given ({error})"
             self.plan = make_plan(one, FIRST, two, LONGER, refusal)

@@ -109,7 +109,7 @@ class Decoder:
         edit: Tensor | None = None,
     ) -> Batch:
         """Vision tower, projector and token embeddings: the batch at depth 0."""
-        seen, positions = self.body.before(self.body.skeleton(), params, inputs, rewrites)
+        seen, positions, inputs = self.body.before(self.body.skeleton(), params, inputs, rewrites)
         return Batch(
             hidden=seen.hidden,
             mask=inputs.mask,

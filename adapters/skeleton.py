@@ -184,10 +184,14 @@ def set_attention(decoder: nn.Module, attention: str) -> None:
 @contextmanager
 def replaced(modules: Sequence[nn.Module], forwards: Sequence[Callable]) -> Iterator[None]:
     """Within the block, each module runs the forward given for it instead of its own."""
+    before = [vars(module).get("forward") for module in modules]  # accelerate keeps its own there
     try:
         for module, forward in zip(modules, forwards, strict=True):
             module.forward = forward
         yield
     finally:
-        for module in modules:
-            vars(module).pop("forward", None)
+        for module, own in zip(modules, before):
+            if own is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = own

@@ -231,7 +231,7 @@ def _linears(module: nn.Module) -> tuple[dict[str, tuple[int, int]], frozenset[s
     sizes, transposed = {}, set()
     for path, part in module.named_modules():
         if isinstance(part, nn.Linear):
-            sizes[path] = (part.weight.shape[0], part.weight.shape[1])
+            sizes[path] = (part.out_features, part.in_features)
         elif isinstance(part, Conv1D):
             sizes[path] = (part.weight.shape[1], part.weight.shape[0])
             transposed.add(path)

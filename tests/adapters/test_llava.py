@@ -78,14 +78,14 @@ def test_half_precision_is_kept(name):
     half = copy.deepcopy(module).to(torch.bfloat16)
     family = family_of(half.config.model_type)
     low = core.build(structure.describe(half, family), half, model.read, model.write)
-    inputs = model.read(queries(name))
+    inputs = model.read(queries(name))  # in fp32
+    batch = low.embed(low.params, inputs)
+    got = low.decode(low.params, batch, at="all")
+    assert batch.hidden.dtype == got.dtype == torch.bfloat16
     pixels = {
         key: value.to(torch.bfloat16) if value.is_floating_point() else value
         for key, value in inputs.pixels.items()
         if isinstance(value, torch.Tensor)
     }
     inputs = inputs._replace(pixels={**inputs.pixels, **pixels})
-    batch = low.embed(low.params, inputs)
-    got = low.decode(low.params, batch, at="all")
-    assert batch.hidden.dtype == got.dtype == torch.bfloat16
     assert torch.equal(got[inputs.mask], whole(half, name, inputs)[inputs.mask])
