@@ -193,7 +193,7 @@ def html(
     """
     from . import report_html
 
-    report_html.write(list(rows), Path(path), folder and Path(folder), settings, title)
+    report_html.write(list(rows), Path(path), Path(folder) if folder else None, settings, title)
 
 
 def heading(leg: Leg, lines: Sequence[Line]) -> str:

@@ -131,7 +131,7 @@ class Scorer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return "all" in (self.text.positions, self.image.positions)
 
 
-_EVERYWHERE = {"text": Agreement(k=1, positions="all"), "image": Agreement(k=10, positions="all")}
+_TOP_1, _TOP_10 = Agreement(k=1, positions="all"), Agreement(k=10, positions="all")
 
 SCORERS: Mapping[str, Scorer] = {
     one.name: one
@@ -140,13 +140,20 @@ SCORERS: Mapping[str, Scorer] = {
         Scorer(
             name="easyedit",
             source="zjunlp/EasyEdit evaluate/multimodal_evaluate.py, util/vl_utils.py:135-159",
-            **_EVERYWHERE,
+            text=_TOP_1,
+            image=_TOP_10,
         ),
-        Scorer(name="vlkeb", source="VLKEB/VLKEB trainer/MultimodalTrainer.py", **_EVERYWHERE),
+        Scorer(
+            name="vlkeb",
+            source="VLKEB/VLKEB trainer/MultimodalTrainer.py",
+            text=_TOP_1,
+            image=_TOP_10,
+        ),
         Scorer(
             name="mmke",
             source="mmke-bench-bigai/mmke-bench trainer/MultimodalTrainer.py:502-582",
-            **_EVERYWHERE,
+            text=_TOP_1,
+            image=_TOP_10,
         ),
         Scorer(
             name="comprehendedit",
