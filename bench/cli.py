@@ -156,9 +156,9 @@ def _edit(options: argparse.Namespace) -> None:
     check_finite(model, answers(model, model.read([query])))
     state = editor.init(model, torch.Generator().manual_seed(options.seed))
     delta, _ = editor.edit(model, state, [query])
-    before, after = _said(model, query), _said(bind(model, delta), query)
+    said = [" ".join(_said(one, query).split()) for one in (model, bind(model, delta))]
     io.save(options.out, delta)
-    print(f"before: {before}\nafter:  {after}\n{options.out}: {_size(options.out)}")
+    print(f"before: {said[0]}\nafter:  {said[1]}\n{options.out}: {_size(options.out)}")
 
 
 def _ask(options: argparse.Namespace) -> None:
@@ -227,7 +227,11 @@ def _said(model: Model, query: Query, tokens: int = 32) -> str:
     from errata.functional.generate import generate
 
     room = model.card.context - model.read([query._replace(target="")]).ids.shape[1]
-    return generate(model, [query], max(1, min(tokens, room)))[0].strip()
+    text = generate(model, [query], max(1, min(tokens, room)))[0].strip()
+    # what a model says may hold codes that a terminal would obey
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
 
 
 def _assigned(pairs: Sequence[str]) -> dict[str, Any]:
