@@ -18,6 +18,7 @@ class Quoted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     models: tuple[str, ...]  # names a user may have given the same model, the first the paper's
     method: str
     scorer: str
+    templates: tuple[str, ...]  # `Options.template`s that put the same words before the model
     protocol: str
     source: str
     values: Mapping[str, float]
@@ -30,7 +31,8 @@ def quoted() -> tuple[Quoted, ...]:
     text = resources.files("errata.bench").joinpath("published.toml").read_text(encoding="utf-8")
     rows = []
     for table in msgspec.toml.decode(text)["table"]:
-        setting = {name: table[name] for name in ("benchmark", "models", "scorer", "protocol")}
+        shared = ("benchmark", "models", "scorer", "templates", "protocol")
+        setting = {name: table[name] for name in shared}
         for method, numbers in table["rows"].items():
             values = dict(zip(table["probes"], numbers, strict=True))
             row = {
@@ -56,15 +58,17 @@ def _plain(name: str) -> str:
     return "".join(char for char in name.rsplit("/", 1)[-1].lower() if char.isalnum())
 
 
-def here(benchmark: str, model: str) -> list[Quoted]:
-    """The quoted rows of a benchmark and a model, however the model's name is spelled.
+def here(benchmark: str, template: str, model: str) -> list[Quoted]:
+    """The quoted rows of a benchmark, its prompts and a model, however the model is spelled.
 
-    >>> [row.method for row in here("mmedit-vqa", "Salesforce/blip2-opt-2.7b")][-1]
+    >>> [row.method for row in here("mmedit-vqa", "easyedit", "Salesforce/blip2-opt-2.7b")][-1]
     'MEND'
     """
     name = _plain(model)
     return [
         row
         for row in quoted()
-        if row.benchmark == benchmark and name in {_plain(one) for one in row.models}
+        if row.benchmark == benchmark
+        and template in row.templates
+        and name in {_plain(one) for one in row.models}
     ]

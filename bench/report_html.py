@@ -44,12 +44,12 @@ Pictures = Path | Mapping[str, Path]
 
 def write(rows: Sequence[Row], path: Path, folder: Path | None, settings: str, title: str) -> None:
     """Write the page of a run's rows, whole or not at all; see `report.html`."""
-    asked, benchmark = _cases(settings)
+    asked, *setting = _cases(settings)
     whole = page(
         rows,
         folder and folder / "pictures",
         title=title or asked or "errata",
-        benchmark=benchmark,
+        setting=tuple(setting),
         facts=[asked] if asked else [],
         costs=_costs(folder) if folder else [],
     )
@@ -57,17 +57,25 @@ def write(rows: Sequence[Row], path: Path, folder: Path | None, settings: str, t
         file.write(whole.encode())
 
 
-def _cases(settings: str) -> tuple[str, str]:
-    """What a run's settings say was asked, in words, and the benchmark's name."""
+def _cases(settings: str) -> tuple[str, str, str]:
+    """What a run's settings say was asked, in words; the benchmark's name and the template's.
+
+    No benchmark for a run that may have had other images than the benchmark's: its numbers are not
+    to be put beside published ones.
+    """
     cases = tomllib.loads(settings).get("cases", {})
     if cases.get("source") != "file":
-        return ("micro world" if settings else ""), ""
+        return ("micro world" if settings else ""), "", ""
     path, name = cases.get("path", ""), cases.get("benchmark", "")
     try:
         known = BENCHMARKS[name] if name else detect(path)
     except BadInput:  # the file has gone since: the page can do without its name
-        return Path(path).name, name
-    return f"{known.title}, {Path(path).name}", known.name
+        return Path(path).name, "", ""
+    words = f"{known.title}, {Path(path).name}"
+    stand_in = {"draw": "missing images drawn", "none": "missing images left out"}
+    if how := stand_in.get(cases.get("on_missing", "error")):
+        return f"{words}, {how}", "", ""
+    return words, known.name, cases.get("template", "raw")
 
 
 def _costs(folder: Path) -> list[dict[str, Any]]:
@@ -93,16 +101,16 @@ def page(
     pictures: Pictures | None = None,
     *,
     title: str = "errata",
-    benchmark: str = "",
+    setting: tuple[str, ...] = ("", ""),
     facts: Sequence[str] = (),
     costs: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The report page as text.
 
-    `pictures` is the folder of a run's pictures, or content names to files; `benchmark` puts
-    published numbers of the same setting beside ours; `costs` are seconds and bytes by leg.
+    `pictures` is the folder of a run's pictures, or content names to files; `setting` (benchmark
+    and template) puts published numbers beside ours; `costs` are seconds and bytes by leg.
     """
-    data = {**_data(rows, pictures, benchmark, facts), "costs": list(costs)}
+    data = {**_data(rows, pictures, setting, facts), "costs": list(costs)}
     parts = {
         "title": markup.escape(title),
         # "<" never appears as such inside the script element, whatever a dataset's text holds
@@ -133,7 +141,7 @@ class _Table:
 
 
 def _data(
-    rows: Sequence[Row], pictures: Pictures | None, benchmark: str, facts: Sequence[str]
+    rows: Sequence[Row], pictures: Pictures | None, setting: tuple[str, ...], facts: Sequence[str]
 ) -> dict[str, Any]:
     kept, left_out = _within(rows)
     probes = ordered(row.probe for row in rows) + sorted(_pooled_names(rows))
@@ -158,7 +166,7 @@ def _data(
         "rows": columns,
         "legs": _rounded(summary(rows)["legs"]),
         "curves": curves(rows),
-        "published": [_quoted(one, model) for model in models for one in here(benchmark, model)],
+        "published": [_quoted(one, model) for model in models for one in here(*setting, model)],
         "facts": list(facts),
         "footer": _footer(rows, left_out, missing),
     }

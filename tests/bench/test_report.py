@@ -256,7 +256,7 @@ def test_a_runs_folder_gives_benchmark_costs_and_published_numbers(tmp_path):
     unit = Unit(part=part, cases=4, rows=1, end=9, digest="", edit_seconds=2.0, probe_seconds=1.0,
                 peak_bytes=10**9)  # fmt: skip
     (tmp_path / PROGRESS).write_bytes(msgspec.json.encode(unit) + b"\n")
-    settings = f'[cases]\nsource = "file"\npath = "{records}"'
+    settings = f'[cases]\nsource = "file"\npath = "{records}"\ntemplate = "easyedit"'
     report.html([row("a")], tmp_path / "report.html", folder=tmp_path, settings=settings)
     data = data_of((tmp_path / "report.html").read_text())
     assert data["facts"] == ["MMEdit E-VQA, vqa_eval.json"]
@@ -265,6 +265,14 @@ def test_a_runs_folder_gives_benchmark_costs_and_published_numbers(tmp_path):
     mend = next(one for one in data["published"] if one["method"] == "MEND")
     assert (mend["scorer"], mend["values"]["reliability"]) == ("easyedit", 99.4)
     assert mend["exact"]["reliability"] == 98.51
+    for other in ('\non_missing = "draw"', '\non_missing = "none"'):  # not the same setting
+        report.html([row("a")], tmp_path / "r.html", settings=settings + other)
+        data = data_of((tmp_path / "r.html").read_text())
+        assert data["published"] == []
+        assert "missing images" in data["facts"][0]
+    raw = settings.replace("easyedit", "raw")
+    report.html([row("a")], tmp_path / "r.html", settings=raw)
+    assert data_of((tmp_path / "r.html").read_text())["published"] == []
 
 
 def test_a_page_whose_annotation_file_is_gone_is_still_written(tmp_path):
@@ -299,6 +307,7 @@ def test_published_rows_are_whole_and_named():
 
 @pytest.mark.parametrize("name", ["Salesforce/blip2-opt-2.7b", "blip2_opt_2.7b", "BLIP2-OPT-2.7B"])
 def test_published_rows_are_found_however_the_model_is_spelled(name):
-    assert {one.method for one in here("mmedit-caption", name)} >= {"MEND", "SERAC"}
-    assert here("mmedit-caption", "tiny") == []
-    assert here("", name) == []
+    assert {one.method for one in here("mmedit-caption", "easyedit", name)} >= {"MEND", "SERAC"}
+    assert here("mmedit-caption", "easyedit", "tiny") == []
+    assert here("mmedit-caption", "raw", name) == []
+    assert here("", "", name) == []
