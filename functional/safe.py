@@ -119,7 +119,8 @@ def strict_json(raw: bytes, what: str) -> Any:
 
     Raises ValueError that says what is wrong with `what`.
     """
-    if raw.count(b",") + raw.count(b"[") + 2 * raw.count(b"{") > MAX_VALUES:
+    count = raw.count(b",") + raw.count(b":") + raw.count(b"[") + 2 * raw.count(b"{")
+    if count > MAX_VALUES:
         raise ValueError(f"{what} holds more than {MAX_VALUES} values")
     try:
         return json.loads(raw.decode(), object_pairs_hook=_pairs, parse_constant=_constant)
