@@ -95,7 +95,7 @@ def compare(one: Values, two: Values, seed: int = 0) -> list[Difference]:
     if not found:
         raise BadInput("two runs must share at least one probe of one case; these share none.")
     corrected = holm([last.p for *_, last in found])
-    return [Difference(*values, p) for values, p in zip(found, corrected)]
+    return [Difference(name, a, b, gap, p) for (name, a, b, gap), p in zip(found, corrected)]
 
 
 def holm(ps: Sequence[float]) -> list[float]:

@@ -44,12 +44,12 @@ Pictures = Path | Mapping[str, Path]
 
 def write(rows: Sequence[Row], path: Path, folder: Path | None, settings: str, title: str) -> None:
     """Write the page of a run's rows, whole or not at all; see `report.html`."""
-    asked, *setting = _cases(settings)
+    asked, benchmark, template = _cases(settings)
     whole = page(
         rows,
         folder and folder / "pictures",
         title=title or asked or "errata",
-        setting=tuple(setting),
+        setting=(benchmark, template),
         facts=[asked] if asked else [],
         costs=_costs(folder) if folder else [],
     )
@@ -101,7 +101,7 @@ def page(
     pictures: Pictures | None = None,
     *,
     title: str = "errata",
-    setting: tuple[str, ...] = ("", ""),
+    setting: tuple[str, str] = ("", ""),
     facts: Sequence[str] = (),
     costs: Sequence[Mapping[str, Any]] = (),
 ) -> str:
@@ -141,7 +141,7 @@ class _Table:
 
 
 def _data(
-    rows: Sequence[Row], pictures: Pictures | None, setting: tuple[str, ...], facts: Sequence[str]
+    rows: Sequence[Row], pictures: Pictures | None, setting: tuple[str, str], facts: Sequence[str]
 ) -> dict[str, Any]:
     kept, left_out = _within(rows)
     probes = ordered(row.probe for row in rows) + sorted(_pooled_names(rows))

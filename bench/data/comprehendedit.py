@@ -109,8 +109,8 @@ def _index(path: Path) -> Mapping[int, _Neighbour]:
     found = {}
     for place, raw in enumerate(records(path)):
         answers = {k: str(v) for k, v in raw.items() if k == "answer" or k.startswith("ori_pred")}
-        one = (raw.get("question", ""), raw.get("image", ""), raw.get("source", ""))
-        found[int(raw.get("pid", place))] = _Neighbour(*map(str, one), answers)
+        question, image, origin = (str(raw.get(n, "")) for n in ("question", "image", "source"))
+        found[int(raw.get("pid", place))] = _Neighbour(question, image, origin, answers)
     return found
 
 

@@ -10,7 +10,8 @@ objects of kinds, each a list of questions; kinds become probes (`text_locality_
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -47,7 +48,7 @@ class Record(msgspec.Struct, frozen=True):
     context: list[str] = []
 
 
-def aliases(answers: Answers) -> list[str]:
+def aliases(answers: str | Sequence[Any] | None) -> list[str]:
     """Every answer that is not empty, in order, however deep the lists are.
 
     >>> aliases([["Paris", "City of Light"], [""]]), aliases("Rome"), aliases(None)
