@@ -357,5 +357,7 @@ def _wanted(fault: msgspec.ValidationError, kind: Any) -> str:
         return f"must be one of {', '.join(map(str, typing.get_args(kind)))}"
     if kind is Size:
         return "must be a number and a unit, e.g. '2 GiB'"
+    if Name in (kind, *typing.get_args(kind)):
+        return "must be at most 64 letters, digits, spaces and . _ + -, a letter or digit first"
     text = str(fault).replace("Expected", "must be").replace("`", "").split(" - at ")[0]
     return text.partition(", got")[0]
