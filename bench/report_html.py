@@ -48,7 +48,7 @@ def write(rows: Sequence[Row], path: Path, folder: Path | None, settings: str, t
     whole = page(
         rows,
         folder and folder / "pictures",
-        title=title or asked or "errata",
+        title=title or tomllib.loads(settings).get("title") or asked or "errata",
         setting=(benchmark, template),
         facts=[asked] if asked else [],
         costs=_costs(folder) if folder else [],
