@@ -29,6 +29,10 @@ def grouped_linear(x: Tensor, maps: Tensor, edit: Tensor) -> Tensor:
     return _Apply.apply(x, maps, edit)
 
 
+_FEW = 8  # tokens up to which outer products are summed one by one
+_BLOCK = 1 << 20  # elements of a gradient that stay in a CPU's cache
+
+
 class Unformed(NamedTuple):
     """The gradient of stacked maps as factors: G_e = sum over rows b of edit e of left_b^T right_b.
 
@@ -46,8 +50,18 @@ class Unformed(NamedTuple):
     def one(self, number: int, out: Tensor) -> Tensor:
         """G of one edit, written into `out` [O I]."""
         rows = (self.edit == number).nonzero()[:, 0]
-        left, right = self.left[rows].flatten(0, 1), self.right[rows].flatten(0, 1)
-        return torch.mm(left.mT.to(out.dtype), right.to(out.dtype), out=out)
+        left = self.left[rows].flatten(0, 1).to(out.dtype)  # [K O]
+        right = self.right[rows].flatten(0, 1).to(out.dtype)  # [K I]
+        if not out.is_cpu or not 0 < left.shape[0] <= _FEW:
+            return torch.mm(left.mT, right, out=out)
+        # A CPU's GEMM is an order of magnitude off memory speed for so few tokens.
+        height = max(1, _BLOCK // out.shape[1])
+        for begin in range(0, out.shape[0], height):
+            part, mine = out[begin : begin + height], left[:, begin : begin + height, None]
+            torch.mul(mine[0], right[0], out=part)
+            for token in range(1, len(left)):
+                part.addcmul_(mine[token], right[token])
+        return out
 
 
 class _Apply(Function):
