@@ -260,10 +260,9 @@ def _module(
         raise
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise BadInput(f"the weights of {name!r} can not be loaded: {error}") from error
-    wrong = [f"{key} is missing" for key in sorted(info.get("missing_keys") or ())]
-    for key, *shapes in sorted(info.get("mismatched_keys") or ()):
-        have, want = (tuple(shape) for shape in shapes[:2])
-        wrong.append(f"{key} must have shape {want}, has {have}")
+    wrong = [f"{key} is missing" for key in sorted(info.get("missing_keys", []))]
+    for key, have, want in sorted(info.get("mismatched_keys", [])):
+        wrong.append(f"{key} must have shape {tuple(want)}, has {tuple(have)}")
     if wrong:
         raise BadInput(
             f"the weights of {name!r} must be those of a {type(module).__name__}: {listed(wrong)}."
@@ -326,7 +325,7 @@ def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
 
 
 def _json(name: str, file: str, revision: str | None) -> dict[str, Any]:
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     path = cached_file(
         name, file, revision=revision, _raise_exceptions_for_missing_entries=False,
@@ -344,7 +343,7 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _chat(name: str, tokenizer: Any, revision: str | None) -> str | None:
     """A chat template of its own file, in the new or the old spelling, or the tokenizer's."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     path = cached_file(
         name, "chat_template.jinja", revision=revision, _raise_exceptions_for_missing_entries=False,

@@ -145,13 +145,14 @@ def convert(
         raise BadInput(f"output folder {os.fspath(out)!r} must not exist yet.")
     state = {**_read(vision), **_read(qformer), **_read(minigpt4)}
     text = hf.LlamaForCausalLM.from_pretrained(llama, dtype=dtype, use_safetensors=True)
+    tower = hf.Blip2VisionConfig(**(vision_config or {}))
     config = MiniGPT4Config(
-        vision_config=hf.Blip2VisionConfig(**(vision_config or {})).to_dict(),
+        vision_config=tower.to_dict(),
         qformer_config=hf.Blip2QFormerConfig(**(qformer_config or {})).to_dict(),
         text_config=text.config.to_dict(),
         num_query_tokens=state["query_tokens"].shape[1] if "query_tokens" in state else 32,
     )
-    named = renamed(state, config.vision_config.num_hidden_layers)
+    named = renamed(state, tower.num_hidden_layers)
     with torch.device("meta"):
         module = MiniGPT4ForConditionalGeneration(config)
     ours = [n for n, _ in module.named_parameters() if not n.startswith("language_model.")]
@@ -165,7 +166,8 @@ def convert(
         exact = name == "query_tokens" or name.startswith("qformer.")
         _place(module, name, tensor.to(torch.float32 if exact else dtype))
     module.language_model = text
-    size = {"height": config.vision_config.image_size, "width": config.vision_config.image_size}
+    side: Any = tower.image_size
+    size = {"height": side, "width": side}
     processor = MiniGPT4Processor(
         image_processor=hf.BlipImageProcessorPil(size=size),
         tokenizer=hf.AutoTokenizer.from_pretrained(llama),

@@ -105,9 +105,9 @@ class Reader:
         checked(query, self.card)
         seen, keys = self._see(query)
         if self.reading.place == "text":
-            text = self._chat(query) if self._chats() else None
-            row = [text] if text is not None else self._written(query)
-            row = self._expanded(row, query, seen)
+            row = self._expanded(
+                [self._chat(query)] if self._chats() else self._written(query), query, seen
+            )
         elif self.reading.place == "lead":
             texts = segments(self.template, self.raw, query._replace(images=(), video=False))
             row = [*(seen.runs if seen else ()), *texts]
@@ -116,13 +116,12 @@ class Reader:
                 seen.runs[part] if seen and isinstance(part, int) else part
                 for part in segments(self.template, self.raw, query)
             ]
-        if not isinstance(row[-1], str):
-            row.append("")
-        before = row[-1]
-        boundary = len(before)
-        if query.target:
-            between = gap(self.template, before, query.target, self.specials)
-            row[-1] = before + between + query.target + self.end
+        before = row.pop() if isinstance(row[-1], str) else ""
+        boundary = len(str(before))
+        tail = query.target
+        if tail:
+            tail = gap(self.template, str(before), tail, self.specials) + tail + self.end
+        row.append(f"{before}{tail}")
         pixels = seen.pixels if seen else {}
         return Row(row, boundary, bool(query.target), pixels, keys, query.video)
 
