@@ -49,7 +49,7 @@ class Anatomy:
     """
 
     def __init__(
-        self, card: ModelCard, module: nn.Module, family: Family, attention: str = EXPLICIT
+        self, card: ModelCard, module: Any, family: Family, attention: str = EXPLICIT
     ) -> None:
         self.card = card
         self.family = family
@@ -162,7 +162,7 @@ class Anatomy:
             with rewriting(skeleton, before):
                 return capture(
                     skeleton,
-                    list(skeleton.get_submodule(self.card.layers)),
+                    list(skeleton.get_submodule(self.card.layers).children()),
                     skeleton.get_submodule(self.tail[0]),
                     self.shapes,
                     skeleton.get_submodule(self.decoder),
@@ -237,7 +237,7 @@ class Anatomy:
         """Find tail, state and layouts by a free forward and two captures of a few tokens."""
         card, skeleton = self.card, self.skeleton()
         params = {name: tensor.detach() for name, tensor in module.named_parameters()}
-        layers = list(skeleton.get_submodule(card.layers))
+        layers = list(skeleton.get_submodule(card.layers).children())
         attentions = [
             layer.get_submodule(path) if path else None
             for layer, path in zip(layers, self.attention)

@@ -6,7 +6,8 @@ in-memory name, which `bind` uses, and the checkpoint's, which other tools know.
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     PrefixChange,
@@ -19,7 +20,7 @@ from transformers.core_model_loading import (
 __all__ = ["checkpoint_names"]
 
 
-def checkpoint_names(module: nn.Module) -> dict[str, str]:
+def checkpoint_names(module: Any) -> dict[str, str]:
     """In-memory parameter name -> checkpoint name, where they differ.
 
     Follows what `save_pretrained` does (`revert_weight_conversion`). A parameter that is made of

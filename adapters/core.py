@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from msgspec.structs import replace
-from torch import Tensor, nn
+from torch import Tensor
 
 from errata.functional import (
     IGNORE,
@@ -44,7 +44,7 @@ __all__ = ["Decoder", "build"]
 
 def build(
     card: ModelCard,
-    module: nn.Module,
+    module: Any,
     read: Callable[[Sequence[Query]], Inputs],
     write: Callable[[Sequence[int]], str],
     family: Family | None = None,
@@ -88,7 +88,7 @@ class Decoder:
     """
 
     def __init__(
-        self, card: ModelCard, module: nn.Module, family: Family, attention: str = EXPLICIT
+        self, card: ModelCard, module: Any, family: Family, attention: str = EXPLICIT
     ) -> None:
         self.body = Anatomy(card, module, family, attention)
         self.attention_name = attention

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch  # type: ignore[attr-defined]
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -88,10 +89,10 @@ def _explicit_attention(
 
 
 def _batched(tensor: Tensor | None) -> bool:
-    while tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        if torch._C._functorch.is_batchedtensor(tensor):
+    while tensor is not None and _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
             return True
-        tensor = torch._C._functorch.get_unwrapped(tensor)
+        tensor = _functorch.get_unwrapped(tensor)
     return False
 
 
@@ -178,7 +179,7 @@ def set_attention(decoder: nn.Module, attention: str) -> None:
         if hasattr(config, "_attn_implementation_internal"):
             config._attn_implementation_internal = attention  # type: ignore[union-attr]
         if "_attn_implementation" in vars(part):
-            part._attn_implementation = attention
+            vars(part)["_attn_implementation"] = attention
 
 
 @contextmanager

@@ -89,9 +89,9 @@ def text_config(config: Any) -> Any:
     return getter(decoder=True) if getter else config
 
 
-def decoder_path(module: nn.Module) -> str:
+def decoder_path(module: Any) -> str:
     """The innermost text decoder: what holds the layers and takes token ids or embeddings."""
-    part = module
+    part: Any = module
     for _ in range(8):
         inner = part.get_decoder() if hasattr(part, "get_decoder") else part
         if inner is part or not isinstance(inner, nn.Module):
@@ -100,7 +100,7 @@ def decoder_path(module: nn.Module) -> str:
     return path_of(module, part)
 
 
-def layers_path(module: nn.Module, decoder: str) -> str:
+def layers_path(module: Any, decoder: str) -> str:
     """The decoder's list of layers: the longest list of modules that lies in no other list.
 
     Raises ModelUnsupported where there is none.
@@ -133,7 +133,7 @@ def attention_path(layer: nn.Module) -> str:
 
 
 def describe(
-    module: nn.Module,
+    module: Any,
     family: Family,
     *,
     id: str = "",
@@ -153,7 +153,7 @@ def describe(
         )
     decoder = decoder_path(module)
     layers = layers_path(module, decoder)
-    stack = module.get_submodule(layers)
+    stack: Any = module.get_submodule(layers)
     head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
     if head is None:
         raise ModelUnsupported(

@@ -255,6 +255,8 @@ def test_the_base_is_never_written(name):
     assert versions == [t._version for t in tensors]
     assert all(torch.equal(t, copy) for t, copy in zip(tensors, copies))
     assert all(p.data_ptr() == model.params[n].data_ptr() for n, p in module.named_parameters())
+    skeleton = model.decode.__self__.body.skeleton()
+    assert all(a is b for a, b in zip(skeleton.parameters(), module.parameters()))
     for path, part in module.named_modules():
         assert vars(part).keys() == plain[path].keys()
         assert all(vars(part)[key] is value for key, value in plain[path].items())
