@@ -18,7 +18,7 @@ from errata.functional.errors import BadInput
 from errata.functional.queries import Query
 
 from . import Benchmark, Options, detect
-from .loading import Skipped, open_source
+from .loading import Skipped, open_source, readable
 from .pictures import Picture
 from .stream import records
 
@@ -147,6 +147,7 @@ class _Pass:
 
     def _record(self, index: int, raw: dict[str, Any]) -> None:
         try:
+            readable(raw)
             record = msgspec.convert(raw, self.benchmark.record)
             case = self.benchmark.case(record, str(index), self.source)
         except Skipped as reason:

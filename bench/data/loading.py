@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,17 +20,17 @@ __all__ = [
     "RAW",
     "TEMPLATES",
     "Benchmark",
+    "Hop",
     "Options",
     "Skipped",
     "Source",
     "Template",
     "cases",
     "clean_rephrase",
-    "hops",
     "open_source",
     "portability",
+    "readable",
     "repaired",
-    "texts",
 ]
 
 
@@ -173,8 +173,8 @@ def cases(
             continue
         tally["records"] += 1
         try:
+            readable(raw)
             record = msgspec.convert(raw, benchmark.record)
-            _writable(record)
             case = benchmark.case(record, f"{path.stem}/{index:05d}", source)
             yield from (case, *(benchmark.follow(record, case, source) if benchmark.follow else ()))
         except Skipped as reason:
@@ -205,19 +205,12 @@ def _kind(fault: Exception) -> str:
     return "a field has the wrong type" if typed else "a field can not be used"
 
 
-def _writable(record: msgspec.Struct) -> None:
+def readable(raw: Mapping[str, Any]) -> None:
     """Refuse lone surrogates: JSON can spell them, no tokenizer can read them."""
-    for words in texts(record):
-        if not words.isascii():
-            try:
-                words.encode()
-            except UnicodeEncodeError as fault:
-                raise BadInput(f"{words[:80]!r} has a lone surrogate, which is no text.") from fault
-
-
-def texts(record: msgspec.Struct) -> Iterator[str]:
-    """The string fields of a record, in order."""
-    return (value for value in msgspec.structs.astuple(record) if isinstance(value, str))
+    try:
+        msgspec.json.encode(raw)
+    except UnicodeEncodeError as fault:
+        raise BadInput("text must be Unicode; a field has a lone surrogate.") from fault
 
 
 _REFUSAL = re.compile(r"i'm sorry|i cannot|i can't|as an ai|language model", re.IGNORECASE)
@@ -260,33 +253,47 @@ def repaired(words: str) -> str:
         return words
 
 
-def hops(items: Any) -> list[tuple[str, str, str]]:
-    """(hop, question, answer) of a `port_new` field, whichever of its two schemas it has.
+class Pair(msgspec.Struct, frozen=True):
+    """A question and its answer, as VLKEB's multi-hop file and MMKE-Bench spell them."""
 
-    `{"port_type": "2-hop", "Q&A": {"Question", "Answer"}}` (VLKEB multi-hop, MMKE-Bench) or
-    `{"port_q", "port_a", ...}` (VLKEB one-hop). Items without a question or answer are left out.
+    question: str = msgspec.field(name="Question", default="")
+    answer: str = msgspec.field(name="Answer", default="")
+
+
+class Hop(msgspec.Struct, frozen=True):
+    """An item of `port_new`: the same key has two schemas, told apart by what is there.
+
+    `{"port_type": "2-hop", "Q&A": {"Question", "Answer"}}` (VLKEB multi-hop, MMKE-Bench), or
+    `{"port_q", "port_a", "port_edit_q", "port_edit_a"}` (VLKEB one-hop).
     """
-    found = []
-    for item in items or ():
-        if "Q&A" in item:
-            pair = item["Q&A"]
-            hop = str(item.get("port_type", "1-hop")).split("-")[0]
-            found.append((f"{hop}hop", pair.get("Question", ""), pair.get("Answer", "")))
-        elif "port_q" in item:
-            found.append(("1hop", item["port_q"], item.get("port_a", "")))
-        else:
-            raise BadInput(f"port_new must hold 'Q&A' or 'port_q'; got keys {sorted(item)}.")
-    return [one for one in found if one[1] and one[2]]
+
+    port_type: str = "1-hop"
+    pair: Pair | None = msgspec.field(name="Q&A", default=None)
+    port_q: str | None = None
+    port_a: str = ""
+    port_edit_q: str = ""
+    port_edit_a: str = ""
+
+    def asked(self) -> tuple[str, str, str]:
+        """(hop, question, answer). Raises `BadInput` for an item of neither schema."""
+        if self.pair is not None:
+            number = self.port_type.split("-")[0]
+            if not number.isdecimal():
+                raise BadInput(f"port_type must be like '2-hop'; got {self.port_type!r}.")
+            return f"{number}hop", self.pair.question, self.pair.answer
+        if self.port_q is None:
+            raise BadInput("an item of port_new must hold 'Q&A' or 'port_q'.")
+        return "1hop", self.port_q, self.port_a
 
 
 def portability(
-    items: Any, images: tuple[Any, ...], source: Source
+    items: Sequence[Hop] | None, images: tuple[Any, ...], source: Source
 ) -> dict[str, tuple[Query, ...]]:
     """Portability probes by hop; with `Options.hop` that one alone, of records that have it."""
     wanted = source.options.hop
     probes: dict[str, tuple[Query, ...]] = {}
-    for hop, question, answer in hops(items):
-        if not wanted or hop == f"{wanted}hop":
+    for hop, question, answer in (item.asked() for item in items or ()):
+        if question and answer and (not wanted or hop == f"{wanted}hop"):
             one = Query(source.text(question), source.text(answer), images)
             probes[f"portability_{hop}"] = (*probes.get(f"portability_{hop}", ()), one)
     if wanted and not probes:

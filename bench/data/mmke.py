@@ -21,7 +21,7 @@ import msgspec
 
 from errata.functional.queries import Case, Query
 
-from .loading import Benchmark, Skipped, Source, portability
+from .loading import Benchmark, Hop, Skipped, Source, portability
 from .mmedit import common_probes
 
 __all__ = ["MMKE", "Record", "case", "images", "oddities"]
@@ -60,7 +60,7 @@ class Record(msgspec.Struct, frozen=True):
     m_rel_1_ans: str = ""
     m_rel_ans_2: str = ""
     m_rel_2_ans: str = ""
-    port_new: list[dict[str, Any]] | None = None
+    port_new: list[Hop] | None = None
 
 
 def asked(record: Record, stem: str) -> list[tuple[str, str]]:

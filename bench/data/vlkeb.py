@@ -15,12 +15,11 @@ without any edit is the `base` of every result.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from errata.functional.errors import BadInput
 from errata.functional.queries import Case, Query
 
-from .loading import Benchmark, Skipped, Source, portability
+from .loading import Benchmark, Hop, Skipped, Source, portability
 from .mmedit import Record as Common
 from .mmedit import common_probes, images, oddities
 
@@ -30,7 +29,7 @@ __all__ = ["EDIT_ONEHOP", "VLKEB", "Record", "case", "second_edit"]
 class Record(Common, frozen=True):
     """MMEdit's fields and, in the portability files, `port_new`."""
 
-    port_new: list[dict[str, Any]] | None = None
+    port_new: list[Hop] | None = None
 
 
 def case(record: Record, name: str, source: Source) -> Case:
@@ -48,8 +47,8 @@ def second_edit(record: Record) -> Query:
     VLKEB branch `edit_onehop`, `MultimodalTrainer.py:57-75`. Raises `BadInput` where there is none.
     """
     for item in record.port_new or ():
-        if item.get("port_edit_q") and item.get("port_edit_a"):
-            return Query(item["port_edit_q"], item["port_edit_a"])
+        if item.port_edit_q and item.port_edit_a:
+            return Query(item.port_edit_q, item.port_edit_a)
     raise BadInput("port_new must hold port_edit_q and port_edit_a for the edit-one-hop protocol.")
 
 
@@ -69,11 +68,11 @@ def vlkeb_oddities(record: Record) -> Iterator[str]:
     """MMEdit's, and what portability questions add."""
     yield from oddities(record)
     for item in record.port_new or ():
-        if "port_edit_a" in item and item["port_edit_a"] == item.get("port_a"):
+        if item.port_edit_a and item.port_edit_a == item.port_a:
             yield "port_edit_a equals port_a"
-        if record.alt in item.get("port_edit_q", ""):
+        if record.alt in item.port_edit_q:
             yield "alt occurs in port_edit_q"
-        if record.alt in item.get("port_q", ""):
+        if record.alt in (item.port_q or ""):
             yield "alt occurs in port_q"
 
 

@@ -277,7 +277,7 @@ def test_a_hop_keeps_only_records_that_have_it_and_says_how_many_it_dropped(writ
 
 
 def test_an_unknown_portability_schema_is_refused(write):
-    with pytest.raises(BadInput, match="must hold 'Q&A' or 'port_q'; got keys"):
+    with pytest.raises(BadInput, match="must hold 'Q&A' or 'port_q'"):
         read(write({**ENTITY, "port_new": [{"question": "x"}]}))
 
 
