@@ -23,7 +23,15 @@ from .probes import Terms
 from .progress import Progress
 from .protocols import Result, Step
 from .settings import EditorChoice, ModelChoice, Protocol, RunSettings, Sequential
-from .sources import check_cases, open_cases, open_model, picture_name, picture_of, queries_of
+from .sources import (
+    check_cases,
+    check_settings,
+    open_cases,
+    open_model,
+    picture_name,
+    picture_of,
+    queries_of,
+)
 
 __all__ = ["run", "versions"]
 
@@ -52,6 +60,7 @@ def run(
     the folder holds another run or is in use.
     """
     progress = progress or Progress()
+    check_settings(settings)
     scorers = tuple(map(scorer, settings.scorers))
     if settings.threads:
         torch.set_num_threads(settings.threads)

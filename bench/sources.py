@@ -13,12 +13,15 @@ from errata.functional.errors import BadInput, BadSettings, listed
 from errata.functional.records import image_key
 from errata.functional.types import Case, Query
 
-from .settings import File, ModelChoice, World
+from .settings import File, ModelChoice, RunSettings, World, unknown
 
 if TYPE_CHECKING:
     from errata.functional import Model
 
-__all__ = ["check_cases", "open_cases", "open_model", "picture_name", "picture_of", "queries_of"]
+__all__ = [
+    "check_cases", "check_settings", "open_cases", "open_model", "picture_name", "picture_of",
+    "queries_of",
+]  # fmt: skip
 
 MICRO, TINY = "micro/", "tiny/"
 
@@ -45,6 +48,37 @@ def open_model(choice: ModelChoice) -> Model:
         choice.id, dtype=dtype, device=device, revision=choice.revision or None,
         template=choice.template,
     )  # fmt: skip
+
+
+def check_settings(settings: RunSettings) -> None:
+    """Refuse what can be known to be missing before anything is loaded, all of it at once.
+
+    Looks for micro and tiny models by name, folders, templates, devices and scorers. Raises
+    BadSettings.
+    """
+    from errata import adapters
+    from errata.adapters.tiny import TINY as tinies
+    from errata.adapters.zoo import micro_names
+    from errata.functional.metrics import SCORERS
+
+    faults = []
+    for number, choice in enumerate(settings.models):
+        where = f"models[{number}]"
+        for start, known in ((MICRO, micro_names()), (TINY, tuple(tinies))):
+            name = choice.id.removeprefix(start)
+            if choice.id.startswith(start) and name not in known:
+                faults.append(f"{where}.id: {unknown(name, known)}")
+        if choice.id.startswith((".", "/", "~")) and not Path(choice.id).is_dir():
+            faults.append(f"{where}.id must be a folder or a hub id; {choice.id} is no folder")
+        if choice.template not in adapters.PRESETS:
+            faults.append(f"{where}.template: {unknown(choice.template, adapters.PRESETS)}")
+        try:
+            _device(choice.device)
+        except BadSettings as fault:
+            faults.append(f"{where}.{str(fault).rstrip('.')}")
+    faults += [f"scorers: {unknown(n, SCORERS)}" for n in settings.scorers if n not in SCORERS]
+    if faults:
+        raise BadSettings(f"{listed(faults)}.")
 
 
 def _device(name: str) -> Any:

@@ -148,6 +148,16 @@ def test_every_fault_of_a_settings_file_is_said_at_once(settings, capsys):
     assert "protocols[0].together" in error
 
 
+def test_what_is_not_there_is_said_before_anything_is_loaded(settings, capsys, monkeypatch):
+    monkeypatch.setattr(run, "open_model", lambda choice: pytest.fail("nothing may be loaded"))
+    more = '[[models]]\nid = "micro/lava"\ntemplate = "easyedti"\n[[models]]\nid = "./nowhere"\n'
+    text = settings.read_text().replace("pictures = 1", 'scorers = ["errata", "vlkbe"]')
+    settings.write_text(text + more + '[[models]]\nid = "tiny/gpt2"\ndevice = "abacus"\n')
+    error = said(capsys, "run", settings)
+    for part in ("'lava'", "did you mean 'easyedit'?", "./nowhere", "abacus", "'vlkeb'"):
+        assert part in error
+
+
 @pytest.mark.parametrize(
     ("change", "part"),
     [
