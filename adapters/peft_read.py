@@ -22,8 +22,8 @@ from errata.functional.errors import (
 )
 from errata.functional.fingerprint import fingerprint
 from errata.functional.header import FLOATS, Form, faults
-from errata.functional.io import digest, view
-from errata.functional.peek import decode
+from errata.functional.io import NAMES, digest, view
+from errata.functional.peek import decode, misfits
 from errata.functional.safe import MAX_HEADER, open_regular, plain, read_table, strict_json
 
 __all__ = ["CONFIG", "PREFIX", "RECORD", "WEIGHTS", "from_peft"]
@@ -66,7 +66,7 @@ def from_peft(
     for path, (down, up) in sorted(pairs.items()):
         entry = _entry(path, down, up, config, model)
         entries.append(entry)
-        scale = _scale(path, down.shape[0], config)
+        scale = _scale(place, path, down.shape[0], config)
         tensors[f"{entry.name}.A"] = down
         tensors[f"{entry.name}.B"] = up if scale == 1 else (up.double() * scale).to(up.dtype)
     header = Header(
@@ -157,6 +157,10 @@ def _restored(place: Path, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Delta:
             for entry in header.entries
             for letter, x in zip("AB", pairs[entry.name.removesuffix(".weight")], strict=True)
         }
+        table = {name: (NAMES[x.dtype], tuple(x.shape)) for name, x in tensors.items()}
+        wrong = misfits(header, table)
+        if wrong:
+            raise ValueError(listed(wrong))
         delta = Delta(header, tensors)
         if digest(delta) != claimed:
             raise ValueError("it describes other factors than the adapter has; remove it to import")
@@ -174,21 +178,23 @@ def _mismatch(header: Header, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> lis
     return wrong
 
 
-def _scale(path: str, rank: int, config: Mapping[str, Any]) -> float:
+def _scale(place: Path, path: str, rank: int, config: Mapping[str, Any]) -> float:
     """alpha / r (or alpha / sqrt r), with patterns read as names: full paths or their ends."""
-    alpha = config.get("lora_alpha", 8)
-    for key, value in (config.get("alpha_pattern") or {}).items():
+    alpha, pattern = config.get("lora_alpha", 8), config.get("alpha_pattern") or {}
+    if not isinstance(pattern, dict):
+        raise DeltaFault(f"{place / CONFIG}: alpha_pattern must be an object.")
+    for key, value in pattern.items():
         name = re.sub(r"\\([^A-Za-z0-9])", r"\1", key.removeprefix("^").removesuffix("$"))
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
             raise KindUnsupported(
-                f"alpha_pattern may name modules, and {plain(key, 80)!r} is a regular expression: "
-                "write the names out."
+                f"{place / CONFIG}: alpha_pattern may name modules, and {plain(key, 80)!r} is a "
+                "regular expression: write the names out."
             )
         if name.removesuffix(".weight") == path or f".{path}".endswith(f".{name}"):
             alpha = value
             break
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise DeltaFault(f"lora_alpha must be a number, is {plain(alpha, 40)!r}.")
+        raise DeltaFault(f"{place / CONFIG}: alpha must be a number, is {plain(alpha, 40)!r}.")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

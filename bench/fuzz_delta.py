@@ -40,7 +40,7 @@ from errata.functional.merge import same_base
 from errata.functional.peek import KEY, peek
 from errata.functional.safe import canonical
 
-__all__ = ["MUTATIONS", "Outcome", "fuzz", "mutate", "sample", "signed"]
+__all__ = ["MUTATIONS", "NASTY", "Outcome", "apart", "flip", "fuzz", "mutate", "sample", "signed"]
 
 FORBIDDEN = (
     "import",
@@ -109,7 +109,8 @@ class File(NamedTuple):
     data: bytes
 
 
-def _apart(raw: bytes) -> File:
+def apart(raw: bytes) -> File:
+    """A file as its parts."""
     size = struct.unpack("<Q", raw[:8])[0]
     table = json.loads(raw[8 : 8 + size])
     meta = json.loads(table.pop("__metadata__")[KEY])
@@ -146,7 +147,8 @@ NAMES = ["", ".", "..", "/etc/passwd", "../x", "a/b", "a\\b", "a..b", "a\nb", "a
          "C:\\w", "w" * 4000, "é", "__class__", "__metadata__", "file:///x", "\u202ea"]  # fmt: skip
 
 
-def _flip(raw: bytes, draw: random.Random) -> bytes:
+def flip(raw: bytes, draw: random.Random) -> bytes:
+    """A few bits turned over, anywhere."""
     out = bytearray(raw)
     for _ in range(draw.choice([1, 1, 2, 8])):
         out[draw.randrange(len(out))] ^= 1 << draw.randrange(8)
@@ -187,7 +189,7 @@ def _length(raw: bytes, draw: random.Random) -> bytes:
 
 def _slot(raw: bytes, draw: random.Random) -> bytes:
     """A lie about one tensor's dtype, shape or place, with a digest that fits where one can."""
-    file = _apart(raw)
+    file = apart(raw)
     slot = file.table[draw.choice(sorted(file.table))]
     field = draw.choice(["dtype", "shape", "data_offsets", "extra"])
     start, stop = slot["data_offsets"]
@@ -209,7 +211,7 @@ def _slot(raw: bytes, draw: random.Random) -> bytes:
 
 def _value(raw: bytes, draw: random.Random) -> bytes:
     """A forged value somewhere in the delta's description, signed."""
-    file = _apart(raw)
+    file = apart(raw)
     node: Any = file.meta
     while True:
         key = draw.choice(sorted(node)) if isinstance(node, dict) else draw.randrange(len(node))
@@ -227,7 +229,7 @@ def _value(raw: bytes, draw: random.Random) -> bytes:
 
 def _named(raw: bytes, draw: random.Random) -> bytes:
     """A path-like or otherwise wrong parameter name, the same everywhere, signed."""
-    file = _apart(raw)
+    file = apart(raw)
     entry = draw.choice(file.meta["entries"])
     old, new = entry["name"], draw.choice(NAMES)
     entry[draw.choice(["name", "checkpoint"])] = new
@@ -239,7 +241,7 @@ def _named(raw: bytes, draw: random.Random) -> bytes:
 
 def _twice(raw: bytes, draw: random.Random) -> bytes:
     """A name given twice, in the table or in the description."""
-    file = _apart(raw)
+    file = apart(raw)
     if draw.random() < 0.5:
         text = canonical(file.meta)
         return _joined(file, text=text[:-1] + ',"format":1}')
@@ -251,7 +253,7 @@ def _twice(raw: bytes, draw: random.Random) -> bytes:
 
 def _loose(raw: bytes, draw: random.Random) -> bytes:
     """The same description in JSON that is not canonical."""
-    file = _apart(raw)
+    file = apart(raw)
     text = canonical(file.meta)
     ways = [
         json.dumps(file.meta), text + " ", text.replace("é", "\\u00e9"), text.replace("20", "20.0"),
@@ -264,7 +266,7 @@ def _loose(raw: bytes, draw: random.Random) -> bytes:
 
 def _deep(raw: bytes, draw: random.Random) -> bytes:
     """JSON that is nested deep or very long, in the table or in the description."""
-    file = _apart(raw)
+    file = apart(raw)
     many = draw.choice([200, 2000, 100_000])
     bomb = draw.choice(
         [
@@ -284,7 +286,7 @@ def _deep(raw: bytes, draw: random.Random) -> bytes:
 
 def _nonfinite(raw: bytes, draw: random.Random) -> bytes:
     """NaN or infinity among the values, signed."""
-    file = _apart(raw)
+    file = apart(raw)
     name = draw.choice(sorted(file.table))
     slot = file.table[name]
     data = bytearray(file.data)
@@ -315,7 +317,7 @@ def _foreign(raw: bytes, draw: random.Random) -> bytes:
 
 def _based(raw: bytes, draw: random.Random) -> bytes:
     """The delta as if made for another base, signed."""
-    file = _apart(raw)
+    file = apart(raw)
     base = file.meta["base"]
     if draw.random() < 0.5:
         base["config"] = draw.randbytes(32).hex()
@@ -325,7 +327,7 @@ def _based(raw: bytes, draw: random.Random) -> bytes:
 
 
 MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
-    "bit flips": _flip,
+    "bit flips": flip,
     "bit flips in the header": _flip_head,
     "bytes overwritten": _smash,
     "cut short": _cut,
@@ -350,7 +352,7 @@ def mutate(raw: bytes, draw: random.Random) -> tuple[str, bytes]:
     kind = draw.choice(list(MUTATIONS))
     out = MUTATIONS[kind](raw, draw)
     if draw.random() < 0.1:
-        out = _flip(out, draw) if out else out
+        out = flip(out, draw) if out else out
     return kind, out
 
 

@@ -214,7 +214,7 @@ def broken(folder, **change):
         ({"peft_type": "LOHA"}, KindUnsupported, "LOHA"),
         ({"some_new_thing": 3}, KindUnsupported, "some_new_thing"),
         ({"alpha_pattern": {"(a+)+$": 4}}, KindUnsupported, "regular expression"),
-        ({"lora_alpha": "lots"}, DeltaFault, "must be a number"),
+        ({"lora_alpha": "lots"}, DeltaFault, "alpha must be a number"),
     ],
 )
 def test_foreign_features_are_refused_by_name(tmp_path, change, error, reason):

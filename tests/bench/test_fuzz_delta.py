@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from errata.bench.fuzz_delta import MUTATIONS, fuzz, sample, signed
+from errata.bench.fuzz_delta import MUTATIONS, apart, fuzz, sample, signed
+from errata.bench.fuzz_folders import fuzz_folders
 from errata.functional import load, save
 
 
@@ -17,6 +18,12 @@ def test_hostile_files_are_refused_or_are_what_they_say(tmp_path):
     assert sum(outcome.refused.values()) + sum(outcome.loaded.values()) == 1200
 
 
+def test_hostile_adapters_and_checkpoints_are_refused_or_read_right(tmp_path):
+    outcome = fuzz_folders(150, seed=3, folder=tmp_path)
+    assert not outcome.bad, "\n".join(outcome.bad[:5])
+    assert set(outcome.refused) == {"adapter", "checkpoint"}
+
+
 @pytest.mark.parametrize("kind", sorted(MUTATIONS))
 def test_each_mutation_changes_the_file(tmp_path, kind):
     save(tmp_path / "x", sample(0))
@@ -25,10 +32,8 @@ def test_each_mutation_changes_the_file(tmp_path, kind):
 
 
 def test_a_forged_file_can_be_signed_so_that_only_its_content_is_judged(tmp_path):
-    from errata.bench.fuzz_delta import _apart
-
     save(tmp_path / "x", sample(0))
-    file = _apart((tmp_path / "x").read_bytes())
+    file = apart((tmp_path / "x").read_bytes())
     file.meta["editor"] = "forged"
     (tmp_path / "y").write_bytes(signed(file))
     assert load(tmp_path / "y").header.editor == "forged"
