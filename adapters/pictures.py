@@ -65,15 +65,14 @@ def parts(processor: Any, config: Any) -> Parts:
         return Parts(processor, None, None, {}, getattr(processor, "chat_template", None), config)
     images = getattr(processor, "image_processor", None)
     stock = getattr(processor, "video_processor", None)
-    video = getattr(processor, "video_settings", None)
-    if stock is not None:
-        video = stock.to_dict()
-    elif video is None and images is not None:
-        video = images.to_dict()  # what Hugging Face falls back to
+    given = stock.to_dict() if stock is not None else getattr(processor, "video_settings", None)
+    # what a checkpoint does not say of video it says of pictures: Hugging Face falls back likewise
+    video = images.to_dict() if images is not None else {}
+    video |= {name: value for name, value in (given or {}).items() if value is not None}
     chat = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
     if isinstance(chat, dict):
         chat = chat.get("default")
-    return Parts(tokenizer, processor, images, video or {}, chat, config)
+    return Parts(tokenizer, processor, images, video, chat, config)
 
 
 def tensors(features: Mapping[str, Any], names: Sequence[str]) -> dict[str, Tensor]:
