@@ -42,14 +42,14 @@ class Leg(NamedTuple):
 
 
 class Cell(msgspec.Struct, frozen=True):
-    """One probe of one editor: each value a mean in 0..1 with its interval, None where not had."""
+    """One probe of one editor: means in 0..1 with their intervals, None where nothing was had."""
 
     score: Interval
-    base: float | None
-    exact: float | None = None
-    said: float | None = None
-    exact_before: float | None = None
-    said_before: float | None = None
+    base: Interval | None
+    exact: Interval | None = None
+    said: Interval | None = None
+    exact_before: Interval | None = None
+    said_before: Interval | None = None
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -104,9 +104,9 @@ def _line(editor: str, probes: Mapping[str, Sequence[Row]], draws: int) -> Line:
 
 
 def _cell(name: str, rows: Sequence[Row], draws: int) -> Cell:
-    def mean(values: Iterable[tuple[str, float | bool | None]]) -> float | None:
+    def mean(values: Iterable[tuple[str, float | bool | None]]) -> Interval | None:
         found = by_case(values)
-        return float(sum(found) / len(found)) if found else None
+        return interval(torch.tensor(found), draws=draws) if found else None
 
     score = interval(torch.tensor(by_case((r.case, r.score) for r in rows)), draws=draws)
     base = mean((r.case, r.base) for r in rows)
@@ -152,13 +152,14 @@ def summary(rows: Iterable[Row]) -> dict[str, Any]:
 
 
 def _plain(cell: Cell) -> dict[str, Any]:
-    plain = msgspec.to_builtins(cell)
-    mean, low, high, count = cell.score
-    if count == 0:
-        plain["score"] = {"mean": None, "low": None, "high": None, "count": 0}
-    else:
-        plain["score"] = {"mean": mean, "low": low, "high": high, "count": count}
-    return {key: value for key, value in plain.items() if value is not None}
+    """An interval as an object; its mean is null where there was nothing to average."""
+    plain = {}
+    for name in cell.__struct_fields__:
+        found = getattr(cell, name)
+        if found is not None:
+            nothing = dict.fromkeys(("mean", "low", "high")) if found.count == 0 else {}
+            plain[name] = {**found._asdict(), **nothing}
+    return plain
 
 
 def table(rows: Iterable[Row], style: Style = "terminal") -> str:
@@ -220,7 +221,11 @@ def _percent(value: float | None, places: int = 1) -> str:
 def _base(lines: Sequence[Line], name: str) -> float | None:
     """The unedited model's success, 1 for a locality: it agrees with itself."""
     cells = [line.cells[name] for line in lines if name in line.cells]
-    return 1.0 if probe(name).kind == "locality" else cells[0].base
+    return 1.0 if probe(name).kind == "locality" else _mean(cells[0].base)
+
+
+def _mean(value: Interval | None) -> float | None:
+    return value and value.mean
 
 
 def _terminal(leg: Leg, lines: Sequence[Line]) -> str:
@@ -231,7 +236,7 @@ def _terminal(leg: Leg, lines: Sequence[Line]) -> str:
         cells = [line.cells.get(name) for name in names]
         body.append([line.editor, *(_ranged(cell) for cell in cells)])
         for label, field in (("exact", "exact"), ("said", "said")):
-            values = [cell and getattr(cell, field) for cell in cells]
+            values = [cell and _mean(getattr(cell, field)) for cell in cells]
             if any(value is not None for value in values):
                 marks = (_percent(v) if v is not None else "" for v in values)
                 body.append([f"  {label}", *marks])
@@ -258,7 +263,7 @@ def _paired(cell: Cell | None, plus: str) -> str:
     if cell is None or cell.score.count == 0:
         return "–"
     mean, low, high, _ = cell.score
-    front = "" if cell.exact is None else f"{_percent(cell.exact, 2)}/"
+    front = "" if cell.exact is None else f"{_percent(cell.exact.mean, 2)}/"
     return f"{front}{_percent(mean, 2)} {plus} {_percent((high - low) / 2)}"
 
 
@@ -268,7 +273,7 @@ def _grid(lines: Sequence[Line], plus: str) -> tuple[list[str], list[list[str]]]
     base = ["Base"]
     for name in names:
         before = next((x.cells[name].exact_before for x in lines if name in x.cells), None)
-        front = "" if before is None else f"{_percent(before, 2)}/"
+        front = "" if before is None else f"{_percent(before.mean, 2)}/"
         base.append(f"{front}{_percent(_base(lines, name), 2)}")
     body = [[x.editor, *(_paired(x.cells.get(name), plus) for name in names)] for x in lines]
     return head, [base, *body]

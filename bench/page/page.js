@@ -166,8 +166,8 @@ function profile() {
     if (row) svg.append(node("line", { class: "grid", x1: 0, x2: 600, y1: top - 4, y2: top - 4 }));
     svg.append(node("text", { class: "name", x: 0, y: middle + 4 }, D.probes.find(one => one.key === name).title));
     const base = lines().map(line => line.probes[name]).find(Boolean);
-    if (base && base.base !== undefined && !name.includes("locality"))
-      svg.append(hover(node("line", { x1: px(base.base), x2: px(base.base), y1: top, y2: top + step - 10, stroke: "var(--mute)", "stroke-width": 2 }), `unedited model: ${percent(base.base)}`));
+    if (base && base.base && !name.includes("locality"))
+      svg.append(hover(node("line", { x1: px(base.base.mean), x2: px(base.base.mean), y1: top, y2: top + step - 10, stroke: "var(--mute)", "stroke-width": 2 }), `unedited model: ${range(base.base)}`));
     lines().forEach((line, place) => {
       const cell = line.probes[name];
       if (!cell || !cell.score.count) return;
@@ -219,7 +219,7 @@ function numbers() {
   const body = [node("tr", {}, node("th", {}, ""), ...names.map(name => hover(node("th", {}, short(name)), name)))];
   const cells = name => lines().map(line => line.probes[name]).filter(Boolean);
   body.push(row("base", "unedited", names.map(name =>
-    node("td", {}, name.includes("locality") ? "100.0" : percent(cells(name)[0].base)))));
+    name.includes("locality") ? node("td", {}, "100.0") : hover(node("td", {}, cells(name)[0].base ? percent(cells(name)[0].base.mean) : "–"), range(cells(name)[0].base)))));
   const best = Object.fromEntries(names.map(name => [name, Math.max(...cells(name).map(cell => cell.score.count ? cell.score.mean : -1))]));
   for (const line of lines()) {
     const editor = D.editors.indexOf(line.editor);
@@ -230,8 +230,11 @@ function numbers() {
       return hover(node("td", { class: lines().length > 1 && cell.score.mean === best[name] ? "best" : "" }, percent(cell.score.mean), node("small", {}, `±${percent(half)}`)), range(cell.score));
     })));
     for (const [label, field] of [["all tokens right", "exact"], ["says it, generating freely", "said"]])
-      if (names.some(name => line.probes[name] && line.probes[name][field] !== undefined))
-        body.push(row("more", label, names.map(name => node("td", {}, line.probes[name] && line.probes[name][field] !== undefined ? percent(line.probes[name][field]) : ""))));
+      if (names.some(name => line.probes[name] && line.probes[name][field]))
+        body.push(row("more", label, names.map(name => {
+          const found = line.probes[name] && line.probes[name][field];
+          return found ? hover(node("td", {}, percent(found.mean)), range(found)) : node("td", {}, "");
+        })));
   }
   const costs = D.costs.filter(one => one.model === view.model && one.protocol === view.protocol);
   if (costs.length) {

@@ -37,7 +37,9 @@ def test_exact_matches_and_free_generation_stand_beside_the_score():
     rows = [row("a", after=said), row("b", score=0.5)]
     _, (line,) = lines_of(rows)
     cell = line.cells["reliability"]
-    assert (cell.score.mean, cell.exact, cell.said) == (0.75, 0.5, 0.0)
+    assert (cell.score.mean, cell.exact.mean, cell.said.mean) == (0.75, 0.5, 0.0)
+    assert (cell.exact.low, cell.exact.high, cell.exact.count) == (0.0, 1.0, 2)
+    assert cell.said.count == 1
     assert cell.said_before is None
 
 
