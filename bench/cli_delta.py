@@ -326,7 +326,7 @@ def _apply(options: argparse.Namespace) -> None:
         print(f"{what + ':':9}{generate(one, [query], options.tokens)[0].strip()}")
 
 
-def _model(name: str, dtype: str = "auto", device: str = "cpu") -> Any:
+def _model(name: str, dtype: Any = "auto", device: str = "cpu") -> Any:
     from .settings import ModelChoice
     from .sources import open_model
 

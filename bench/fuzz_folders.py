@@ -26,7 +26,8 @@ from errata.functional import save
 from errata.functional.errors import ErrataError
 from errata.functional.fold import fold
 
-from .fuzz_delta import NASTY, Outcome, flip, sample
+from .fuzz_delta import Outcome
+from .hostile import NASTY, flip, sample
 from .kill_delta import checkpoint, edit
 
 __all__ = ["fuzz_folders"]
@@ -134,7 +135,7 @@ def fuzz_folders(files: int, seed: int = 0, folder: Path | None = None) -> Outco
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--files", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

@@ -154,7 +154,7 @@ def _clear(place: Path, keep: str = "-") -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--times", type=int, default=50)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)

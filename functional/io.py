@@ -124,7 +124,7 @@ def digest(delta: Delta) -> str:
 def as_bytes(x: Tensor) -> memoryview:
     """The raw little-endian bytes of a tensor, in row-major order."""
     flat = x.detach().contiguous().cpu().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def view(memory: mmap.mmap | bytearray, dtype: str, shape: tuple[int, ...], at: int) -> Tensor:

@@ -11,7 +11,7 @@ from .errors import DeltaFault, listed
 from .header import FORMAT, Header, faults
 from .safe import Slot, canonical, plain, read_table, strict_json
 
-__all__ = ["KEY", "Peek", "misfits", "peek", "text_of"]
+__all__ = ["KEY", "Peek", "decode", "misfits", "peek", "text_of"]
 
 KEY = "errata"
 """The one metadata key of a delta file."""
@@ -40,7 +40,7 @@ def peek(path: str | os.PathLike[str]) -> Peek:
             "a PEFT adapter is read by `errata import`."
         )
     try:
-        header, digest = _decode(table.metadata[KEY])
+        header, digest = decode(table.metadata[KEY])
     except ValueError as error:
         raise DeltaFault(f"{path}: {error}.") from None
     wrong = faults(header) or misfits(
@@ -77,7 +77,7 @@ def misfits(header: Header, have: dict[str, tuple[str, tuple[int, ...]]]) -> lis
     return sorted(wrong)
 
 
-def _decode(text: str) -> tuple[Header, str]:
+def decode(text: str) -> tuple[Header, str]:
     """Header and digest from the canonical JSON; raises ValueError with the fault."""
     body: Any = strict_json(text.encode(), "the delta's description")
     if not isinstance(body, dict):

@@ -13,7 +13,7 @@ import pytest
 from errata.adapters import micro
 from errata.adapters.zoo import micro_names
 from errata.bench.cli import main
-from errata.bench.fuzz_delta import sample
+from errata.bench.hostile import sample
 from errata.bench.kill_delta import checkpoint, edit
 from errata.functional import Base, Delta, Dense, Header, load, merge, save
 from errata.functional.io import digest

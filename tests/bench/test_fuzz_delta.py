@@ -6,8 +6,9 @@ import random
 
 import pytest
 
-from errata.bench.fuzz_delta import MUTATIONS, apart, fuzz, sample, signed
+from errata.bench.fuzz_delta import fuzz
 from errata.bench.fuzz_folders import fuzz_folders
+from errata.bench.hostile import MUTATIONS, apart, sample, signed
 from errata.functional import load, save
 
 

@@ -19,7 +19,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from errata.bench.fuzz_delta import sample
+from errata.bench.hostile import sample
 from errata.functional import Base, Delta, Dense, Header, LowRank, load, save
 from errata.functional.errors import BadInput, DeltaFault
 from errata.functional.io import digest
@@ -59,7 +59,9 @@ def test_same_delta_same_bytes_whatever_the_order_and_the_strides(tmp_path):
 
 def test_same_bytes_in_another_process(tmp_path):
     save(tmp_path / "a", sample(5))
-    code = "import sys; from errata.bench.fuzz_delta import sample, save; "
+    code = (
+        "import sys; from errata.bench.hostile import sample; from errata.functional import save; "
+    )
     code += "save(sys.argv[1], sample(5))"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "b")], check=True)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -243,11 +245,11 @@ def test_device_without_space_names_the_reason(tmp_path, monkeypatch):
 
 
 def test_killed_while_saving_leaves_the_old_or_the_new(tmp_path):
-    """A few kills here; `errata.bench.kill_delta` does it 50 times for save, fold and export."""
+    """A few kills here; `python -m errata.bench.kill_delta` does it 50 times for save, fold and export."""
     path = tmp_path / "x.safetensors"
     code = textwrap.dedent("""
         import sys
-        from errata.bench.fuzz_delta import sample
+        from errata.bench.hostile import sample
         from errata.functional import save
         print("ready", flush=True)
         number = 0

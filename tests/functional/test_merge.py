@@ -6,7 +6,7 @@ import msgspec
 import pytest
 import torch
 
-from errata.bench.fuzz_delta import sample
+from errata.bench.hostile import sample
 from errata.functional import (
     Base,
     Delta,
