@@ -172,7 +172,8 @@ class Decoder:
     ) -> Batch:
         """Run the last layer's attention on whole rows, keep the scored positions; see `Model`.
 
-        Raises ShapeMismatch for a batch that is not before the last layer.
+        A model whose last layer can not run that way (`unthinnable` says why) gives the batch as
+        it is. Raises ShapeMismatch for a batch that is not before the last layer.
         """
         last = self.card.num_layers - 1
         if batch.depth != last or ATTENDED in batch.extras:
@@ -183,7 +184,7 @@ class Decoder:
         if not self.body.attention[last]:
             self.no_thin("its last layer has no one self-attention")
         if self.unthinnable:
-            raise ModelUnsupported(f"{self.card.id} can not be thinned: {self.unthinnable}.")
+            return batch  # more positions than needed, and the same logits
         skeleton = self.body.skeleton()
         ledger = None if past is None else self._ledger(past, batch, last + 1)
         if ledger is not None and past is not None:
@@ -231,7 +232,7 @@ class Decoder:
         )
 
     def no_thin(self, reason: str) -> None:
-        """Refuse `thin` from now on."""
+        """Leave batches whole in `thin` from now on."""
         self.unthinnable = reason
 
     def no_past(self, reason: str) -> None:

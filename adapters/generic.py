@@ -194,6 +194,7 @@ def _thin(
         got = made.decode(params, made.thin(params, half))
     except (ErrataError, *HUGGING_FACE):
         made.no_thin("its last layer does not run with a saved attention")
+    if made.unthinnable:
         return None
     apart = measure.difference(got, want, everywhere)
     if not apart <= measure.bound():

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 
-from errata.adapters import core, generic, structure
+from errata.adapters import adapt, core, generic, structure
 from errata.adapters.families import FAMILIES
-from errata.functional import IGNORE, Inputs
+from errata.adapters.tiny import tiny_tokenizer
+from errata.functional import IGNORE, Inputs, Query
 from errata.functional.errors import ModelUnsupported
-from tests.adapters.models import roughen
-from tests.adapters.others import OTHERS
+from tests.adapters.models import picture, roughen
+from tests.adapters.others import CLIP, OTHERS, TEXT
 
 PASSING = [name for name, other in OTHERS.items() if not other.refused]
 REFUSED = [name for name, other in OTHERS.items() if other.refused]
@@ -56,6 +58,58 @@ def test_a_family_that_can_not_be_cut_is_refused_with_the_reason(name):
     module, given = module_of(name)
     with pytest.raises(ModelUnsupported, match=OTHERS[name].refused):
         built(module, given)
+
+
+def test_a_model_and_its_own_processor_go_the_generic_way_from_end_to_end():
+    tokenizer = tiny_tokenizer(True)
+    sizes = [[16, 16], [16, 32]]
+    config = hf.LlavaNextConfig(
+        vision_config=hf.CLIPVisionConfig(**CLIP),
+        text_config=hf.LlamaConfig(
+            **{**TEXT, "vocab_size": len(tokenizer), "max_position_embeddings": 512}
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+        image_grid_pinpoints=sizes,
+    )
+    module = hf.LlavaNextForConditionalGeneration(config).eval()
+    roughen(module)
+    pictures = hf.LlavaNextImageProcessorPil(
+        size={"shortest_edge": 16},
+        crop_size={"height": 16, "width": 16},
+        image_grid_pinpoints=sizes,
+    )
+    processor = hf.LlavaNextProcessor(
+        image_processor=pictures,
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    model = adapt(module, processor)
+    asked = [
+        Query("what is this?", "a cat", (picture(1),)),
+        Query("where is the river in this?", "a red dog", (picture(2, 50, 20),)),
+    ]
+    inputs = model.read(asked)
+    got = model.decode(model.params, model.embed(model.params, inputs), at="all")
+    with torch.no_grad():
+        want = module(
+            input_ids=inputs.ids, attention_mask=inputs.mask.long(), **inputs.pixels
+        ).logits
+    assert torch.equal(got[inputs.mask], want[inputs.mask])
+
+
+def test_a_model_that_can_not_be_thinned_stays_whole():
+    config = hf.MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=3)
+    module = hf.MambaForCausalLM(config).eval()
+    roughen(module)
+    model = built(module, None)
+    given = generic.samples(model.card, module, None)[0]
+    half = model.decode(model.params, model.embed(model.params, given), stop=2)
+    assert model.thin(model.params, half) is half
+    with pytest.raises(ModelUnsupported, match="keeps no keys and values"):
+        model.decode(model.params, half, keep=True)
 
 
 def test_a_model_whose_layers_read_something_hidden_is_refused():
