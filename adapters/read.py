@@ -64,7 +64,9 @@ def ending(template: Template, tokenizer: Any) -> str:
 class Reader:
     """Reads queries for one model under one template; safe to share between threads.
 
-    reader(queries) -> Inputs. Targets may be missing only if all are: then nothing is scored.
+    reader(queries, end=False) -> Inputs. Targets may be missing only if all are: then nothing is
+    scored. With `end` the token that ends an answer follows each target and is scored with it,
+    whatever the template says: what an editor wants that teaches a model to stop there.
     """
 
     def __init__(
@@ -85,10 +87,12 @@ class Reader:
         if not template.raw and template.picture == "{}":
             self.template = replace(template, picture=reading.picture)
         self.end = ending(template, tokenizer)
+        self.stop = self.end or tokenizer.eos_token or ""
 
-    def __call__(self, queries: Sequence[Query]) -> Inputs:
+    def __call__(self, queries: Sequence[Query], *, end: bool = False) -> Inputs:
         queries = list(queries)
-        rows = every(queries, lambda _, query: self._row(query))
+        behind = self.stop if end else self.end
+        rows = every(queries, lambda _, query: self._row(query, behind))
         bare = [i for i, row in enumerate(rows) if not row.target]
         if bare and len(bare) < len(rows):
             raise BadInput(
@@ -101,7 +105,7 @@ class Reader:
 
     # ---- text and pictures of one query
 
-    def _row(self, query: Query) -> Row:
+    def _row(self, query: Query, end: str) -> Row:
         checked(query, self.card)
         seen, keys = self._see(query)
         if self.reading.place == "text":
@@ -120,7 +124,7 @@ class Reader:
         boundary = len(str(before))
         tail = query.target
         if tail:
-            tail = gap(self.template, str(before), tail, self.specials) + tail + self.end
+            tail = gap(self.template, str(before), tail, self.specials) + tail + end
         row.append(f"{before}{tail}")
         pixels = seen.pixels if seen else {}
         return Row(row, boundary, bool(query.target), pixels, keys, query.video)

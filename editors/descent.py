@@ -57,6 +57,7 @@ class Rule(NamedTuple):
     stop_loss: float = 0.0
     clamp: float | None = None
     objective: Objective = "target"
+    end: bool = False  # the target is followed by the token that ends an answer
 
 
 def descend_each(
@@ -85,7 +86,7 @@ def descend_each(
         ]
         return {name: torch.stack([tensors[name] for tensors in alone]) for name in start}
     stacked = {name: t.expand(len(queries), *t.shape) for name, t in start.items()}
-    batch = prefix.cut(model, model.read(queries), reach)
+    batch = prefix.cut(model, _read(model, queries, rule), reach)
     batch = batch._replace(edit=torch.arange(len(queries), device=batch.edit.device))
     step = _stacked_step(model, header, batch, rule, express)
     return _descend(step, stacked, rule, anchor)
@@ -102,7 +103,7 @@ def descend_jointly(
     anchor: Params | None = None,
 ) -> dict[str, Tensor]:
     """Train one delta on all queries at once: the loss is the mean over queries."""
-    inputs = model.read(queries)
+    inputs = _read(model, queries, rule)
     header = describe(queries[:1], 1)
     reach = prefix.reach(model.card, [entry.name for entry in header.entries])
     if reach.embed:
@@ -113,6 +114,10 @@ def descend_jointly(
         step = _stacked_step(model, header, batch, rule, express)
     alone = {name: tensor[None] for name, tensor in start.items()}
     return {name: tensor[0] for name, tensor in _descend(step, alone, rule, anchor).items()}
+
+
+def _read(model: Model, queries: Sequence[Query], rule: Rule) -> Inputs:
+    return model.read(queries, end=True) if rule.end else model.read(queries)
 
 
 def _stacked_step(model: Model, header: Header, batch: Batch, rule: Rule, express: Express) -> Step:

@@ -37,7 +37,7 @@ __all__ = ["PRESETS", "FinetuneConfig", "finetune"]
 class FinetuneConfig(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="finetune"
 ):
-    """Settings of FT; the defaults are LiveEdit's FT-L baseline on any backbone."""
+    """Settings of FT: by default the last feed-forward's output map, as LiveEdit's baseline."""
 
     sites: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)] = ("layers.-1.mlp.down",)
     whole: bool = False  # every parameter below a site, not only the weights of linear maps
@@ -48,6 +48,7 @@ class FinetuneConfig(
     num_steps: Annotated[int, msgspec.Meta(ge=1)] = 25
     stop_loss: Annotated[float, msgspec.Meta(ge=0)] = 1e-2  # an edit stops below it; 0: never
     clamp: Annotated[float, msgspec.Meta(gt=0)] | None = None  # bound on |d|, per element
+    end: bool = True  # teach the end of the answer too, so that free generation stops there
 
 
 def finetune(config: FinetuneConfig = FinetuneConfig()) -> Editor:
@@ -72,6 +73,7 @@ def finetune(config: FinetuneConfig = FinetuneConfig()) -> Editor:
         stop_loss=config.stop_loss,
         clamp=config.clamp,
         objective=config.objective,
+        end=config.end,
     )
 
     def init(model: Model, generator: torch.Generator) -> Trained:
@@ -114,12 +116,13 @@ _LAST = ("layers.-1.mlp.up", "layers.-1.mlp.down")
 
 def _vlkeb(sites: tuple[str, ...], num_steps: int, lr: float, whole: bool) -> FinetuneConfig:
     return FinetuneConfig(
-        sites=sites, whole=whole, num_steps=num_steps, lr=lr, weight_decay=0.01, stop_loss=0.0
-    )
+        sites=sites, whole=whole, num_steps=num_steps, lr=lr, weight_decay=0.01, stop_loss=0.0,
+        end=False,
+    )  # fmt: skip
 
 
 PRESETS: dict[str, FinetuneConfig] = {
-    "liveedit": FinetuneConfig(),
+    "liveedit": FinetuneConfig(end=False),
     "vlkeb-llm-blip2": _vlkeb(_LAST, 15, 2e-4, False),
     "vlkeb-llm-minigpt4": _vlkeb(_LAST, 15, 1e-4, False),
     "vlkeb-llm-llava": _vlkeb(_LAST, 10, 1e-4, False),
@@ -135,11 +138,13 @@ PRESETS: dict[str, FinetuneConfig] = {
         optimizer="adam",
         lr=7e-4,
         clamp=5e-4,
+        end=False,
     ),
     "ice-ft-m": FinetuneConfig(
         sites=tuple(f"layers.{i}.mlp.down" for i in range(4, 9)),
         optimizer="adam",
         lr=7e-4,
         clamp=5e-4,
+        end=False,
     ),
 }

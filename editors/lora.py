@@ -45,6 +45,7 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     num_steps: Annotated[int, msgspec.Meta(ge=1)] = 15
     stop_loss: Annotated[float, msgspec.Meta(ge=0)] = 1e-2  # an edit stops below it; 0: never
+    end: bool = True  # teach the end of the answer too, so that free generation stops there
 
 
 def lora(config: LoraConfig = LoraConfig()) -> Editor:
@@ -70,6 +71,7 @@ def lora(config: LoraConfig = LoraConfig()) -> Editor:
         weight_decay=config.weight_decay,
         num_steps=config.num_steps,
         stop_loss=config.stop_loss,
+        end=config.end,
     )
 
     def express(tensors):
@@ -121,6 +123,13 @@ PRESETS: dict[str, LoraConfig] = {
     "default": LoraConfig(),
     # EasyEdit's yaml for Qwen3-VL; its AdaLoRA ones for Qwen2-VL and LLaVA-OV can not be built.
     "easyedit": LoraConfig(
-        rank=8, alpha=32.0, optimizer="sgd", lr=0.1, gamma=0.9, num_steps=5, stop_loss=0.0
+        rank=8,
+        alpha=32.0,
+        optimizer="sgd",
+        lr=0.1,
+        gamma=0.9,
+        num_steps=5,
+        stop_loss=0.0,
+        end=False,
     ),
 }

@@ -112,8 +112,9 @@ class Delta(NamedTuple):
 class Model(NamedTuple):
     """A vision-language model in functional form: data, and pure functions of `params`.
 
-    read(queries) -> Inputs
-        The impure edge: template, tokenizer, image decoding and preprocessing.
+    read(queries, end=False) -> Inputs
+        The impure edge: template, tokenizer, image decoding and preprocessing. With `end` the token
+        that ends an answer follows each target and is scored with it.
     embed(params, inputs, rewrites={}, edit=None) -> Batch
         Vision tower, projector, token embeddings: the batch at depth 0. `edit` [B] says which edit
         of a stacked delta each row runs under (None: all under edit 0).
@@ -134,7 +135,7 @@ class Model(NamedTuple):
 
     card: ModelCard
     params: Params
-    read: Callable[[Sequence[Query]], Inputs]
+    read: Callable[..., Inputs]
     embed: Callable[..., Batch]
     decode: Callable[..., Any]
     thin: Callable[..., Batch]
