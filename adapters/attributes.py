@@ -31,7 +31,7 @@ _HARMLESS = frozenset(
     "finetuning_task task_specific_params problem_type id2label label2id num_labels torchscript "
     "return_dict output_hidden_states output_attentions prefix quantization_config "
     # Special tokens: the reader's business.
-    "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id "
+    "is_decoder bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id "
     # Switches of frameworks and of training.
     "use_bfloat16 tf_legacy_loss tie_encoder_decoder tie_word_embeddings ignore_index "
     "initializer_range initializer_factor gradient_checkpointing "

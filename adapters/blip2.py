@@ -39,6 +39,12 @@ def enter(module: Any, kwargs: Mapping[str, Any]) -> Any:
     return module.language_model(inputs_embeds=hidden, use_cache=False, return_dict=True, **rest)
 
 
+_KNOWN = frozenset(
+    ["num_channels", "projection_dim", "classifier_dropout", "position_embedding_type", "activation_dropout", "attention_dropout", "dropout", "image_text_hidden_size"]
+)
+"""What checkpoints from before transformers 5 say beside what the classes read; all constants."""
+
+
 def _family(model_type: str) -> Family:
     return Family(
         model_type,
@@ -47,6 +53,8 @@ def _family(model_type: str) -> Family:
         positions=from_mask,
         vision="vision_model",
         projector="qformer",
+        known=_KNOWN,
+        values={"qformer_config.position_embedding_type": (None, "absolute")},
     )
 
 

@@ -13,4 +13,6 @@ family = Family(
     vision="model.vision_tower",
     projector="model.multi_modal_projector",
     videos=True,
+    known=frozenset({"use_image_newline_parameter"}),
+    values={"use_image_newline_parameter": (None, True)},
 )
