@@ -26,7 +26,9 @@ CASES = {
         sites=("layers.1.mlp",), num_steps=8, lr=2e-3, weight_decay=0.01
     ),
     "lora": LoraConfig(rank=2, num_steps=4, lr=2e-2),
-    "lora-mlp": LoraConfig(targets=("layers.-1.mlp.up",), rank=3, num_steps=3, lr=2e-2),
+    "lora-mlp": LoraConfig(
+        targets=("layers.-1.mlp.up",), rank=3, num_steps=3, optimizer="sgd", lr=0.2
+    ),
 }
 FAMILIES = ["llava", "qwen2_vl", "blip2", "gpt2"]
 
@@ -94,7 +96,11 @@ def test_the_same_seed_gives_the_same_delta(model, editor):
 
 
 def test_side_by_side_equals_one_by_one(model, editor):
-    """fp32: relative difference of deltas at most 1e-4, the same answers."""
+    """fp32: relative difference of deltas at most 1e-4, the same answers.
+
+    Adam divides by the gradient's size: where a gradient is itself rounding noise (below 1e-9, one
+    element in thousands on a tiny model) it moves by the noise's sign, which no batch shape keeps.
+    """
     asked = queries(model)
     state = editor.init(model, seeded())
     together = unstack(editor.each(model, state, asked))
