@@ -19,27 +19,29 @@ from .family import Family
 
 __all__ = ["check_config"]
 
-_HARMLESS = frozenset(
-    # How to generate, once kept in configs; no forward reads them.
-    "max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty "
-    "temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size "
-    "encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores "
-    "return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values "
-    "exponential_decay_length_penalty suppress_tokens begin_suppress_tokens use_cache "
-    # What a checkpoint is and how it was saved.
-    "model_type architectures transformers_version auto_map torch_dtype dtype tokenizer_class "
-    "finetuning_task task_specific_params problem_type id2label label2id num_labels torchscript "
-    "return_dict output_hidden_states output_attentions prefix quantization_config "
-    # Special tokens: the reader's business.
-    "is_decoder bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id "
-    # Switches of frameworks and of training.
-    "use_bfloat16 tf_legacy_loss tie_encoder_decoder tie_word_embeddings ignore_index "
-    "initializer_range initializer_factor gradient_checkpointing "
-    "pretraining_tp rope_scaling rope_theta rope_parameters "
-    # Said twice: by the class of the text model, by the shapes of the weights.
-    "use_decoder_only_language_model in_chans spatial_patch_size vision_token_id vocab_size".split()
-)
-"""Attributes outside a config class that change nothing an adapter does, or that the class reads."""
+_GENERATION = """
+max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
+temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
+return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
+exponential_decay_length_penalty suppress_tokens begin_suppress_tokens use_cache
+"""  # once kept in configs; no forward reads them
+_SAVING = """
+model_type architectures transformers_version auto_map torch_dtype dtype tokenizer_class
+finetuning_task task_specific_params problem_type id2label label2id num_labels torchscript
+return_dict output_hidden_states output_attentions prefix quantization_config
+"""  # what a checkpoint is and how it was saved
+_TOKENS = "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id"
+_TRAINING = """
+use_bfloat16 tf_legacy_loss tie_encoder_decoder tie_word_embeddings ignore_index
+initializer_range initializer_factor gradient_checkpointing pretraining_tp
+"""
+_TWICE = """
+is_decoder rope_scaling rope_theta rope_parameters use_decoder_only_language_model in_chans
+spatial_patch_size vision_token_id vocab_size
+"""  # read by the class under another name, or told by the shapes of the weights
+_HARMLESS = frozenset(" ".join((_GENERATION, _SAVING, _TOKENS, _TRAINING, _TWICE)).split())
+"""Attributes outside a config class that change nothing, or that the class itself has read."""
 
 _REQUIRED = {
     "add_cross_attention": False,

@@ -40,7 +40,16 @@ def enter(module: Any, kwargs: Mapping[str, Any]) -> Any:
 
 
 _KNOWN = frozenset(
-    ["num_channels", "projection_dim", "classifier_dropout", "position_embedding_type", "activation_dropout", "attention_dropout", "dropout", "image_text_hidden_size"]
+    {
+        "activation_dropout",
+        "attention_dropout",
+        "classifier_dropout",
+        "dropout",
+        "image_text_hidden_size",
+        "num_channels",
+        "position_embedding_type",
+        "projection_dim",
+    }
 )
 """What checkpoints from before transformers 5 say beside what the classes read; all constants."""
 

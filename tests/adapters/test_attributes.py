@@ -30,7 +30,7 @@ PUBLISHED = {
         "vision_config": {**LEGACY, "num_channels": 3, "projection_dim": 512},
     },
     "gpt2": {"": {"n_ctx": 1024, "task_specific_params": {}}},
-    "llama": {"": {"pretraining_tp": 1, "rope_scaling": None}},
+    "llama": {"": {"pretraining_tp": 1}},
     "qwen2": {"": {"use_mrope": False}},
 }
 
