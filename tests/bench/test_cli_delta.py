@@ -15,7 +15,7 @@ from errata.adapters.zoo import micro_names
 from errata.bench.cli import main
 from errata.bench.hostile import sample
 from errata.bench.kill_delta import checkpoint, edit
-from errata.functional import Base, Delta, Dense, Header, load, merge, save
+from errata.functional import Base, Delta, Dense, Header, load, merge, save, scale
 from errata.functional.io import digest
 from errata.functional.peek import KEY, peek, text_of
 from errata.functional.safe import layout
@@ -147,15 +147,14 @@ def test_apply_asks_with_and_without(run, tmp_path):
     name = micro_names()[0]
     model = micro(name)
     path = model.card.linear("layers.-1.mlp.down")
-    save(tmp_path / "x", lowrank(model, paths=[path], rank=4))
+    save(tmp_path / "x", scale(lowrank(model, paths=[path], rank=4), 20.0))
     code, out, _ = run(
         "apply", tmp_path / "x", "--model", f"micro/{name}", "--prompt", "what is it?"
     )
     assert code == 0
-    without, edited = out.splitlines()
-    assert without.startswith("without:")
-    assert edited.startswith("with:")
-    assert without.split(":")[1].strip() != edited.split(":")[1].strip()
+    without, _, edited = out.removeprefix("without:").partition("\nwith:")
+    assert without.strip()
+    assert without.strip() != edited.strip()
 
 
 @pytest.mark.parametrize(
