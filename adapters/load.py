@@ -298,9 +298,9 @@ def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
     with Pillow whether torchvision is there or not, so that the same file gives the same pixels
     everywhere. Raises BadInput for files that are missing or can not be read.
     """
-    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+    from transformers import AutoImageProcessor, AutoTokenizer
 
-    from .processors import OURS
+    from .processors import OURS, stock
 
     where = {"revision": revision} if revision else {}
     try:
@@ -317,7 +317,9 @@ def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
                 return processor
             if not hasattr(config, "vision_config"):
                 return AutoTokenizer.from_pretrained(name, **where)
-            return AutoProcessor.from_pretrained(name, **where)
+            settings = _plain(_json(name, PROCESSOR_FILE, revision))
+            template = _chat(name, None, revision)
+            return stock(name, config, settings | {"chat_template": template}, **where)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise BadInput(
             f"the processor of {name!r} must load (tokenizer and image processor files): {error}"
@@ -342,7 +344,7 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _chat(name: str, tokenizer: Any, revision: str | None) -> str | None:
-    """A chat template of its own file, in the new or the old spelling, or the tokenizer's."""
+    """A chat template of its own file, in the new or the old spelling, or a tokenizer's."""
     from transformers.utils.hub import cached_file
 
     path = cached_file(
@@ -352,7 +354,7 @@ def _chat(name: str, tokenizer: Any, revision: str | None) -> str | None:
     if path:
         return Path(path).read_text("utf-8")
     old = _json(name, "chat_template.json", revision).get("chat_template")
-    return old or tokenizer.chat_template
+    return old or getattr(tokenizer, "chat_template", None)
 
 
 def _video(name: str, settings: dict[str, Any], revision: str | None) -> dict[str, Any] | None:

@@ -64,8 +64,10 @@ def parts(processor: Any, config: Any) -> Parts:
     if tokenizer is None:
         return Parts(processor, None, None, {}, getattr(processor, "chat_template", None), config)
     images = getattr(processor, "image_processor", None)
-    stock = getattr(processor, "video_processor", None)
-    given = stock.to_dict() if stock is not None else getattr(processor, "video_settings", None)
+    stock: Any = getattr(processor, "video_processor", None)
+    given = getattr(processor, "video_settings", None)
+    if hasattr(stock, "to_dict"):
+        given = stock.to_dict()
     # what a checkpoint does not say of video it says of pictures: Hugging Face falls back likewise
     video = images.to_dict() if images is not None else {}
     video |= {name: value for name, value in (given or {}).items() if value is not None}

@@ -1,26 +1,33 @@
-"""Processors of two families that Hugging Face can not build without torchvision.
+"""Processors that Hugging Face can not build without torchvision.
 
 `Qwen2VLProcessor`, `Qwen3VLProcessor` and `LlavaOnevisionProcessor` demand a video processor, and
 that needs torchvision. These subclasses leave it out: pictures, text and chat templates go through
-the stock code, and video frames are read by `frames.py`.
+the stock code, and video frames are read by `frames.py`. Any other family's stock class is given a
+video processor that can do nothing (`stock`), which is enough for pictures.
 """
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
     Blip2Processor,
     LlavaOnevisionProcessor,
     LlavaProcessor,
     Qwen2VLProcessor,
     Qwen3VLProcessor,
 )
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils.import_utils import is_torchvision_available
 
 from .minigpt4 import MiniGPT4Processor
 
-__all__ = ["OURS", "LlavaOnevisionPictures", "Qwen2VLPictures", "Qwen3VLPictures"]
+__all__ = ["OURS", "LlavaOnevisionPictures", "Qwen2VLPictures", "Qwen3VLPictures", "stock"]
 
 
 def _name_tokens(processor: Any, tokenizer: Any, **default: str) -> None:
@@ -81,3 +88,31 @@ OURS: dict[str, Any] = {
     "minigpt4": MiniGPT4Processor,
 }
 """The processor of each family that has an adapter of its own, put together from its parts."""
+
+
+class _NoVideo:
+    """Lets a processor be built around a video processor that is none."""
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        if argument_name == "video_processor":
+            return type(argument)
+        return super().check_argument_for_proper_class(argument_name, argument)  # type: ignore[misc]
+
+
+def stock(name: str, config: Any, settings: dict[str, Any], **where: Any) -> Any:
+    """The processor that Hugging Face has for a checkpoint's model type.
+
+    Where it wants a video processor and torchvision is not there, one that can do nothing stands
+    in: pictures and text need none.
+    """
+    made: Any = PROCESSOR_MAPPING.get(type(config), None)
+    if made is None or is_torchvision_available():
+        return AutoProcessor.from_pretrained(name, **where)
+    if set(made.get_attributes()) != {"image_processor", "tokenizer", "video_processor"}:
+        return AutoProcessor.from_pretrained(name, **where)
+    return type(made.__name__, (_NoVideo, made), {"__init__": made.__init__})(
+        image_processor=AutoImageProcessor.from_pretrained(name, backend="pil", **where),
+        tokenizer=AutoTokenizer.from_pretrained(name, **where),
+        video_processor=SimpleNamespace(),
+        **settings,
+    )

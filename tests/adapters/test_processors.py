@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from errata.adapters import adapt, tiny
 from errata.adapters.frames import onevision_frames, qwen2_frames, qwen3_frames
 from errata.adapters.pictures import parts
+from errata.adapters.processors import stock
 from errata.adapters.templates import preset
 from errata.adapters.whole import Whole
 from errata.functional import Query
@@ -172,3 +173,18 @@ def test_qwen3_tells_each_step_its_time():
     for time in ("<0.0 seconds>", "<0.1 seconds>", "<0.2 seconds>"):
         assert text.count(time) == 1
     assert text.count("<|vision_start|>") == text.count("<|vision_end|>") == 3
+
+
+def test_a_stock_class_that_wants_video_reads_pictures_without_torchvision(tmp_path):
+    """What families found by structure get; tried on one whose reading we know."""
+    module, processor = tiny("qwen2_vl")
+    processor.save_pretrained(tmp_path)
+    chat = {"chat_template": processor.chat_template}
+    found = stock(str(tmp_path), module.config, chat)
+    model = adapt(module, processor)
+    whole = Whole(parts(found, module.config), preset("default", "qwen2_vl"), model.card)
+    query = Query("what is it?", "two dogs", (frame(0, 50, 40),))
+    got, want = whole([query]), model.read([query])
+    assert torch.equal(got.ids, want.ids)
+    assert torch.equal(got.pixels["pixel_values"], want.pixels["pixel_values"])
+    assert type(found).__name__ == "Qwen2VLProcessor"
