@@ -121,7 +121,7 @@ def _measure_batch(
     edit = torch.tensor([ask.edit for ask in asks])
     after = _edited(bound, source, asks, index, edit, options)
     said = _said(model, bound, queries, asks, index, edit, terms.generate)
-    base = Reading(*(None if part is None else part[index] for part in before))
+    base = _rows(before, index)
     scores = _scores(asks, base, after, terms)
     one = _answers(model, base, said[0], asks)
     two = _answers(model, after, said[1], asks)
@@ -141,8 +141,14 @@ def _edited(
         some = slice(begin, begin + source.rows)
         batch = rows.take(source, index[some].to(device))
         parts.append(_on_cpu(answers(bound, batch, edit=edit[some].to(device), **options)))
-    whole = None if parts[0].whole is None else torch.cat([part.whole for part in parts])
-    return Reading(*(torch.cat([part[n] for part in parts]) for n in range(3)), whole)
+    return Reading(
+        torch.cat([part.labels for part in parts]),
+        torch.cat([part.top for part in parts]),
+        torch.cat([part.nll for part in parts]),
+        torch.cat([part.whole for part in parts if part.whole is not None])
+        if parts[0].whole is not None
+        else None,
+    )
 
 
 def _said(
@@ -179,7 +185,8 @@ def _scores(asks: Sequence[Ask], base: Reading, after: Reading, terms: Terms) ->
     found: list[dict] = [{} for _ in asks]
     for name in dict.fromkeys(ask.probe for ask in asks):
         here = [a for a, ask in enumerate(asks) if ask.probe == name]
-        pair = [Reading(*(None if p is None else p[here] for p in r)) for r in (base, after)]
+        chosen = torch.tensor(here)
+        pair = _rows(base, chosen), _rows(after, chosen)
         for rule in terms.scorers:
             got = score(rule, name, *pair)
             kept = got.after if got.agreement is None else got.agreement
@@ -213,8 +220,14 @@ def _number(value: float) -> float | None:
     return round(value, 4) + 0.0 if math.isfinite(value) else None
 
 
+def _rows(found: Reading, index: Tensor) -> Reading:
+    whole = None if found.whole is None else found.whole[index]
+    return Reading(found.labels[index], found.top[index], found.nll[index], whole)
+
+
 def _on_cpu(found: Reading) -> Reading:
-    return Reading(*(None if part is None else part.cpu() for part in found))
+    whole = None if found.whole is None else found.whole.cpu()
+    return Reading(found.labels.cpu(), found.top.cpu(), found.nll.cpu(), whole)
 
 
 def check_finite(model: Model, found: Reading) -> None:
