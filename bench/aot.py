@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ class Case(msgspec.Struct, frozen=True):
     """One kernel in one launch configuration."""
 
     kernel: Any
-    dtypes: dict[str, str]  # argument -> type; what is not named is an i32
-    constants: dict[str, Any]
+    dtypes: Mapping[str, str]  # argument -> type; what is not named is an i32
+    constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 3
     label: str = ""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.library import CustomOpDef, custom_op
+from torch.library import custom_op
 
 
 def register(
@@ -19,7 +19,7 @@ def register(
     *,
     twin: str,
     rows: Sequence[int],
-) -> CustomOpDef:
+) -> Callable[..., Any]:
     """Register `errata::name`: `reference` on every device, the Triton twin on CUDA.
 
     The op carries no autograd formula: call it on detached tensors. The twin is the function
@@ -39,7 +39,7 @@ def register(
     return op
 
 
-def _vmap_rule(op: CustomOpDef, rows: frozenset[int]) -> Callable[..., Any]:
+def _vmap_rule(op: Callable[..., Any], rows: frozenset[int]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         size = info.batch_size
         batched = {place for place, dim in enumerate(in_dims) if dim is not None}

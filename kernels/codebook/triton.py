@@ -3,6 +3,10 @@
 Legend: B queries · N keys · D width of a key · T tiles of `KEYS` keys
 """
 
+# Triton reads a kernel as its own language and takes launch options that pyright cannot see.
+# pyright: reportCallIssue=false, reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
+
 import math
 from typing import NamedTuple
 
@@ -10,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from errata.kernels.codebook import ref
 
@@ -209,7 +214,7 @@ def search(
     """Both passes over one slice of the queries."""
     num_rows, width = query.shape
     num_keys, num_tiles = keys.shape[0], longest.shape[0]
-    interpreted = triton.knobs.runtime.interpret  # it multiplies the bit patterns of bf16
+    interpreted = knobs.runtime.interpret  # it multiplies the bit patterns of bf16
     widen = interpreted or query.dtype != keys.dtype or keys.dtype == torch.float64
     rows, step, num_warps, num_stages = blocks(num_rows, 4 if widen else keys.element_size())
     tile_minima[(triton.cdiv(num_rows, rows) * num_tiles,)](

@@ -6,12 +6,17 @@ layer has many slots per row, a batch of edits one.
 Legend: B rows · L tokens · I, O input and output widths · M experts · S slots · R rank
 """
 
+# Triton reads a kernel as its own language and takes launch options that pyright cannot see.
+# pyright: reportCallIssue=false, reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
+
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 INNER = 1 << 28  # rank activations [B, L, S R] held at once
 
@@ -241,7 +246,7 @@ def _slice(
     last = min(first + inner.numel() // (num_rows * num_tokens * rank), ids.shape[1])
     moments, gamma, beta = (None, None, None) if norm is None else norm
     # The interpreter multiplies the bit patterns of bf16.
-    widen = triton.knobs.runtime.interpret or x.dtype != down.dtype or down.dtype != up.dtype
+    widen = knobs.runtime.interpret or x.dtype != down.dtype or down.dtype != up.dtype
     widen = widen or x.element_size() != 2
     block = blocks(num_tokens, (last - first) * rank, widen)
     token_tiles = triton.cdiv(num_tokens, block.tokens)

@@ -5,6 +5,7 @@ for a sequence) · R rank · P, Q widths of the vision and the query keys
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from errata.kernels import library
 
 WIDENED = 1 << 22  # elements of gathered or widened keys and experts held at once
 HIDDEN = 1 << 24  # expert activations [B, L, S R] held at once
-TOKENS = 192  # tokens per step on a CPU: what lies between the two products stays in cache
+TOKENS = 128  # tokens per step on a CPU: what lies between the two products stays in cache
 
 
 def weigh(scores: Tensor, gate: Tensor) -> Tensor:
@@ -132,22 +133,43 @@ def apply_experts(
     activation: str,
 ) -> Tensor:
     """`apply`, forward only: each sequence pays for its own tokens and experts, not for `M`."""
-    out = hidden.clone(memory_format=torch.contiguous_format)
+    out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     for row, (slots, length) in enumerate(zip(count.tolist(), lengths.tolist())):
-        if slots == 0 or length == 0:
+        length = min(length, hidden.shape[1]) if slots else 0
+        out[row, length:] = hidden[row, length:]
+        if length == 0:
             continue
-        own = out[row, :length]
-        total = own if own.dtype == torch.float32 else own.float()
+        # Gathered once if they fit, else again for each block of tokens.
         step = max(1, WIDENED // (down.shape[1] * down.shape[2]))
-        for chosen, weight in zip(ids[row, :slots].split(step), weights[row].split(step)):
-            first, second = down[chosen].float().flatten(0, 1), up[chosen].float().flatten(0, 1)
-            columns = weight[: len(chosen)].repeat_interleave(down.shape[1])  # [SR]
-            for start in range(0, length, TOKENS):
-                block = slice(start, min(start + TOKENS, length))
-                normed = _normed(hidden[row, block], gamma, beta, eps)
-                inner = library.affine(normed, first)  # [T SR]
-                inner = (F.relu(inner) if activation == "relu" else inner) * columns
-                total[block] += library.affine(inner, second.mT)
-        if total is not own:
-            own.copy_(total)
+        parts = list(zip(ids[row, :slots].split(step), weights[row, :slots].split(step)))
+        kept = [_gathered(down, up, *parts[0])] if len(parts) == 1 else None
+        for start in range(0, length, TOKENS):
+            block = slice(start, min(start + TOKENS, length))
+            experts = kept or (_gathered(down, up, *part) for part in parts)
+            out[row, block] = _through(hidden[row, block], experts, gamma, beta, eps, activation)
     return out
+
+
+def _through(
+    hidden: Tensor,
+    experts: Iterable[tuple[Tensor, Tensor, Tensor]],
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    """A block of tokens [T D] with the output of the gathered experts added, in fp32."""
+    normed, total = _normed(hidden, gamma, beta, eps), hidden.float()
+    for first, second, columns in experts:
+        inner = library.affine(normed, first)  # [T SR]
+        inner = (F.relu(inner) if activation == "relu" else inner) * columns
+        total = torch.addmm(total, inner, second)
+    return total
+
+
+def _gathered(
+    down: Tensor, up: Tensor, experts: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The factors of some experts as fp32 columns [SR D], [SR D] and their weights [SR]."""
+    first, second = down[experts].float(), up[experts].float()
+    return first.flatten(0, 1), second.flatten(0, 1), weights.repeat_interleave(down.shape[1])

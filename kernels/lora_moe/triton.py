@@ -3,6 +3,10 @@
 Legend: B sequences · L tokens · D hidden width · M experts · S slots · R rank
 """
 
+# Triton reads a kernel as its own language and takes launch options that pyright cannot see.
+# pyright: reportCallIssue=false, reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
+
 import torch
 import triton
 import triton.language as tl

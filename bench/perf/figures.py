@@ -1,0 +1,201 @@
+"""Figures of one run: rivals timed in turns, ratios and shares of ceilings measured beside them.
+
+A round calls every rival once, so that what else the machine does falls on all of them; the ratios
+are between the fastest rounds. On a CPU the time of one thread is the processor's, which other
+programs do not lengthen.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from errata.bench.memory import measured
+
+__all__ = ["Figure", "ceilings", "compare", "describe", "device", "report"]
+
+Call = Callable[[], Any]
+
+
+class Figure(msgspec.Struct, frozen=True, kw_only=True):
+    """One provider on one case."""
+
+    suite: str
+    case: str
+    provider: str
+    seconds: float  # fastest round
+    median: float
+    times_ours: float  # seconds over those of errata in the same rounds
+    peak_bytes: int | None = None  # growth of the peak during one call
+    copy_share: float | None = None  # bytes that must move / seconds / measured copy rate
+    matmul_share: float | None = None  # FLOPs / seconds / measured matmul rate
+
+
+class Ceilings(msgspec.Struct, frozen=True):
+    """What this device reached in this run."""
+
+    copy: float  # bytes read and written per second
+    matmul: float  # FLOP per second
+    dtype: str  # of the matrices
+
+
+def device() -> torch.device:
+    """The accelerator of this machine, or its CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def describe(where: torch.device) -> dict[str, Any]:
+    """The device by name, and the software that ran on it."""
+    about: dict[str, Any] = {"torch": str(torch.__version__), "python": platform.python_version()}
+    if where.type == "cuda":
+        return {"device": torch.cuda.get_device_name(where)} | about
+    names = [platform.processor() or platform.machine()]
+    listed = Path("/proc/cpuinfo")
+    if listed.exists():
+        lines = listed.read_text().splitlines()
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    shown = f"CPU: {names[0]}, {len(names)} cores"
+    return {"device": shown, "threads": torch.get_num_threads(), "gpu": None} | about
+
+
+def compare(
+    suite: str,
+    case: str,
+    rivals: Mapping[str, Call],
+    where: torch.device,
+    *,
+    num_bytes: float,
+    num_flops: float,
+    limits: Ceilings,
+    rounds: int = 7,
+    memory: bool = False,
+) -> list[Figure]:
+    """Time the rivals in turns, the first of them being ours; each is called once before."""
+    for call in rivals.values():
+        call()  # compiles, fills caches, allocates what the libraries keep
+    peaks = {name: _peak(call, where) if memory else None for name, call in rivals.items()}
+    spent: dict[str, list[float]] = {name: [] for name in rivals}
+    for _ in range(rounds):
+        for name, call in rivals.items():
+            spent[name].append(_seconds(call, where))
+    ours = min(next(iter(spent.values())))
+    return [
+        Figure(
+            suite=suite,
+            case=case,
+            provider=name,
+            seconds=min(times),
+            median=statistics.median(times),
+            times_ours=min(times) / ours,
+            peak_bytes=peaks[name],
+            copy_share=num_bytes / min(times) / limits.copy,
+            matmul_share=num_flops / min(times) / limits.matmul,
+        )
+        for name, times in spent.items()
+    ]
+
+
+def _seconds(call: Call, where: torch.device) -> float:
+    if where.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(where)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    begun = clock()
+    call()
+    return clock() - begun
+
+
+def _peak(call: Call, where: torch.device) -> int:
+    gc.collect()
+    if where.type == "cpu" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # what was freed earlier must not hide what is taken now
+    with measured(where) as idle:
+        pass
+    with measured(where) as busy:
+        call()
+    return busy.bytes - idle.bytes
+
+
+def ceilings(where: torch.device) -> Ceilings:
+    """Copy 1 GiB and multiply square matrices: what the rest of the run is held against."""
+    gpu = where.type == "cuda"
+    dtype = torch.bfloat16 if gpu else torch.float32
+    size = 8192 if gpu else 1536
+    source = torch.empty(1 << (30 if gpu else 28), dtype=torch.uint8, device=where).fill_(1)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(size, size, device=where, dtype=dtype) for _ in range(2))
+
+    def copy() -> None:
+        target.copy_(source)
+
+    def multiply() -> None:
+        torch.mm(a, b)
+
+    best = {}
+    for call in (copy, multiply):
+        call()
+        best[call] = min(_seconds(call, where) for _ in range(7))
+    return Ceilings(
+        2 * source.numel() / best[copy], 2 * size**3 / best[multiply], str(dtype).split(".")[1]
+    )
+
+
+def report(
+    path: Path,
+    about: Mapping[str, Any],
+    limits: Ceilings,
+    checks: Mapping[str, Any],
+    figures: Sequence[Figure],
+) -> None:
+    """Write `path` (JSON) and a markdown table beside it."""
+    content = {"about": about, "ceilings": limits, "checks": checks, "figures": figures}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(content)) + b"\n")
+    path.with_suffix(".md").write_text(_table(about, limits, checks, figures))
+
+
+def _table(
+    about: Mapping[str, Any],
+    limits: Ceilings,
+    checks: Mapping[str, Any],
+    figures: Sequence[Figure],
+) -> str:
+    lines = [f"{key}: {value}  " for key, value in about.items()]
+    lines.append(
+        f"ceilings in this run: copy {limits.copy / 1e9:.1f} GB/s, "
+        f"{limits.dtype} matmul {limits.matmul / 1e9:.0f} GFLOP/s"
+    )
+    for name, check in checks.items():
+        lines += ["", f"**{name}**", ""] + [f"- {key}: {value}" for key, value in check.items()]
+    lines += [
+        "",
+        "| suite | case | provider | ms (fastest) | ms (median) | times ours | peak MB "
+        "| of copy rate | of matmul rate |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for figure in figures:
+        peak = "" if figure.peak_bytes is None else f"{figure.peak_bytes / 1e6:.1f}"
+        lines.append(
+            f"| {figure.suite} | {figure.case} | {figure.provider} | {figure.seconds * 1e3:.3f} "
+            f"| {figure.median * 1e3:.3f} | {figure.times_ours:.2f} | {peak} "
+            f"| {_share(figure.copy_share)} | {_share(figure.matmul_share)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
