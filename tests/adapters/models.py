@@ -72,7 +72,7 @@ def queries(name: str) -> list[Query]:
 
 
 def whole(module: Any, name: str, inputs: Inputs) -> Tensor:
-    """Logits [B L V] of Hugging Face's own forward, with whatever attention the module came with."""
+    """Logits [B L V] of the module's own forward, with the attention it came with."""
     # Padding may have the id that MiniGPT-4 writes at picture positions; it is masked anyway.
     kwargs = arguments(name)(inputs._replace(ids=inputs.ids.masked_fill(~inputs.mask, 40)))
     with torch.no_grad():
