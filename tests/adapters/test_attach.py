@@ -6,8 +6,9 @@ import msgspec
 import pytest
 import torch
 
+from errata.adapters import adapt
 from errata.adapters.attach import attach
-from errata.adapters.tiny import TINY
+from errata.adapters.tiny import TINY, tiny
 from errata.functional import Delta, Dense, Header, bind, load, save
 from errata.functional.errors import (
     BaseMismatch,
@@ -18,6 +19,7 @@ from errata.functional.errors import (
 from errata.functional.records import base_of
 from errata.functional.stacks import stack
 from tests.adapters.deltas import case, logits, lowrank
+from tests.adapters.models import roughen
 
 FORMS = ("act", "act_fp32", "weight")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -135,3 +137,40 @@ def test_what_does_not_fit_is_refused_before_anything_is_touched():
     with pytest.raises(KindUnsupported, match="stacked"):
         attach(module, stack([good, good]))
     assert state(module) == before
+
+
+def test_pipeline_runs_edited():
+    from transformers import pipeline
+
+    module, tokenizer = tiny("llama", layers=2)
+    roughen(module)
+    talk = pipeline("text-generation", model=module, tokenizer=tokenizer, device="cpu")
+    delta = lowrank(adapt(module, tokenizer))
+
+    def say() -> str:
+        return talk("the old town", max_new_tokens=6, do_sample=False)[0]["generated_text"]
+
+    plain = say()
+    with attach(module, delta):
+        assert say() != plain
+    assert say() == plain
+
+
+def test_trainer_evaluates_edited(tmp_path):
+    pytest.importorskip("accelerate", reason="Trainer needs accelerate, a development dependency")
+    from transformers import Trainer, TrainingArguments
+
+    module, tokenizer = tiny("llama", layers=2)
+    roughen(module)
+    ids = tokenizer("the old town of the capital")["input_ids"]
+    rows = [{"input_ids": ids, "labels": ids}]
+    options = TrainingArguments(
+        str(tmp_path), report_to=[], use_cpu=True, dataloader_pin_memory=False, disable_tqdm=True
+    )
+    trainer = Trainer(module, options, eval_dataset=rows)
+    model = adapt(module, tokenizer)
+    plain = trainer.evaluate()["eval_loss"]
+    with attach(module, lowrank(model)):
+        edited = trainer.evaluate()["eval_loss"]
+    assert abs(edited - plain) > 1e-2
+    assert trainer.evaluate()["eval_loss"] == plain

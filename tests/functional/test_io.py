@@ -246,7 +246,7 @@ def test_device_without_space_names_the_reason(tmp_path, monkeypatch):
 
 
 def test_killed_while_saving_leaves_the_old_or_the_new(tmp_path):
-    """A few kills; `python -m errata.bench.kill_delta` does it 50 times for each verb that writes."""
+    """A few kills; `python -m errata.bench.kill_delta` does it 50 times, fold and export too."""
     path = tmp_path / "x.safetensors"
     code = textwrap.dedent("""
         import sys
