@@ -42,6 +42,8 @@ REFUSED: Mapping[str, str] = {
     "gemma3n_text": "its layers hand on four streams, mixed between layers, not one",
     "kosmos-2": "its forward can not run without a picture",
     "instructblip": "its forward can not run without a picture, and its Q-Former reads the prompt",
+    "paligemma": "its processor marks prompt and answer as one block that attends in both "
+    "directions: answers would leak into their own prediction",
     "chameleon": "it blocks some logits outright, behind its head",
     "bloom": "its ALiBi table joins rows and heads in one dimension",
 }

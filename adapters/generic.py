@@ -55,7 +55,8 @@ def arguments(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
         video = getattr(config, "video_token_id", None)
         kinds = inputs.image.int()
         kwargs["mm_token_type_ids"] = kinds + (inputs.ids == video).int() if video else kinds
-    return {**kwargs, **inputs.pixels}
+    pixels = {name: value for name, value in inputs.pixels.items() if name != "labels"}
+    return {**kwargs, **pixels}
 
 
 def generic(model_type: str) -> Family:

@@ -115,7 +115,7 @@ def smolvlm() -> Sample:
     return hf.SmolVLMForConditionalGeneration(config), given
 
 
-@family()
+@family("attention must be causal")
 def paligemma() -> Sample:
     config = hf.PaliGemmaConfig(
         vision_config=hf.SiglipVisionConfig(**TOWER),
@@ -123,7 +123,10 @@ def paligemma() -> Sample:
         image_token_index=IMAGE,
         projection_dim=32,
     )
-    return hf.PaliGemmaForConditionalGeneration(config), rows(4, pixel_values=squares())
+    given = rows(4, pixel_values=squares())
+    one_block = {"token_type_ids": torch.zeros_like(given.ids)}  # as its processor gives them
+    given = given._replace(pixels={**given.pixels, **one_block})
+    return hf.PaliGemmaForConditionalGeneration(config), given
 
 
 @family()
