@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import re
 from collections.abc import Mapping
@@ -114,11 +115,11 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_pairs(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Module path -> (A, B), from a safetensors file that nobody vouches for."""
     table = read_table(path)
-    with open_regular(path) as file:
-        raw = bytearray(file.read(table.size + 1))
     wrong, halves = [], {}
-    if len(raw) != table.size:
-        wrong.append("the file changed while it was read")
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size != table.size:
+            wrong.append("the file changed while it was read")
+        raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     for name, slot in table.slots.items():
         match = re.fullmatch(r"base_model\.model\.(.{1,2000})\.lora_(A|B)\.weight", name)
         if not match:

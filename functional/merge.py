@@ -39,6 +39,16 @@ def merge(*deltas: Delta) -> Delta:
     BadInput for different dtypes, forms or shapes, KindUnsupported for a kind that can not.
 
     Task arithmetic on factors: Ilharco et al. 2023, https://arxiv.org/abs/2212.04089.
+
+    >>> from errata.functional import EditRecord
+    >>> entry = LowRank(name="w", checkpoint="w", shape=(2, 3), rank=1, rows=(1,))
+    >>> header = Header(base=Base(id="a/model"), entries=(entry,), edits=(EditRecord(id="cat"),))
+    >>> cat = Delta(header, {"w.A": torch.ones(1, 3), "w.B": torch.ones(2, 1)})
+    >>> both = merge(cat, scale(cat, 0.5))
+    >>> both.header.entries[0].rows, both.tensors["w.B"].tolist()
+    ((1, 1), [[1.0, 0.5], [1.0, 0.5]])
+    >>> remove(both, [1]).tensors["w.B"].tolist()
+    [[1.0], [1.0]]
     """
     if not deltas:
         raise BadInput("merge needs at least one delta, got none.")

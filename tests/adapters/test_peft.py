@@ -250,3 +250,14 @@ def test_an_adapter_for_another_model_is_refused(tmp_path):
     (tmp_path / "a" / "errata.json").unlink()
     with pytest.raises(UnknownSite, match="no linear map"):
         from_peft(tmp_path / "a", case("blip2").model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merging_with_peft_gives_the_weight_form(dtype, tmp_path):
+    module, model, _, kwargs = case("llava", dtype)
+    delta = lowrank(model, "act")
+    made, _ = loaded(module, to_peft(delta, tmp_path / "adapter"))
+    weight = Delta(msgspec.structs.replace(delta.header, form="weight"), delta.tensors)
+    with attach(module, weight):
+        want = logits(module, kwargs)
+    assert torch.equal(logits(made.merge_and_unload(safe_merge=True), kwargs), want)
