@@ -3,10 +3,10 @@
 Legend: B rows · L tokens · I, O input and output widths · E edits · R rank
 """
 
+from itertools import groupby
+
 import torch
 from torch import Tensor
-
-GATHERED = 1 << 24  # elements of the gathered factors held at once
 
 
 def apply(x: Tensor, down: Tensor, up: Tensor, edit: Tensor, base: Tensor | None) -> Tensor:
@@ -32,22 +32,25 @@ def apply(x: Tensor, down: Tensor, up: Tensor, edit: Tensor, base: Tensor | None
 
 
 def grouped_lora(x: Tensor, down: Tensor, up: Tensor, edit: Tensor, base: Tensor | None) -> Tensor:
-    """`apply`, forward only, a few rows at a time: the gathered factors stay bounded."""
-    if x.shape[0] == 0:
-        return torch.zeros(
-            (*x.shape[:2], up.shape[1]), dtype=x.dtype if base is None else base.dtype
-        ).to(x.device)
-    factors = down.shape[1] * (down.shape[2] + up.shape[1])
-    step = max(1, GATHERED // max(1, factors))
-    parts = [
-        apply(
-            x[start : start + step],
-            down,
-            up,
-            edit[start : start + step],
-            None if base is None else base[start : start + step],
-        )
-        for start in range(0, x.shape[0], step)
-    ]
-    out = torch.cat(parts)
-    return out.clone() if out is base else out
+    """`apply`, forward only: no factor is copied, neighbouring rows of one edit go together."""
+    like, num_tokens = x if base is None else base, x.shape[1]
+    out = torch.empty((*x.shape[:2], up.shape[1]), dtype=like.dtype, device=x.device)
+    x, flat = x.flatten(0, 1), out.flatten(0, 1)  # [BL I] [BL O]
+    base = None if base is None else base.flatten(0, 1)
+    stop = 0
+    for number, run in groupby(edit.tolist()):
+        start, stop = stop, stop + num_tokens * len(list(run))
+        own = flat[start:stop]
+        if number < 0:
+            own.copy_(own.new_zeros(()) if base is None else base[start:stop])
+            continue
+        total = own if own.dtype == torch.float32 else own.float()
+        inner = torch.mm(x[start:stop].float(), down[number].float().mT)  # [bL R]
+        factor = up[number].float().mT
+        if base is None:
+            torch.mm(inner, factor, out=total)
+        else:
+            torch.addmm(base[start:stop].float(), inner, factor, out=total)
+        if total is not own:
+            own.copy_(total)
+    return out

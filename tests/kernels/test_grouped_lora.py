@@ -75,13 +75,16 @@ def test_a_row_without_an_edit_keeps_its_bits(enabled):
     assert got[2].isnan().all()
 
 
-def test_few_rows_at_a_time_are_all_rows(monkeypatch):
+def test_neighbours_of_one_edit_go_together():
     x, down, up, base = inputs()
-    with torch.no_grad():
-        want = grouped_lora(x, down, up, EDIT, base)
-        monkeypatch.setattr(ref, "GATHERED", 50)
-        torch.testing.assert_close(grouped_lora(x, down, up, EDIT, base), want)
-        assert grouped_lora(x[:0], down, up, EDIT[:0], base[:0]).shape == (0, 3, 5)
+    edit = torch.tensor([1, 1, -1, 1])
+    for given in (base, None):
+        with torch.no_grad():
+            got = grouped_lora(x, down, up, edit, given)
+        torch.testing.assert_close(got, ref.apply(x, down, up, edit, given))
+        with torch.no_grad():
+            none = grouped_lora(x[:0], down, up, edit[:0], None if given is None else given[:0])
+        assert none.shape == (0, 3, 5)
 
 
 def test_gradient_is_that_of_the_loop():
