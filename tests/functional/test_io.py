@@ -26,6 +26,7 @@ from errata.functional.errors import BadInput, DeltaFault
 from errata.functional.io import digest
 from errata.functional.peek import KEY, peek
 from errata.functional.safe import MAX_HEADER, MAX_VALUES, canonical
+from errata.functional.stacks import stack
 
 ROOT = Path(__file__).parents[2]
 
@@ -310,3 +311,13 @@ def test_reading_a_header_does_not_import_torch(tmp_path):
     assert (
         subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], cwd=ROOT).returncode == 0
     )
+
+
+def test_stacked_deltas_are_files_too(tmp_path):
+    one, two = sample(3), sample(3)
+    two = two._replace(tensors={name: 2 * x for name, x in two.tensors.items()})
+    pile = stack([one, two])
+    save(tmp_path / "x", pile)
+    back = load(tmp_path / "x")
+    assert same(back, pile)
+    assert all(torch.equal(back.tensors[name][1], 2 * x) for name, x in one.tensors.items())
