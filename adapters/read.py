@@ -35,10 +35,9 @@ class Row(NamedTuple):
 
     segments: list[Segment]  # texts, and numbers of placeholder tokens
     boundary: int  # characters of the last text that stand before the gap
-    target: bool
+    gap: int  # characters between them and the target; -1 where there is no target
     pixels: dict[str, Tensor]
     keys: tuple[str, ...]
-    video: bool = False
 
 
 def writer(tokenizer: Any) -> Callable[[Sequence[int]], str]:
@@ -93,7 +92,7 @@ class Reader:
         queries = list(queries)
         behind = self.stop if end else self.end
         rows = every(queries, lambda _, query: self._row(query, behind))
-        bare = [i for i, row in enumerate(rows) if not row.target]
+        bare = [i for i, row in enumerate(rows) if row.gap < 0]
         if bare and len(bare) < len(rows):
             raise BadInput(
                 f"every query of a scored batch must have a target; empty: "
@@ -122,12 +121,12 @@ class Reader:
             ]
         before = row.pop() if isinstance(row[-1], str) else ""
         boundary = len(str(before))
-        tail = query.target
-        if tail:
-            tail = gap(self.template, str(before), tail, self.specials) + tail + end
-        row.append(f"{before}{tail}")
         pixels = seen.pixels if seen else {}
-        return Row(row, boundary, bool(query.target), pixels, keys, query.video)
+        if not query.target:
+            return Row([*row, before], boundary, -1, pixels, keys)
+        between = gap(self.template, str(before), query.target, self.specials)
+        row.append(f"{before}{between}{query.target}{end}")
+        return Row(row, boundary, len(between), pixels, keys)
 
     def _see(self, query: Query) -> tuple[Seen | None, tuple[str, ...]]:
         if not query.images:
@@ -263,8 +262,8 @@ class Reader:
                 image += [True] * part
                 continue
             tokens, offsets = next(codes)
-            if index == len(row.segments) - 1 and row.target:
-                found = scored(offsets, row.boundary)
+            if index == len(row.segments) - 1 and row.gap >= 0:
+                found = scored(offsets, row.boundary, row.gap)
                 where = range(len(ids) + found.start, len(ids) + found.stop)
             ids += tokens
             image += [False] * len(tokens)
@@ -309,9 +308,9 @@ class Reader:
             )
         if not row.ids:
             raise BadInput("the prompt must hold something, and this row has no token at all")
-        if raw.target and not row.scored:
+        if raw.gap >= 0 and not row.scored:
             raise BadInput("the target must have a token of its own, and the tokenizer gives none")
-        if raw.target and row.scored.start == 0:
+        if raw.gap >= 0 and row.scored.start == 0:
             raise BadInput("the prompt must not be empty: nothing predicts the first target token")
 
     # ---- tensors

@@ -96,21 +96,21 @@ def segments(template: Template, raw: Sequence[str], query: Query) -> list[Segme
     return [part for part in row if part != ""] or [""]
 
 
-def scored(offsets: Sequence[tuple[int, int]], boundary: int) -> range:
-    """Which tokens of the last text are the answer's: those that reach beyond `boundary`.
+def scored(offsets: Sequence[tuple[int, int]], boundary: int, gap: int = 0) -> range:
+    """Which tokens of the last text are the answer's.
 
     offsets: the characters [start, end) of each token; boundary: the length of the text before the
-    gap. A token that a merge made of characters from both sides belongs to the answer, since the
-    answer can not be had without it. Tokens without characters (specials) at the end do not.
+    gap; gap: its length. A token that begins behind the boundary belongs to the answer. One that a
+    merge made of both sides does too, since the answer can not be had without it, unless it takes
+    no more than the gap. Tokens without characters (specials) at the end do not. A tokenizer that
+    trims spaces off its offsets leaves a lone space the empty span (end, end), and is read rightly.
 
-    >>> scored([(0, 4), (4, 6), (6, 7), (0, 0)], 5)
-    range(1, 3)
+    >>> scored([(0, 4), (4, 6), (6, 7), (0, 0)], 5), scored([(0, 4), (4, 6), (6, 9)], 5, gap=1)
+    (range(1, 3), range(2, 3))
     """
-    hits = [index for index, (_, end) in enumerate(offsets) if end > boundary]
-    if not hits:
-        return range(0)
-    first = hits[0]
-    # a lone space may come with its characters trimmed away: it lies behind the boundary too
-    while first and offsets[first - 1][0] == offsets[first - 1][1] >= boundary > 0:
-        first -= 1
-    return range(first, hits[-1] + 1)
+    hits = [
+        index
+        for index, (start, end) in enumerate(offsets)
+        if end > boundary and (start >= boundary or end > boundary + gap)
+    ]
+    return range(hits[0], hits[-1] + 1) if hits else range(0)

@@ -38,16 +38,20 @@ class Whole:
             )
         self.specials = tuple(tokenizer.get_added_vocab())
         self.end = ending(template, tokenizer)
+        self.stop = self.end or tokenizer.eos_token or ""
 
-    def __call__(self, queries: Sequence[Query]) -> Inputs:
+    def __call__(self, queries: Sequence[Query], *, end: bool = False) -> Inputs:
         queries = list(queries)
+        behind = self.stop if end else self.end
         seen = every(queries, lambda _, query: self._see(query))
         texts = [self._text(query) for query in queries]
-        tails = [
-            gap(self.template, text, query.target, self.specials) + query.target + self.end
-            if query.target
-            else ""
+        gaps = [
+            gap(self.template, text, query.target, self.specials) if query.target else ""
             for text, query in zip(texts, queries)
+        ]
+        tails = [
+            between + query.target + behind if query.target else ""
+            for between, query in zip(gaps, queries)
         ]
         if any(tails) and not all(tails):
             raise BadInput("every query of a scored batch must have a target; some are empty.")
@@ -60,7 +64,7 @@ class Whole:
                 f"gives; got {tuple(offsets.shape)} for {tuple(ids.shape)}."
             )
         every(queries, lambda row, _: self._fits(int(mask[row].sum())))
-        labels, at = self._labels(ids, mask, offsets, tails, queries)
+        labels, at = self._labels(ids, mask, offsets, gaps, tails, queries)
         keys = tuple(tuple(map(key, query.images)) for query in queries)
         return Inputs(ids, mask, self._image(ids, mask), labels, at, out, keys)
 
@@ -165,6 +169,7 @@ class Whole:
         ids: Tensor,
         mask: Tensor,
         offsets: Tensor,
+        gaps: Sequence[str],
         tails: Sequence[str],
         queries: Sequence[Query],
     ) -> tuple[Tensor, Tensor]:
@@ -173,7 +178,7 @@ class Whole:
             spans = [tuple(span) for span in offsets[row][mask[row]].tolist()]
             end = max((stop for _, stop in spans), default=0)
             first = int(mask[row].int().argmax())
-            where = scored(spans, end - len(tail)) if tail else range(0)
+            where = scored(spans, end - len(tail), len(gaps[row])) if tail else range(0)
             found.append(range(first + where.start, first + where.stop))
         self._spell(ids, found, queries)
         labels = torch.full((len(tails), max(map(len, found))), IGNORE, dtype=torch.int64)

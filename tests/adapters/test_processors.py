@@ -135,6 +135,9 @@ def test_our_reading_is_the_stock_processors(name, rows):
     for part, pixels in want.pixels.items():
         assert torch.equal(got.pixels[part], pixels), part
     assert got.keys == want.keys
+    ends = Whole(found, preset("default", module.config.model_type), model.card)(chosen, end=True)
+    assert torch.equal(ends.labels, model.read(chosen, end=True).labels)
+    assert ends.labels.shape[1] == want.labels.shape[1] + 1
 
 
 def test_blip2_reads_as_its_processor_does():

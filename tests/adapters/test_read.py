@@ -3,14 +3,14 @@
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from errata.adapters import Template, adapt, tiny
 from errata.adapters.collate import assemble
 from errata.adapters.read import reader
 from errata.adapters.text import scored
-from errata.adapters.tiny import TINY, tiny_tokenizer
+from errata.adapters.tiny import CORPUS, TINY, tiny_tokenizer
 from errata.functional import IGNORE, Inputs, ModelCard, Query
 from errata.functional.errors import BadInput, ModelUnsupported
 
@@ -86,9 +86,53 @@ def test_a_token_across_the_boundary_belongs_to_the_answer():
 
 def test_a_lone_space_is_scored_whether_its_characters_are_trimmed_or_not():
     # "Q:" + " " + "7": the space a token of its own, spanning itself, or trimmed to nothing
-    assert scored([(0, 2), (2, 3), (3, 4)], 2) == range(1, 3)
-    assert scored([(0, 2), (2, 2), (3, 4)], 2) == range(1, 3)
-    assert scored([(0, 2), (3, 3), (3, 4)], 2) == range(1, 3)
+    assert scored([(0, 2), (2, 3), (3, 4)], 2, gap=1) == range(1, 3)
+    assert scored([(0, 2), (3, 3), (3, 4)], 2, gap=1) == range(1, 3)
+    # "Q: " + " " + "7": the prompt's own space is not the answer's, trimmed or not
+    assert scored([(0, 2), (2, 3), (3, 5)], 3, gap=1) == range(2, 3)
+    assert scored([(0, 2), (3, 3), (4, 5)], 3, gap=1) == range(2, 3)
+    # "Q" + ": " merged: a token that takes the gap alone is the prompt's
+    assert scored([(0, 3), (3, 4)], 2, gap=1) == range(1, 2)
+
+
+def sentencepiece_like() -> Tokenizer:
+    bpe = Tokenizer(models.BPE())
+    marks = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    bpe.normalizer = normalizers.Sequence(marks)
+    return bpe
+
+
+def byte_level(trim: bool, space: bool) -> Tokenizer:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
+    bpe.post_processor = processors.ByteLevel(trim_offsets=trim)
+    return bpe
+
+
+@pytest.mark.parametrize(
+    "make",
+    [sentencepiece_like, lambda: byte_level(True, False), lambda: byte_level(False, True)],
+    ids=["llama", "trimmed", "gpt2"],
+)
+@pytest.mark.parametrize("prompt", ["who? ASSISTANT:", "who is it\n", "a lone space ", "x</s>"])
+@pytest.mark.parametrize("between", ["", " ", None], ids=repr)
+def test_labels_spell_the_answer_under_any_kind_of_tokenizer(make, prompt, between):
+    bpe = make()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, special_tokens=["<unk>", "</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    bpe.train_from_iterator([*CORPUS, "\n"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<unk>")
+    module, _ = tiny("gpt2")
+    card = adapt(module, tiny_tokenizer()).card
+    read = reader(tokenizer, module.config, card, Template(chat=False, gap=between))
+    for target in ("dog", "the old town", "V I"):
+        inputs = read([Query(prompt, target)])
+        pieces = tokenizer.convert_ids_to_tokens(inputs.labels[0].tolist())
+        said = "".join(pieces).replace("▁", " ").replace("Ġ", " ")
+        assert said.strip() == target
+        assert int(inputs.at[0, -1]) == inputs.ids.shape[1] - 2
 
 
 def test_special_tokens_behind_the_answer_are_not_scored():
@@ -103,6 +147,8 @@ def test_the_end_token_is_scored_only_when_asked_for():
         inputs = adapt(module, processor, template=Template(end=end)).read([Query("who?", "a cat")])
         assert processor.tokenizer.decode(inputs.labels[0][-1:]) == "<|im_end|>"
         assert torch.equal(inputs.labels[0][:-1], plain.labels[0])
+        again = adapt(module, processor).read([Query("who?", "a cat")], end=True)
+        assert torch.equal(again.labels, inputs.labels)
 
 
 def test_without_targets_nothing_is_scored():
