@@ -8,8 +8,9 @@ A run is a folder:
     deltas/ pictures/ report.html
 
 Rows of one unit are written, flushed and synced before its progress line, so the last good progress
-line says how much of the results is whole; anything behind it is cut off on opening. Rows carry no
-times (those are in the units), so that a run killed and started again ends with the same bytes.
+line says how much of the results is whole; anything behind it is cut off on opening. Rows on disk
+carry no times, so that a run killed and started again ends with the same bytes; `read_rows` adds
+them from the units.
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     before: Answer
     after: Answer
     versions: str
+    seconds: float | None = None  # its share of the unit's; not in the results file, see above
+    peak_bytes: int | None = None  # the unit's
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -141,21 +144,28 @@ class Ledger:
 
 
 def read_rows(folder: str | Path) -> list[Row]:
-    """Every whole row of a run folder, also while the run is going on.
+    """Every whole row of a run folder, with what it cost, also while the run is going on.
 
     Raises BadInput when the folder holds no results, or results of another version.
     """
     path = Path(folder) / RESULTS
     if not path.is_file():
         raise BadInput(f"a run folder must hold {RESULTS}; {folder} does not. Run `errata run`.")
-    lines = path.read_bytes().split(b"\n")
     decoder = msgspec.json.Decoder(Row)
     try:
-        return [decoder.decode(line) for line in lines[:-1]]
+        rows = [decoder.decode(line) for line in path.read_bytes().split(b"\n")[:-1]]
     except msgspec.DecodeError as fault:
         raise BadInput(
             f"{path} must hold one row per line as this version writes them: {fault}."
         ) from None
+    costs = [
+        (round((unit.edit_seconds + unit.probe_seconds) / unit.rows, 6), unit.peak_bytes)
+        for unit in _whole_units(Path(folder))
+        for _ in range(unit.rows)
+    ]
+    for number, (row, (seconds, peak)) in enumerate(zip(rows, costs)):
+        rows[number] = msgspec.structs.replace(row, seconds=seconds, peak_bytes=peak)
+    return rows
 
 
 def _whole_units(folder: Path) -> Iterator[Unit]:
