@@ -4,6 +4,8 @@
     adapt(module, processor) -> Model  what is in memory already
     micro(name) -> Model               a small trained model that comes with the package
     tiny(name) -> (module, processor)  a random one, for tests
+    attach(module, delta)              a plain Hugging Face module, edited until detached
+    to_peft, from_peft                 deltas as LoRA folders and back
     families() -> names                what has an adapter of its own
 
 Importing this package loads neither torch nor transformers; its functions do.
@@ -17,23 +19,40 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .attach import attach
     from .load import adapt, load
     from .micro import families, micro
+    from .peft import from_peft, to_peft
     from .templates import PRESETS, preset
     from .text import Template
     from .tiny import tiny
 
-__all__ = ["PRESETS", "Template", "adapt", "families", "load", "micro", "preset", "tiny"]
+__all__ = [
+    "PRESETS",
+    "Template",
+    "adapt",
+    "attach",
+    "families",
+    "from_peft",
+    "load",
+    "micro",
+    "preset",
+    "tiny",
+    "to_peft",
+]
 
 _HOMES = {
     "PRESETS": "templates",
     "Template": "text",
     "adapt": "load",
+    "attach": "attach",
     "families": "micro",
+    "from_peft": "peft",
     "load": "load",
     "micro": "micro",
     "preset": "templates",
     "tiny": "tiny",
+    "to_peft": "peft",
 }
 
 

@@ -107,9 +107,9 @@ def _facts(path: Path, found: Peek, norms: dict[str, float]) -> dict[str, Any]:
         entries.append(
             {
                 "parameter": entry.name,
-                "checkpoint": entry.checkpoint,
+                "checkpoint": getattr(entry, "checkpoint", None),
                 "kind": type(entry).__name__.lower(),
-                "shape": list(entry.shape),
+                "shape": list(getattr(entry, "shape", slots[0].shape)),
                 "rank": getattr(entry, "rank", None),
                 "dtype": slots[0].dtype,
                 "bytes": sum(slot.nbytes for slot in slots),

@@ -3,9 +3,10 @@
 The kinds are a closed union: `bind` interprets kinds, never methods, so a delta file works without
 the editor that wrote it. Everything here is plain data and serialises to canonical JSON.
 
-A kind joins by its Struct: `tensors()` says which tensors an entry has (without the edit axis of a
-stacked delta) and `faults()` what is wrong with it; then it stands in `Entry`. Files, `show` and
-`check` need no more than that. `FORMAT.md` describes the file.
+A kind joins by its Struct: `name` is the parameter or site it is about, `tensors()` says which
+tensors it has, named `<name>` or `<name>.<part>` (without the edit axis of a stacked delta), and
+`faults()` what is wrong with it; then it stands in `Entry`. Files, `show` and `check` need no more
+than that; `kinds.register` gives it an algebra. `FORMAT.md` describes the file.
 """
 
 from __future__ import annotations

@@ -226,7 +226,8 @@ def _mergeable(deltas: Sequence[Delta]) -> None:
     dtypes: dict[str, set[Any]] = {}
     for delta in deltas:
         for entry in delta.header.entries:
-            place = (entry.shape, entry.checkpoint, getattr(entry, "transposed", False))
+            fixed = ("shape", "checkpoint", "transposed")
+            place = tuple(getattr(entry, field, None) for field in fixed)
             shapes.setdefault(f"{entry.name} ({type(entry).__name__})", set()).add(place)
             for name in entry.tensors():
                 dtypes.setdefault(entry.name, set()).add(delta.tensors[name].dtype)
