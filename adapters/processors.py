@@ -23,7 +23,6 @@ from transformers import (
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils.import_utils import is_torchvision_available
 
 from .minigpt4 import MiniGPT4Processor
 
@@ -102,13 +101,15 @@ class _NoVideo:
 def stock(name: str, config: Any, settings: dict[str, Any], **where: Any) -> Any:
     """The processor that Hugging Face has for a checkpoint's model type.
 
-    Where it wants a video processor and torchvision is not there, one that can do nothing stands
-    in: pictures and text need none.
+    Where it wants a video processor, which needs torchvision, one that can do nothing stands in:
+    pictures and text need none, and families found by structure are asked about no videos.
     """
     made: Any = PROCESSOR_MAPPING.get(type(config), None)
-    if made is None or is_torchvision_available():
-        return AutoProcessor.from_pretrained(name, **where)
-    if set(made.get_attributes()) != {"image_processor", "tokenizer", "video_processor"}:
+    if made is None or set(made.get_attributes()) != {
+        "image_processor",
+        "tokenizer",
+        "video_processor",
+    }:
         return AutoProcessor.from_pretrained(name, **where)
     return type(made.__name__, (_NoVideo, made), {"__init__": made.__init__})(
         image_processor=AutoImageProcessor.from_pretrained(name, backend="pil", **where),
