@@ -22,6 +22,7 @@ from errata.functional.bind import bind
 from errata.functional.errors import ErrataError
 from errata.functional.stacks import unstack
 
+from .checkpoint import Mark, Marks
 from .ledger import Answer
 from .memory import measured
 from .probes import Ask, Terms, measure, row_bytes
@@ -158,57 +159,51 @@ def sequential(
     group: int = 0,
     gaps: Sequence[int] = (),
     done: Collection[int] = (),
+    marks: Marks | None = None,
 ) -> Iterator[Step]:
     """Edits one after another on the same model; each group of `group` starts from the base.
 
     A case is probed right after its edit, `g` edits later for each g in `gaps`, and once more after
     the last edit of its group. Every edit is a step, and so is the end of a group. Edits of
-    finished steps are made again where a later step builds on them: an editor is deterministic, so
-    they come out the same.
+    finished steps that a later step builds on are taken from `marks`; those made since the last
+    mark are made again, and come out the same.
     """
     group = group or len(cases)
     starts = range(0, len(cases), group)
     of = len(cases) + len(starts)
     device = _device(model)
-    number = 0
-    for start in starts:
+    for turn, start in enumerate(starts):
         members = cases[start : start + group]
-        last = number + len(members)  # the step of the group's end
-        needed = [n for n in range(number, last + 1) if n not in done]
-        if not needed:
-            number = last + 1
+        first, last = start + turn, start + turn + len(members)  # steps: its first edit, its end
+        made = next((k for k in range(len(members) + 1) if first + k not in done), None)
+        if made is None:
             continue
-        state = editor.init(model, torch.Generator().manual_seed(seed))
-        delta: Delta | None = None
-        for k, case in enumerate(members):
+        state, delta, begin = editor.init(model, torch.Generator().manual_seed(seed)), None, 0
+        mark = marks.recall(start, device) if marks and made else None
+        if mark and mark.edits <= made:
+            begin, state, delta = mark
+        for k in range(begin, len(members)):
             clock = _Clock(device)
             with measured(device) as peak:
-                with _naming(model, [case]):
-                    delta, state = editor.edit(model, state, [case.edit])
+                with _naming(model, members[k : k + 1]):
+                    delta, state = editor.edit(model, state, [members[k].edit])
                 edit_seconds = clock.lap()
-                if number not in done:
-                    asked = [_About(start + k, case)]
-                    asked += [
-                        _About(start + k - g, members[k - g], "gap", g) for g in gaps if g <= k
-                    ]
-                    results = _ask(model, delta, asked, terms)
-            if number not in done:
-                yield Step(number, of, 1, results, {}, edit_seconds, clock.lap(), peak.bytes)
-            number += 1
-            if max(needed) < number:
-                break
-        number = last
-        if number not in done and delta is not None:
+                if k < made:
+                    continue
+                about = [_About(start + k, members[k])]
+                about += [_About(start + k - g, members[k - g], "gap", g) for g in gaps if g <= k]
+                results = _ask(model, delta, about, terms)
+            yield Step(first + k, of, 1, results, {}, edit_seconds, clock.lap(), peak.bytes)
+            if marks:  # only now: whoever asks for more has kept the step
+                marks.keep(start, Mark(k + 1, state, delta))
+        if delta is not None:
             clock = _Clock(device)
             with measured(device) as peak:
-                later = len(members) - 1
-                asked = [
-                    _About(start + k, case, "end", later - k) for k, case in enumerate(members)
-                ]
-                results = _ask(model, delta, asked, terms)
-            files = {f"group-{start // group:04d}": delta}
-            yield Step(number, of, 0, results, files, 0.0, clock.lap(), peak.bytes)
-        number = last + 1
+                late = len(members) - 1
+                about = [_About(start + k, c, "end", late - k) for k, c in enumerate(members)]
+                results = _ask(model, delta, about, terms)
+            files = {f"group-{turn:04d}": delta}
+            yield Step(last, of, 0, results, files, 0.0, clock.lap(), peak.bytes)
 
 
 def _ask(model: Model, delta: Delta, about: Sequence[_About], terms: Terms) -> list[Result]:

@@ -18,6 +18,7 @@ from errata.functional.errors import BadInput, ErrataError
 from errata.functional.metrics import scorer
 
 from . import protocols, report
+from .checkpoint import Marks
 from .ledger import PROGRESS, RESULTS, Ledger, Part, Row, locked, read_rows
 from .probes import Terms
 from .progress import Progress
@@ -36,6 +37,7 @@ from .sources import (
 __all__ = ["run", "versions"]
 
 IDENTITY = "run.json"
+MARK = ".state.safetensors"  # of the sequence that is going on
 
 
 def versions() -> str:
@@ -91,7 +93,7 @@ def _claim(folder: Path, identity: str, fresh: bool) -> None:
     """Make the folder this run's, or refuse because it is another's."""
     path = folder / IDENTITY
     if fresh:
-        for name in (RESULTS, PROGRESS, IDENTITY, "report.html", "summary.json"):
+        for name in (RESULTS, PROGRESS, IDENTITY, MARK, "report.html", "summary.json"):
             (folder / name).unlink(missing_ok=True)
         for name in ("deltas", "pictures"):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -137,7 +139,11 @@ def _run_model(
         done = {unit.part.number for unit in there}
         edited = sum(unit.cases for unit in there)
         progress.start(f"{choice.label} · {editor.label} · {name}", len(cases), edited)
-        for step in _steps(protocol, model, made[editor.label], cases, terms, settings.seed, done):
+        marks = Marks(ledger.folder / MARK, f"{identity}/{choice.label}/{editor.label}")
+        steps = _steps(
+            protocol, model, made[editor.label], cases, terms, settings.seed, done, marks
+        )
+        for step in steps:
             part = Part(
                 model=choice.label, editor=editor.label, protocol=name,
                 number=step.number, of=step.of,
@@ -154,6 +160,7 @@ def _run_model(
             )
             progress.step(step.cases)
         progress.stop()
+        marks.drop()
 
 
 def _make(choice: EditorChoice, model: Model) -> Editor:
@@ -178,11 +185,12 @@ def _steps(
     terms: Terms,
     seed: int,
     done: Collection[int],
+    marks: Marks,
 ) -> Iterator[Step]:
     if isinstance(protocol, Sequential):
         return protocols.sequential(
             model, editor, cases, terms, seed=seed, group=protocol.group, gaps=protocol.gaps,
-            done=done,
+            done=done, marks=marks,
         )  # fmt: skip
     return protocols.single(
         model, editor, cases, terms, seed=seed, together=protocol.together, done=done

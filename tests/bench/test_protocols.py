@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from errata.adapters import adapt, tiny
+from errata.bench.checkpoint import Marks
 from errata.bench.probes import Ask, Terms, measure
 from errata.bench.protocols import reach_of, sequential, single
 from errata.bench.sources import check_cases, queries_of
@@ -176,6 +177,34 @@ def test_sequential_threads_the_state_and_starts_groups_from_the_base(llava):
             agrees(llava, own.query, own.before)
         for got in steps[3 if first == 0 else 6].results:
             agrees(edited, got.query, got.after)
+
+
+@pytest.mark.parametrize("name", ["lora", "last-mlp"])
+def test_a_mark_stands_for_the_edits_before_it(llava, name, tmp_path):
+    editor, marks = make(EDITORS[name]), Marks(tmp_path / "state", "run", every=0)
+    whole = list(sequential(llava, editor, CASES, TERMS, group=5, marks=marks))
+    made: list[str] = []
+
+    def edit(model, state, queries):
+        made.append(queries[0].prompt)
+        return editor.edit(model, state, queries)
+
+    watched = editor._replace(edit=edit)
+    for done, again in ((3, 2), (4, 1), (5, 0)):
+        stopped = sequential(llava, editor, CASES, TERMS, group=5, marks=marks)
+        for _ in range(done):
+            next(stopped)
+        next(stopped)  # the step after the last one kept is computed, and lost with the process
+        stopped.close()
+        made.clear()
+        rest = sequential(llava, watched, CASES, TERMS, group=5, done=set(range(done)), marks=marks)
+        for one, want in zip(rest, whole[done:], strict=True):
+            assert one.results == want.results
+            for file, delta in one.deltas.items():
+                assert delta.header == want.deltas[file].header
+                for tensor, value in delta.tensors.items():
+                    assert torch.equal(value, want.deltas[file].tensors[tensor])
+        assert len(made) == again
 
 
 def test_free_generation_stands_beside_teacher_forcing(llava):
