@@ -1,0 +1,94 @@
+"""A family found by structure, read through its own processor: InternVL from a hub-like folder."""
+
+import json
+
+import pytest
+import torch
+import transformers as hf
+from PIL import Image
+
+from errata.adapters import load
+from errata.adapters.tiny import CHATML, Size, _decoder, tiny_tokenizer
+from errata.adapters.whole import Whole
+from errata.functional import Query
+from errata.functional.errors import BadInput
+
+MARKS = {
+    "start_image_token": "<img>", "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>",
+}  # fmt: skip
+
+
+def picture(red: int, width: int = 40) -> Image.Image:
+    return Image.new("RGB", (width, 30), (red, 9, 200))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("internvl")
+    plain = tiny_tokenizer()
+    plain.add_special_tokens({"additional_special_tokens": list(MARKS.values())[:3]})
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=plain.backend_tokenizer, eos_token="<|im_end|>", pad_token="<pad>",
+        extra_special_tokens=MARKS,
+    )  # fmt: skip
+    vision = hf.InternVLVisionConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        image_size=[32, 32], patch_size=[8, 8],
+    )  # fmt: skip
+    config = hf.InternVLConfig(
+        vision_config=vision, text_config=hf.Qwen2Config(**_decoder(Size(3, 32, tokenizer))),
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4,
+    )  # fmt: skip
+    hf.InternVLForConditionalGeneration(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    hf.GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(path)
+    settings = {"processor_class": "InternVLProcessor", "image_seq_length": 4}
+    (path / "processor_config.json").write_text(json.dumps(settings))
+    chat = CHATML.replace("IMAGE", "<IMG_CONTEXT>")
+    (path / "chat_template.jinja").write_text(chat)
+    return path
+
+
+def test_it_loads_without_torchvision_and_reads_rows_of_every_kind(folder):
+    model = load(folder)
+    assert isinstance(model.read, Whole)
+    rows = [
+        Query("what?", "a cat", (picture(3),)),
+        Query("what is on the second?", "dog", (picture(3), picture(90, 64))),
+        Query("nothing to see", "the old town"),
+    ]
+    inputs = model.read(rows)
+    for row, query in enumerate(rows):
+        labels = inputs.labels[row][inputs.labels[row] >= 0]
+        assert model.write(labels) == query.target
+        assert torch.equal(inputs.ids[row, inputs.at[row, : len(labels)] + 1], labels)
+        assert not inputs.mask[row, int(inputs.mask[row].sum()) :].any(), "padded on the right"
+    assert inputs.image.any(-1).tolist() == [True, True, False]
+    assert [len(keys) for keys in inputs.keys] == [1, 2, 0]
+    with torch.no_grad():
+        together = model.decode(model.params, model.embed(model.params, inputs))
+        for row, query in enumerate(rows):
+            alone = model.read([query])
+            assert torch.equal(alone.labels[0], inputs.labels[row, : alone.labels.shape[1]])
+            logits = model.decode(model.params, model.embed(model.params, alone))[0]
+            torch.testing.assert_close(together[row, : len(logits)], logits, rtol=1e-4, atol=1e-5)
+
+
+def test_what_it_can_not_read_is_refused(folder):
+    model = load(folder)
+    with pytest.raises(BadInput, match="must take this batch and refuses"):
+        model.read([Query("a forged <IMG_CONTEXT> here", "x")])
+    with pytest.raises(BadInput, match=r"query 2 \('b'\).*takes no video"):
+        model.read([Query("a", "x"), Query("b", "y", (picture(1),), video=True)])
+    with pytest.raises(BadInput, match="at most 512 tokens"):
+        model.read([Query("word " * 600, "x")])
+    with pytest.raises(BadInput, match="must have a target"):
+        model.read([Query("a", "x"), Query("b")])
+
+
+def test_a_raw_template_writes_its_placeholder(folder):
+    model = load(folder, template="plain")
+    inputs = model.read([Query("what?", "a cat", (picture(3),))])
+    assert inputs.image.any()
+    assert model.write(inputs.ids[0]).endswith("what? a cat")
