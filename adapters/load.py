@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,7 +118,7 @@ def load_parts(
     name = os.fspath(id_or_path)
     config = _config(name, revision)
     refuse(config)
-    commit = getattr(config, "_commit_hash", None) or ""
+    commit = _commit(name, revision)
     if os.path.isdir(name):
         _check_files(Path(name))
     processor = load_processor(name, config, revision=commit or revision)
@@ -158,6 +159,16 @@ def _config(name: str, revision: str | None) -> Any:
         raise ModelUnsupported(
             f"the config of {name!r} must be one that the installed transformers knows: {error}"
         ) from error
+
+
+def _commit(name: str, revision: str | None) -> str:
+    """The commit of a hub snapshot, from the cache's own layout; empty for a plain folder."""
+    if os.path.isdir(name):
+        return ""
+    found = re.search(
+        r"[\\/]snapshots[\\/]([0-9a-f]{40})[\\/]", _file(name, "config.json", revision)
+    )
+    return found.group(1) if found else ""
 
 
 def _check_files(folder: Path) -> None:
@@ -326,13 +337,19 @@ def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
         ) from error
 
 
-def _json(name: str, file: str, revision: str | None) -> dict[str, Any]:
+def _file(name: str, file: str, revision: str | None) -> str:
+    """Where a checkpoint's file is on this disk; empty where it has none."""
     from transformers.utils.hub import cached_file
 
     path = cached_file(
         name, file, revision=revision, _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )  # fmt: skip
+    return path or ""
+
+
+def _json(name: str, file: str, revision: str | None) -> dict[str, Any]:
+    path = _file(name, file, revision)
     return json.loads(Path(path).read_text("utf-8")) if path else {}
 
 
@@ -345,12 +362,7 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _chat(name: str, tokenizer: Any, revision: str | None) -> str | None:
     """A chat template of its own file, in the new or the old spelling, or a tokenizer's."""
-    from transformers.utils.hub import cached_file
-
-    path = cached_file(
-        name, "chat_template.jinja", revision=revision, _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )  # fmt: skip
+    path = _file(name, "chat_template.jinja", revision)
     if path:
         return Path(path).read_text("utf-8")
     old = _json(name, "chat_template.json", revision).get("chat_template")

@@ -1,6 +1,7 @@
 """Loading: folders as Hugging Face writes them, one copy of the weights, and what is refused."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -309,6 +310,24 @@ def test_revision_and_id_are_recorded(tmp_path):
     assert (model.card.id, model.card.revision) == ("org/model", "abc123")
     folder = saved("llama", tmp_path / "mine")
     assert load_parts(folder)[2] == ""
+
+
+def test_a_hub_id_in_the_cache_is_loaded_with_its_commit(tmp_path):
+    """The cache's layout, as the hub client keeps it; no network."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    home = tmp_path / "hub" / "models--org--small"
+    saved("llava", home / "snapshots" / commit)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(commit)
+    script = (
+        "from errata import adapters; card = adapters.load('org/small').card;"
+        "print(card.id, card.revision)"
+    )
+    there = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=there
+    )
+    assert done.stdout.split() == ["org/small", commit]
 
 
 def test_an_unknown_tiny_or_micro_is_refused_with_the_names():
