@@ -7,6 +7,7 @@ model by the same names. What the offsets say is checked: the labels must spell 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ class Whole:
                 "the tokenizer must give character offsets, and "
                 f"{type(tokenizer).__name__} does not: load the model's fast tokenizer."
             )
+        self.lock = threading.Lock()
         self.specials = tuple(tokenizer.get_added_vocab())
         self.end = ending(template, tokenizer)
         self.stop = self.end or tokenizer.eos_token or ""
@@ -141,11 +143,12 @@ class Whole:
         bos = self.found.tokenizer.bos_token
         starts = not (bos and all(text.startswith(bos) for text in texts))
         try:
-            out = self.found.processor(
-                text=texts, padding=True, padding_side="right", return_tensors="pt",
-                return_offsets_mapping=True, add_special_tokens=starts and self.template.bos,
-                **given,
-            )  # fmt: skip
+            with self.lock:  # a tokenizer's padding is state of its own
+                out = self.found.processor(
+                    text=texts, padding=True, padding_side="right", return_tensors="pt",
+                    return_offsets_mapping=True, add_special_tokens=starts and self.template.bos,
+                    **given,
+                )  # fmt: skip
         except (ValueError, TypeError, IndexError, KeyError, NotImplementedError) as error:
             raise BadInput(
                 f"{type(self.found.processor).__name__} must take this batch and refuses: {error}. "

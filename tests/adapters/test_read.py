@@ -1,5 +1,7 @@
 """Reading: joint tokenisation, labels, padding, and what is refused."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from PIL import Image
@@ -264,3 +266,20 @@ def test_pixels_are_made_once_per_picture(monkeypatch):
     assert calls == [1]
     assert torch.equal(first.pixels["pixel_values"][:1], again.pixels["pixel_values"])
     assert first.keys == (again.keys[0],) * 2
+
+
+def test_threads_may_share_a_reader():
+    found = model("llava")
+    rows = [
+        [Query(f"what is number {step}?", "a cat", (picture(step),)), Query("who?", "the old town")]
+        for step in range(6)
+    ]
+    want = [found.read(row) for row in rows]
+    read = model("llava").read
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(read, rows * 8))
+    for number, inputs in enumerate(got):
+        serial = want[number % len(rows)]
+        assert torch.equal(inputs.ids, serial.ids)
+        assert torch.equal(inputs.labels, serial.labels)
+        assert torch.equal(inputs.pixels["pixel_values"], serial.pixels["pixel_values"])
