@@ -208,7 +208,7 @@ def apply(
     if library.differentiates(hidden, down, up, routes.weights, gamma, beta):
         return ref.apply(*tensors, eps, activation)
     held = (tensor if tensor is None else tensor.detach() for tensor in tensors)
-    return _apply(*held, eps, activation)
+    return _apply(*held, eps, activation)  # pyright: ignore[reportCallIssue]
 
 
 def _misshapen(wanted: dict[str, tuple[Tensor | None, list[int]]]) -> list[str]:

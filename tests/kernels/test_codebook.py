@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch.func import grad, jacrev, jvp, vjp, vmap
 
-from errata.kernels import Found, lookup, nearest, replace, square_norms
+from errata.kernels import Found, library, lookup, nearest, replace, square_norms
 from errata.kernels.codebook import ref
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -44,7 +44,9 @@ def test_nearest_is_exact(num_keys, num_rows, width, dtype):
 
 
 @pytest.mark.parametrize("norm", [50, 140, 450])
-def test_near_duplicates_are_told_apart_where_cdist_fails(norm):
+@pytest.mark.parametrize("large", [1, library.LARGE], ids=["oneDNN", "BLAS"])
+def test_near_duplicates_are_told_apart_where_cdist_fails(norm, large, monkeypatch):
+    monkeypatch.setattr(library, "LARGE", large)
     query, keys = clusters(norm)
     distance, index = oracle(query, keys).min(1)
     got = nearest(query, keys)

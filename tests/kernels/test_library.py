@@ -46,7 +46,9 @@ def test_every_example_runs():
         assert ran.failed == 0, name
 
 
-def test_affine_is_the_product():
+@pytest.mark.parametrize("large", [1, 1 << 60], ids=["oneDNN", "BLAS"])
+def test_affine_is_the_product(large, monkeypatch):
+    monkeypatch.setattr(library, "LARGE", large)
     rows, weight, bias = torch.randn(3, 40), torch.randn(70, 40), torch.randn(70)
     want = rows.double() @ weight.double().T
     torch.testing.assert_close(library.affine(rows, weight).double(), want, rtol=1e-5, atol=1e-5)
