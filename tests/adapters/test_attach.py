@@ -157,7 +157,6 @@ def test_pipeline_runs_edited():
 
 
 def test_trainer_evaluates_edited(tmp_path):
-    pytest.importorskip("accelerate", reason="Trainer needs accelerate, a development dependency")
     from transformers import Trainer, TrainingArguments
 
     module, tokenizer = tiny("llama", layers=2)

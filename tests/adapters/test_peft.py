@@ -6,6 +6,7 @@ import copy
 import json
 
 import msgspec
+import peft
 import pytest
 import safetensors.torch
 import torch
@@ -22,8 +23,6 @@ from errata.functional.errors import (
 )
 from errata.functional.stacks import stack
 from tests.adapters.deltas import case, logits, lowrank, sites
-
-peft = pytest.importorskip("peft", reason="PEFT is a development dependency: pip install .[dev]")
 
 FORMS = ("act", "act_fp32", "weight")
 FAMILIES = ("llava", "qwen2_vl", "blip2", "llava_onevision", "qwen3_vl")
