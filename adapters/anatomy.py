@@ -63,7 +63,7 @@ class Anatomy:
         ]
         inside = card.layers + "."
         self._outside = {
-            name: card.ties.get(name, name)
+            name: card.ties.get(str(name), str(name))
             for name, _ in module.named_parameters(remove_duplicate=False)
             if not name.startswith(inside)
         }
@@ -116,9 +116,10 @@ class Anatomy:
                 return value
             return value.to(device, dtype if value.is_floating_point() else None)
 
-        moved = [value.to(device) for value in inputs[:5]]
+        fields = ("ids", "mask", "image", "labels", "at")
+        moved = {name: getattr(inputs, name).to(device) for name in fields}
         pixels = {name: pixel(value) for name, value in inputs.pixels.items()}
-        return Inputs(*moved, pixels, inputs.keys)
+        return inputs._replace(**moved, pixels=pixels)
 
     def _names(self, module: nn.Module, path: str) -> list[tuple[str, str]]:
         """(name inside the part, name in `params`) of every parameter of a part."""

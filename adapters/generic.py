@@ -169,9 +169,10 @@ def _company(made: Any, params: Params, given: Inputs, whole: Tensor, measure: _
         got = made.decode(params, batch, at="all")[:, : whole.shape[1]]
         return measure.must(law, got, whole)
     alone = []
-    for row, mask in enumerate(given.mask):
-        cut = slice(0, int(mask.sum()))
-        one = Inputs(*(value[row : row + 1] for value in given[:5]))
+    for row, real in enumerate(given.mask):
+        cut = slice(0, int(real.sum()))
+        ids, mask, image, labels, at = (value[row : row + 1] for value in given[:5])
+        one = Inputs(ids, mask, image, labels, at)
         alone.append(
             made.embed(
                 params,

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from errata.functional import Delta
+from errata.functional import Delta, LowRank
 from errata.functional.atomic import whole_folder
 from errata.functional.errors import BadInput, KindUnsupported, listed
 from errata.functional.io import NAMES, as_bytes, digest
@@ -109,7 +109,7 @@ def _refusals(delta: Delta, profile: str) -> Iterator[str]:
                 f"{entry.name} is a dense change: `compress` it to a rank first (the loss is "
                 "reported), or `fold` it into a checkpoint"
             )
-        elif kind != "lowrank":
+        elif not isinstance(entry, LowRank):
             yield (
                 f"kind {kind!r} decides per input what to change, which a LoRA can not: serve it "
                 "with `bind`"
@@ -208,7 +208,7 @@ def _config(
         "lora_alpha": max(ranks.values()),
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": all(entry.transposed for entry in header.entries),
+        "fan_in_fan_out": all(getattr(entry, "transposed", False) for entry in header.entries),
         "use_rslora": False,
         "use_dora": False,
         "modules_to_save": None,

@@ -113,7 +113,7 @@ def routing_cases(dtypes: Sequence[str]) -> Iterator[Case]:
 
 
 def product_cases(dtypes: Sequence[str]) -> Iterator[Case]:
-    indices = dict.fromkeys(("ids", "count", "lengths"), "*i64")
+    indices: dict[str, str] = dict.fromkeys(("ids", "count", "lengths"), "*i64")
     for dtype, num_tokens, num_columns in itertools.product(dtypes, (1, 600), (16, 400)):
         widen = dtype == "fp32"
         block = grouped_lora.blocks(num_tokens, num_columns, widen)

@@ -139,10 +139,9 @@ def _class(name: str) -> type:
     if not _ours(module):
         raise ValueError(f"{module} is not of errata")
     kind = getattr(sys.modules.get(module) or import_module(module), attribute, None)
-    fit = isinstance(kind, type) and issubclass(kind, msgspec.Struct | tuple)
-    if not fit:
-        raise ValueError(f"{name} is no NamedTuple and no Struct")
-    return kind
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct | tuple):
+        return kind
+    raise ValueError(f"{name} is no NamedTuple and no Struct")
 
 
 def _ours(module: str) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from errata.functional.errors import BadInput, BaseMismatch, listed
+from errata.functional.header import LowRank
 from errata.functional.peek import Peek, peek
 
 __all__ = ["register"]
@@ -119,7 +120,7 @@ def _facts(path: Path, found: Peek, norms: dict[str, float]) -> dict[str, Any]:
         )
     edits = []
     for number, edit in enumerate(header.edits):
-        rows = {e.name: e.rows[number] for e in header.entries if getattr(e, "rows", ())}
+        rows = {e.name: e.rows[number] for e in header.entries if isinstance(e, LowRank) and e.rows}
         edits.append(
             {
                 "id": edit.id,

@@ -7,7 +7,7 @@ train them is here. Legend: E edits · B rows · T scored positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ def descend_each(
         ]
         return {name: torch.stack([tensors[name] for tensors in alone]) for name in start}
     stacked = {name: t.expand(len(queries), *t.shape) for name, t in start.items()}
-    batch = prefix.cut(model, _read(model, queries, rule), reach)
+    batch = cast(Batch, prefix.cut(model, _read(model, queries, rule), reach))
     batch = batch._replace(edit=torch.arange(len(queries), device=batch.edit.device))
     step = _stacked_step(model, header, batch, rule, express)
     return _descend(step, stacked, rule, anchor)
@@ -109,7 +109,7 @@ def descend_jointly(
     if reach.embed:
         step = _embed_step(model, describe(queries, 0), inputs, rule, express)
     else:
-        batch = prefix.cut(model, inputs, reach)
+        batch = cast(Batch, prefix.cut(model, inputs, reach))
         batch = batch._replace(edit=torch.zeros_like(batch.edit))
         step = _stacked_step(model, header, batch, rule, express)
     alone = {name: tensor[None] for name, tensor in start.items()}

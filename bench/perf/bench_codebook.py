@@ -76,7 +76,7 @@ def rivals(
         compiled = torch.compile(expand, dynamic=True)
         found["torch.compile"] = lambda: compiled(query, keys, norms)
     elif find_spec("faiss") is not None:
-        import faiss
+        import faiss  # pyright: ignore[reportMissingImports]
 
         faiss.omp_set_num_threads(torch.get_num_threads())
         index = faiss.IndexFlatL2(case.width)

@@ -66,7 +66,7 @@ def blip2(seed: int = 0):
             bos_token_id=1, eos_token_id=1, pad_token_id=0,
         ),
         num_query_tokens=32,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.get_vocab()["<image>"],
     )  # fmt: skip
     torch.manual_seed(seed)
     module = transformers.Blip2ForConditionalGeneration(config).eval()

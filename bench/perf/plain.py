@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +24,8 @@ Train = Callable[[torch.nn.Module, Callable[[], Tensor]], None]
 
 def forward(module: torch.nn.Module, inputs: Inputs) -> Tensor:
     """Logits [1 L V] of one row by the module's own forward; words alone go to its decoder."""
-    if not inputs.pixels:
-        module = module.language_model
-    return module(
+    run: Any = module if inputs.pixels else module.language_model
+    return run(
         input_ids=inputs.ids, attention_mask=inputs.mask.long(), use_cache=False, **inputs.pixels
     ).logits
 

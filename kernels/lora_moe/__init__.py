@@ -206,9 +206,9 @@ def apply(
         lengths = torch.full_like(routes.count, hidden.shape[1])
     tensors = (hidden, down, up, *routes, lengths, gamma, beta)
     if library.differentiates(hidden, down, up, routes.weights, gamma, beta):
-        return ref.apply(*tensors, eps, activation)
+        return ref.apply(*tensors, eps, activation)  # pyright: ignore[reportCallIssue]
     held = (tensor if tensor is None else tensor.detach() for tensor in tensors)
-    return _apply(*held, eps, activation)  # pyright: ignore[reportCallIssue]
+    return _apply(*held, eps, activation)
 
 
 def _misshapen(wanted: dict[str, tuple[Tensor | None, list[int]]]) -> list[str]:
