@@ -25,7 +25,7 @@ from .collate import Encoded, assemble, collated
 from .images import Cache, key
 from .pictures import READINGS, TEXT, Parts, Reading, Seen, parts
 from .templates import preset
-from .text import Segment, Template, gap, scored, segments
+from .text import MARK, Segment, Template, gap, scored, segments
 
 __all__ = ["Reader", "Row", "ending", "reader", "writer"]
 
@@ -112,8 +112,11 @@ class Reader:
                 [self._chat(query)] if self._chats() else self._written(query), query, seen
             )
         elif self.reading.place == "lead":
-            texts = segments(self.template, self.raw, query._replace(images=(), video=False))
-            row = [*(seen.runs if seen else ()), *texts]
+            prompt = query.prompt
+            if query.images and prompt.count(MARK) == len(query.images):
+                prompt = prompt.replace(MARK, "")  # wherever it says, they come first here
+            bare = Query(prompt, query.target)
+            row = [*(seen.runs if seen else ()), *segments(self.template, self.raw, bare)]
         else:
             row = [
                 seen.runs[part] if seen and isinstance(part, int) else part
@@ -219,15 +222,20 @@ class Reader:
 
     def _expanded(self, row: list[Segment], query: Query, seen: Seen | None) -> list[Segment]:
         """Each placeholder replaced by its picture's run of tokens."""
-        tokens = [place(self.found) for place in (self.reading.image, self.reading.video) if place]
+        processor = self.found.processor
+        tokens = [
+            getattr(processor, f"{kind}_token")
+            for kind in ("image", "video")
+            if getattr(self.reading, kind)
+        ]
         place = self._place(query) if seen else ""
         runs = iter(seen.runs if seen else ())
         want = len(seen.runs) if seen else 0
-        have = sum(str(part).count(token) for part in row for token in tokens)
+        have = sum(str(part).count(token) for part in (*row, query.target) for token in tokens)
         if have != want:
             raise BadInput(
                 f"a row must hold one placeholder per picture, {want} in all, and has {have}: "
-                f"take {', '.join(map(repr, tokens))} out of the prompt"
+                f"take {', '.join(map(repr, tokens))} out of the prompt and the target"
             )
         if not seen:
             return row
@@ -305,6 +313,12 @@ class Reader:
             raise BadInput(
                 f"a row must have at most {self.card.context} tokens, and this has {len(row.ids)} "
                 f"({sum(row.image)} of them pictures): shorten the prompt or use fewer pictures"
+            )
+        if max(row.ids, default=0) >= self.card.vocab:
+            token = self.found.tokenizer.convert_ids_to_tokens(max(row.ids))
+            raise BadInput(
+                f"every token must be one of the model's {self.card.vocab}, and {token!r} is none: "
+                "take it out of the text"
             )
         if not row.ids:
             raise BadInput("the prompt must hold something, and this row has no token at all")

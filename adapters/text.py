@@ -14,7 +14,7 @@ import msgspec
 
 from errata.functional import Query
 
-__all__ = ["Segment", "Template", "gap", "scored", "segments"]
+__all__ = ["MARK", "Segment", "Template", "gap", "scored", "segments"]
 
 Segment = str | int
 """A text, or the number of a picture."""

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from msgspec.structs import replace
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -127,7 +128,7 @@ def test_labels_spell_the_answer_under_any_kind_of_tokenizer(make, prompt, betwe
     bpe.train_from_iterator([*CORPUS, "\n"], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<unk>")
     module, _ = tiny("gpt2")
-    card = adapt(module, tiny_tokenizer()).card
+    card = replace(adapt(module, tiny_tokenizer()).card, vocab=400)
     read = reader(tokenizer, module.config, card, Template(chat=False, gap=between))
     for target in ("dog", "the old town", "V I"):
         inputs = read([Query(prompt, target)])
@@ -193,16 +194,32 @@ def test_pictures_for_a_text_model_are_refused():
     assert "takes no images, got 1: leave them out" in refused("llama", Query("a", "x", (1,)))
 
 
-@pytest.mark.parametrize(
-    ("name", "token"),
-    [("llava", "<image>"), ("qwen2_vl", "<|image_pad|>"), ("qwen3_vl", "<|video_pad|>")],
-)
-def test_a_prompt_can_not_forge_pictures(name, token):
-    if name == "qwen3_vl":  # its video placeholder comes with marks around it
-        token = f"<|vision_start|>{token}<|vision_end|>"
-    said = refused(name, Query(f"look {token} here", "x"))
-    assert "one placeholder per picture, 0 in all, and has 1: take" in said
+FORGED = [("llava", "<image>"), ("qwen2_vl", "<|image_pad|>"), ("qwen3_vl", "<|video_pad|>")]
+
+
+@pytest.mark.parametrize(("name", "token"), FORGED)
+def test_neither_prompt_nor_target_can_forge_pictures(name, token):
+    for query in (Query(f"look {token} here", "x"), Query("look", f"{token}")):
+        said = refused(name, query)
+        assert "one placeholder per picture, 0 in all, and has 1: take" in said
     assert "one placeholder" in refused(name, Query(f"{token} {token}", "x", (picture(),)))
+    assert "1 in all, and has 2" in refused(name, Query("look", f"a {token}", (picture(),)))
+
+
+def test_a_token_that_the_model_does_not_have_is_refused():
+    """An old BLIP-2's processor adds `<image>` to the tokenizer, and nothing to the model."""
+    module, processor = tiny("blip2")
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<new>"]})
+    read = adapt(module, processor).read
+    with pytest.raises(BadInput, match="one of the model's 310, and '<new>' is none"):
+        read([Query("what <new> is it?", "x")])
+
+
+def test_a_prompt_that_places_its_picture_is_read_where_pictures_come_first():
+    found = model("blip2")
+    image = picture()
+    there = found.read([Query("<image>what is it?", "x", (image,))])
+    assert torch.equal(there.ids, found.read([Query("what is it?", "x", (image,))]).ids)
 
 
 def test_a_row_longer_than_the_context_is_refused():
