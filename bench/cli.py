@@ -183,8 +183,9 @@ def _models(options: argparse.Namespace) -> None:
     for name in micro_names():
         print(f"  micro/{name:16} {_size(WEIGHTS / name / 'model.safetensors')}")
     print("\nFamilies served from a folder or hub id:")
-    for name in adapters.families():
-        print(f"  {name}")
+    for name, what in adapters.families().items():
+        print(f"  {name:16} {what}")
+    print("  others           found by structure, where a cut forward proves to be the whole one")
 
 
 def _editors(options: argparse.Namespace) -> None:
