@@ -15,7 +15,7 @@ from errata.kernels import library
 
 WIDENED = 1 << 22  # elements of gathered or widened keys and experts held at once
 HIDDEN = 1 << 24  # expert activations [B, L, S R] held at once
-TOKENS = 128  # tokens per step on a CPU: what lies between the two products stays in cache
+TOKENS = 32, 256  # fewest and most tokens per step on a CPU; between them, one per column
 
 
 def weigh(scores: Tensor, gate: Tensor) -> Tensor:
@@ -143,8 +143,9 @@ def apply_experts(
         step = max(1, WIDENED // (down.shape[1] * down.shape[2]))
         parts = list(zip(ids[row, :slots].split(step), weights[row, :slots].split(step)))
         kept = [_gathered(down, up, *parts[0])] if len(parts) == 1 else None
-        for start in range(0, length, TOKENS):
-            block = slice(start, min(start + TOKENS, length))
+        tokens = min(max(TOKENS[0], slots * down.shape[1]), TOKENS[1])
+        for start in range(0, length, tokens):
+            block = slice(start, min(start + tokens, length))
             experts = kept or (_gathered(down, up, *part) for part in parts)
             out[row, block] = _through(hidden[row, block], experts, gamma, beta, eps, activation)
     return out
