@@ -14,7 +14,7 @@ from errata.adapters.minigpt4 import (
     MiniGPT4ForConditionalGeneration,
     MiniGPT4Processor,
 )
-from errata.adapters.zoo.processors import LlavaOnevisionPictures, Qwen2VLPictures
+from errata.adapters.processors import LlavaOnevisionPictures, Qwen2VLPictures
 from errata.adapters.zoo.world import IMAGE_SIZE
 
 WIDTH, NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HIDDEN = 192, 4, 6, 2, 512
