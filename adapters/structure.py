@@ -178,6 +178,7 @@ def describe(
         head=path_of(module, head),
         tokens=tokens,
         vision=vision,
+        vision_depth=_vision_depth(config),
         projector=projector,
         parts=_parts(stack),
         linears=linears,
@@ -225,6 +226,19 @@ def _context(text: Any) -> int:
         if isinstance(value, int):
             return value
     return 2048
+
+
+def _vision_depth(config: Any) -> int:
+    """How many vision blocks the features are read through: LLaVA leaves the last ones out.
+
+    0 where the config does not say. State k of a tower is what block k - 1 gave.
+    """
+    chosen = getattr(config, "vision_feature_layer", None)
+    blocks = getattr(getattr(config, "vision_config", None), "num_hidden_layers", None)
+    if chosen is None or not isinstance(blocks, int):
+        return 0
+    states = chosen if isinstance(chosen, list | tuple) else [chosen]
+    return max(k + blocks + 1 if k < 0 else k for k in states)
 
 
 def _linears(module: nn.Module) -> tuple[dict[str, tuple[int, int]], frozenset[str]]:

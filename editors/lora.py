@@ -26,6 +26,7 @@ from errata.functional import Delta, Editor, LowRank, Model, Query
 from errata.functional.records import header_for
 
 from .descent import Rule, Trained, descend_each, descend_jointly
+from .sites import linears
 
 __all__ = ["PRESETS", "LoraConfig", "lora"]
 
@@ -79,7 +80,7 @@ def lora(config: LoraConfig = LoraConfig()) -> Editor:
 
     def init(model: Model, generator: torch.Generator) -> Trained:
         tensors = {}
-        for path in model.card.match(config.targets):
+        for path in linears(model, config.targets):
             out, width = model.card.linears[path]
             device = model.params[path + ".weight"].device
             bound = 1 / math.sqrt(width)

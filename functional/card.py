@@ -53,6 +53,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     norm: str = ""  # the norm before it
     tokens: str = ""  # the token embedding
     vision: str = ""  # the vision tower; "" for a text-only decoder
+    vision_depth: int = 0  # blocks of it that the features are read through; 0: all
     projector: str = ""  # what maps vision features to the decoder (projector, merger, Q-Former)
     parts: dict[str, str] = {}  # neutral part of a layer -> the family's: {"mlp.down": "fc2"}
     linears: dict[str, tuple[int, int]] = {}  # path of each linear map -> (out, in)
