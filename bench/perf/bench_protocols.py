@@ -23,8 +23,8 @@ from errata.functional.metrics import SCORERS
 
 NUM_CASES = 8
 
-FINETUNE = FinetuneConfig(sites=("layers.-1.mlp.down",), num_steps=25, lr=1e-3, stop_loss=0.0)
-LORA = LoraConfig(rank=8, alpha=16.0, num_steps=5, lr=1e-3, stop_loss=0.0)
+FINETUNE = FinetuneConfig(num_steps=25, lr=1e-3, stop_loss=0.0, end=False)
+LORA = LoraConfig(rank=8, alpha=16.0, num_steps=5, lr=1e-3, stop_loss=0.0, end=False)
 
 
 @pytest.fixture(scope="module")
