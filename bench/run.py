@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import shutil
 from collections.abc import Collection, Iterator, Sequence
@@ -70,7 +71,7 @@ def run(
     check_cases(cases)
     terms = Terms(scorers, settings.generate, settings.budget)
     folder = Path(settings.out)
-    identity = settings.digest(versions())
+    identity = settings.digest(versions(), _digest(cases))
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         _claim(folder, identity, fresh)
@@ -92,26 +93,43 @@ def run(
 def _claim(folder: Path, identity: str, fresh: bool) -> None:
     """Make the folder this run's, or refuse because it is another's."""
     path = folder / IDENTITY
-    if fresh:
+    if fresh and path.is_file():  # else what lies there is not ours to remove
         for name in (RESULTS, PROGRESS, IDENTITY, MARK, "report.html", "summary.json"):
             (folder / name).unlink(missing_ok=True)
         for name in ("deltas", "pictures"):
             shutil.rmtree(folder / name, ignore_errors=True)
     if path.is_file():
-        there = msgspec.json.decode(path.read_bytes())
+        there = _there(path)
         if there.get("run") != identity:
             raise BadInput(
                 f"{folder} must be empty or hold the same run, and holds run {there.get('run')} "
-                f"({there.get('versions')}) while these settings are run {identity} "
+                f"({there.get('versions')}) while these settings and cases are run {identity} "
                 f"({versions()}): give another `out`, or --fresh to start over."
             )
         return
     if (folder / RESULTS).exists():
         raise BadInput(
-            f"{folder} holds {RESULTS} of an unknown run: give another `out`, or --fresh."
+            f"{folder} must be empty or hold a run, and holds {RESULTS} without {IDENTITY}: give "
+            "another `out`."
         )
     with whole_file(path) as file:
         file.write(msgspec.json.encode({"run": identity, "versions": versions()}) + b"\n")
+
+
+def _there(path: Path) -> dict[str, str]:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, str])
+    except msgspec.DecodeError:
+        return {}
+
+
+def _digest(cases: Sequence[Case]) -> str:
+    """What is asked, as a hash: an annotation file that was changed is another run."""
+    asked = [
+        [case.id, [(probe, index, q.prompt, q.target) for probe, index, q in queries_of(case)]]
+        for case in cases
+    ]
+    return hashlib.sha256(msgspec.json.encode(asked)).hexdigest()
 
 
 def _run_model(

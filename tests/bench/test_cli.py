@@ -109,6 +109,26 @@ def test_a_folder_of_another_run_is_refused_and_fresh_clears_it(settings, tmp_pa
     assert (tmp_path / "two" / "results.jsonl").stat().st_size > 0
 
 
+def test_fresh_removes_nothing_that_is_not_a_runs(settings, tmp_path, capsys):
+    (tmp_path / "out" / "pictures").mkdir(parents=True)
+    (tmp_path / "out" / "pictures" / "holiday.png").touch()
+    assert cli.main(["run", str(settings), "--fresh"]) == 0
+    assert (tmp_path / "out" / "pictures" / "holiday.png").exists()
+    (tmp_path / "out" / "run.json").write_text("{")
+    capsys.readouterr()
+    assert "must be empty or hold the same run" in said(capsys, "run", settings)
+    (tmp_path / "out" / "run.json").unlink()
+    assert "without run.json" in said(capsys, "run", settings, "--fresh")
+
+
+def test_a_case_file_that_was_changed_is_another_run(settings, capsys, monkeypatch):
+    assert cli.main(["run", str(settings)]) == 0
+    capsys.readouterr()
+    real = run.open_cases
+    monkeypatch.setattr(run, "open_cases", lambda choice: real(choice)[::-1])
+    assert "these settings and cases" in said(capsys, "run", settings)
+
+
 def test_two_runs_of_one_folder_exclude_each_other(settings, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".lock").touch()
