@@ -27,7 +27,7 @@ from errata.functional import (
 )
 from errata.functional.call import rewriting
 from errata.functional.errors import ModelUnsupported, ShapeMismatch
-from errata.functional.rows import pick
+from errata.functional.rows import ends, pick
 
 from .anatomy import Anatomy
 from .attributes import check_config
@@ -115,6 +115,7 @@ class Decoder:
             mask=inputs.mask,
             positions=positions,
             image=inputs.image,
+            prompt=ends(inputs),
             labels=inputs.labels,
             at=inputs.at,
             edit=torch.zeros_like(inputs.ids[:, 0]) if edit is None else edit,
@@ -225,6 +226,7 @@ class Decoder:
             mask=new,
             positions=positions,
             image=torch.zeros_like(new),
+            prompt=torch.zeros_like(new),
             labels=torch.full_like(last, IGNORE),
             at=last,
             edit=torch.zeros_like(ids[:, 0]) if edit is None else edit,

@@ -15,17 +15,21 @@ from errata.functional import Editor
 from errata.functional.errors import BadSettings
 
 from . import finetune as _finetune
+from . import grace as _grace
 from . import lora as _lora
 from .finetune import FinetuneConfig, finetune
+from .grace import GraceConfig, grace
 from .lora import LoraConfig, lora
 
 __all__ = [
     "EDITORS",
     "FinetuneConfig",
+    "GraceConfig",
     "LoraConfig",
     "Method",
     "configure",
     "finetune",
+    "grace",
     "lora",
     "make",
 ]
@@ -43,6 +47,9 @@ class Method(NamedTuple):
 EDITORS: dict[str, Method] = {
     "finetune": Method(
         FinetuneConfig, finetune, _finetune.PRESETS, "gradient descent on chosen parameters (FT)"
+    ),
+    "grace": Method(
+        GraceConfig, grace, _grace.PRESETS, "a codebook of activations and their replacements"
     ),
     "lora": Method(LoraConfig, lora, _lora.PRESETS, "a low-rank change trained on the edit"),
 }

@@ -29,7 +29,15 @@ from errata.functional.factors import unformed_gradients
 from errata.functional.losses import nll
 from errata.functional.stacks import per_edit
 
-__all__ = ["Objective", "Rule", "Trained", "descend_each", "descend_jointly"]
+__all__ = [
+    "Objective",
+    "Rule",
+    "Step",
+    "Trained",
+    "descend",
+    "descend_each",
+    "descend_jointly",
+]
 
 Objective = Literal["target", "last"]
 
@@ -89,7 +97,7 @@ def descend_each(
     batch = cast(Batch, prefix.cut(model, _read(model, queries, rule), reach))
     batch = batch._replace(edit=torch.arange(len(queries), device=batch.edit.device))
     step = _stacked_step(model, header, batch, rule, express)
-    return _descend(step, stacked, rule, anchor)
+    return descend(step, stacked, rule, anchor)
 
 
 def descend_jointly(
@@ -113,7 +121,7 @@ def descend_jointly(
         batch = batch._replace(edit=torch.zeros_like(batch.edit))
         step = _stacked_step(model, header, batch, rule, express)
     alone = {name: tensor[None] for name, tensor in start.items()}
-    return {name: tensor[0] for name, tensor in _descend(step, alone, rule, anchor).items()}
+    return {name: tensor[0] for name, tensor in descend(step, alone, rule, anchor).items()}
 
 
 def _read(model: Model, queries: Sequence[Query], rule: Rule) -> Inputs:
@@ -157,7 +165,7 @@ def _positions(at: Tensor, objective: Objective) -> Tensor:
     return at[:, :1].expand_as(at) if objective == "last" else at
 
 
-def _descend(step: Step, start: Tensors, rule: Rule, anchor: Params | None) -> dict[str, Tensor]:
+def descend(step: Step, start: Tensors, rule: Rule, anchor: Params | None) -> dict[str, Tensor]:
     """Descend from `start` [E ...]; an edit whose loss is at most `stop_loss` stays as it is.
 
     The optimiser overwrites tensors made here, so that a step is one pass over memory.

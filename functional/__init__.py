@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .card import Base, ModelCard
     from .compare import conflicts, diff
     from .generate import generate
-    from .header import Dense, EditRecord, Header, LowRank
+    from .header import Codebook, Dense, EditRecord, Header, LowRank
     from .io import load, save
     from .merge import compress, merge, remove, scale, select
     from .mixed import bind_rows
@@ -42,6 +42,7 @@ __all__ = [
     "Base",
     "Batch",
     "Case",
+    "Codebook",
     "Delta",
     "Dense",
     "EditRecord",

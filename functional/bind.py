@@ -9,6 +9,7 @@
     lowrank, form "act"      rewrite  y + (x A^T) B^T, in the model's dtype
     lowrank, "act_fp32"      rewrite  the product in fp32, cast once at the end
     lowrank, stacked         rewrite  with A_e, B_e, as "act_fp32" whatever the form
+    codebook                 rewrite  a value in place of y where x comes near its key
 
 Stacked changes that no rewrite can express (a norm's scale, an embedding, anything in the vision
 path) run edit by edit: once per edit that the batch names, each over its own rows in the decoder.
@@ -36,10 +37,11 @@ from errata.kernels import grouped_lora
 from .bound import Plan, functions
 from .call import compose
 from .card import Base
+from .codebook import codebook
 from .errors import BaseMismatch, ShapeMismatch, UnknownSite, listed
 from .fingerprint import derive, fingerprint, origin
 from .grouped import grouped_linear
-from .header import Dense, Header, LowRank
+from .header import Codebook, Dense, Header, LowRank
 from .places import canonical, module_of, runs_above, runs_below, uses
 from .stacks import unstack
 from .types import Batch, Delta, Model, Params, Rewrite, Rewrites
@@ -141,9 +143,7 @@ def _check(model: Model, delta: Delta) -> None:
     card, header = model.card, delta.header
     wrong = _differences(model, header)
     unknown = [
-        entry.name
-        for entry in header.entries
-        if isinstance(entry, Dense | LowRank) and canonical(card, entry.name) not in model.params
+        entry.name for entry in header.entries if canonical(card, entry.name) not in model.params
     ]
     shapes = _misfits(model, delta)
     found = wrong + [f"{name} is no parameter of the model" for name in unknown] + shapes
@@ -247,7 +247,21 @@ def _lowrank(model: Model, header: Header, entry: LowRank, tensors: Mapping[str,
     return Change(rewrites=(lambda batch: above) if above else None, below=below)
 
 
-KINDS: dict[type, Kind] = {Dense: _dense, LowRank: _lowrank}
+def _codebook(
+    model: Model, header: Header, entry: Codebook, tensors: Mapping[str, Tensor]
+) -> Change:
+    """A value in place of the output where the prompt's last input lies in its key's ball."""
+    path = module_of(canonical(model.card, entry.name))
+    if path not in model.card.linears or runs_below(model.card, path):
+        raise UnknownSite(
+            f"a codebook's site must be a linear map in the decoder of {model.card.id}, and "
+            f"{path!r} is none."
+        )
+    rewrite = codebook(entry, tensors, stacked=bool(header.stack))
+    return Change(rewrites=lambda batch: {path: partial(rewrite, batch)})
+
+
+KINDS: dict[type, Kind] = {Codebook: _codebook, Dense: _dense, LowRank: _lowrank}
 """Kind of entry -> the one function that says what it does. A new kind is a line here."""
 
 

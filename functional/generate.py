@@ -99,12 +99,14 @@ def _steps_again(
 
 
 def _grown(inputs: Inputs, ids: Tensor) -> Inputs:
-    """The rows with one more token each, right behind their last."""
+    """The rows with one more token each, right behind their last; it counts as their answer's."""
     end = inputs.mask.sum(-1, keepdim=True)  # [B 1]
     return inputs._replace(
         ids=F.pad(inputs.ids, (0, 1)).scatter(1, end, ids[:, None]),
         mask=F.pad(inputs.mask, (0, 1)).scatter(1, end, True),
         image=F.pad(inputs.image, (0, 1)),
+        labels=torch.cat([inputs.labels, ids[:, None]], 1),
+        at=torch.cat([inputs.at, end - 1], 1),
     )
 
 

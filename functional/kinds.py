@@ -13,8 +13,10 @@ import msgspec
 import torch
 from torch import Tensor
 
-from .errors import KindUnsupported
-from .header import Dense, LowRank
+from errata.kernels import codebook as kernel
+
+from .errors import BadInput, KindUnsupported
+from .header import Codebook, Dense, LowRank
 
 __all__ = ["Algebra", "Part", "algebra", "as_dense", "inner", "parts", "register", "rows_of"]
 
@@ -73,6 +75,11 @@ def as_dense(part: Part) -> Tensor:
     """The change of the whole parameter, in fp32 and in the parameter's layout."""
     if isinstance(part.entry, Dense):
         return part.tensors[""].float()
+    if not isinstance(part.entry, LowRank):
+        raise KindUnsupported(
+            f"{part.entry.name}: a {type(part.entry).__name__.lower()} decides per input what to "
+            "change, and is no change of a parameter: compare what the edited models answer."
+        )
     change = part.tensors[".B"].float() @ part.tensors[".A"].float()
     return change.T if part.entry.transposed else change
 
@@ -154,5 +161,58 @@ def _scale_dense(part: Part, factor: float) -> Part:
     return part._replace(tensors={"": part.tensors[""] * factor})
 
 
+def _join_codebook(given: Sequence[Part | int]) -> Part:
+    """All keys in one book: the nearest of them decides, the first on ties."""
+    found = [part for part in given if isinstance(part, Part)]
+    first = found[0].entry
+    if any(part.entry.where != first.where for part in found):
+        raise BadInput(f"{first.name}: the codebooks replace at different tokens.")
+    keys = found[0].tensors[".keys"]
+    for part in found[1:]:
+        same = kernel.lookup(part.tensors[".keys"], keys, torch.zeros_like(keys[:, 0]))
+        if bool(same.hit.any()):
+            raise BadInput(
+                f"{first.name}: two of the codebooks have the same key, and one of its values "
+                "would never be read: make those edits in one sequence, so that the later one "
+                "replaces the earlier."
+            )
+        keys = torch.cat([keys, part.tensors[".keys"]])
+    owners: list[int] = []
+    before = 0
+    for part in given:
+        if isinstance(part, int):
+            owners += [-1] * part
+        else:
+            owners += [key + before if key >= 0 else -1 for key in part.entry.owners]
+            before += part.entry.num_keys
+    entry = msgspec.structs.replace(first, num_keys=before, owners=tuple(owners))
+    tensors = {s: torch.cat([part.tensors[s] for part in found]) for s in found[0].tensors}
+    return Part(entry, tensors, len(owners))
+
+
+def _keep_codebook(part: Part, keep: Sequence[int]) -> Part | None:
+    """Keys that a kept edit owns; radii stay as the sequence of edits left them."""
+    keys = sorted({part.entry.owners[k] for k in keep} - {-1})
+    if not keys:
+        return None
+    place = {key: at for at, key in enumerate(keys)} | {-1: -1}
+    entry = msgspec.structs.replace(
+        part.entry,
+        num_keys=len(keys),
+        owners=tuple(place[part.entry.owners[k]] for k in keep),
+    )
+    index = torch.tensor(keys)
+    tensors = {s: x.index_select(0, index.to(x.device)) for s, x in part.tensors.items()}
+    return Part(entry, tensors, len(keep))
+
+
+def _scale_codebook(part: Part, factor: float) -> Part:
+    raise KindUnsupported(
+        f"{part.entry.name}: a codebook's value replaces an output, and half of a replacement is "
+        "none: edit again, or remove edits by id."
+    )
+
+
+register(Codebook, Algebra(_join_codebook, _keep_codebook, _scale_codebook))
 register(LowRank, Algebra(_join_lowrank, _keep_lowrank, _scale_lowrank))
 register(Dense, Algebra(_join_dense, _keep_dense, _scale_dense))

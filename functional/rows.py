@@ -14,9 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import ShapeMismatch
-from .types import IGNORE, Batch
+from .types import IGNORE, Batch, Inputs
 
-__all__ = ["concat", "earlier", "later", "pad", "pick", "take", "trim"]
+__all__ = ["concat", "earlier", "ends", "later", "pad", "pick", "take", "trim"]
+
+
+def ends(inputs: Inputs) -> Tensor:
+    """[B L] True on the last token of each prompt: the one whose logits predict the answer's first.
+
+    Where nothing is scored the whole row is the prompt.
+    """
+    end = inputs.mask.sum(-1) - 1  # [B]
+    if inputs.labels.shape[1]:
+        scored = inputs.labels != IGNORE
+        first = inputs.at.gather(1, scored.int().argmax(-1, keepdim=True))[:, 0]
+        end = torch.where(scored.any(-1), first, end)
+    return torch.arange(inputs.ids.shape[1], device=end.device) == end[:, None]
 
 
 def take(batch: Batch, rows: Tensor | slice) -> Batch:
@@ -56,6 +69,7 @@ def pick(batch: Batch, at: Tensor) -> Batch:
         mask=batch.mask.gather(1, at),
         positions=_gather(batch.positions, 2, at),
         image=batch.image.gather(1, at),
+        prompt=batch.prompt.gather(1, at),
         extras=extras,
     )
 
@@ -85,6 +99,7 @@ def pad(batch: Batch, length: int, scored: int | None = None) -> Batch:
         mask=F.pad(batch.mask, (0, more)),
         positions=_repeat_last(batch.positions, 2, more),
         image=F.pad(batch.image, (0, more)),
+        prompt=F.pad(batch.prompt, (0, more)),
         labels=F.pad(batch.labels, (0, wide), value=IGNORE),
         at=F.pad(batch.at, (0, wide)),
         extras=extras,
@@ -119,7 +134,7 @@ def concat(batches: Sequence[Batch]) -> Batch:
     return Batch(**joined, extras=extras, depth=depths[0])
 
 
-_PLAIN = ("hidden", "mask", "positions", "image", "labels", "at", "edit")
+_PLAIN = ("hidden", "mask", "positions", "image", "prompt", "labels", "at", "edit")
 
 
 def _extra(extras: Mapping[str, Tensor], key: str, like: Tensor, rows: int) -> Tensor:
@@ -144,6 +159,7 @@ def _tokens(batch: Batch, queries: slice, keys: slice) -> Batch:
         mask=batch.mask[:, queries],
         positions=batch.positions[:, :, queries],
         image=batch.image[:, queries],
+        prompt=batch.prompt[:, queries],
         extras=extras,
     )
 

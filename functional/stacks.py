@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import rows
 from .errors import KindUnsupported, ShapeMismatch, listed
-from .header import EditRecord, Entry, Header, LowRank
+from .header import Codebook, EditRecord, Entry, Header, LowRank
 from .types import Batch, Delta
 
 __all__ = ["per_edit", "spread", "stack", "take", "unstack"]
@@ -44,7 +44,7 @@ def stack(deltas: Sequence[Delta]) -> Delta:
     tensors = {name: torch.stack([d.tensors[name] for d in deltas]) for name in first.tensors}
     header = msgspec.structs.replace(
         first.header,
-        entries=tuple(_shared(entry) for entry in first.header.entries),
+        entries=tuple(_together(given) for given in zip(*(d.header.entries for d in deltas))),
         edits=tuple(_one(delta.header) for delta in deltas),
         stack=len(deltas),
     )
@@ -66,6 +66,7 @@ def take(delta: Delta, edits: Sequence[int]) -> Delta:
     index = torch.tensor(list(edits), dtype=torch.int64)
     header = msgspec.structs.replace(
         delta.header,
+        entries=tuple(_owned(entry, edits) for entry in delta.header.entries),
         edits=tuple(delta.header.edits[number] for number in edits),
         stack=len(index),
     )
@@ -102,22 +103,40 @@ def _must_be_stacked(delta: Delta) -> None:
 def _alone(delta: Delta, number: int) -> Delta:
     header = msgspec.structs.replace(
         delta.header,
-        entries=tuple(_own(entry, delta.header) for entry in delta.header.entries),
+        entries=tuple(_own(entry, delta.header, number) for entry in delta.header.entries),
         edits=delta.header.edits[number : number + 1],
         stack=0,
     )
     return Delta(header, {name: tensor[number] for name, tensor in delta.tensors.items()})
 
 
-def _own(entry: Entry, header: Header) -> Entry:
+def _own(entry: Entry, header: Header, number: int) -> Entry:
     """An entry of a stacked delta as it reads in one edit's own delta."""
+    entry = _owned(entry, [number])
     if isinstance(entry, LowRank) and not header.recursive:
         return msgspec.structs.replace(entry, rows=(entry.rank,))
     return entry
 
 
 def _shared(entry: Entry) -> Entry:
+    if isinstance(entry, Codebook):
+        return msgspec.structs.replace(entry, owners=())
     return msgspec.structs.replace(entry, rows=()) if isinstance(entry, LowRank) else entry
+
+
+def _together(given: Sequence[Entry]) -> Entry:
+    """The same entry of several deltas as it reads in a stacked one."""
+    if isinstance(given[0], Codebook):
+        owners = tuple((e.owners or (-1,))[-1] for e in given if isinstance(e, Codebook))
+        return msgspec.structs.replace(given[0], owners=owners)
+    return _shared(given[0])
+
+
+def _owned(entry: Entry, edits: Sequence[int]) -> Entry:
+    """An entry with the keys of these edits only."""
+    if isinstance(entry, Codebook):
+        return msgspec.structs.replace(entry, owners=tuple(entry.owners[k] for k in edits))
+    return entry
 
 
 def _one(header: Header) -> EditRecord:

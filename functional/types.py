@@ -78,6 +78,7 @@ class Batch(NamedTuple):
     mask: Tensor  # [B L] bool
     positions: Tensor  # [B P L] int64
     image: Tensor  # [B L] bool
+    prompt: Tensor  # [B L] bool, True on a row's last prompt token, where the batch holds it
     labels: Tensor  # [B T] int64
     at: Tensor  # [B T] int64
     edit: Tensor  # [B] int64

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from errata import adapters
-from errata.editors import FinetuneConfig, LoraConfig, make
+from errata.editors import FinetuneConfig, GraceConfig, LoraConfig, make
 from errata.functional import Model, Query, io
 from errata.functional.bind import bind
 from errata.functional.errors import BaseMismatch
@@ -25,6 +25,7 @@ CASES = {
     "finetune-middle": FinetuneConfig(
         sites=("layers.1.mlp",), num_steps=8, lr=2e-3, weight_decay=0.01
     ),
+    "grace": GraceConfig(num_steps=4, lr=0.1),
     "lora": LoraConfig(rank=2, num_steps=4, lr=2e-2),
     "lora-mlp": LoraConfig(
         targets=("layers.-1.mlp.up",), rank=3, num_steps=3, optimizer="sgd", lr=0.2

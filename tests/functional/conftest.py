@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from errata.functional import Batch, Inputs, Model, ModelCard, Past, Query
-from errata.functional.rows import pick
+from errata.functional.rows import ends, pick
 
 LAYERS, WIDTH, INNER, HEADS, VOCAB, CONTEXT, PIXELS = 3, 16, 24, 2, 40, 32, 5
 END = 1
@@ -109,6 +109,7 @@ class _Toy:
             mask=inputs.mask,
             positions=places[:, None],
             image=inputs.image,
+            prompt=ends(inputs),
             labels=inputs.labels,
             at=inputs.at,
             edit=torch.zeros(rows, dtype=torch.long) if edit is None else edit,
@@ -185,6 +186,7 @@ class _Toy:
             mask=torch.ones_like(ids, dtype=torch.bool),
             positions=places[:, None],
             image=torch.zeros_like(ids, dtype=torch.bool),
+            prompt=torch.zeros_like(ids, dtype=torch.bool),
             labels=torch.full_like(ids[:, :1], -100),
             at=torch.full_like(ids[:, :1], new - 1),
             edit=torch.zeros(rows, dtype=torch.long) if edit is None else edit,

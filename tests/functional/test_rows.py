@@ -29,6 +29,7 @@ def batch(rows=2, length=5, scored=2, past=0, seed=0, added=False):
         mask=mask,
         positions=torch.arange(length).expand(rows, 1, length),
         image=torch.zeros(rows, length, dtype=torch.bool),
+        prompt=torch.arange(length).expand(rows, length) == at[:, :1],
         labels=torch.randint(0, 9, (rows, scored), generator=generator),
         at=at,
         edit=torch.arange(rows),
