@@ -15,7 +15,7 @@ from errata.kernels import library
 
 WIDENED = 1 << 22  # elements of gathered or widened keys and experts held at once
 HIDDEN = 1 << 24  # expert activations [B, L, S R] held at once
-TOKENS = 32, 256  # fewest and most tokens per step on a CPU; between them, one per column
+TOKENS = 64, 256  # fewest and most tokens per step on a CPU; between them, one per column
 
 
 def weigh(scores: Tensor, gate: Tensor) -> Tensor:
@@ -147,25 +147,28 @@ def apply_experts(
         for start in range(0, length, tokens):
             block = slice(start, min(start + tokens, length))
             experts = kept or (_gathered(down, up, *part) for part in parts)
-            out[row, block] = _through(hidden[row, block], experts, gamma, beta, eps, activation)
+            normed = _normed(hidden[row, block], gamma, beta, eps)
+            _add_experts(hidden[row, block], normed, experts, activation, out[row, block])
+            del normed  # before the next one is made
     return out
 
 
-def _through(
+def _add_experts(
     hidden: Tensor,
+    normed: Tensor,
     experts: Iterable[tuple[Tensor, Tensor, Tensor]],
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    eps: float,
     activation: str,
-) -> Tensor:
-    """A block of tokens [T D] with the output of the gathered experts added, in fp32."""
-    normed, total = _normed(hidden, gamma, beta, eps), hidden.float()
+    out: Tensor,
+) -> None:
+    """Write a block of tokens [T D] with the output of the gathered experts added, in fp32."""
+    start = hidden.float()
+    total = out if out.dtype == torch.float32 else torch.empty_like(start)
     for first, second, columns in experts:
         inner = library.affine(normed, first)  # [T SR]
         inner = (F.relu(inner) if activation == "relu" else inner) * columns
-        total = torch.addmm(total, inner, second)
-    return total
+        start = torch.addmm(start, inner, second, out=total)
+    if total is not out:
+        out.copy_(total)
 
 
 def _gathered(
