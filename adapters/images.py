@@ -60,6 +60,11 @@ def _open(path: str | os.PathLike[str]) -> Pictures.Image:
             f"image {name!r} must be a picture ({', '.join(FORMATS)}), and its content is none: "
             "convert it or take it out."
         ) from error
+    except PermissionError as error:
+        raise BadInput(
+            f"image {name!r} must be open to you, and is not ({error.strerror}): change its "
+            "permissions."
+        ) from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise BadInput(
             f"image {name!r} must be a whole picture, and can not be decoded ({error}): "

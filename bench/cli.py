@@ -59,9 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _sentence(fault: Exception) -> str:
     if not isinstance(fault, OSError):
         return " ".join(str(fault).split())
-    where = f"{fault.filename}: " if fault.filename else ""
     reason = fault.strerror or str(fault)
-    return f"{where}{reason}. Check the path, its permissions and the space left."
+    place = f"{fault.filename}: " if fault.filename else ""
+    return (
+        f"{place}{reason}; it must be there, of the right kind and open to you: check the path, "
+        "its permissions and the space left."
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

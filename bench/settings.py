@@ -155,7 +155,9 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     title: str = ""
     seed: int = 0
     scorers: Annotated[tuple[str, ...], Meta(min_length=1)] = ("errata",)
-    generate: Natural = 0  # tokens of free generation beside teacher forcing (not localities)
+    generate: Natural = 0  # tokens of free generation beside teacher forcing; 0: none
+    generate_for: Literal["every", "success"] = "every"  # probe, or all but localities
+    ppl_r: Natural = 0  # tokens an edited model goes on for behind its target; 0: no PPL_r
     memory: Size = "1 GiB"  # what a batch of edits or probes may take beside the model
     threads: Natural = 0  # of torch; 0: as it comes
     deltas: bool = True  # write one file per edit (single) or group (sequential)
@@ -203,7 +205,7 @@ def parse(text: str, where: str = "settings") -> RunSettings:
     """Settings from TOML text.
 
     Raises BadSettings naming every unknown key (with the nearest known one), every value that can
-    not be, and every name used twice.
+    not be, and every name used twice; of a faulty file also every name that is of nothing here.
 
     >>> parse('out="o"\\n[[models]]\\nid="micro/llava"\\n[[editors]]\\ntype="lora"').models[0].label
     'llava'
@@ -212,6 +214,8 @@ def parse(text: str, where: str = "settings") -> RunSettings:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as fault:
         raise BadSettings(f"{where} must be TOML: {fault}.") from None
+    from .sources import unknown_names
+
     faults: list[str] = []
     editors = raw.get("editors")
     if isinstance(editors, list):
@@ -220,6 +224,8 @@ def parse(text: str, where: str = "settings") -> RunSettings:
     faults += _editor_faults(raw.get("editors"))
     if settings is not None:
         faults += _clashes(settings)
+    if faults:  # alone they are no fault of the file: another machine may have them
+        faults += unknown_names(raw)
     if faults or settings is None:
         raise BadSettings(f"{where}: " + "; ".join(faults) + ".")
     return settings

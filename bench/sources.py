@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from errata.functional.errors import BadInput, BadSettings, listed
 from errata.functional.records import image_key
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_cases", "check_settings", "open_cases", "open_model", "picture_name", "picture_of",
-    "queries_of",
+    "queries_of", "unknown_names",
 ]  # fmt: skip
 
 MICRO, TINY = "micro/", "tiny/"
@@ -53,32 +55,68 @@ def open_model(choice: ModelChoice) -> Model:
 def check_settings(settings: RunSettings) -> None:
     """Refuse what can be known to be missing before anything is loaded, all of it at once.
 
-    Looks for micro and tiny models by name, folders, templates, devices and scorers. Raises
-    BadSettings.
+    Raises BadSettings, see `unknown_names`.
     """
-    from errata import adapters
-    from errata.adapters.tiny import TINY as tinies
-    from errata.adapters.zoo import micro_names
-    from errata.functional.metrics import SCORERS
-
-    faults = []
-    for number, choice in enumerate(settings.models):
-        where = f"models[{number}]"
-        for start, known in ((MICRO, micro_names()), (TINY, tuple(tinies))):
-            name = choice.id.removeprefix(start)
-            if choice.id.startswith(start) and name not in known:
-                faults.append(f"{where}.id: {unknown(name, known)}")
-        if choice.id.startswith((".", "/", "~")) and not Path(choice.id).is_dir():
-            faults.append(f"{where}.id must be a folder or a hub id; {choice.id} is no folder")
-        if choice.template not in adapters.PRESETS:
-            faults.append(f"{where}.template: {unknown(choice.template, adapters.PRESETS)}")
-        try:
-            _device(choice.device)
-        except BadSettings as fault:
-            faults.append(f"{where}.{str(fault).rstrip('.')}")
-    faults += [f"scorers: {unknown(n, SCORERS)}" for n in settings.scorers if n not in SCORERS]
+    faults = unknown_names(msgspec.to_builtins(settings))
     if faults:
         raise BadSettings(f"{listed(faults)}.")
+
+
+def unknown_names(raw: Mapping[str, Any]) -> list[str]:
+    """What a table of settings names that is not there, a sentence each.
+
+    Looks for micro and tiny models by name, folders, templates, devices, scorers and relations;
+    passes over what has no such shape, for that is said by its type.
+    """
+    from errata import adapters
+    from errata.functional.metrics import SCORERS
+
+    from .data.world import FACTS
+
+    faults = []
+    for number, choice in enumerate(_list(raw.get("models"))):
+        if not isinstance(choice, Mapping):
+            continue
+        where = f"models[{number}]"
+        if isinstance(id := choice.get("id"), str):
+            faults += [f"{where}.id{fault}" for fault in _absent(id)]
+        template = choice.get("template", "default")
+        if isinstance(template, str) and template not in adapters.PRESETS:
+            faults.append(f"{where}.template: {unknown(template, adapters.PRESETS)}")
+        if isinstance(device := choice.get("device", "cpu"), str):
+            try:
+                _device(device)
+            except BadSettings as fault:
+                faults.append(f"{where}.{str(fault).rstrip('.')}")
+    cases = raw.get("cases")
+    relations = _list(cases.get("relations")) if isinstance(cases, Mapping) else []
+    named = {"scorers": (_list(raw.get("scorers")), SCORERS), "cases.relations": (relations, FACTS)}
+    for where, (names, known) in named.items():
+        faults += [
+            f"{where}: {unknown(name, known)}"
+            for name in names
+            if isinstance(name, str) and name not in known
+        ]
+    return faults
+
+
+def _absent(id: str) -> list[str]:
+    """What is wrong with a model's id, as far as can be known without loading it."""
+    from errata.adapters.tiny import TINY as tinies
+    from errata.adapters.zoo import micro_names
+
+    faults = []
+    for start, known in ((MICRO, micro_names()), (TINY, tuple(tinies))):
+        name = id.removeprefix(start)
+        if id.startswith(start) and name not in known:
+            faults.append(f": {unknown(name, known)}")
+    if id.startswith((".", "/", "~")) and not Path(id).is_dir():
+        faults.append(f" must be a folder or a hub id; {id} is no folder")
+    return faults
+
+
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else ()
 
 
 def _device(name: str) -> Any:

@@ -94,6 +94,27 @@ def test_every_fault_is_named_at_once():
     assert "\n" not in said
 
 
+def test_names_of_nothing_are_told_with_the_other_faults():
+    said = faults("""
+        otu = "o"
+        scorers = ["erata"]
+        cases = {source = "world", relations = ["nme"]}
+        models = [{id = "micro/lava", template = "nope"}, {id = "./nowhere", device = "banana"}]
+        editors = [{type = "lora", rank = 0}]
+    """)
+    for part in (
+        "'otu' is unknown",
+        "scorers: 'erata' is unknown; did you mean 'errata'?",
+        "cases.relations: 'nme' is unknown; did you mean 'name'?",
+        "models[0].id: 'lava' is unknown; did you mean 'llava'?",
+        "models[0].template: 'nope' is unknown",
+        "models[1].id must be a folder or a hub id; ./nowhere is no folder",
+        "models[1].device must be one that torch can use here",
+        "editors[0]: lora.rank",
+    ):
+        assert part in said, f"{part!r} is not in {said!r}"
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
     [
