@@ -51,6 +51,14 @@ def started(settings: RunSettings, text: str) -> int:
         os._exit(1)
 
 
+def grown(path: Path, size: float, child: int) -> None:
+    """Wait until a file has this size, or the process that writes it has ended."""
+    while not (path.is_file() and path.stat().st_size >= size) and size > 0:
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return
+        time.sleep(0.002)
+
+
 def ended(child: int) -> int:
     """Wait for a process; its exit status, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -74,14 +82,18 @@ def killed(text: str, folder: Path, kills: int = 10, seed: int = 0) -> Outcome:
     if ended(started(calm, text)) != 0:
         raise SystemExit("the undisturbed run failed")
     span = time.monotonic() - began
+    size = (folder / "calm" / "results.jsonl").stat().st_size
     moments = random.Random(seed)
+    # By how far the results have come, not by the clock: a run may be slower or faster than the
+    # undisturbed one, and each kill shall find something left to interrupt.
+    marks = sorted(moments.uniform(-0.1, 0.95) * size for _ in range(kills))
     count = starts = 0
     while True:
         child = started(shaken, text)
         starts += 1
         if count < kills:
-            # Early enough that later kills find something left to interrupt.
-            time.sleep(moments.uniform(0, 1.5 * span / kills))
+            grown(folder / "shaken" / "results.jsonl", marks[count], child)
+            time.sleep(moments.uniform(0, 0.2 * span / kills))
             os.kill(child, signal.SIGKILL)
         status = ended(child)
         if status == -signal.SIGKILL:
@@ -91,7 +103,6 @@ def killed(text: str, folder: Path, kills: int = 10, seed: int = 0) -> Outcome:
         else:
             break
     want, got = contents(folder / "calm"), contents(folder / "shaken")
-    size = (folder / "calm" / "results.jsonl").stat().st_size
     return Outcome(count, starts, size, want == got)
 
 
