@@ -126,7 +126,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
             raise UnknownSite(
                 f"each target must match a linear map of {self.id}; no match for "
                 f"{', '.join(map(repr, missing))}. Parts: {', '.join(sorted(self.parts))}; "
-                f"last names: {', '.join(near[:24])}."
+                f"last names: {', '.join(near[:24])}; layers: 0 to {self.num_layers - 1}, "
+                "or from -1 down."
             )
         return tuple(path for path in self.linears if path in found)
 
