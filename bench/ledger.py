@@ -41,7 +41,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     exact: bool  # all of them
     nll: float | None  # -log p of the target, nats per token; None where it is not finite
     said: str | None = None  # greedy generation, where it was asked for
-    match: bool | None = None  # its first line equals the target, normalised
+    match: bool | None = None  # its first line equals the target or an alias, normalised
+    entropy: float | None = None  # n-gram entropy of all of it, from three words on
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -66,6 +67,9 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     score: float | None  # the metric: success after the edit, or agreement for a locality
     before: Answer
     after: Answer
+    kl: float | None = None  # KL(base || edited) at the answer, nats per token
+    same: bool | None = None  # localities: what both say freely is the same, normalised
+    ppl_r: float | None = None  # edits: PPL(x | q, x*) / PPL(q, x*) of the text x said behind x*
     versions: str
     seconds: float | None = None  # its share of the unit's; not in the results file, see above
     peak_bytes: int | None = None  # the unit's

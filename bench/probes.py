@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from errata.functional import Inputs, Model, Query, prefix, rows
-from errata.functional.answers import answers
+from errata.functional.answers import answers, join
 from errata.functional.errors import BadInput, ErrataError
 from errata.functional.generate import generate
 from errata.functional.metrics import (
@@ -29,8 +29,9 @@ from errata.functional.metrics import (
 from errata.functional.prefix import Reach
 from errata.functional.records import image_key
 from errata.functional.types import IGNORE
-from errata.functional.words import first_line, matches
+from errata.functional.words import first_line, matches, ngram_entropy, tokens
 
+from .fluency import continued
 from .ledger import Answer
 
 __all__ = ["Ask", "Measured", "Terms", "check_finite", "key_of", "measure", "row_bytes"]
@@ -50,7 +51,9 @@ class Terms(NamedTuple):
     """How answers are measured."""
 
     scorers: tuple[Scorer, ...]
-    generate: int = 0  # tokens of free generation, for probes of success; 0: none
+    generate: int = 0  # tokens of free generation; 0: none
+    generate_for: Literal["every", "success"] = "every"  # probe, or all but localities
+    ppl_r: int = 0  # tokens an edited model goes on for behind the edit's target; 0: no PPL_r
     budget: int = 1 << 30  # bytes a batch may take beside the model
 
     @property
@@ -68,6 +71,9 @@ class Measured(NamedTuple):
     before: Answer
     after: Answer
     scores: dict[str, tuple[float | None, float | None]]
+    kl: float | None = None  # KL(base || edited) at the answer, nats per token
+    same: bool | None = None  # localities: both say the same when left to talk
+    ppl_r: float | None = None  # of edits
 
 
 def key_of(query: Query) -> tuple:
@@ -116,16 +122,27 @@ def _measure_batch(
     inputs = model.read(queries)
     source = prefix.cut(model, inputs, reach)
     options = {"k": terms.ranks, "everywhere": terms.everywhere}
-    before = _on_cpu(answers(model, source, **options))
+    before = answers(model, source, logits=True, **options)
+    logits, before = before.logits, _on_cpu(before._replace(logits=None))
     check_finite(model, before)
     edit = torch.tensor([ask.edit for ask in asks])
-    after = _edited(bound, source, asks, index, edit, options)
-    said = _said(model, bound, queries, asks, index, edit, terms.generate)
+    after = _edited(bound, source, asks, index, edit, {**options, "base": logits})
+    del logits
+    said = _said(model, bound, queries, asks, index, edit, terms)
     base = _rows(before, index)
-    scores = _scores(asks, base, after, terms)
-    one = _answers(model, base, said[0], asks)
-    two = _answers(model, after, said[1], asks)
-    return [Measured(*found) for found in zip(one, two, scores)]
+    assert after.kl is not None
+    return [
+        Measured(*found)
+        for found in zip(
+            _answers(model, base, said[0], asks),
+            _answers(model, after, said[1], asks),
+            _scores(asks, base, after, terms),
+            map(_number, after.kl.tolist()),
+            _same(asks, *said),
+            _ratios(bound, asks, edit, len(queries), terms.ppl_r),
+            strict=True,
+        )
+    ]
 
 
 def _edited(
@@ -134,21 +151,18 @@ def _edited(
     """The edited models' readings, a few rows at a time."""
     if isinstance(source, Inputs):  # edits act before the decoder: pixels have no row axis to take
         inputs = bound.read([ask.query for ask in asks])
-        return _on_cpu(answers(bound, inputs, edit=edit.to(inputs.ids.device), **options))
+        device = inputs.ids.device
+        options = {**options, "base": options["base"][index.to(device)]}
+        return _on_cpu(answers(bound, inputs, edit=edit.to(device), **options))
     device = source.edit.device
     parts = []
     for begin in range(0, len(asks), source.rows):
         some = slice(begin, begin + source.rows)
-        batch = rows.take(source, index[some].to(device))
-        parts.append(_on_cpu(answers(bound, batch, edit=edit[some].to(device), **options)))
-    return Reading(
-        torch.cat([part.labels for part in parts]),
-        torch.cat([part.top for part in parts]),
-        torch.cat([part.nll for part in parts]),
-        torch.cat([part.whole for part in parts if part.whole is not None])
-        if parts[0].whole is not None
-        else None,
-    )
+        here = index[some].to(device)
+        mine = {**options, "base": options["base"][here]}
+        batch = rows.take(source, here)
+        parts.append(_on_cpu(answers(bound, batch, edit=edit[some].to(device), **mine)))
+    return join(parts)
 
 
 def _said(
@@ -158,16 +172,14 @@ def _said(
     asks: Sequence[Ask],
     index: Tensor,
     edit: Tensor,
-    tokens: int,
+    terms: Terms,
 ) -> tuple[list[str | None], list[str | None]]:
-    """What both models say when they are left to talk, per ask; asks of locality are not asked.
-
-    A locality is what stays the same, at positions both models are given: nothing is gained by
-    letting them talk, and it is most of what generation would cost.
-    """
+    """What both models say when they are left to talk, per ask: the base once per question."""
+    tokens = terms.generate
     before: list[str | None] = [None] * len(asks)
     after: list[str | None] = [None] * len(asks)
-    wanted = [a for a, ask in enumerate(asks) if probe(ask.probe).kind == "success"]
+    every = terms.generate_for == "every"
+    wanted = [a for a, ask in enumerate(asks) if every or probe(ask.probe).kind == "success"]
     if not (tokens and wanted):
         return before, after
     rows_asked = sorted({int(index[a]) for a in wanted})
@@ -179,6 +191,28 @@ def _said(
         for a, text in zip(some, generate(bound, asked, tokens, edit=edit[some].to(device))):
             before[a], after[a] = said[int(index[a])], text
     return before, after
+
+
+def _same(
+    asks: Sequence[Ask], before: Sequence[str | None], after: Sequence[str | None]
+) -> Iterator[bool | None]:
+    for ask, one, two in zip(asks, before, after):
+        told = probe(ask.probe).kind == "locality" and one is not None and two is not None
+        yield matches(two, first_line(one)) if told else None
+
+
+def _ratios(
+    bound: Model, asks: Sequence[Ask], edit: Tensor, size: int, tokens: int
+) -> list[float | None]:
+    """PPL_r of the asks that are edits."""
+    found: list[float | None] = [None] * len(asks)
+    wanted = [a for a, ask in enumerate(asks) if tokens and ask.probe == "reliability"]
+    for begin in range(0, len(wanted), size):
+        some = wanted[begin : begin + size]
+        ratios = continued(bound, [asks[a].query for a in some], tokens, edit[some])
+        for a, ratio in zip(some, ratios):
+            found[a] = _number(ratio)
+    return found
 
 
 def _scores(asks: Sequence[Ask], base: Reading, after: Reading, terms: Terms) -> list[dict]:
@@ -209,9 +243,11 @@ def _answers(
         )
         free = said[a]
         if free is not None:
+            spoken = tokens(free)
             answer = Answer(
                 text=answer.text, accuracy=answer.accuracy, exact=answer.exact, nll=answer.nll,
-                said=first_line(free), match=matches(free, ask.query.target),
+                said=first_line(free), match=matches(free, (ask.query.target, *ask.query.aliases)),
+                entropy=_number(ngram_entropy(spoken)) if len(spoken) > 2 else None,
             )  # fmt: skip
         yield answer
 
@@ -221,13 +257,11 @@ def _number(value: float) -> float | None:
 
 
 def _rows(found: Reading, index: Tensor) -> Reading:
-    whole = None if found.whole is None else found.whole[index]
-    return Reading(found.labels[index], found.top[index], found.nll[index], whole)
+    return Reading(*(None if t is None else t[index] for t in found))  # type: ignore[misc]
 
 
 def _on_cpu(found: Reading) -> Reading:
-    whole = None if found.whole is None else found.whole.cpu()
-    return Reading(found.labels.cpu(), found.top.cpu(), found.nll.cpu(), whole)
+    return Reading(*(None if t is None else t.cpu() for t in found))  # type: ignore[misc]
 
 
 def check_finite(model: Model, found: Reading) -> None:
@@ -262,14 +296,17 @@ def _batches(model: Model, queries: Sequence[Query], budget: int) -> Iterator[li
         groups.setdefault((len(query.images), query.video), []).append(number)
     for numbers in groups.values():
         numbers.sort(key=lambda n: (-len(queries[n].prompt) - len(queries[n].target), n))
-        longest = _read_one(model, queries[numbers[0]])
-        size = max(1, min(MOST_ROWS, budget // row_bytes(model, longest)))
+        longest, scored = _read_one(model, queries[numbers[0]])
+        each = row_bytes(model, longest) + 4 * scored * model.card.vocab  # and the base's logits
+        size = max(1, min(MOST_ROWS, budget // each))
         for begin in range(0, len(numbers), size):
             yield numbers[begin : begin + size]
 
 
-def _read_one(model: Model, query: Query) -> int:
+def _read_one(model: Model, query: Query) -> tuple[int, int]:
+    """Tokens of a question with its answer, and of the answer alone."""
     try:
-        return model.read([query]).ids.shape[1]
+        inputs = model.read([query])
+        return inputs.ids.shape[1], inputs.labels.shape[1]
     except ErrataError as fault:
         raise type(fault)(f"{fault} (asked: {query.prompt[:60]!r})") from fault

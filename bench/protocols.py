@@ -52,6 +52,9 @@ class Result(NamedTuple):
     score: float | None
     before: Answer
     after: Answer
+    kl: float | None = None
+    same: bool | None = None
+    ppl_r: float | None = None
 
 
 class Step(NamedTuple):
@@ -214,7 +217,7 @@ def _ask(model: Model, delta: Delta, about: Sequence[_About], terms: Terms) -> l
         found = measure(model, bind(model, delta), asks, reach_of(model, delta), terms)
     return [
         Result(one.number, one.case, probe, index, query, one.moment, one.gap, scorer,
-               *got.scores[scorer], got.before, got.after)
+               *got.scores[scorer], got.before, got.after, got.kl, got.same, got.ppl_r)
         for (one, probe, index, query), got in zip(asked, found)
         for scorer in got.scores
     ]  # fmt: skip

@@ -7,11 +7,16 @@ moment and scorer, for no number means anything without them.
     success probes    success after the edit under the scorer; "exact" and "said" stand beside it:
                       all target tokens right under teacher forcing, and normalised exact match of
                       a free generation
-    locality probes   agreement of the edited model with the base one
+    locality probes   agreement of the edited model with the base one; "said": of what they say when
+                      they are left to talk, normalised
+
+JSON and page also have KL(base || edited) at the answer, the target's perplexity, PPL_r, and
+fluency (n-gram entropy of what is said), where the rows hold what these are made of.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -42,7 +47,10 @@ class Leg(NamedTuple):
 
 
 class Cell(msgspec.Struct, frozen=True):
-    """One probe of one editor: means in 0..1 with their intervals, None where nothing was had."""
+    """One probe of one editor: means with their intervals, None where nothing was had.
+
+    All lie in 0..1 down to `said_before`.
+    """
 
     score: Interval
     base: Interval | None
@@ -50,6 +58,12 @@ class Cell(msgspec.Struct, frozen=True):
     said: Interval | None = None
     exact_before: Interval | None = None
     said_before: Interval | None = None
+    kl: Interval | None = None  # nats per token
+    ppl: Interval | None = None  # exp of the mean -log p of the target
+    ppl_before: Interval | None = None
+    ppl_r: Interval | None = None
+    fluency: Interval | None = None  # papers print it times 100
+    fluency_before: Interval | None = None
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -110,8 +124,13 @@ def _cell(name: str, rows: Sequence[Row], draws: int) -> Cell:
 
     score = interval(torch.tensor(by_case((r.case, r.score) for r in rows)), draws=draws)
     base = mean((r.case, r.base) for r in rows)
+    kl = mean((r.case, r.kl) for r in rows)
+    talk = {
+        "fluency": mean((r.case, r.after.entropy) for r in rows),
+        "fluency_before": mean((r.case, r.before.entropy) for r in rows),
+    }
     if probe(name).kind == "locality":
-        return Cell(score, base)
+        return Cell(score, base, said=mean((r.case, r.same) for r in rows), kl=kl, **talk)
     return Cell(
         score,
         base,
@@ -119,7 +138,19 @@ def _cell(name: str, rows: Sequence[Row], draws: int) -> Cell:
         said=mean((r.case, r.after.match) for r in rows),
         exact_before=mean((r.case, r.before.exact) for r in rows),
         said_before=mean((r.case, r.before.match) for r in rows),
+        kl=kl,
+        ppl=_exp(mean((r.case, r.after.nll) for r in rows)),
+        ppl_before=_exp(mean((r.case, r.before.nll) for r in rows)),
+        ppl_r=mean((r.case, r.ppl_r) for r in rows),
+        **talk,
     )
+
+
+def _exp(nll: Interval | None) -> Interval | None:
+    """Perplexity: of the mean, for a mean of perplexities is one case's."""
+    if nll is None:
+        return None
+    return Interval(*(math.exp(min(value, 700.0)) for value in nll[:3]), nll.count)
 
 
 def by_case(values: Iterable[tuple[str, float | bool | None]]) -> list[float]:

@@ -69,7 +69,9 @@ def run(
         torch.set_num_threads(settings.threads)
     cases = open_cases(settings.cases)
     check_cases(cases)
-    terms = Terms(scorers, settings.generate, settings.budget)
+    terms = Terms(
+        scorers, settings.generate, settings.generate_for, settings.ppl_r, settings.budget
+    )
     folder = Path(settings.out)
     identity = settings.digest(versions(), _digest(cases))
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +128,10 @@ def _there(path: Path) -> dict[str, str]:
 def _digest(cases: Sequence[Case]) -> str:
     """What is asked, as a hash: an annotation file that was changed is another run."""
     asked = [
-        [case.id, [(probe, index, q.prompt, q.target) for probe, index, q in queries_of(case)]]
+        [
+            case.id,
+            [(name, i, q.prompt, q.target, *q.aliases) for name, i, q in queries_of(case)],
+        ]
         for case in cases
     ]
     return hashlib.sha256(msgspec.json.encode(asked)).hexdigest()
@@ -221,7 +226,8 @@ def _row(one: Result, part: Part, identity: str, seed: int) -> Row:
         moment=one.moment, gap=one.gap, number=one.number, case=one.case.id, probe=one.probe,
         index=one.index, scorer=one.scorer, seed=seed, prompt=one.query.prompt,
         target=one.query.target, images=tuple(map(picture_name, one.query.images)),
-        base=one.base, score=one.score, before=one.before, after=one.after, versions=versions(),
+        base=one.base, score=one.score, before=one.before, after=one.after, kl=one.kl,
+        same=one.same, ppl_r=one.ppl_r, versions=versions(),
     )  # fmt: skip
 
 

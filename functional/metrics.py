@@ -190,6 +190,8 @@ class Reading(NamedTuple):
     top: Tensor  # [B T K] int64, likeliest tokens first
     nll: Tensor  # [B T] -log p(label), 0 where ignored
     whole: Tensor | None = None  # [B L K] the same at every position, -1 behind a row's end
+    kl: Tensor | None = None  # [B] KL(base || this model), where the base's logits were at hand
+    logits: Tensor | None = None  # [B T V], where they were asked for
 
 
 def reading(logits: Tensor, labels: Tensor, k: int = 10, whole: Tensor | None = None) -> Reading:

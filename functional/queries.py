@@ -18,13 +18,16 @@ class Query(NamedTuple):
     """One question and the answer wanted: the unit of editing, probing and training.
 
     `images` are in the order in which the prompt refers to them; with `video=True` they are the
-    frames of one video. `target` may be empty only where nothing is scored (generation).
+    frames of one video. `target` may be empty only where nothing is scored (generation). `aliases`
+    are other answers that count as right where a model is left to talk; none of them is taught, nor
+    scored under teacher forcing.
     """
 
     prompt: str
     target: str = ""
     images: tuple[Image, ...] = ()
     video: bool = False
+    aliases: tuple[str, ...] = ()
 
 
 class Case(NamedTuple):

@@ -1,8 +1,9 @@
 """KnowEdit (text only): ZsRE, wiki_recent, wiki_counterfact, WikiBio; original schema and ICE's.
 
-Answers may be a string, a list of aliases, or a list of lists of aliases: all are read, the first
-that is not empty is scored under teacher forcing. WikiBio names its fields `text`, `labels`,
-`concept`; ICE's files add `context`, five statements of the new fact. Locality and portability are
+Answers may be a string, a list of aliases, or a list of lists of aliases: the first that is not
+empty is scored under teacher forcing, and any of them counts as right in free generation. WikiBio
+names its fields `text`, `labels`, `concept`; ICE's files add `context`, five statements of the new
+fact, which are checked and counted but go into no case: no editor here takes any. Locality and portability are
 objects of kinds, each a list of questions; kinds become probes (`text_locality_forgetfulness`,
 `portability_reasoning`). Nothing is drawn at random: every question of a record is asked.
 """
@@ -70,7 +71,8 @@ def _probes(
         for item in items:
             if item.prompt and (answers := aliases(item.ground_truth)):
                 prompt = source.asks("text_loc", item.prompt) if "loc" in stem else item.prompt
-                queries.append(Query(prompt, source.text(answers[0])))
+                first, *others = dict.fromkeys(map(source.text, answers))
+                queries.append(Query(prompt, first, aliases=tuple(others)))
             else:
                 source.tally[f"{stem} question without an answer left out"] += 1
         if queries:

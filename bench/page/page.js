@@ -229,11 +229,18 @@ function numbers() {
       const half = (cell.score.high - cell.score.low) / 2;
       return hover(node("td", { class: lines().length > 1 && cell.score.mean === best[name] ? "best" : "" }, percent(cell.score.mean), node("small", {}, `±${percent(half)}`)), range(cell.score));
     })));
-    for (const [label, field] of [["all tokens right", "exact"], ["says it, generating freely", "said"]])
+    const plain = (value, places) => value.toFixed(places);
+    for (const [label, field, show] of [
+      ["all tokens right", "exact", percent],
+      [names.every(name => name.includes("locality")) ? "says the same, generating freely" : "says it (locality: the same), generating freely", "said", percent],
+      ["KL(unedited || edited), nats", "kl", value => plain(value, 3)], ["perplexity of the answer", "ppl", value => plain(value, 2)],
+      ["PPL_r", "ppl_r", value => plain(value, 2)], ["fluency, ×100", "fluency", percent],
+    ])
       if (names.some(name => line.probes[name] && line.probes[name][field]))
         body.push(row("more", label, names.map(name => {
           const found = line.probes[name] && line.probes[name][field];
-          return found ? hover(node("td", {}, percent(found.mean)), range(found)) : node("td", {}, "");
+          if (!found) return node("td", {}, "");
+          return hover(node("td", {}, show(found.mean)), `[${show(found.low)}, ${show(found.high)}]  n=${found.count}`);
         })));
   }
   const costs = D.costs.filter(one => one.model === view.model && one.protocol === view.protocol);

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from errata.adapters import adapt, tiny
 from errata.bench.checkpoint import Marks
+from errata.bench.fluency import continued
 from errata.bench.probes import Ask, Terms, measure
 from errata.bench.protocols import reach_of, sequential, single
 from errata.bench.sources import check_cases, queries_of
@@ -21,9 +24,17 @@ from errata.functional import Case, Model, Query
 from errata.functional.answers import answers
 from errata.functional.bind import bind
 from errata.functional.errors import BadInput, ErrataError
-from errata.functional.generate import generate
-from errata.functional.metrics import exact_match, mean_nll, score, scorer, token_accuracy
+from errata.functional.generate import continue_rows, generate
+from errata.functional.metrics import (
+    divergence,
+    exact_match,
+    mean_nll,
+    score,
+    scorer,
+    token_accuracy,
+)
 from errata.functional.types import IGNORE
+from errata.functional.words import first_line, matches, ngram_entropy, normalise, tokens
 
 EDITORS = {
     "last-mlp": FinetuneConfig(num_steps=4, lr=2e-2),
@@ -209,17 +220,89 @@ def test_a_mark_stands_for_the_edits_before_it(llava, name, tmp_path):
 
 def test_free_generation_stands_beside_teacher_forcing(llava):
     editor = make(EDITORS["last-mlp"])
-    (step,) = single(llava, editor, CASES[:2], TERMS._replace(generate=3), together=2)
+    terms = TERMS._replace(generate=3)
+    (step,) = single(llava, editor, CASES[:2], terms, together=2)
+    few = single(llava, editor, CASES[:2], terms._replace(generate_for="success"), together=2)
     state = editor.init(llava, torch.Generator().manual_seed(0))
-    for got in step.results:
+    for got, other in zip(step.results, next(few).results, strict=True):
         edited = bind(llava, editor.edit(llava, state, [CASES[got.number].edit])[0])
+        texts = [generate(one, [got.query], 3)[0] for one in (llava, edited)]
+        for text, answer in zip(texts, (got.before, got.after)):
+            assert answer.said == first_line(text)
+            assert answer.match == matches(text, got.query.target)
+            words = tokens(text)
+            want = round(ngram_entropy(words), 4) if len(words) > 2 else None
+            assert answer.entropy == want
         if "locality" in got.probe:
-            assert got.before.said is got.after.said is got.after.match is None
+            assert got.same == (normalise(first_line(texts[0])) == normalise(first_line(texts[1])))
+            assert other.before.said is other.after.said is other.after.match is other.same is None
+        else:
+            assert got.same is None
+            assert (other.before, other.after) == (got.before, got.after)
+
+
+def test_any_alias_counts_as_right_when_it_is_said(llava):
+    editor = make(EDITORS["last-mlp"])
+    terms = TERMS._replace(generate=3)
+    one = CASES[0]
+    (step,) = single(llava, editor, [one], terms)
+    said = step.results[0].after.said
+    assert said
+    assert not step.results[0].after.match
+    edit = one.edit._replace(aliases=("someone", said))
+    (step,) = single(llava, editor, [one._replace(edit=edit)], terms)
+    assert step.results[0].after.match
+    assert step.results[0].after.said == said
+
+
+@pytest.mark.parametrize("name", ["lora", "projector"])
+def test_every_row_says_how_far_the_edit_moved_the_answer(model, name):
+    projector = FinetuneConfig(sites=("projector",), num_steps=2, lr=1e-2)
+    editor = make(EDITORS.get(name, projector))
+    (step,) = single(model, editor, CASES[:2], TERMS, together=2)
+    state = editor.init(model, torch.Generator().manual_seed(0))
+    for got in step.results:
+        edited = bind(model, editor.edit(model, state, [CASES[got.number].edit])[0])
+        inputs = model.read([got.query])
+        logits = [
+            one.decode(one.params, one.embed(one.params, inputs)).detach()
+            for one in (model, edited)
+        ]
+        want = float(divergence(*logits, inputs.labels != IGNORE))
+        assert got.kl == pytest.approx(want, abs=2e-4)
+    assert any(got.kl > 1e-3 for got in step.results)
+
+
+def test_ppl_r_is_the_papers_formula(model):
+    editor = make(EDITORS["lora"])
+    (step,) = single(model, editor, CASES[:2], TERMS._replace(ppl_r=4), together=2)
+    state = editor.init(model, torch.Generator().manual_seed(0))
+    for got in step.results:
+        if got.probe != "reliability":
+            assert got.ppl_r is None
             continue
-        for one, answer in ((llava, got.before), (edited, got.after)):
-            said = generate(one, [got.query], 3)[0].strip().splitlines()
-            assert answer.said == (said[0].strip() if said else "")
-            assert answer.match in (True, False)
+        edited = bind(model, editor.edit(model, state, [got.query])[0])
+        inputs = edited.read([got.query])
+        (said,) = continue_rows(edited, inputs, 4)
+        if not said:
+            assert got.ppl_r is None
+            continue
+        ids = torch.cat([inputs.ids, torch.tensor([said])], 1)
+        image = F.pad(inputs.image, (0, len(said)))
+        longer = inputs._replace(ids=ids, mask=torch.ones_like(image), image=image)
+        with torch.no_grad():
+            at = torch.arange(ids.shape[1] - 1)[None]
+            batch = edited.embed(edited.params, longer)
+            log_p = edited.decode(edited.params, batch, at=at).log_softmax(-1)
+        found = -log_p.gather(-1, ids[:, 1:, None])[0, :, 0]
+        behind = torch.arange(1, ids.shape[1]) >= inputs.ids.shape[1]
+        given = found[~behind & ~image[0, 1:]].mean().exp()
+        assert got.ppl_r == pytest.approx(float(found[behind].mean().exp() / given), rel=1e-3)
+
+
+def test_nothing_said_behind_the_target_has_no_ppl_r(llava):
+    silent = llava._replace(card=msgspec.structs.replace(llava.card, stop=range(llava.card.vocab)))
+    assert math.isnan(continued(silent, [CASES[0].edit], 4)[0])
 
 
 def test_edits_below_the_decoder_run_edit_by_edit(llava):
