@@ -17,7 +17,7 @@ FLOORS = ["kernels", "functional", "adapters", "editors", "bench"]
 ALLOWED = {
     "kernels": {"torch", "triton", "einops"},
     "functional": {"torch", "einops", "safetensors", "msgspec", "numpy"},
-    "editors": {"torch", "einops", "msgspec"},
+    "editors": {"torch", "einops", "msgspec", "safetensors"},
 }
 SOURCES = [path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))]
 
