@@ -66,3 +66,62 @@ def test_the_edit_takes_and_agreement_is_with_the_base(rows):
     for row in rows:
         if row.scorer == "errata" and "locality" in row.probe:
             assert (row.score == 1.0) == (row.before.text == row.after.text)
+
+
+# ------------------------------------------------------------------ MMKE-Bench
+COMMON = {
+    "src": "Describe the person in the picture.", "pred": "", "alt": "a tall red owl",
+    "rephrase": "Who is it?", "loc": "nq question: who wrote it", "loc_ans": "a person",
+    "m_loc": "loc/z.jpg", "m_loc_q": "What is it?", "m_loc_a": "a cat",
+    "port_new": [{"port_type": "1-hop", "Q&A": {"Question": "Where?", "Answer": "in a town"}}],
+}  # fmt: skip
+MMKE = [
+    {
+        **COMMON, "knowledge_type": "entity_level",
+        "image": "entity/x.jpg", "image_rephrase": "entity/y.jpg",
+        "rel_1": "What is it?", "rel_ans_1": "an owl", "rel_2": "Which?", "rel_2_ans": "red",
+        "m_rel_1": "Who?", "m_rel_1_ans": "an owl", "m_rel_2": "And?", "m_rel_ans_2": "red",
+    },
+    {
+        **COMMON, "knowledge_type": "visual_knowledge", "alt": "an old far house",
+        "image": "visual/x.jpg", "image_rephrase": "visual/y.jpg", "one_hop_img": "visual/h.jpg",
+        "image_rephrase_question": "And here?", "rel": "Is it old?", "rel_ans": "old",
+        "m_rel": "And this?", "m_rel_ans": "a house",
+    },
+]  # fmt: skip
+
+
+def test_mmke_records_run_from_the_file_to_the_report(tmp_path):
+    (tmp_path / "entity_eval.json").write_text(json.dumps(MMKE))
+    (tmp_path / "run.toml").write_text(f"""
+        out = "{tmp_path / "out"}"
+        scorers = ["mmke"]
+        generate = 4
+        ppl_r = 4
+        deltas = false
+        cases = {{ source = "file", path = "{tmp_path / "entity_eval.json"}", on_missing = "draw" }}
+        models = [{{ id = "tiny/llava" }}]
+        editors = [{{ type = "lora", num_steps = 12 }}]
+    """)
+    assert main(["run", str(tmp_path / "run.toml")]) == 0
+    rows = read_rows(tmp_path / "out")
+    once = {"reliability", "rephrase", "text_locality", "image_locality", "portability_1hop"}
+    twice = {"text_reliability", "image_reliability", "image_rephrase"}
+    assert sorted((row.case[-1], row.probe, row.index) for row in rows) == sorted(
+        [("0", probe, 0) for probe in once | twice]
+        + [("0", probe, 1) for probe in twice]
+        + [("1", probe, 0) for probe in once | twice]
+    )
+    for row in rows:
+        assert row.before.said is not None is not row.after.said
+        assert (row.same is not None) == ("locality" in row.probe)
+        assert row.kl >= 0
+        assert row.ppl_r is None or row.probe == "reliability"
+    edits = [row for row in rows if row.probe == "reliability"]
+    assert all(row.score > row.base and row.kl > 0.1 for row in edits)
+    (leg,) = json.loads((tmp_path / "out/summary.json").read_text())["legs"]
+    probes = leg["editors"][0]["probes"]
+    assert set(probes) == once | twice
+    assert {"score", "said", "kl"} <= probes["image_locality"].keys()
+    assert probes["reliability"]["ppl"]["mean"] < probes["reliability"]["ppl_before"]["mean"]
+    assert (tmp_path / "out/report.html").is_file()

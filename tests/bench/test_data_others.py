@@ -211,7 +211,8 @@ FACT = {
     "subject": "Ann ", "prompt": "Where was Ann born?", "target_new": " Rome",
     "ground_truth": [["Paris", "Paname"], ["Lutetia"]], "rephrase_prompt": "Ann's birthplace?",
     "locality": {"Relation_Specificity": [
-        {"prompt": "Ann's job?", "ground_truth": ["", "poet"]}, {"prompt": "x", "ground_truth": []},
+        {"prompt": "Ann's job?", "ground_truth": ["", ["poet", "writer", "poet"]]},
+        {"prompt": "x", "ground_truth": []},
     ]},
     "portability": {"Reasoning": [{"prompt": "Which country?", "ground_truth": "Italy"}],
                     "Logical_Generalization": []},
@@ -229,6 +230,9 @@ def test_knowedit_aliases_kinds_and_no_random_draws(write):
         "text_locality_relation_specificity": ["poet"],
         "portability_reasoning": ["Italy"],
     }
+    (asked,) = case.probes["text_locality_relation_specificity"]
+    assert asked.aliases == ("writer",)
+    assert case.edit.aliases == ()  # ground_truth is what was true before the edit
     assert tally["text_locality question without an answer left out"] == 1
     assert read(path)[0] == [case]
 

@@ -1,6 +1,7 @@
 """Rows to numbers, tables and a page: sums by hand, hostile text, size, nothing from outside."""
 
 import json
+import math
 import re
 
 import msgspec
@@ -41,6 +42,31 @@ def test_exact_matches_and_free_generation_stand_beside_the_score():
     assert (cell.exact.low, cell.exact.high, cell.exact.count) == (0.0, 1.0, 2)
     assert cell.said.count == 1
     assert cell.said_before is None
+
+
+def test_what_is_said_freely_is_in_the_numbers_of_every_probe():
+    before = Answer(text="Paris", accuracy=0, exact=False, nll=math.log(8), entropy=1.5)
+    after = Answer(text="Rome", accuracy=1, exact=True, nll=math.log(2), entropy=1.0)
+    sure = msgspec.structs.replace(after, nll=math.log(8), entropy=None)
+    rows = [
+        row("a", before=before, after=after, kl=0.5, ppl_r=2.0),
+        row("b", before=before, after=sure, kl=0.7),
+        row("a", "text_locality", kl=0.01, same=True),
+        row("b", "text_locality", kl=0.03, same=False),
+    ]
+    _, (line,) = lines_of(rows)
+    cell = line.cells["reliability"]
+    assert cell.ppl.mean == pytest.approx(4)  # exp of the mean, not 5, the mean of exps
+    assert cell.ppl_before.mean == pytest.approx(8)
+    assert (cell.ppl_r.mean, cell.ppl_r.count) == (2.0, 1)
+    assert (cell.fluency.mean, cell.fluency.count, cell.fluency_before.mean) == (1.0, 1, 1.5)
+    assert cell.kl.mean == pytest.approx(0.6)
+    kept = line.cells["text_locality"]
+    assert (kept.said.mean, kept.kl.mean) == (0.5, pytest.approx(0.02))
+    assert kept.ppl is kept.fluency is None
+    assert report.table(rows).splitlines()[-1].split() == ["said", "50.0"]
+    (leg,) = report.summary(rows)["legs"]
+    assert leg["editors"][0]["probes"]["text_locality"]["said"]["mean"] == 0.5
 
 
 def test_a_probe_that_was_not_asked_has_no_cell_and_none_is_left_out():
