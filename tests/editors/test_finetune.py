@@ -73,8 +73,8 @@ def test_the_clamp_holds_and_binds(model):
 
 def test_an_edit_stops_at_its_loss(model):
     asked = [Query("who is it?", "bo")]
-    long = edited(model, asked, num_steps=40, lr=1e-2, stop_loss=1.5)
-    longer = edited(model, asked, num_steps=60, lr=1e-2, stop_loss=1.5)
+    long = edited(model, asked, num_steps=40, lr=1e-2, stop_loss=4.5)
+    longer = edited(model, asked, num_steps=60, lr=1e-2, stop_loss=4.5)
     assert all(torch.equal(long.tensors[name], longer.tensors[name]) for name in long.tensors)
 
 
