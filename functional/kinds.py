@@ -169,7 +169,9 @@ def _join_codebook(given: Sequence[Part | int]) -> Part:
         raise BadInput(f"{first.name}: the codebooks replace at different tokens.")
     keys = found[0].tensors[".keys"]
     for part in found[1:]:
-        same = kernel.lookup(part.tensors[".keys"], keys, torch.zeros_like(keys[:, 0]))
+        # As near as this, and rounding or the balls' margin decides which of the two is read.
+        alike = 2e-5 + 4 * torch.finfo(torch.float32).eps * keys.float().norm(dim=1)
+        same = kernel.lookup(part.tensors[".keys"].float(), keys.float(), alike)
         if bool(same.hit.any()):
             raise BadInput(
                 f"{first.name}: two of the codebooks have the same key, and one of its values "
