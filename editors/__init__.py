@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import msgspec
 
@@ -66,23 +66,31 @@ def configure(name: str, preset: str = "", **settings: Any) -> msgspec.Struct:
     if name not in EDITORS:
         raise BadSettings(_unknown("editor", name, EDITORS))
     method = EDITORS[name]
+    faults = []
     if preset and preset not in method.presets:
-        raise BadSettings(_unknown(f"preset of {name}", preset, method.presets))
+        faults.append(_unknown(f"preset of {name}", preset, method.presets).rstrip("."))
+        preset = ""
     base = msgspec.to_builtins(method.presets[preset]) if preset else {"type": name}
-    unknown = sorted(
-        set(settings) - {field.name for field in msgspec.structs.fields(method.config)}
-    )
-    faults = [
-        _unknown(f"setting of {name}", key, method.config.__struct_fields__) for key in unknown
-    ]
-    for key in sorted(set(settings) - set(unknown)):
+    fields = {field.name: field.type for field in msgspec.structs.fields(method.config)}
+    for key in sorted(settings):
+        if key not in fields:
+            faults.append(_unknown(f"setting of {name}", key, fields).rstrip("."))
+            continue
         try:
             msgspec.convert({"type": name, key: settings[key]}, method.config)
         except msgspec.ValidationError as fault:
-            faults.append(f"{name}.{key}: {fault}")
+            faults.append(f"{name}.{key} {_wanted(fault, fields[key])}; got {settings[key]!r}")
     if faults:
-        raise BadSettings("; ".join(faults))
+        raise BadSettings("; ".join(faults) + ".")
     return msgspec.convert({**base, **settings}, method.config)
+
+
+def _wanted(fault: msgspec.ValidationError, kind: Any) -> str:
+    """What must hold: the choices there are, or msgspec's words without backquotes and path."""
+    if get_origin(kind) is Literal:
+        return f"must be one of {', '.join(map(str, get_args(kind)))}"
+    text = str(fault).split(" - at ")[0].partition(", got")[0].replace("`", "")
+    return text.replace("Expected", "must be")
 
 
 def make(config: msgspec.Struct) -> Editor:
