@@ -5,6 +5,7 @@ All pure: new deltas come out, none is changed. Shape legend: E edits · r rank 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -74,13 +75,19 @@ def merge(*deltas: Delta) -> Delta:
         base=msgspec.structs.replace(first.base, touched=dict(sorted(touched.items()))),
         form=_form(deltas),
         edits=tuple(edit for delta in deltas for edit in delta.header.edits),
-        recursive=any(delta.header.recursive for delta in deltas),
+        # one edit stands on none before it, however it was made
+        recursive=any(d.header.recursive and len(d.header.edits) > 1 for d in deltas),
     )
     return _delta(header, joined)
 
 
 def scale(delta: Delta, factor: float) -> Delta:
-    """How strongly an edit acts: W + factor * dW. Low-rank changes carry the factor in B."""
+    """How strongly an edit acts: W + factor * dW. Low-rank changes carry the factor in B.
+
+    Raises BadInput unless the factor is a finite number; KindUnsupported for kinds without a scale.
+    """
+    if not isinstance(factor, int | float) or not math.isfinite(factor):
+        raise BadInput(f"a delta is scaled by a finite number, got {factor!r}.")
     found = parts(delta).values()
     return _delta(delta.header, [algebra(part.entry).scale(part, factor) for part in found])
 
@@ -90,10 +97,14 @@ def select(delta: Delta, edits: Iterable[int | str]) -> Delta:
 
     Exact for additive kinds and for stacked deltas. Raises KindUnsupported, with the reason, where
     edits depend on one another or can not be told apart; BadInput for an edit that is not there.
+    Of no edits it is a delta that changes nothing.
     """
     keep = _numbers(delta.header, edits)
     header = delta.header
     records = tuple(header.edits[k] for k in keep)
+    if not keep:
+        base = msgspec.structs.replace(header.base, touched={})
+        return _delta(msgspec.structs.replace(header, base=base, edits=(), stack=0), [])
     if header.stack:
         return take(delta, keep)
     if header.recursive and len(keep) < len(header.edits):
@@ -137,7 +148,7 @@ def compress(delta: Delta, rank: int | None = None, energy: float | None = None)
     Raises BadInput unless rank >= 1 or 0 < energy <= 1 is given; KindUnsupported for stacked deltas
     and kinds without a matrix.
     """
-    ranked = rank is not None and rank >= 1 and energy is None
+    ranked = isinstance(rank, int) and rank >= 1 and energy is None
     shared = energy is not None and 0 < energy <= 1 and rank is None
     if not (ranked or shared):
         raise BadInput(

@@ -139,6 +139,8 @@ def test_what_can_not_be_taken_apart_is_refused_with_the_reason():
     recursive = Delta(msgspec.structs.replace(recursive.header, recursive=True), recursive.tensors)
     with pytest.raises(KindUnsupported, match="on top of those before"):
         remove(recursive, [0])
+    with pytest.raises(KindUnsupported, match="on top of those before"):
+        remove(merge(recursive, low(2)), [2])
     shared = compress(merge(low(0), low(1)), rank=2).delta
     with pytest.raises(KindUnsupported, match="shared by 2 edits"):
         remove(shared, ["e0"])
@@ -146,6 +148,27 @@ def test_what_can_not_be_taken_apart_is_refused_with_the_reason():
         remove(low(0), ["nobody"])
     with pytest.raises(BadInput, match="7 is none"):
         select(low(0), [7])
+
+
+def test_edits_made_alone_by_a_recursive_method_can_be_taken_apart():
+    one, two, three = (low(n, recursive=True) for n in range(3))
+    both = merge(one, two, three)
+    assert not both.header.recursive
+    assert equal(remove(both, ["e1"]), merge(one, three))
+
+
+@pytest.mark.parametrize("whole", [low(0, recursive=True), dense(0), stack([dense(0), dense(1)])])
+def test_without_any_of_its_edits_a_delta_changes_nothing(whole, tmp_path):
+    nothing = remove(whole, range(len(whole.header.edits)))
+    assert (nothing.header.entries, nothing.header.edits, nothing.tensors) == ((), (), {})
+    save(tmp_path / "x", nothing)
+    assert load(tmp_path / "x").header == nothing.header
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), "2"])
+def test_a_factor_must_be_a_finite_number(factor):
+    with pytest.raises(BadInput, match="finite number"):
+        scale(low(0), factor)
 
 
 def test_what_can_not_be_merged_is_refused_with_all_reasons():
