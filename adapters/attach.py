@@ -18,6 +18,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from errata.functional import Delta, Dense
 from errata.functional.errors import (
+    BadInput,
     BaseMismatch,
     KindUnsupported,
     ShapeMismatch,
@@ -42,15 +43,24 @@ class Attached:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._swapped: list[tuple[nn.Module, str, nn.Parameter | None]] = []
+        self._swapped: list[tuple[nn.Module, str, nn.Parameter | None, nn.Parameter]] = []
         self._hooks: list[Any] = []
 
     def detach(self) -> None:
-        """Leave the module as it was found, bit for bit and object for object."""
+        """Leave the module as it was found, bit for bit and object for object.
+
+        Raises BadInput, changing nothing, where another delta lies on top of its parameters.
+        """
+        laid = {(id(module), leaf): (module, leaf, new) for module, leaf, _, new in self._swapped}
+        if any(module._parameters[leaf] is not new for module, leaf, new in laid.values()):
+            raise BadInput(
+                "deltas are detached in reverse order, and a parameter of this one was replaced "
+                "since: detach what was attached on top of it first."
+            )
         while self._hooks:
             self._hooks.pop().remove()
         while self._swapped:
-            module, leaf, before = self._swapped.pop()
+            module, leaf, before, _ = self._swapped.pop()
             module._parameters[leaf] = before
 
     def __enter__(self) -> Attached:
@@ -68,7 +78,7 @@ class Attached:
         new = nn.Parameter(value, requires_grad=False)
         derive(new, _held(places))
         for module, _, leaf in places:
-            self._swapped.append((module, leaf, module._parameters[leaf]))
+            self._swapped.append((module, leaf, module._parameters[leaf], new))
             module._parameters[leaf] = new
 
     def _hook(self, places: list[_Place], down: Tensor, up: Tensor, exact: bool) -> None:
@@ -197,7 +207,8 @@ def _differences(
     if base.family and family and base.family != family:
         yield f"family {family!r} is not {base.family!r}"
     for name, digest in base.touched.items():
-        if name in places and fingerprint(origin(_held(places[name]))) != digest:
+        held = _held(places[name]) if name in places else None
+        if held is not None and digest not in (fingerprint(origin(held)), fingerprint(held)):
             yield f"{name} holds other values"
 
 

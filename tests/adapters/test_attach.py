@@ -11,6 +11,7 @@ from errata.adapters.attach import attach
 from errata.adapters.tiny import TINY, tiny
 from errata.functional import Delta, Dense, Header, bind, load, save
 from errata.functional.errors import (
+    BadInput,
     BaseMismatch,
     KindUnsupported,
     ShapeMismatch,
@@ -104,6 +105,20 @@ def test_deltas_attach_one_on_another():
         assert torch.equal(logits(module, kwargs), once)
     assert state(module) == before
     assert torch.equal(logits(module, kwargs), plain)
+
+
+def test_detaching_in_another_order_is_refused_and_changes_nothing():
+    module, model, _, _ = case("llava")
+    before = state(module)
+    first = attach(module, lowrank(model, "weight", seed=1))
+    second = attach(module, lowrank(model, "weight", seed=2))
+    edited = state(module)
+    with pytest.raises(BadInput, match="reverse order"):
+        first.detach()
+    assert state(module) == edited
+    second.detach()
+    first.detach()
+    assert state(module) == before
 
 
 def test_an_error_inside_still_detaches():
