@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import structs
 from torch import Tensor
 
-from errata.functional import Base, Delta, EditRecord, Header, LowRank, Model
+from errata.functional import Base, Delta, EditRecord, Header, LowRank, Model, bind
 from errata.functional.errors import (
     DeltaFault,
     KindUnsupported,
@@ -49,18 +50,24 @@ def from_peft(
     """Read a PEFT LoRA folder as a delta of one edit (or, written by `to_peft`, as it was).
 
     Scales are folded into B. `form` None is what PEFT does by itself: "act_fp32", or "weight" for
-    `target_parameters`. With `model` names and shapes are checked, older adapters' names (those of
-    the checkpoint) are understood, and the parameters touched are fingerprinted; without it the
-    base is only known by name. Only safetensors are read, and no pattern is run as a regex.
+    `target_parameters` (or, written by `to_peft`, the delta's own). With `model` names and shapes
+    are checked, older adapters' names (those of the checkpoint) are understood, and the parameters
+    touched are fingerprinted; without it the base is only known by name. Only safetensors are read,
+    and no pattern is run as a regex.
 
     Raises BadInput and DeltaFault for broken files, KindUnsupported naming every feature that is
-    more than a low-rank change (DoRA, biases, saved modules, ...), UnknownSite, ShapeMismatch.
+    more than a low-rank change (DoRA, biases, saved modules, ...), UnknownSite, ShapeMismatch, and
+    BaseMismatch for a delta written by `to_peft` from another base.
     """
     place = Path(folder)
     config = _read_config(place / CONFIG)
     pairs = _read_pairs(place / WEIGHTS)
     if (place / RECORD).exists():
-        return _restored(place, pairs)
+        delta = _restored(place, pairs)
+        if model is not None:
+            bind(model, delta)  # refuses another base, with everything that does not fit
+        head = delta.header
+        return delta._replace(header=structs.replace(head, form=form or head.form))
     kind: Form = form or ("weight" if config.get("target_parameters") else "act_fp32")
     entries: list[LowRank] = []
     tensors: dict[str, Tensor] = {}
@@ -180,7 +187,7 @@ def _mismatch(header: Header, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> lis
 
 
 def _scale(place: Path, path: str, rank: int, config: Mapping[str, Any]) -> float:
-    """alpha / r (or alpha / sqrt r), with patterns read as names: full paths or their ends."""
+    """alpha / r (or alpha / sqrt r), with patterns read as names: full paths (^) or their ends."""
     alpha, pattern = config.get("lora_alpha", 8), config.get("alpha_pattern") or {}
     if not isinstance(pattern, dict):
         raise DeltaFault(f"{place / CONFIG}: alpha_pattern must be an object.")
@@ -191,7 +198,8 @@ def _scale(place: Path, path: str, rank: int, config: Mapping[str, Any]) -> floa
                 f"{place / CONFIG}: alpha_pattern may name modules, and {plain(key, 80)!r} is a "
                 "regular expression: write the names out."
             )
-        if name.removesuffix(".weight") == path or f".{path}".endswith(f".{name}"):
+        whole = name.removesuffix(".weight") == path
+        if whole or (key[:1] != "^" and f".{path}".endswith(f".{name}")):
             alpha = value
             break
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):

@@ -16,6 +16,7 @@ from errata.adapters.peft import SERVED, from_peft, to_peft
 from errata.functional import Base, Delta, Dense, Header, merge
 from errata.functional.errors import (
     BadInput,
+    BaseMismatch,
     DeltaFault,
     ErrataError,
     KindUnsupported,
@@ -112,6 +113,24 @@ def test_an_adapter_trained_with_peft_is_imported(name, tmp_path):
     assert delta.header.form == "act_fp32"
     with attach(module, delta):
         assert torch.equal(logits(module, kwargs), want)  # a scale of 4 folds into B exactly
+
+
+def test_a_pattern_anchored_at_the_start_is_a_whole_path_as_in_peft(tmp_path):
+    module, model, _, kwargs = case("llava")
+    path = next(path for path in model.card.linears if path.endswith("q_proj"))
+    config = peft.LoraConfig(
+        r=2,
+        lora_alpha=2,
+        target_modules=["q_proj"],
+        init_lora_weights=False,
+        alpha_pattern={"^q_proj": 16, f"^{path}": 8},
+    )
+    made = peft.get_peft_model(copy.deepcopy(module), config)
+    made.save_pretrained(tmp_path / "a")
+    delta = from_peft(tmp_path / "a", model)
+    want = logits(made, kwargs)
+    with attach(module, delta):
+        assert torch.equal(logits(module, kwargs), want)
 
 
 def test_names_of_the_checkpoint_are_understood(tmp_path):
@@ -246,6 +265,9 @@ def test_broken_and_forged_adapters_are_refused_by_name(tmp_path):
 def test_an_adapter_for_another_model_is_refused(tmp_path):
     _, model, _, _ = case("llava")
     to_peft(lowrank(model), tmp_path / "a")
+    with pytest.raises(BaseMismatch, match="made for"):
+        from_peft(tmp_path / "a", case("blip2").model)
+    assert from_peft(tmp_path / "a", model, form="weight").header.form == "weight"
     (tmp_path / "a" / "errata.json").unlink()
     with pytest.raises(UnknownSite, match="no linear map"):
         from_peft(tmp_path / "a", case("blip2").model)
