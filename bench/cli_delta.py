@@ -175,8 +175,9 @@ def _page(facts: dict[str, Any]) -> str:
             f"{_size(entry['bytes'])}{norm}{'' if entry['base_known'] else '  (base not hashed)'}"
         )
     lines += [f"  and {len(facts['entries']) - 40} more"] if len(facts["entries"]) > 40 else []
-    alone = "single ones can not be removed" if facts["recursive"] else "by id"
-    lines.append(f"\n{len(facts['edits'])} edit(s), {alone}")
+    together = facts["recursive"] and len(facts["edits"]) > 1
+    alone = ", single ones can not be removed" if together else ""
+    lines.append(f"\n{len(facts['edits'])} edit(s){alone}")
     for edit in facts["edits"][:20]:
         pictures = f", {len(edit['images'])} picture(s)" if edit["images"] else ""
         lines.append(f"  {edit['id'] or '(no id)'}  prompt {edit['prompt'][:12] or '-'}{pictures}")
@@ -272,7 +273,9 @@ def _remove(options: argparse.Namespace) -> None:
     wrong = [e for e in options.edits if e.startswith("#") and not e[1:].isdecimal()]
     if wrong:
         raise BadInput(f"an edit is named by its id, or by # and its number, got {listed(wrong)}.")
-    left = remove(load(options.file), [int(e[1:]) if e[0] == "#" else e for e in options.edits])
+    left = remove(
+        load(options.file), [int(e[1:]) if e.startswith("#") else e for e in options.edits]
+    )
     save(options.out, left)
     print(f"{options.out}: {len(left.header.edits)} edit(s), {_size(_bytes(options.out))}")
 

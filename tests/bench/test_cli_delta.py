@@ -50,7 +50,7 @@ def test_show_says_what_changes_for_which_edits(run, files):
         "someone/model",
         "changes 4 parameter(s)",
         "model.layers.2.mlp.down_proj.weight  256 x 768  lowrank of rank 64, F32, 262.1 kB",
-        "1 edit(s), by id",
+        "1 edit(s)\n",
         digest(edit(0))[:16],
     ):
         assert words in out
@@ -164,6 +164,7 @@ def test_apply_asks_with_and_without(run, tmp_path):
         (["show", "."], "must be a file, and is a folder"),
         (["remove", "0.safetensors", "#x", "-o", "y"], "by # and its number"),
         (["remove", "0.safetensors", "nobody", "-o", "y"], "'nobody' is none"),
+        (["remove", "0.safetensors", "", "-o", "y"], "'' is none"),
         (["merge", "0.safetensors", "pickle", "-o", "y"], "pickle: "),
         (["import", "base", "-o", "y"], "adapter_config.json"),
         (["fold", "0.safetensors", "--base", "base", "-o", "base"], "must lie outside"),
