@@ -95,6 +95,8 @@ def run(
 def _claim(folder: Path, identity: str, fresh: bool) -> None:
     """Make the folder this run's, or refuse because it is another's."""
     path = folder / IDENTITY
+    if path.is_file() and not any(_size(folder / name) for name in (RESULTS, PROGRESS)):
+        fresh = fresh or _there(path).get("run") != identity  # stopped before its first result
     if fresh and path.is_file():  # else what lies there is not ours to remove
         for name in (RESULTS, PROGRESS, IDENTITY, MARK, "report.html", "summary.json"):
             (folder / name).unlink(missing_ok=True)
@@ -116,6 +118,10 @@ def _claim(folder: Path, identity: str, fresh: bool) -> None:
         )
     with whole_file(path) as file:
         file.write(msgspec.json.encode({"run": identity, "versions": versions()}) + b"\n")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _there(path: Path) -> dict[str, str]:

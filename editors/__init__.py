@@ -72,7 +72,7 @@ def configure(name: str, preset: str = "", **settings: Any) -> msgspec.Struct:
         preset = ""
     base = msgspec.to_builtins(method.presets[preset]) if preset else {"type": name}
     fields = {field.name: field.type for field in msgspec.structs.fields(method.config)}
-    for key in sorted(settings):
+    for key in sorted(settings, key=lambda key: (key in fields, key)):
         if key not in fields:
             faults.append(_unknown(f"setting of {name}", key, fields).rstrip("."))
             continue

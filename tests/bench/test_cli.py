@@ -301,3 +301,15 @@ def test_progress_is_one_line_on_a_terminal_and_few_lines_elsewhere(monkeypatch)
 
 def test_settings_hold_for_the_process_that_is_started():
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+def test_a_run_that_got_nowhere_leaves_its_folder_to_the_corrected_one(settings, capsys):
+    good = settings.read_text()
+    settings.write_text(good.replace("num_steps = 2", 'sites = ["nowhere"]'))
+    assert cli.main(["run", str(settings)]) == 2
+    assert "'nowhere'" in capsys.readouterr().err
+    settings.write_text(good)
+    assert cli.main(["run", str(settings)]) == 0
+    settings.write_text(good.replace("num_steps = 2", "num_steps = 3"))
+    assert cli.main(["run", str(settings)]) == 2
+    assert "must be empty or hold the same run" in capsys.readouterr().err
