@@ -197,8 +197,10 @@ def _same(
     asks: Sequence[Ask], before: Sequence[str | None], after: Sequence[str | None]
 ) -> Iterator[bool | None]:
     for ask, one, two in zip(asks, before, after):
-        told = probe(ask.probe).kind == "locality" and one is not None and two is not None
-        yield matches(two, first_line(one)) if told else None
+        if one is None or two is None or probe(ask.probe).kind != "locality":
+            yield None
+        else:
+            yield matches(two, first_line(one))
 
 
 def _ratios(

@@ -150,7 +150,8 @@ def _exp(nll: Interval | None) -> Interval | None:
     """Perplexity: of the mean, for a mean of perplexities is one case's."""
     if nll is None:
         return None
-    return Interval(*(math.exp(min(value, 700.0)) for value in nll[:3]), nll.count)
+    mean, low, high = (math.exp(min(value, 700.0)) for value in nll[:3])
+    return Interval(mean, low, high, nll.count)
 
 
 def by_case(values: Iterable[tuple[str, float | bool | None]]) -> list[float]:
