@@ -15,7 +15,7 @@ import torch
 from errata import editors
 from errata.functional import Case, Editor, Model, io
 from errata.functional.atomic import whole_file
-from errata.functional.errors import BadInput, ErrataError
+from errata.functional.errors import BadInput, BadSettings, ErrataError, listed
 from errata.functional.metrics import scorer
 
 from . import protocols, report
@@ -74,6 +74,8 @@ def run(
     )
     folder = Path(settings.out)
     identity = settings.digest(versions(), _digest(cases))
+    if not _size(folder / RESULTS):
+        _check_editors(settings)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         _claim(folder, identity, fresh)
@@ -152,7 +154,7 @@ def _run_model(
     identity: str,
     progress: Progress,
 ) -> None:
-    chosen = [e for e in settings.editors if not e.models or choice.label in e.models]
+    chosen = _chosen(settings, choice)
     legs = [(e, p) for e in chosen for p in settings.protocols]
     open_legs = [
         leg for leg in legs if not ledger.finished(choice.label, leg[0].label, _name(leg[1]))
@@ -190,6 +192,24 @@ def _run_model(
             progress.step(step.cases)
         progress.stop()
         marks.drop()
+
+
+def _chosen(settings: RunSettings, choice: ModelChoice) -> list[EditorChoice]:
+    return [e for e in settings.editors if not e.models or choice.label in e.models]
+
+
+def _check_editors(settings: RunSettings) -> None:
+    """Try every editor on every model, so that the last one's sites are known before any edit."""
+    faults = []
+    for choice in settings.models:
+        model = open_model(choice)
+        for editor in _chosen(settings, choice):
+            try:
+                _make(editor, model)
+            except ErrataError as fault:
+                faults.append(str(fault).rstrip("."))
+    if faults:
+        raise BadSettings(f"{listed(faults)}.")
 
 
 def _make(choice: EditorChoice, model: Model) -> Editor:

@@ -25,6 +25,7 @@ from errata.functional import (
     prefix,
 )
 from errata.functional.bind import bind
+from errata.functional.errors import BadInput, BadSettings
 from errata.functional.factors import unformed_gradients
 from errata.functional.losses import nll
 from errata.functional.stacks import per_edit
@@ -52,6 +53,19 @@ class Trained(NamedTuple):
 
     tensors: dict[str, Tensor]
     edits: tuple[EditRecord, ...] = ()
+
+
+def fresh(state: Trained) -> Trained:
+    """The state, if no edit has been made from it: what edits side by side must start from.
+
+    Raises BadInput otherwise: a stacked delta lists one edit each, and could not tell of earlier.
+    """
+    if state.edits:
+        raise BadInput(
+            f"edits side by side must start from a fresh state, and this one holds "
+            f"{len(state.edits)}: take `editor.init(model, generator)`, or `editor.edit` to go on."
+        )
+    return state
 
 
 class Rule(NamedTuple):
@@ -175,12 +189,17 @@ def descend(step: Step, start: Tensors, rule: Rule, anchor: Params | None) -> di
     optimizer = make(rate, weight_decay=rule.weight_decay, donate=True)
     tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in start.items()}
     memory = optimizer.init(tensors, num_edits=next(iter(tensors.values())).shape[0])
-    for _ in range(rule.num_steps):
+    for number in range(rule.num_steps):
         grads, each = step(tensors)
         active = each > rule.stop_loss  # [E]
         if not bool(active.any()):
             break
         tensors, memory = optimizer.update(grads, memory, tensors, mask=active, anchor=anchor)
+        if number == 0 and all(torch.equal(tensors[name], start[name]) for name in start):
+            raise BadSettings(
+                "what is trained must act on the answer, and the first step changed nothing: its "
+                "gradient is zero at every site. Name other sites (`errata models` lists families)."
+            )
         if rule.clamp is not None:
             tensors = optim.clamp(tensors, rule.clamp, donate=True)
     return tensors

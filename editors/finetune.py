@@ -28,7 +28,7 @@ import torch
 from errata.functional import Delta, Dense, Editor, Model, Query
 from errata.functional.records import header_for
 
-from .descent import Objective, Rule, Trained, descend_each, descend_jointly
+from .descent import Objective, Rule, Trained, descend_each, descend_jointly, fresh
 from .sites import parameters
 
 __all__ = ["PRESETS", "FinetuneConfig", "finetune"]
@@ -104,7 +104,7 @@ def finetune(config: FinetuneConfig = FinetuneConfig()) -> Editor:
         return delta, Trained(tensors, delta.header.edits)
 
     def each(model: Model, state: Trained, queries: Sequence[Query]) -> Delta:
-        header = partial(describe, model, state)
+        header = partial(describe, model, fresh(state))
         tensors = descend_each(model, header, state.tensors, queries, rule, anchor=model.params)
         return Delta(header(queries, len(queries)), tensors)
 

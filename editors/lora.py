@@ -25,7 +25,7 @@ import torch
 from errata.functional import Delta, Editor, LowRank, Model, Query
 from errata.functional.records import header_for
 
-from .descent import Rule, Trained, descend_each, descend_jointly
+from .descent import Rule, Trained, descend_each, descend_jointly, fresh
 from .sites import linears
 
 __all__ = ["PRESETS", "LoraConfig", "lora"]
@@ -113,7 +113,7 @@ def lora(config: LoraConfig = LoraConfig()) -> Editor:
         return delta, Trained(tensors, delta.header.edits)
 
     def each(model: Model, state: Trained, queries: Sequence[Query]) -> Delta:
-        header = partial(describe, model, state)
+        header = partial(describe, model, fresh(state))
         tensors = descend_each(model, header, state.tensors, queries, rule, express=express)
         return Delta(header(queries, len(queries)), express(tensors))
 

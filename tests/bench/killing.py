@@ -93,7 +93,7 @@ def killed(text: str, folder: Path, kills: int = 10, seed: int = 0) -> Outcome:
         starts += 1
         if count < kills:
             grown(folder / "shaken" / "results.jsonl", marks[count], child)
-            time.sleep(moments.uniform(0, 0.2 * span / kills))
+            time.sleep(moments.uniform(0, 0.05 * span / kills))
             os.kill(child, signal.SIGKILL)
         status = ended(child)
         if status == -signal.SIGKILL:

@@ -386,4 +386,5 @@ def test_a_run_that_is_killed_ends_with_the_same_bytes(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "same=True" in done.stdout
-    assert "kills=3" in done.stdout
+    kills = int(done.stdout.partition("kills=")[2].partition(",")[0])
+    assert kills >= 2, done.stdout  # the last may find the run ended a moment before

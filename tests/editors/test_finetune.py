@@ -8,7 +8,7 @@ from errata import adapters
 from errata.adapters import adapt
 from errata.editors import EDITORS, FinetuneConfig, LoraConfig, configure, make
 from errata.functional import Model, Query, bind
-from errata.functional.errors import BadSettings, UnknownSite
+from errata.functional.errors import BadInput, BadSettings, UnknownSite
 from tests.adapters.test_parity import GOLDEN, as_bytes, golden, needs_golden
 
 
@@ -119,3 +119,17 @@ def test_presets_say_what_the_peers_do(name):
         config = configure(name, preset=preset)
         assert isinstance(config, FinetuneConfig | LoraConfig)
         assert preset == "default" or not config.end
+
+
+def test_side_by_side_starts_from_a_fresh_state(model):
+    editor = make(configure("finetune", num_steps=1))
+    asked = [Query("who is it?", "bo")]
+    _, state = editor.edit(model, editor.init(model, seeded()), asked)
+    with pytest.raises(BadInput, match="fresh state, and this one holds 1"):
+        editor.each(model, state, asked)
+
+
+def test_sites_that_no_answer_depends_on_are_refused(model):
+    """A question in words alone never meets the vision tower."""
+    with pytest.raises(BadSettings, match="the first step changed nothing"):
+        edited(model, [Query("who is it?", "bo")], sites=("vision.layers.-1.mlp",), num_steps=2)
