@@ -70,7 +70,7 @@ class GraceConfig(
     radius: Annotated[float, msgspec.Meta(gt=0)] = 1.0
     start: Literal["cold", "warm"] = "cold"  # values from U[0, 1), or from the map's output
     lr: Annotated[float, msgspec.Meta(gt=0)] = 5.0
-    num_steps: Annotated[int, msgspec.Meta(ge=1)] = 100
+    num_steps: Annotated[int, msgspec.Meta(ge=1)] = 200
     stop_loss: Annotated[float, msgspec.Meta(ge=0)] = 1e-2  # an edit stops below it; 0: never
     end: bool = True  # teach the end of the answer too, so that free generation stops there
 
