@@ -17,21 +17,25 @@ from errata.functional.errors import BadSettings
 from . import finetune as _finetune
 from . import grace as _grace
 from . import lora as _lora
+from . import mend as _mend
 from .finetune import FinetuneConfig, finetune
 from .grace import GraceConfig, grace
 from .lora import LoraConfig, lora
+from .mend import MendConfig, mend
 
 __all__ = [
     "EDITORS",
     "FinetuneConfig",
     "GraceConfig",
     "LoraConfig",
+    "MendConfig",
     "Method",
     "configure",
     "finetune",
     "grace",
     "lora",
     "make",
+    "mend",
 ]
 
 
@@ -52,6 +56,12 @@ EDITORS: dict[str, Method] = {
         GraceConfig, grace, _grace.PRESETS, "a codebook of activations and their replacements"
     ),
     "lora": Method(LoraConfig, lora, _lora.PRESETS, "a low-rank change trained on the edit"),
+    "mend": Method(
+        MendConfig,
+        mend,
+        _mend.PRESETS,
+        "a trained network turns a gradient into an edit",
+    ),
 }
 
 

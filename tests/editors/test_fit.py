@@ -1,0 +1,247 @@
+"""Training: it lowers the loss, stops when it should, and resumes to the same bits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+import msgspec
+import pytest
+import torch
+from PIL import Image
+from torch.utils import _pytree as pytree
+
+from errata import adapters
+from errata.editors import statefile
+from errata.editors.fit import FitConfig, fit
+from errata.editors.lessons import Shelf
+from errata.editors.mend import MendConfig, course
+from errata.functional import Case, Query
+from errata.functional.bind import bind
+from errata.functional.errors import BadInput
+from errata.functional.losses import kl, nll
+
+MEND = MendConfig(sites=("layers.-1.mlp",), rank=4, edit_lr=-1e-2)
+SHORT = FitConfig(
+    num_steps=6,
+    together=2,
+    accumulate=2,
+    lr=1e-2,
+    held=2,
+    validate_every=2,
+    save_every=1,
+    clip=10.0,
+)
+
+
+def tiny():
+    return adapters.adapt(*adapters.tiny("llava"))
+
+
+def cases(count: int = 8) -> list[Case]:
+    made = []
+    for number in range(count):
+        picture = Image.new("RGB", (32, 32), (20 * number, 90, 200))
+        other = Image.new("RGB", (32, 32), (20 * number, 95, 190))
+        made.append(
+            Case(
+                f"case {number}",
+                Query("who is it?", f"b{number}", (picture,)),
+                {
+                    "rephrase": (
+                        Query("who may it be?", f"b{number}", (picture,)),
+                        Query("and the name?", f"b{number}", (picture,)),
+                    ),
+                    "image_rephrase": (Query("who is it?", f"b{number}", (other,)),),
+                    "text_locality": (Query("is water wet?", "yes"),),
+                    "image_locality": (Query("what colour is it?", "owl", (other,)),),
+                },
+            )
+        )
+    return made
+
+
+def leaves(tree) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(leaves(a), leaves(b), strict=True))
+
+
+def test_training_lowers_the_loss_of_cases_it_never_saw():
+    model, seen = tiny(), []
+    config = msgspec.structs.replace(SHORT, num_steps=30, together=4, validate_every=1)
+    before = {name: tensor._version for name, tensor in model.params.items()}
+    done = fit(model, course(MEND), cases(10), config, progress=seen.append)
+    held = [now.held for now in seen]
+    assert done.held == min(held) < held[0]
+    assert [now.step for now in seen] == list(range(1, done.steps + 1))
+    assert all(now.cases_per_second > 0 for now in seen)
+    assert before == {name: tensor._version for name, tensor in model.params.items()}
+
+
+def test_a_lesson_is_each_case_edited_alone():
+    model, config = tiny(), msgspec.structs.replace(SHORT, asks=2)
+    learner = course(MEND)
+    state = learner.learner.editor.init(model, torch.Generator().manual_seed(0))
+    some = cases(3)
+    shelf = Shelf(model, learner.sites(model), config, False, None)
+    total, terms = learner.learner.loss(
+        model, *_studied(learner, model, state, shelf.lesson(some, None))
+    )
+    want = dict.fromkeys(config.weights, 0.0)
+    for case in some:
+        delta, _ = learner.learner.editor.edit(model, state, [case.edit])
+        edited = bind(model, delta)
+        for name in want:
+            batch = model.embed(model.params, model.read(case.probes[name]))
+            after = edited.decode(edited.params, batch)
+            if name.endswith("locality"):
+                value = kl(model.decode(model.params, batch), after, batch.labels)
+            else:
+                value = nll(after, batch.labels)
+            want[name] += float(value.mean()) / len(some)
+    for name, value in want.items():
+        assert float(terms[name]) == pytest.approx(value, rel=1e-3, abs=1e-6)
+    assert float(total) == pytest.approx(
+        sum(config.weights[name] * value for name, value in want.items()), rel=1e-3
+    )
+
+
+def _studied(learner, model, state, lesson):
+    return learner.study(model, state, lesson, False)
+
+
+def test_prefixes_are_computed_once_and_kept_within_bounds(tmp_path):
+    model, reads = tiny(), []
+
+    def read(queries: Sequence[Query], **options):
+        reads.append(len(queries))
+        return model.read(queries, **options)
+
+    counted = model._replace(read=read)
+    sites = course(MEND).sites(model)
+    some = cases(3)
+    shelf = Shelf(counted, sites, SHORT, False, None)
+    first = shelf.lesson(some, None)
+    again = shelf.lesson(some, None)
+    assert len(reads) == 3
+    assert same(first.asks, again.asks)
+
+    bounded = msgspec.structs.replace(SHORT, memory=1, disk=1 << 20)
+    on_disk = Shelf(counted, sites, bounded, False, tmp_path)
+    on_disk.lesson(some, None)
+    assert len(reads) == 6
+    kept = Shelf(counted, sites, bounded, False, tmp_path).lesson(some, None)
+    assert len(reads) == 6
+    mine, theirs = statefile.named(kept.asks), statefile.named(first.asks)
+    assert sorted(mine) == sorted(theirs)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert torch.equal(kept.base, first.base)
+
+    full = msgspec.structs.replace(SHORT, memory=1, disk=1)
+    Shelf(counted, sites, full, False, tmp_path / "full").lesson(some, None)
+    assert not list((tmp_path / "full" / "prefixes").iterdir())
+
+
+def test_it_stops_when_held_out_cases_no_longer_gain():
+    config = msgspec.structs.replace(
+        SHORT, num_steps=50, lr=1e-12, validate_every=1, patience=3, accumulate=1
+    )
+    # the moments still move, so the first validations may differ; then nothing does
+    done = fit(tiny(), course(MEND), cases(), config)
+    assert done.stopped_early
+    assert done.steps < 50
+
+
+def test_a_resumed_training_is_the_undisturbed_one(tmp_path):
+    model = tiny()
+    whole = fit(model, course(MEND), cases(), SHORT)
+
+    class Killed(Exception):
+        pass
+
+    def kill(now):
+        if now.step == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(model, course(MEND), cases(), SHORT, folder=tmp_path, progress=kill)
+    assert (tmp_path / "checkpoint.safetensors").is_file()
+    seen = []
+    resumed = fit(tiny(), course(MEND), cases(), SHORT, folder=tmp_path, progress=seen.append)
+    assert [now.step for now in seen] == [4, 5, 6]
+    assert same(resumed.state, whole.state)
+    assert resumed.held == whole.held
+
+
+def test_sigkill_loses_nothing(tmp_path):
+    """A process killed mid-training, gone on with by another: the bits of one undisturbed."""
+    folder = tmp_path / "run"
+    script = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        f"sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+        "from test_fit import *\n"
+        "config = msgspec.structs.replace(SHORT, num_steps=400, validate_every=50, patience=99)\n"
+        f"fit(tiny(), course(MEND), cases(), config, folder={str(folder)!r})\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script])
+    for _ in range(1200):
+        if (folder / "checkpoint.safetensors").is_file() or child.poll() is not None:
+            break
+        time.sleep(0.1)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    path = folder / "checkpoint.safetensors"
+    done = int(statefile.opened(path)[1]["step"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        config = msgspec.structs.replace(SHORT, num_steps=400, validate_every=50, patience=99)
+        seen = []
+
+        class Enough(Exception):
+            pass
+
+        def until(step):
+            def look(now):
+                seen.append(now.step)
+                if now.step == step:
+                    raise Enough
+
+            return look
+
+        with pytest.raises(Enough):
+            fit(tiny(), course(MEND), cases(), config, folder=folder, progress=until(done + 3))
+        assert seen == [done + 1, done + 2, done + 3]
+        other = tmp_path / "undisturbed"
+        with pytest.raises(Enough):
+            fit(tiny(), course(MEND), cases(), config, folder=other, progress=until(done + 3))
+    finally:
+        torch.set_num_threads(threads)
+    mine = statefile.opened(path)[1]
+    theirs = statefile.opened(other / "checkpoint.safetensors")[1]
+    assert sorted(mine) == sorted(theirs)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path):
+    model = tiny()
+    config = msgspec.structs.replace(SHORT, num_steps=1, accumulate=1)
+    fit(model, course(MEND), cases(), config, folder=tmp_path)
+    other = msgspec.structs.replace(config, lr=1e-3)
+    with pytest.raises(BadInput, match="config is"):
+        fit(model, course(MEND), cases(), other, folder=tmp_path)
+
+
+def test_cases_that_do_not_suit_are_refused():
+    lacking = [case._replace(probes={"rephrase": case.probes["rephrase"]}) for case in cases(3)]
+    with pytest.raises(BadInput, match="(?s)leave fewer.*no 'image_rephrase'"):
+        fit(tiny(), course(MEND), lacking, SHORT)
+    with pytest.raises(BadInput, match="lr_of must name some of nets, rates"):
+        fit(tiny(), course(MEND), cases(), msgspec.structs.replace(SHORT, lr_of={"net": 1.0}))
