@@ -32,8 +32,9 @@ def shipped(editor: str, model: Model) -> Path:
 
     Raises BadInput, naming those that there are.
     """
-    path = FOLDER / f"{editor}-{model.card.id.rpartition('/')[2]}.safetensors"
-    if not path.is_file():
+    owner, _, name = model.card.id.rpartition("/")
+    path = FOLDER / f"{editor}-{name}.safetensors"
+    if owner != "micro" or not path.is_file():
         there = sorted(found.stem for found in FOLDER.glob("*.safetensors"))
         raise BadInput(
             f"a trained {editor} is shipped for {', '.join(there) or 'no model'}, not for "

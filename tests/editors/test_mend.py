@@ -14,8 +14,9 @@ from torch.utils import _pytree as pytree
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from errata import adapters
+from errata.bench.data import world
 from errata.editors import statefile
-from errata.editors.mend import MendConfig, about, mend
+from errata.editors.mend import PRESETS, MendConfig, about, mend
 from errata.editors.mend_net import Layer, Network, norms, observe, pack, transform
 from errata.functional import Batch, Delta, Header, Inputs, LowRank, Query, prefix
 from errata.functional.bind import bind
@@ -289,3 +290,20 @@ def test_a_state_is_read_back_or_refused(tmp_path):
 def test_sites_below_the_decoder_are_refused():
     with pytest.raises(UnknownSite, match="decoder layers"):
         mend(MendConfig(sites=("projector",))).init(tiny(), torch.Generator())
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "blip2"])
+def test_the_shipped_state_edits_and_generalises(name):
+    """Four unseen cases: their targets likelier than not, asked as edited and in other words."""
+    model = adapters.micro(name)
+    editor = mend(PRESETS["micro"])
+    some = world.cases(4, seed=5)
+    asked = [case.edit for case in some]
+    delta = editor.each(model, editor.init(model, torch.Generator()), asked)
+    edited = bind(model, delta)
+    for queries in (asked, [case.probes["rephrase"][0] for case in some]):
+        batch = model.embed(model.params, model.read(queries))._replace(edit=torch.arange(4))
+        before = nll(model.decode(model.params, batch), batch.labels)
+        after = nll(edited.decode(edited.params, batch), batch.labels)
+        assert before.mean() > 1.5
+        assert after.mean() < 0.5
