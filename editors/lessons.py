@@ -139,6 +139,8 @@ class Shelf:
             said, tensors = statefile.opened(path)
         except BadInput:
             return None  # not whole: computed again
+        if said is None or said.get("case") != key:
+            return None
         return _unnamed(tensors, int(said["depth"]))
 
 
