@@ -35,7 +35,9 @@ CASES = {
     "mend": MendConfig(sites=("layers.1.mlp", "layers.-1.mlp"), rank=4, edit_lr=-0.02),
     "mend-last": MendConfig(sites=("layers.-1.mlp",), rank=4, edit_lr=-0.02, end=True),
 }
-FAMILIES = ["llava", "llava_onevision", "qwen2_vl", "qwen3_vl", "blip2", "minigpt4", "gpt2", "llama"]
+FAMILIES = [
+    "llava", "llava_onevision", "qwen2_vl", "qwen3_vl", "blip2", "minigpt4", "gpt2", "llama",
+]  # fmt: skip
 
 
 @functools.cache
