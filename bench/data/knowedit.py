@@ -5,7 +5,8 @@ empty is scored under teacher forcing, and any of them counts as right in free g
 names its fields `text`, `labels`, `concept`; ICE's files add `context`, five statements of the new
 fact, which are checked and counted but go into no case: no editor here takes any. Locality and
 portability are objects of kinds, each a list of questions; kinds become probes
-(`text_locality_forgetfulness`, `portability_reasoning`). Nothing is drawn at random: every question of a record is asked.
+(`text_locality_forgetfulness`, `portability_reasoning`). Nothing is drawn at random: every question
+of a record is asked.
 """
 
 from __future__ import annotations
