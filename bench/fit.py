@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import torch
@@ -21,6 +22,8 @@ from errata.editors.fit import FitConfig, Progress, fit
 from errata.editors.mend import PRESETS, about, course
 
 __all__ = ["MICRO", "main"]
+
+Settings = TypeVar("Settings", bound=msgspec.Struct)
 
 MICRO = FitConfig(
     num_steps=60,
@@ -74,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _over(settings: msgspec.Struct, pairs: Sequence[str]):
+def _over(settings: Settings, pairs: Sequence[str]) -> Settings:
     said = {
         name: msgspec.json.decode(value) for name, _, value in (p.partition("=") for p in pairs)
     }
