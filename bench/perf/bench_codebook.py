@@ -166,10 +166,4 @@ def bench_nearest(benchmark, case):
     query, keys, norms = inputs(case, DEVICE)
     check(query, keys)
     calls = rivals(case, query, keys, norms, DEVICE)
-    limits = figures.Ceilings(1.0, 1.0, "")
-    rows = figures.compare(
-        "nearest", str(case), calls, DEVICE, num_bytes=0, num_flops=0, limits=limits, rounds=3
-    )
-    benchmark.group = str(case)
-    benchmark.extra_info.update({row.provider: round(row.times_ours, 2) for row in rows})
-    benchmark.pedantic(calls["errata"], rounds=3)
+    figures.in_pytest(benchmark, "nearest", str(case), calls, DEVICE)

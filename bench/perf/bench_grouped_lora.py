@@ -124,11 +124,4 @@ def measure(
 def bench_grouped_lora(benchmark, case):
     given = inputs(case, DEVICE)
     check(given)
-    calls = rivals(given, DEVICE)
-    limits = figures.Ceilings(1.0, 1.0, "")
-    rows = figures.compare(
-        "grouped", str(case), calls, DEVICE, num_bytes=0, num_flops=0, limits=limits, rounds=3
-    )
-    benchmark.group = str(case)
-    benchmark.extra_info.update({row.provider: round(row.times_ours, 2) for row in rows})
-    benchmark.pedantic(calls["errata"], rounds=3)
+    figures.in_pytest(benchmark, "grouped", str(case), rivals(given, DEVICE), DEVICE)

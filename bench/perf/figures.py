@@ -21,7 +21,7 @@ import torch
 
 from errata.bench.memory import measured
 
-__all__ = ["Figure", "ceilings", "compare", "describe", "device", "report"]
+__all__ = ["Figure", "ceilings", "compare", "describe", "device", "in_pytest", "report"]
 
 Call = Callable[[], Any]
 
@@ -199,3 +199,14 @@ def _table(
 
 def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
+
+
+def in_pytest(
+    benchmark: Any, suite: str, case: str, rivals: Mapping[str, Call], where: torch.device
+) -> None:
+    """Let pytest-benchmark time ours; how many times as long each rival took goes beside it."""
+    limits = Ceilings(1.0, 1.0, "")  # ratios alone are kept
+    rows = compare(suite, case, rivals, where, num_bytes=0, num_flops=0, limits=limits, rounds=3)
+    benchmark.group = case
+    benchmark.extra_info.update({row.provider: round(row.times_ours, 2) for row in rows})
+    benchmark.pedantic(next(iter(rivals.values())), rounds=3)
