@@ -231,6 +231,7 @@ class Decoder:
             at=last,
             edit=torch.zeros_like(ids[:, 0]) if edit is None else edit,
             extras=self.body.plan.pack(seen),
+            notes=past.notes,
         )
 
     def no_thin(self, reason: str) -> None:
@@ -281,4 +282,5 @@ def _kept(ledger: Ledger, batch: Batch, past: Past | None) -> Past:
         tuple(values for _, values in ledger.joined),
         mask,
         following,
+        batch.notes,
     )

@@ -63,9 +63,10 @@ def ending(template: Template, tokenizer: Any) -> str:
 class Reader:
     """Reads queries for one model under one template; safe to share between threads.
 
-    reader(queries, end=False) -> Inputs. Targets may be missing only if all are: then nothing is
-    scored. With `end` the token that ends an answer follows each target and is scored with it,
-    whatever the template says: what an editor wants that teaches a model to stop there.
+    reader(queries, end=False, edit=None) -> Inputs, whatever `edit` says. Targets may be missing
+    only if all are: then nothing is scored. With `end` the token that ends an answer follows each
+    target and is scored with it, whatever the template says: what an editor wants that teaches a
+    model to stop there.
     """
 
     def __init__(
@@ -88,7 +89,9 @@ class Reader:
         self.end = ending(template, tokenizer)
         self.stop = self.end or tokenizer.eos_token or ""
 
-    def __call__(self, queries: Sequence[Query], *, end: bool = False) -> Inputs:
+    def __call__(
+        self, queries: Sequence[Query], *, end: bool = False, edit: Tensor | None = None
+    ) -> Inputs:
         queries = list(queries)
         behind = self.stop if end else self.end
         rows = every(queries, lambda _, query: self._row(query, behind))

@@ -42,7 +42,9 @@ class Whole:
         self.end = ending(template, tokenizer)
         self.stop = self.end or tokenizer.eos_token or ""
 
-    def __call__(self, queries: Sequence[Query], *, end: bool = False) -> Inputs:
+    def __call__(
+        self, queries: Sequence[Query], *, end: bool = False, edit: torch.Tensor | None = None
+    ) -> Inputs:
         queries = list(queries)
         behind = self.stop if end else self.end
         seen = every(queries, lambda _, query: self._see(query))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,11 +20,21 @@ from errata import adapters
 from errata.bench.data import world
 from errata.editors import statefile
 from errata.editors.fit import FitConfig, Progress, fit
-from errata.editors.mend import PRESETS, about, course
 
-__all__ = ["MICRO", "main"]
+__all__ = ["MICRO", "RECIPES", "WORLD", "main"]
 
 Settings = TypeVar("Settings", bound=msgspec.Struct)
+
+WORLD = {
+    "edit": 1.0,
+    "rephrase": 1.0,
+    "image_rephrase": 1.0,
+    "text_locality": 1.0,
+    "same_entity_locality": 1.0,
+    "hard_locality": 1.0,
+    "image_locality": 1.0,
+}
+"""All the world's probes but portability."""
 
 MICRO = FitConfig(
     num_steps=60,
@@ -33,26 +44,25 @@ MICRO = FitConfig(
     warmup=10,
     decay=True,
     clip=1.0,
-    weights={
-        "edit": 1.0,
-        "rephrase": 1.0,
-        "image_rephrase": 1.0,
-        "text_locality": 1.0,
-        "same_entity_locality": 1.0,
-        "hard_locality": 1.0,
-        "image_locality": 1.0,
-    },
+    weights=WORLD,
     held=32,
     validate_every=20,
     seed=0,
 )
-"""The micro zoo's training: all the world's probes but portability."""
+"""The micro zoo's training of MEND."""
+
+
+RECIPES: dict[str, FitConfig] = {"mend": MICRO}
+"""An editor that is trained joins by one entry. Its module has a preset "micro" and
+
+course(config) -> Course, about(model, config) -> what a state fits, kept(state) -> what a file holds
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train one editor for one micro model; with a folder a killed training goes on from there."""
     parser = argparse.ArgumentParser(prog="python -m errata.bench.fit", description=main.__doc__)
-    parser.add_argument("editor", choices=["mend"])
+    parser.add_argument("editor", choices=sorted(RECIPES))
     parser.add_argument("model", choices=adapters.zoo.micro_names())
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--folder", type=Path, default=None)
@@ -63,16 +73,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     model = adapters.micro(options.model)
     cases = world.cases(options.cases, 0, split="train")
-    settings = msgspec.structs.replace(PRESETS["micro"], trained="")
+    home = import_module(f"errata.editors.{options.editor}")
+    settings = msgspec.structs.replace(home.PRESETS["micro"], trained="")
     settings = _over(settings, options.editor_set)
     done = fit(
-        model, course(settings), cases, _over(MICRO, options.set), folder=options.folder,
-        progress=_tell,
+        model, home.course(settings), cases, _over(RECIPES[options.editor], options.set),
+        folder=options.folder, progress=_tell,
     )  # fmt: skip
-    out = options.out or statefile.FOLDER / f"mend-{options.model}.safetensors"
+    out = options.out or statefile.FOLDER / f"{options.editor}-{options.model}.safetensors"
     out.parent.mkdir(parents=True, exist_ok=True)
-    state = (done.state.meta, done.state.norms)
-    statefile.keep(out, state, about(model, settings))
+    statefile.keep(out, home.kept(done.state), home.about(model, settings))
     sys.stdout.write(f"{out}: {done.steps} steps, held-out loss {done.held}\n")
     return 0
 

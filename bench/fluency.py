@@ -31,7 +31,7 @@ def continued(
 
         continued(bind(model, delta), [query], 32)
     """
-    inputs = model.read(queries)
+    inputs = model.read(queries, edit=edit)
     edit = edit if edit is None else edit.to(inputs.ids.device)
     said = continue_rows(model, inputs, num_tokens, edit=edit)
     longer, behind = _longer(inputs, said)

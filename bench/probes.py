@@ -150,7 +150,7 @@ def _edited(
 ) -> Reading:
     """The edited models' readings, a few rows at a time."""
     if isinstance(source, Inputs):  # edits act before the decoder: pixels have no row axis to take
-        inputs = bound.read([ask.query for ask in asks])
+        inputs = bound.read([ask.query for ask in asks], edit=edit)
         device = inputs.ids.device
         options = {**options, "base": options["base"][index.to(device)]}
         return _on_cpu(answers(bound, inputs, edit=edit.to(device), **options))

@@ -224,9 +224,13 @@ def _ask(model: Model, delta: Delta, about: Sequence[_About], terms: Terms) -> l
 
 
 def reach_of(model: Model, delta: Delta) -> prefix.Reach:
-    """The lowest place a delta acts on; a kind that does not say where acts on everything."""
-    places = [getattr(e, "name", "") or getattr(e, "site", "") for e in delta.header.entries]
-    return prefix.reach(model.card, places) if all(places) else prefix.Reach()
+    """The lowest place a delta acts on."""
+    begins = {entry.begins() for entry in delta.header.entries}
+    if "read" in begins:
+        return prefix.Reach(embed=True)
+    if "rows" in begins:
+        return prefix.Reach()
+    return prefix.reach(model.card, [entry.name for entry in delta.header.entries])
 
 
 def _fitting(model: Model, delta: Delta, cases: Sequence[Case], budget: int) -> int:

@@ -55,7 +55,7 @@ from . import statefile
 from .fit import Course, Lesson, weighed
 from .mend_net import Network, Norms, Packed, network, norms, observe, pack, transform
 
-__all__ = ["PRESETS", "Editing", "MendConfig", "Meta", "about", "course", "mend"]
+__all__ = ["PRESETS", "Editing", "MendConfig", "Meta", "about", "course", "kept", "mend"]
 
 
 class MendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="mend"):
@@ -188,6 +188,11 @@ def about(model: Model, config: MendConfig) -> dict[str, Any]:
         "family": base.family,
         "touched": base.touched,
     }
+
+
+def kept(state: Editing) -> tuple[Meta, dict[str, Norms]]:
+    """What a file of a trained state holds."""
+    return state.meta, state.norms
 
 
 def _maps(model: Model, config: MendConfig) -> list[tuple[str, str, int]]:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ from errata.kernels import grouped_lora
 from .bound import Plan, functions
 from .call import compose
 from .card import Base
+from .change import Change, Kind
 from .codebook import codebook
 from .errors import BaseMismatch, ShapeMismatch, UnknownSite, listed
 from .fingerprint import derive, fingerprint, origin
@@ -47,25 +48,6 @@ from .stacks import unstack
 from .types import Batch, Delta, Model, Params, Rewrite, Rewrites
 
 __all__ = ["KINDS", "Change", "Kind", "bind"]
-
-
-class Change(NamedTuple):
-    """What an entry of a delta does to a model.
-
-    `rewrites(batch)` are for the decoder, given the batch it is about to run: `batch.edit` says
-    which edit of a stacked delta each row runs under. `below` are for what runs before it.
-    `apart`: this stacked change can only be run edit by edit. `wrap` does anything else.
-    """
-
-    params: Mapping[str, Tensor] = {}
-    rewrites: Callable[[Batch], Rewrites] | None = None
-    below: Rewrites = {}
-    apart: bool = False
-    wrap: Callable[[Model], Model] | None = None
-
-
-Kind = Callable[[Model, Header, Any, Mapping[str, Tensor]], Change]
-"""(model as bound so far, header, entry, the entry's tensors) -> what the entry does."""
 
 
 def bind(model: Model, delta: Delta, *, check: bool = True) -> Model:

@@ -7,7 +7,7 @@ caller's rewrites then see the rows of one edit at a time, edits in ascending or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -56,6 +56,7 @@ def functions(model: Model, plan: Plan) -> dict[str, Any]:
                 return one.decode(one.params, part, rewrites, **_option_rows(options, rows))
 
             return _apart(model, plan, params, batch, run)
+        batch = batch._replace(notes=dict(batch.notes))
         return model.decode(params, batch, at(batch, rewrites), **options)
 
     def thin(params: Params, batch: Batch, rewrites: Rewrites = NONE, **options):
@@ -65,6 +66,7 @@ def functions(model: Model, plan: Plan) -> dict[str, Any]:
                 return one.thin(one.params, part, rewrites, **_option_rows(options, rows))
 
             return _apart(model, plan, params, batch, run)
+        batch = batch._replace(notes=dict(batch.notes))
         return model.thin(params, batch, at(batch, rewrites), **options)
 
     def extend(
@@ -138,8 +140,14 @@ def _joined(parts: list[Any], groups: list[tuple[int, Tensor]]) -> Any:
             tuple(torch.cat([part.values[n] for part in parts])[back] for n in layers),
             torch.cat([part.mask for part in parts])[back],
             torch.cat([part.next for part in parts])[back],
+            _notes([part.notes for part in parts], back),
         )
     return tuple(_joined([part[n] for part in parts], groups) for n in range(len(first)))
+
+
+def _notes(parts: list[Mapping[str, Tensor]], back: Tensor) -> dict[str, Tensor]:
+    names = set.intersection(*map(set, parts))
+    return {name: torch.cat([part[name] for part in parts])[back] for name in sorted(names)}
 
 
 def _past_rows(past: Past, rows: Tensor) -> Past:
@@ -148,6 +156,7 @@ def _past_rows(past: Past, rows: Tensor) -> Past:
         tuple(value[rows] for value in past.values),
         past.mask[rows],
         past.next[rows],
+        {name: note[rows] for name, note in past.notes.items()},
     )
 
 

@@ -30,7 +30,7 @@ def generate(
 
         generate(bind(model, delta), [Query("What is this?", images=(picture,))])
     """
-    inputs = model.read([query._replace(target="") for query in queries])
+    inputs = model.read([query._replace(target="") for query in queries], edit=edit)
     longest = inputs.ids.shape[1]
     if longest + max_new_tokens > model.card.context:
         raise BadInput(

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import msgspec
 
 from .card import Base
+from .entries import FLOATS, NAME, Codebook, Dense, LowRank, Want, Where
 
 __all__ = [
     "FLOATS",
@@ -36,12 +37,6 @@ __all__ = [
 
 FORMAT = 1
 
-FLOATS = ("F64", "F32", "F16", "BF16")
-
-Want = tuple[tuple[str, ...], tuple[int, ...]]
-"""What a tensor must be: one of these dtypes (safetensors' names), and this shape."""
-
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}(\.[A-Za-z0-9_-]{1,128}){0,31}", re.ASCII)
 _HASH = re.compile(r"([0-9a-f]{64})?", re.ASCII)
 _ABSOLUTE = re.compile(r"(/|~|\\|[A-Za-z]:[\\/]|file:)", re.ASCII)
 
@@ -52,111 +47,6 @@ act       y = x Wᵀ + (x Aᵀ) Bᵀ, in the model's dtype
 act_fp32  the same, the low-rank product in fp32, cast once at the end
 weight    W' = W + (B A).to(W.dtype), B A in fp32, then y = x W'ᵀ: what PEFT merges to
 """
-
-Where = Literal["last", "prompt", "all"]
-"""Which tokens a codebook's value replaces, with t the prompt's last: t, those before t, or both.
-
-Tokens of the answer are never replaced: what is generated token by token is what one pass gives.
-"""
-
-
-class Dense(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="dense"):
-    """Change of a whole parameter: W' = W + d. Tensor `<name>`: the shape of the parameter."""
-
-    name: str  # in-memory parameter name
-    checkpoint: str  # the same parameter in the checkpoint's naming
-    shape: tuple[int, ...]
-
-    def tensors(self) -> dict[str, Want]:
-        return {self.name: (FLOATS, self.shape)}
-
-    def faults(self, header: Header) -> Iterator[str]:
-        yield from _misnamed(self.name, self.checkpoint)
-        if not self.shape or min(self.shape) < 1:
-            yield f"{self.name}: the shape must be of positive sizes, is {list(self.shape)}"
-
-
-class LowRank(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="lowrank"):
-    """Low-rank change of a linear map: dW = B A, dW [out in].
-
-    Tensors `<name>.A` [r in] and `<name>.B` [out r]; any scale is folded into B. `rows[k]` of the r
-    rows belong to edit k, in order (sum == r); empty where the rank is shared by all edits.
-    `transposed`: the parameter is stored [in out].
-    """
-
-    name: str
-    checkpoint: str
-    shape: tuple[int, ...]  # of the parameter as stored
-    rank: int
-    rows: tuple[int, ...] = ()
-    transposed: bool = False
-
-    def tensors(self) -> dict[str, Want]:
-        out, inner = reversed(self.shape) if self.transposed else self.shape
-        return {
-            f"{self.name}.A": (FLOATS, (self.rank, inner)),
-            f"{self.name}.B": (FLOATS, (out, self.rank)),
-        }
-
-    def faults(self, header: Header) -> Iterator[str]:
-        yield from _misnamed(self.name, self.checkpoint)
-        if len(self.shape) != 2 or min(self.shape) < 1:
-            yield f"{self.name}: the shape must be two positive sizes, is {list(self.shape)[:4]}"
-        if self.rank < 1:
-            yield f"{self.name}: the rank must be at least 1, is {self.rank}"
-        if not self.rows:
-            return
-        if header.stack:
-            yield f"{self.name}: rows must be empty in a stacked delta"
-        elif len(self.rows) != len(header.edits):
-            yield (
-                f"{self.name}: rows must name a number of rows for each of the "
-                f"{len(header.edits)} edits, names {len(self.rows)}"
-            )
-        elif min(self.rows) < 0 or sum(self.rows) != self.rank:
-            yield f"{self.name}: rows must be counts that add up to the rank {self.rank}"
-
-
-class Codebook(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="codebook"
-):
-    """Values that take the place of a linear map's output where its input comes near a key.
-
-    Tensors `<name>.keys` [N in], `<name>.values` [N out], `<name>.radii` [N]. With q the map's
-    input at the row's last prompt token and n the nearest key, the output there is values[n] if
-    |keys[n] - q| <= radii[n]. `owners[k]` is the key of edit k, -1 where a later edit took it over.
-    """
-
-    name: str  # the map's weight
-    checkpoint: str
-    shape: tuple[int, ...]  # of the weight as stored
-    num_keys: int
-    owners: tuple[int, ...] = ()
-    where: Where = "last"
-    transposed: bool = False
-
-    def tensors(self) -> dict[str, Want]:
-        out, inner = reversed(self.shape) if self.transposed else self.shape
-        return {
-            f"{self.name}.keys": (FLOATS, (self.num_keys, inner)),
-            f"{self.name}.values": (FLOATS, (self.num_keys, out)),
-            f"{self.name}.radii": (FLOATS, (self.num_keys,)),
-        }
-
-    def faults(self, header: Header) -> Iterator[str]:
-        yield from _misnamed(self.name, self.checkpoint)
-        if len(self.shape) != 2 or min(self.shape) < 1:
-            yield f"{self.name}: the shape must be two positive sizes, is {list(self.shape)[:4]}"
-        if self.num_keys < 1:
-            yield f"{self.name}: there must be at least 1 key, are {self.num_keys}"
-        if len(self.owners) != len(header.edits):
-            yield (
-                f"{self.name}: owners must name a key for each of the {len(header.edits)} edits, "
-                f"names {len(self.owners)}"
-            )
-        elif any(not -1 <= key < self.num_keys for key in self.owners):
-            yield f"{self.name}: owners must be keys from 0 to {self.num_keys - 1}, or -1"
-
 
 Entry = Dense | LowRank | Codebook
 
@@ -187,7 +77,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Every tensor of the delta: the dtypes it may have, and its shape."""
         axis = (self.stack,) if self.stack else ()
         return {
-            name: (dtypes, axis + shape)
+            name: (dtypes, shape if name in entry.common() else axis + shape)
             for entry in self.entries
             for name, (dtypes, shape) in entry.tensors().items()
         }
@@ -215,7 +105,7 @@ def _faults(header: Header) -> Iterator[str]:
     if not (_tame(base.revision) and _tame(base.family) and _HASH.fullmatch(base.config)):
         yield "base.revision and base.family must be printable, base.config a sha256 in hex"
     for name, digest in base.touched.items():
-        if not _NAME.fullmatch(name) or not digest or not _HASH.fullmatch(digest):
+        if not NAME.fullmatch(name) or not digest or not _HASH.fullmatch(digest):
             yield f"base.touched[{name[:80]!r}] must give the sha256 of a parameter in hex"
     yield from _paths(header.settings, "settings")
     seen: set[str] = set()
@@ -241,12 +131,6 @@ def _faults(header: Header) -> Iterator[str]:
 
 def _tame(text: str) -> bool:
     return len(text) <= 256 and text.isprintable()
-
-
-def _misnamed(*names: str) -> Iterator[str]:
-    for name in names:
-        if not _NAME.fullmatch(name):
-            yield f"{name[:80]!r} must be a dotted parameter name of letters, digits, '_' and '-'"
 
 
 def _paths(value: Any, where: str) -> Iterator[str]:

@@ -37,6 +37,7 @@ def take(batch: Batch, rows: Tensor | slice) -> Batch:
     return batch._replace(
         **{name: getattr(batch, name)[rows] for name in _PLAIN},
         extras={key: value[rows] for key, value in batch.extras.items()},
+        notes={key: value[rows] for key, value in batch.notes.items()},
     )
 
 
@@ -130,8 +131,10 @@ def concat(batches: Sequence[Batch]) -> Batch:
         key: torch.cat([_extra(batch.extras, key, like, batch.rows) for batch in padded])
         for key, like in known.items()
     }
+    noted = set.intersection(*(set(batch.notes) for batch in batches))
+    notes = {key: torch.cat([batch.notes[key] for batch in batches]) for key in sorted(noted)}
     joined = {name: torch.cat([getattr(batch, name) for batch in padded]) for name in _PLAIN}
-    return Batch(**joined, extras=extras, depth=depths[0])
+    return Batch(**joined, extras=extras, depth=depths[0], notes=notes)
 
 
 _PLAIN = ("hidden", "mask", "positions", "image", "prompt", "labels", "at", "edit")

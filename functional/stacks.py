@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import rows
 from .errors import KindUnsupported, ShapeMismatch, listed
-from .header import Codebook, EditRecord, Entry, Header, LowRank
+from .header import EditRecord, Header
 from .types import Batch, Delta
 
 __all__ = ["per_edit", "spread", "stack", "take", "unstack"]
@@ -41,10 +41,16 @@ def stack(deltas: Sequence[Delta]) -> Delta:
     faults = [f for n, delta in enumerate(deltas) for f in _differences(n, first, delta)]
     if faults:
         raise ShapeMismatch(f"deltas must agree in layout to be stacked: {listed(faults)}.")
-    tensors = {name: torch.stack([d.tensors[name] for d in deltas]) for name in first.tensors}
+    common = _common(first)
+    tensors = {
+        name: tensor if name in common else torch.stack([d.tensors[name] for d in deltas])
+        for name, tensor in first.tensors.items()
+    }
     header = msgspec.structs.replace(
         first.header,
-        entries=tuple(_together(given) for given in zip(*(d.header.entries for d in deltas))),
+        entries=tuple(
+            type(given[0]).stacked(given) for given in zip(*(d.header.entries for d in deltas))
+        ),
         edits=tuple(_one(delta.header) for delta in deltas),
         stack=len(deltas),
     )
@@ -66,11 +72,16 @@ def take(delta: Delta, edits: Sequence[int]) -> Delta:
     index = torch.tensor(list(edits), dtype=torch.int64)
     header = msgspec.structs.replace(
         delta.header,
-        entries=tuple(_owned(entry, edits) for entry in delta.header.entries),
+        entries=tuple(entry.picked(edits) for entry in delta.header.entries),
         edits=tuple(delta.header.edits[number] for number in edits),
         stack=len(index),
     )
-    return Delta(header, {name: t[index.to(t.device)] for name, t in delta.tensors.items()})
+    common = _common(delta)
+    tensors = {
+        name: tensor if name in common else tensor[index.to(tensor.device)]
+        for name, tensor in delta.tensors.items()
+    }
+    return Delta(header, tensors)
 
 
 def spread(batch: Batch, num_edits: int) -> Batch:
@@ -103,40 +114,19 @@ def _must_be_stacked(delta: Delta) -> None:
 def _alone(delta: Delta, number: int) -> Delta:
     header = msgspec.structs.replace(
         delta.header,
-        entries=tuple(_own(entry, delta.header, number) for entry in delta.header.entries),
+        entries=tuple(entry.alone(delta.header, number) for entry in delta.header.entries),
         edits=delta.header.edits[number : number + 1],
         stack=0,
     )
-    return Delta(header, {name: tensor[number] for name, tensor in delta.tensors.items()})
+    common = _common(delta)
+    tensors = {
+        name: tensor if name in common else tensor[number] for name, tensor in delta.tensors.items()
+    }
+    return Delta(header, tensors)
 
 
-def _own(entry: Entry, header: Header, number: int) -> Entry:
-    """An entry of a stacked delta as it reads in one edit's own delta."""
-    entry = _owned(entry, [number])
-    if isinstance(entry, LowRank) and not header.recursive:
-        return msgspec.structs.replace(entry, rows=(entry.rank,))
-    return entry
-
-
-def _shared(entry: Entry) -> Entry:
-    if isinstance(entry, Codebook):
-        return msgspec.structs.replace(entry, owners=())
-    return msgspec.structs.replace(entry, rows=()) if isinstance(entry, LowRank) else entry
-
-
-def _together(given: Sequence[Entry]) -> Entry:
-    """The same entry of several deltas as it reads in a stacked one."""
-    if isinstance(given[0], Codebook):
-        owners = tuple((e.owners or (-1,))[-1] for e in given if isinstance(e, Codebook))
-        return msgspec.structs.replace(given[0], owners=owners)
-    return _shared(given[0])
-
-
-def _owned(entry: Entry, edits: Sequence[int]) -> Entry:
-    """An entry with the keys of these edits only."""
-    if isinstance(entry, Codebook):
-        return msgspec.structs.replace(entry, owners=tuple(entry.owners[k] for k in edits))
-    return entry
+def _common(delta: Delta) -> frozenset[str]:
+    return frozenset().union(*(entry.common() for entry in delta.header.entries))
 
 
 def _one(header: Header) -> EditRecord:
@@ -151,10 +141,16 @@ def _differences(number: int, first: Delta, delta: Delta) -> list[str]:
     for what in ("base", "form"):
         if getattr(mine, what) != getattr(other, what):
             faults.append(f"delta {number} has another {what}")
-    if [_shared(e) for e in mine.entries] != [_shared(e) for e in other.entries]:
+    if [e.shared() for e in mine.entries] != [e.shared() for e in other.entries]:
         faults.append(f"delta {number} has other entries")
     elif {n: t.shape for n, t in first.tensors.items()} != {
         n: t.shape for n, t in delta.tensors.items()
     }:
         faults.append(f"delta {number} has tensors of other shapes")
+    else:
+        faults += [
+            f"delta {number} has another {name}, which edits side by side must share"
+            for name in sorted(_common(first))
+            if not torch.equal(first.tensors[name], delta.tensors[name])
+        ]
     return faults

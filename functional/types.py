@@ -84,6 +84,7 @@ class Batch(NamedTuple):
     edit: Tensor  # [B] int64
     extras: Mapping[str, Tensor]
     depth: int = 0
+    notes: Mapping[str, Tensor] = {}  # [B ...] each: what bound deltas decided about a row earlier
 
     @property
     def rows(self) -> int:
@@ -97,6 +98,7 @@ class Past(NamedTuple):
     values: tuple[Tensor, ...]  # per layer [B H S d]
     mask: Tensor  # [B S] bool
     next: Tensor  # [B P] int64: the position of the next token
+    notes: Mapping[str, Tensor] = {}  # of the batch that was run: see `Batch`
 
 
 class Delta(NamedTuple):
@@ -113,9 +115,10 @@ class Delta(NamedTuple):
 class Model(NamedTuple):
     """A vision-language model in functional form: data, and pure functions of `params`.
 
-    read(queries, end=False) -> Inputs
+    read(queries, end=False, edit=None) -> Inputs
         The impure edge: template, tokenizer, image decoding and preprocessing. With `end` the token
-        that ends an answer follows each target and is scored with it.
+        that ends an answer follows each target and is scored with it. `edit` [B] says which edit
+        of a stacked delta each row runs under: a base reads the same whatever it says.
     embed(params, inputs, rewrites={}, edit=None) -> Batch
         Vision tower, projector, token embeddings: the batch at depth 0. `edit` [B] says which edit
         of a stacked delta each row runs under (None: all under edit 0).

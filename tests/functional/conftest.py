@@ -198,7 +198,7 @@ def _ids(text: str) -> list[int]:
     return [2 + hashlib.sha256(word.encode()).digest()[0] % (VOCAB - 2) for word in text.split()]
 
 
-def _read(queries) -> Inputs:
+def _read(queries, edit=None) -> Inputs:
     """Words are tokens, by hash; a picture is a list of PIXELS numbers and one placeholder, 0."""
     whole = [[0] * bool(q.images) + _ids(q.prompt) + _ids(q.target) for q in queries]
     targets = [_ids(q.target) for q in queries]

@@ -1,0 +1,34 @@
+"""What an entry of a delta does to a model: kinds give this value, `bind` carries it out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .header import Header
+from .types import Batch, Model, Rewrites
+
+__all__ = ["Change", "Kind"]
+
+
+class Change(NamedTuple):
+    """What an entry of a delta does to a model.
+
+    `rewrites(batch)` are for the decoder, given the batch it is about to run: `batch.edit` says
+    which edit of a stacked delta each row runs under, and `batch.notes` is a dict of this run's own
+    in which a rewrite may leave what later tokens need (`[B ...]`, under a name that starts with
+    the entry's). `below` are for what runs before the decoder.
+    `apart`: this stacked change can only be run edit by edit. `wrap` does anything else.
+    """
+
+    params: Mapping[str, Tensor] = {}
+    rewrites: Callable[[Batch], Rewrites] | None = None
+    below: Rewrites = {}
+    apart: bool = False
+    wrap: Callable[[Model], Model] | None = None
+
+
+Kind = Callable[[Model, Header, Any, Mapping[str, Tensor]], Change]
+"""(model as bound so far, header, entry, the entry's tensors) -> what the entry does."""

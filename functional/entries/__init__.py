@@ -1,0 +1,22 @@
+"""The kinds of entry a delta may have; plain data, free of torch.
+
+A new kind is one file here, a line in `Entry` (`header.py`), one in `bind.KINDS` (what it does to a
+model), and one `kinds.register` (how such entries are merged, taken apart and scaled).
+"""
+
+from .codebook import Codebook, Where
+from .common import FLOATS, NAME, Begins, Kind, Want, misnamed
+from .weights import Dense, LowRank
+
+__all__ = [
+    "FLOATS",
+    "NAME",
+    "Begins",
+    "Codebook",
+    "Dense",
+    "Kind",
+    "LowRank",
+    "Want",
+    "Where",
+    "misnamed",
+]

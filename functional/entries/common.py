@@ -1,0 +1,73 @@
+"""What every kind of entry is: a name, the tensors it has, and how it reads side by side."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+if TYPE_CHECKING:
+    from errata.functional.header import Header
+
+__all__ = ["FLOATS", "NAME", "Begins", "Kind", "Want", "misnamed"]
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+Want = tuple[tuple[str, ...], tuple[int, ...]]
+"""What a tensor must be: one of these dtypes (safetensors' names), and this shape."""
+
+Begins = Literal["site", "rows", "read"]
+
+NAME = re.compile(r"[A-Za-z0-9_-]{1,128}(\.[A-Za-z0-9_-]{1,128}){0,31}", re.ASCII)
+
+
+class Kind(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An entry of a delta: what it changes, in plain data. `name` is its parameter or site.
+
+    The last five say how an entry reads when edits stand side by side; those of a kind without
+    anything per edit are these.
+    """
+
+    name: str
+
+    def begins(self) -> Begins:
+        """Where it acts first: at its site, on the embedded rows, or on the questions as read."""
+        return "site"
+
+    def tensors(self) -> dict[str, Want]:
+        """Every tensor, named `<name>` or `<name>.<part>`, without the axis of a stack."""
+        raise NotImplementedError
+
+    def faults(self, header: Header) -> Iterator[str]:
+        """Everything that is wrong with the entry in itself."""
+        raise NotImplementedError
+
+    def common(self) -> frozenset[str]:
+        """Tensors that all edits of a stacked delta share: those without an edit axis there."""
+        return frozenset()
+
+    def shared(self) -> Kind:
+        """What entries of a kind must agree in to be stacked: all but what is per edit."""
+        return self
+
+    @classmethod
+    def stacked(cls, given: Sequence[Kind]) -> Kind:
+        """The same entry of several deltas as it reads in a stacked one."""
+        return given[0].shared()
+
+    def picked(self, edits: Sequence[int]) -> Kind:
+        """An entry of a stacked delta with these edits only."""
+        return self
+
+    def alone(self, header: Header, edit: int) -> Kind:
+        """An entry of a stacked delta as it reads in the delta of one of its edits."""
+        return self.picked([edit])
+
+
+def misnamed(*names: str) -> Iterator[str]:
+    """Faults of names that are no dotted parameter names."""
+    for name in names:
+        if not NAME.fullmatch(name):
+            yield f"{name[:80]!r} must be a dotted parameter name of letters, digits, '_' and '-'"
