@@ -55,7 +55,9 @@ MICRO = FitConfig(
 RECIPES: dict[str, FitConfig] = {"mend": MICRO}
 """An editor that is trained joins by one entry. Its module has a preset "micro" and
 
-course(config) -> Course, about(model, config) -> what a state fits, kept(state) -> what a file holds
+    course(config) -> Course
+    about(model, config) -> what a state fits
+    kept(state) -> what a file holds
 """
 
 
