@@ -63,7 +63,7 @@ def sides(runs: Mapping[str, Iterable[Row]]) -> dict[Leg, dict[Side, dict[str, d
         for row in rows:
             if row.score is None:
                 continue
-            gap = row.gap if row.moment == "gap" else 0
+            gap = 0 if row.moment == "end" else row.gap
             leg = Leg("", row.protocol, row.moment, gap, row.scorer)
             side = Side(name, row.model, row.editor)
             cases = sums.setdefault(leg, {}).setdefault(side, {}).setdefault(row.probe, {})

@@ -51,9 +51,9 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     run: str  # hash of the settings and versions
     model: str  # name in the settings
     editor: str  # name in the settings
-    protocol: str  # "single" or "sequential"
-    moment: Literal["edit", "gap", "end"]  # right after the edit, `gap` edits later, after all
-    gap: int = 0  # edits made between this case's and this probe
+    protocol: str  # "single", "sequential" or "lifelong"
+    moment: Literal["edit", "gap", "end", "length"]  # right after the edit, `gap` later, after all
+    gap: int = 0  # edits made between this case's and this probe; "length": edits made in all
     number: int  # of the case, in the order of the settings
     case: str
     probe: str  # metric name, `functional.metrics.PROBES`

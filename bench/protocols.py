@@ -1,9 +1,10 @@
-"""The two ways to put an editor to the test, as streams of measured steps.
+"""The ways to put an editor to the test, as streams of measured steps.
 
     single      n independent edits, each from the base, run side by side
     sequential  n edits one after another, the base back before each group
+    lifelong    n edits one after another; after 1, 10, 100, ... all edits so far are asked
 
-Both are generators over *steps*. What a step holds is decided by the arguments alone, never by what
+All are generators over *steps*. What a step holds is decided by the arguments alone, never by what
 was measured on the way, so that a run that was killed can leave out finished steps and end with the
 same rows.
 """
@@ -28,9 +29,9 @@ from .memory import measured
 from .probes import Ask, Terms, measure, row_bytes
 from .sources import queries_of
 
-__all__ = ["Result", "Step", "reach_of", "sequential", "single"]
+__all__ = ["Result", "Step", "lifelong", "reach_of", "sequential", "single"]
 
-Moment = Literal["edit", "gap", "end"]
+Moment = Literal["edit", "gap", "end", "length"]
 
 MOST_EDITS = 64  # side by side, whatever the budget
 TRAINED = 5  # a delta, its gradient, two moments, and the copy it is written to
@@ -207,6 +208,49 @@ def sequential(
                 results = _ask(model, delta, about, terms)
             files = {f"group-{turn:04d}": delta}
             yield Step(last, of, 0, results, files, 0.0, clock.lap(), peak.bytes)
+
+
+def lifelong(
+    model: Model,
+    editor: Editor,
+    cases: Sequence[Case],
+    terms: Terms,
+    *,
+    lengths: Sequence[int],
+    seed: int = 0,
+    done: Collection[int] = (),
+    marks: Marks | None = None,
+) -> Iterator[Step]:
+    """Edits one after another; after n of them, n in `lengths` and at the end, all n are asked.
+
+    A result's gap is n: moment "length" with gap 100 is the model after 100 edits, asked about
+    these 100. Every edit is a step; steps go on from `marks` as those of `sequential` do.
+    """
+    device, of = _device(model), len(cases)
+    asked = {*lengths, of}
+    made = next((k for k in range(of) if k not in done), of)
+    if made == of:
+        return
+    state, delta, begin = editor.init(model, torch.Generator().manual_seed(seed)), None, 0
+    mark = marks.recall(0, device) if marks and made else None
+    if mark and mark.edits <= made:
+        begin, state, delta = mark
+    for k in range(begin, of):
+        clock = _Clock(device)
+        with measured(device) as peak:
+            with _naming(model, cases[k : k + 1]):
+                delta, state = editor.edit(model, state, [cases[k].edit])
+            edit_seconds = clock.lap()
+            if k < made:
+                continue
+            results = []
+            if k + 1 in asked:
+                about = [_About(n, case, "length", k + 1) for n, case in enumerate(cases[: k + 1])]
+                results = _ask(model, delta, about, terms)
+        files = {f"edits-{k + 1:05d}": delta} if k + 1 in asked else {}
+        yield Step(k, of, 1, results, files, edit_seconds, clock.lap(), peak.bytes)
+        if marks:  # only now: whoever asks for more has kept the step
+            marks.keep(0, Mark(k + 1, state, delta))
 
 
 def _ask(model: Model, delta: Delta, about: Sequence[_About], terms: Terms) -> list[Result]:

@@ -93,7 +93,7 @@ def summarise(rows: Iterable[Row], draws: int = 1000) -> dict[Leg, list[Line]]:
     """
     grouped: dict[Leg, dict[str, dict[str, list[Row]]]] = {}
     for row in rows:
-        gap = row.gap if row.moment == "gap" else 0
+        gap = 0 if row.moment == "end" else row.gap
         leg = Leg(row.model, row.protocol, row.moment, gap, row.scorer)
         editors = grouped.setdefault(leg, {})
         editors.setdefault(row.editor, defaultdict(list))[_pooled(row)].append(row)
@@ -235,6 +235,7 @@ def heading(leg: Leg, lines: Sequence[Line]) -> str:
         "edit": "right after each edit",
         "gap": f"{leg.gap} edits later",
         "end": "after all edits",
+        "length": f"after {leg.gap} edit{'s' * (leg.gap != 1)}, asked about all of them",
     }
     counts = sorted({line.cases for line in lines})
     cases = str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"

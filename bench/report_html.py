@@ -301,6 +301,7 @@ def curves(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
     position   asked right after the edit, against the number of edits made by then
     age        against the number of edits made since (0: right after)
+    length     all edits asked after so many of them, against that number (protocol "lifelong")
 
     Each is a list of points (edits, mean, low, high, cases) per model, editor, scorer and family
     of probes; more than ten abscissae are put into ten bins, each at its mean.
@@ -310,7 +311,7 @@ def curves(rows: Iterable[Row]) -> list[dict[str, Any]]:
     found: dict[tuple[str, ...], list[tuple[int, Row]]] = defaultdict(list)
     for row in rows:
         key = (row.model, row.editor, row.protocol, row.scorer, str(_family(row.probe)))
-        found[*key, "age"].append((row.gap, row))
+        found[*key, "length" if row.moment == "length" else "age"].append((row.gap, row))
         if row.moment == "edit":
             size = groups.get((row.model, row.protocol), 0)
             found[*key, "position"].append((row.number % size + 1 if size else row.number + 1, row))
@@ -318,7 +319,7 @@ def curves(rows: Iterable[Row]) -> list[dict[str, Any]]:
     made = []
     for key, points in found.items():
         binned = _binned(points)
-        if len(binned) > 1:
+        if len(binned) > 1 or key[-1] == "length":
             made.append({**dict(zip(names, key)), "points": binned})
     return made
 

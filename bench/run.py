@@ -24,7 +24,7 @@ from .ledger import PROGRESS, RESULTS, Ledger, Part, Row, locked, read_rows
 from .probes import Terms
 from .progress import Progress
 from .protocols import Result, Step
-from .settings import EditorChoice, ModelChoice, Protocol, RunSettings, Sequential
+from .settings import EditorChoice, Lifelong, ModelChoice, Protocol, RunSettings, Sequential
 from .sources import (
     check_cases,
     check_settings,
@@ -240,6 +240,11 @@ def _steps(
         return protocols.sequential(
             model, editor, cases, terms, seed=seed, group=protocol.group, gaps=protocol.gaps,
             done=done, marks=marks,
+        )  # fmt: skip
+    if isinstance(protocol, Lifelong):
+        return protocols.lifelong(
+            model, editor, cases, terms, seed=seed, lengths=protocol.lengths, done=done,
+            marks=marks,
         )  # fmt: skip
     return protocols.single(
         model, editor, cases, terms, seed=seed, together=protocol.together, done=done

@@ -145,7 +145,15 @@ class Sequential(
     gaps: tuple[Count, ...] = ()  # also probe a case this many edits after its own
 
 
-Protocol = Single | Sequential
+class Lifelong(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="lifelong"
+):
+    """Edits one after another; after so many of them, all edits so far are asked."""
+
+    lengths: Annotated[tuple[Count, ...], Meta(min_length=1)] = (1, 10, 100, 1000)
+
+
+Protocol = Single | Sequential | Lifelong
 
 
 class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

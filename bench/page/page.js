@@ -74,15 +74,15 @@ const family = (line, which) => meanOf(line, Object.keys(line.probes).filter(FAM
 function controls() {
   const fields = [
     ["model", "Model", one => one], ["protocol", "Protocol", one => one],
-    ["moment", "Asked", (one, row) => ({ edit: "right after the edit", end: "after all edits" }[one] || one)],
-    ["gap", "Edits later", one => one], ["scorer", "Scorer", one => one],
+    ["moment", "Asked", (one, row) => ({ edit: "right after the edit", end: "after all edits", length: "after so many edits" }[one] || one)],
+    ["gap", view.moment === "length" ? "Edits made" : "Edits later", one => one], ["scorer", "Scorer", one => one],
   ];
   const bar = $("controls");
   bar.replaceChildren();
   let left = D.legs;
   for (const [field, title, show] of fields) {
     const values = [...new Set(left.map(one => one[field]))];
-    if (!values.includes(view[field])) view[field] = values.includes("end") ? "end" : values[0];
+    if (!values.includes(view[field])) view[field] = values.includes("end") ? "end" : view.moment === "length" ? values.at(-1) : values[0];
     left = left.filter(one => one[field] === view[field]);
     if (values.length < 2) continue;
     const menu = node("select", { onchange: event => { view[field] = values[event.target.selectedIndex]; draw(); } },
@@ -181,31 +181,39 @@ function profile() {
   $("profile").querySelector(".plot").replaceChildren(legend, svg);
 }
 
+const AXES = {
+  length: ["edits made; all of them are asked", " after so many edits"],
+  position: ["edits made, asked right after each", ", right after each edit"],
+  age: ["edits made since", ", as later edits come"],
+};
+
 function lifelong() {
   const mine = D.curves.filter(one => one.model === view.model && one.protocol === view.protocol && one.scorer === view.scorer);
   $("lifelong").hidden = !mine.length;
   const box = $("lifelong").querySelector(".curves");
   box.replaceChildren();
-  for (const axis of ["position", "age"]) for (const which of ["reliability", "generality", "locality", "portability"]) {
+  for (const axis of ["length", "position", "age"]) for (const which of ["reliability", "generality", "locality", "portability"]) {
     const chosen = mine.filter(one => one.axis === axis && one.family === which);
     if (!chosen.length) continue;
     const xs = chosen.flatMap(one => one.points.map(point => point[0]));
     const most = Math.max(...xs, 1), least = Math.min(...xs);
-    const x = { min: least, max: most, ticks: [...new Set([least, Math.round((least + most) / 2), most])], show: String };
+    const log = axis === "length" && most > 20, at = log ? Math.log10 : Number;
+    const ticks = axis === "length" ? [...new Set(xs)] : [...new Set([least, Math.round((least + most) / 2), most])];
+    const x = { min: at(least), max: at(most), ticks: ticks.map(at), show: value => String(log ? Math.round(10 ** value) : value) };
     const { svg, px, py } = frame(400, 240, { left: 36, right: 78, top: 12, bottom: 40 }, x, share(0),
-      { x: axis === "position" ? "edits made, asked right after each" : "edits made since", y: "" });
+      { x: AXES[axis][0], y: "" });
     const labels = [];
     for (const curve of chosen) {
       const editor = D.editors.indexOf(curve.editor), pts = curve.points;
-      const band = [...pts.map(p => `${px(p[0])} ${py(p[3])}`), ...[...pts].reverse().map(p => `${px(p[0])} ${py(p[2])}`)];
+      const band = [...pts.map(p => `${px(at(p[0]))} ${py(p[3])}`), ...[...pts].reverse().map(p => `${px(at(p[0]))} ${py(p[2])}`)];
       if (chosen.length < 5) svg.append(node("path", { d: `M${band.join("L")}z`, fill: colour(editor), opacity: .12 }));
-      svg.append(node("path", { d: `M${pts.map(p => `${px(p[0])} ${py(p[1])}`).join("L")}`, fill: "none", stroke: colour(editor), "stroke-width": 2 }));
-      for (const p of pts) svg.append(mark(editor, px(p[0]), py(p[1]), { r: 3.5, tip: `${curve.editor}\n${p[0]} edits: ${percent(p[1])} [${percent(p[2])}, ${percent(p[3])}]  n=${p[4]}` }));
+      svg.append(node("path", { d: `M${pts.map(p => `${px(at(p[0]))} ${py(p[1])}`).join("L")}`, fill: "none", stroke: colour(editor), "stroke-width": 2 }));
+      for (const p of pts) svg.append(mark(editor, px(at(p[0])), py(p[1]), { r: 3.5, tip: `${curve.editor}\n${p[0]} edits: ${percent(p[1])} [${percent(p[2])}, ${percent(p[3])}]  n=${p[4]}` }));
       labels.push({ x: 0, y: py(pts.at(-1)[1]), text: curve.editor });
     }
     spread(labels, 14, 198);
     for (const label of labels) svg.append(node("text", { class: "name", x: 329, y: label.y + 4 }, label.text));
-    const title = which[0].toUpperCase() + which.slice(1) + (axis === "position" ? ", right after each edit" : ", as later edits come");
+    const title = which[0].toUpperCase() + which.slice(1) + AXES[axis][1];
     box.append(node("div", {}, node("h3", {}, title), svg));
   }
 }
@@ -269,7 +277,7 @@ function rowsInView() {
   const [model, protocol, moment] = [D.models.indexOf(view.model), D.protocols.indexOf(view.protocol), D.moments.indexOf(view.moment)];
   for (let i = 0; i < R.case.length; i++) {
     if (R.model[i] !== model || R.protocol[i] !== protocol || R.moment[i] !== moment) continue;
-    if (view.moment === "gap" && R.gap[i] !== view.gap) continue;
+    if (["gap", "length"].includes(view.moment) && R.gap[i] !== view.gap) continue;
     const list = found.get(R.case[i]);
     if (list) list.push(i); else found.set(R.case[i], [i]);
   }

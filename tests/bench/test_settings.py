@@ -84,7 +84,7 @@ def test_every_fault_is_named_at_once():
         "'rnak'",
         "lora.lr",
         "'nobody'",
-        "protocols[0].type must be one of single, sequential; got 'sequental'",
+        "protocols[0].type must be one of single, sequential, lifelong; got 'sequental'",
         "protocols[1].group must be int >= 0",
         "protocols[1].gaps must be int >= 1",
         "out must be given",
