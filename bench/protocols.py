@@ -274,7 +274,9 @@ def reach_of(model: Model, delta: Delta) -> prefix.Reach:
         return prefix.Reach(embed=True)
     if "rows" in begins:
         return prefix.Reach()
-    return prefix.reach(model.card, [entry.name for entry in delta.header.entries])
+    reach = prefix.reach(model.card, [entry.name for entry in delta.header.entries])
+    whole = any(entry.whole() for entry in delta.header.entries)
+    return reach._replace(scored=reach.scored and not whole)
 
 
 def _fitting(model: Model, delta: Delta, cases: Sequence[Case], budget: int) -> int:

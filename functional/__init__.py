@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .card import Base, ModelCard
     from .compare import conflicts, diff
     from .generate import generate
-    from .header import Codebook, Dense, EditRecord, Header, LowRank
+    from .header import Codebook, Dense, EditRecord, Experts, Header, LowRank, Masked
     from .io import load, save
     from .merge import compress, merge, remove, scale, select
     from .mixed import bind_rows
@@ -47,10 +47,12 @@ __all__ = [
     "Dense",
     "EditRecord",
     "Editor",
+    "Experts",
     "Header",
     "Inputs",
     "Learner",
     "LowRank",
+    "Masked",
     "Model",
     "ModelCard",
     "Params",

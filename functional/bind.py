@@ -10,6 +10,8 @@
     lowrank, "act_fp32"      rewrite  the product in fp32, cast once at the end
     lowrank, stacked         rewrite  with A_e, B_e, as "act_fp32" whatever the form
     codebook                 rewrite  a value in place of y where x comes near its key
+    experts                  rewrite  the chosen experts' outputs added to a layer's
+    masked                   rewrite  y + x D_m^T, m the side memory that the row's prompt activates
 
 Stacked changes that no rewrite can express (a norm's scale, an embedding, anything in the vision
 path) run edit by edit: once per edit that the batch names, each over its own rows in the decoder.
@@ -40,9 +42,11 @@ from .card import Base
 from .change import Change, Kind
 from .codebook import codebook
 from .errors import BaseMismatch, ShapeMismatch, UnknownSite, listed
+from .experts import experts
 from .fingerprint import derive, fingerprint, origin
 from .grouped import grouped_linear
-from .header import Codebook, Dense, Header, LowRank
+from .header import Codebook, Dense, Experts, Header, LowRank, Masked
+from .masked import change as masked_change
 from .places import canonical, module_of, runs_above, runs_below, uses
 from .stacks import unstack
 from .types import Batch, Delta, Model, Params, Rewrite, Rewrites
@@ -243,7 +247,7 @@ def _codebook(
     return Change(rewrites=lambda batch: {path: partial(rewrite, batch)})
 
 
-KINDS: dict[type, Kind] = {Codebook: _codebook, Dense: _dense, LowRank: _lowrank}
+KINDS: dict[type, Kind] = {Codebook: _codebook, Dense: _dense, Experts: experts, LowRank: _lowrank, Masked: masked_change}
 """Kind of entry -> the one function that says what it does. A new kind is a line here."""
 
 

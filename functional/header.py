@@ -18,18 +18,21 @@ from typing import Any, Literal
 import msgspec
 
 from .card import Base
-from .entries import FLOATS, NAME, Codebook, Dense, LowRank, Want, Where
+from .entries import FLOATS, NAME, Blend, Codebook, Dense, Experts, LowRank, Masked, Want, Where
 
 __all__ = [
     "FLOATS",
     "FORMAT",
+    "Blend",
     "Codebook",
     "Dense",
     "EditRecord",
     "Entry",
+    "Experts",
     "Form",
     "Header",
     "LowRank",
+    "Masked",
     "Want",
     "Where",
     "faults",
@@ -48,7 +51,7 @@ act_fp32  the same, the low-rank product in fp32, cast once at the end
 weight    W' = W + (B A).to(W.dtype), B A in fp32, then y = x W'ᵀ: what PEFT merges to
 """
 
-Entry = Dense | LowRank | Codebook
+Entry = Dense | LowRank | Codebook | Masked | Experts
 
 
 class EditRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -218,3 +218,6 @@ def _scale_codebook(part: Part, factor: float) -> Part:
 register(Codebook, Algebra(_join_codebook, _keep_codebook, _scale_codebook))
 register(LowRank, Algebra(_join_lowrank, _keep_lowrank, _scale_lowrank))
 register(Dense, Algebra(_join_dense, _keep_dense, _scale_dense))
+
+# Kinds with files of their own enrol themselves.
+from . import masked as _masked  # noqa: E402, F401

@@ -6,16 +6,23 @@ model), and one `kinds.register` (how such entries are merged, taken apart and s
 
 from .codebook import Codebook, Where
 from .common import FLOATS, NAME, Begins, Kind, Want, misnamed
+from .experts import Blend, Experts
+from .masked import Activation, Masked, Statistic
 from .weights import Dense, LowRank
 
 __all__ = [
     "FLOATS",
     "NAME",
+    "Activation",
     "Begins",
+    "Blend",
     "Codebook",
     "Dense",
+    "Experts",
     "Kind",
     "LowRank",
+    "Masked",
+    "Statistic",
     "Want",
     "Where",
     "misnamed",

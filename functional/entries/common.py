@@ -36,6 +36,10 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """Where it acts first: at its site, on the embedded rows, or on the questions as read."""
         return "site"
 
+    def whole(self) -> bool:
+        """Whether it must see all tokens of a row where it acts, not the scored ones alone."""
+        return False
+
     def tensors(self) -> dict[str, Want]:
         """Every tensor, named `<name>` or `<name>.<part>`, without the axis of a stack."""
         raise NotImplementedError
