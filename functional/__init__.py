@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .card import Base, ModelCard
     from .compare import conflicts, diff
     from .generate import generate
-    from .header import Codebook, Dense, EditRecord, Experts, Header, LowRank, Masked
+    from .header import Codebook, Dense, EditRecord, Experts, Header, LowRank, Masked, Scope
     from .io import load, save
     from .merge import compress, merge, remove, scale, select
     from .mixed import bind_rows
@@ -60,6 +60,7 @@ __all__ = [
     "Query",
     "Rewrite",
     "Rewrites",
+    "Scope",
     "answers",
     "bind",
     "bind_rows",

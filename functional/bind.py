@@ -11,6 +11,7 @@
     lowrank, stacked         rewrite  with A_e, B_e, as "act_fp32" whatever the form
     codebook                 rewrite  a value in place of y where x comes near its key
     experts                  rewrite  the chosen experts' outputs added to a layer's
+    scope                    another answer where the prompt lies in the scope of an edit
     masked                   rewrite  y + x D_m^T, m the side memory that the row's prompt activates
 
 Stacked changes that no rewrite can express (a norm's scale, an embedding, anything in the vision
@@ -45,9 +46,10 @@ from .errors import BaseMismatch, ShapeMismatch, UnknownSite, listed
 from .experts import experts
 from .fingerprint import derive, fingerprint, origin
 from .grouped import grouped_linear
-from .header import Codebook, Dense, Experts, Header, LowRank, Masked
+from .header import Codebook, Dense, Experts, Header, LowRank, Masked, Scope
 from .masked import change as masked_change
 from .places import canonical, module_of, runs_above, runs_below, uses
+from .scope import scope
 from .stacks import unstack
 from .types import Batch, Delta, Model, Params, Rewrite, Rewrites
 
@@ -247,7 +249,7 @@ def _codebook(
     return Change(rewrites=lambda batch: {path: partial(rewrite, batch)})
 
 
-KINDS: dict[type, Kind] = {Codebook: _codebook, Dense: _dense, Experts: experts, LowRank: _lowrank, Masked: masked_change}
+KINDS: dict[type, Kind] = {Codebook: _codebook, Dense: _dense, Experts: experts, LowRank: _lowrank, Masked: masked_change, Scope: scope}
 """Kind of entry -> the one function that says what it does. A new kind is a line here."""
 
 

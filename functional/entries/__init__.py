@@ -8,6 +8,7 @@ from .codebook import Codebook, Where
 from .common import FLOATS, NAME, Begins, Kind, Want, misnamed
 from .experts import Blend, Experts
 from .masked import Activation, Masked, Statistic
+from .scope import Gate, Scope, Sizes
 from .weights import Dense, LowRank
 
 __all__ = [
@@ -19,10 +20,13 @@ __all__ = [
     "Codebook",
     "Dense",
     "Experts",
+    "Gate",
     "Kind",
     "LowRank",
     "Masked",
     "Statistic",
+    "Scope",
+    "Sizes",
     "Want",
     "Where",
     "misnamed",
