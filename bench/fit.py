@@ -52,7 +52,22 @@ MICRO = FitConfig(
 """The micro zoo's training of MEND."""
 
 
-RECIPES: dict[str, FitConfig] = {"mend": MICRO}
+EXPERTS = FitConfig(
+    num_steps=1200,
+    together=16,
+    lr=2e-3,
+    warmup=50,
+    decay=True,
+    clip=1.0,
+    weights=WORLD,
+    held=32,
+    validate_every=100,
+    patience=100,
+)
+"""LiveEdit's."""
+
+
+RECIPES: dict[str, FitConfig] = {"mend": MICRO, "liveedit": EXPERTS}
 """An editor that is trained joins by one entry. Its module has a preset "micro" and
 
     course(config) -> Course

@@ -33,6 +33,7 @@ class Lesson(NamedTuple):
     probe: Tensor  # [B] which of `weights` a row is about
     base: Tensor  # [B' T V] what the base says to the localities
     weights: Mapping[str, float]
+    seed: int = 0  # of what a course draws; 0 where it validates
 
 
 class Rows(NamedTuple):
@@ -99,6 +100,7 @@ class Shelf:
             probe=torch.tensor(kinds, device=device),
             base=_padded(bases, asks.labels.shape[1], self._model.card.vocab, device),
             weights={name: self._config.weights[name] for name in self._names},
+            seed=0 if draws is None else int(torch.randint(1, 2**62, (), generator=draws)),
         )
 
     def _rows(self, case: Case) -> Rows:

@@ -1,0 +1,120 @@
+"""How LiveEdit is trained: what its routing is held to, and its course for `fit`.
+
+With a_bm = scale <f_b, E_m> the similarity of question b to expert m, t_b that to the sentinel, and
+s_bm = scale <g_b, G_m>, for questions that their own edit e should reach, and for localities:
+
+    soft    -log softmax_m(s_b)_e - log sigmoid(s_be),    - mean_m log(1 - sigmoid(s_bm)) of others
+    hard    -log softmax over [a_b1 .. a_bE, t_b] at e,   at the sentinel for a locality
+    apart   log(1 + e^(t_b - a_be)),                      log(1 + sum_m e^(a_bm - t_b)) of others
+
+Source: qizhou000/LiveEdit `editor/vllm_editors/liveedit/liveedit.py`, `train_a_batch`.
+Legend: B questions · E edits of a lesson.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from errata.functional import Model
+from errata.functional.experts import EPS, Features, cleared, features, scale_of, tokens_of
+from errata.kernels import lora_moe
+
+from .fit import Lesson, weighed
+from .liveedit_net import Nets, Pool, absorbed, pool_of
+
+if TYPE_CHECKING:
+    from .liveedit import LiveEditConfig
+
+__all__ = ["Likeness", "apart", "hard", "lesson_loss", "likeness", "soft"]
+
+
+class Likeness(NamedTuple):
+    """How alike questions are to edits, in the units of the gate."""
+
+    vision: Tensor  # [B E]
+    sentinel: Tensor  # [B]
+    query: Tensor  # [B E]
+
+
+def soft(query: Tensor, own: Tensor, reach: Tensor, kin: Tensor) -> Tensor:
+    """[B] what the weights of experts are held to; `kin` [B E]: experts a row can be routed to."""
+    mine = F.one_hot(own, query.shape[1]).bool() & reach[:, None]
+    among = torch.where(kin, query, -torch.inf)
+    relative = torch.where(reach, -torch.where(mine, among.log_softmax(1), 0).sum(1), 0)
+    yes = -torch.where(mine, F.logsigmoid(query), 0).sum(1)
+    others = kin & ~mine
+    no = -torch.where(others, F.logsigmoid(-query), 0).sum(1) / others.sum(1).clamp_min(1)
+    return relative + yes + no
+
+
+def hard(like: Likeness, own: Tensor, reach: Tensor) -> Tensor:
+    """[B] cross-entropy of the gate's choice: the own expert, or the sentinel for localities."""
+    every = torch.cat([like.vision, like.sentinel[:, None]], 1)  # [B E+1]
+    return F.cross_entropy(every, torch.where(reach, own, like.vision.shape[1]), reduction="none")
+
+
+def apart(like: Likeness, own: Tensor, reach: Tensor, margin: float = 0.0) -> Tensor:
+    """[B] how far the own expert is above the sentinel, and all others below it."""
+    above = like.vision - like.sentinel[:, None]  # [B E]
+    mine = F.one_hot(own, above.shape[1]).bool() & reach[:, None]
+    yes = F.softplus(margin - torch.where(mine, above, 0).sum(1)) * reach
+    no = F.softplus(margin + torch.where(mine, -torch.inf, above).logsumexp(1))
+    return yes + no
+
+
+def lesson_loss(
+    config: LiveEditConfig, model: Model, nets: Nets, lesson: Lesson
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a lesson, whose rows stand behind the edited layer, and its terms."""
+    asks, heads = lesson.asks, config.heads
+    pool = pool_of(nets, config, lesson.edit.hidden, lesson.edit)
+    found = features(
+        absorbed(nets.ask, heads), asks.hidden, tokens_of(asks), heads,
+        (nets.sentinel, nets.sentinel_text),
+    )  # fmt: skip
+    like = likeness(config, found, pool)
+    own = asks.edit
+    reach = torch.arange(asks.rows, device=own.device) < asks.rows - lesson.base.shape[0]
+    kin = found.pictured[:, None] == (pool.vision_keys[:, -2] > 0)
+    routing = {
+        "soft": soft(like.query, own, reach, kin).mean(),
+        "hard": hard(like, own, reach).mean(),
+        "apart": apart(like, own, reach, config.margin).mean(),
+    }
+    weights = lora_moe.weigh(like.query, _company(lesson, own, reach) & kin)
+    ids = torch.arange(len(pool.down), device=own.device).expand_as(weights)
+    routes = lora_moe.Routes(ids, weights, torch.full_like(own, len(pool.down)))
+    hidden = lora_moe.apply(
+        asks.hidden, pool.down, pool.up, routes, norm=(nets.norm[0], nets.norm[1]), eps=EPS,
+        lengths=asks.mask.sum(1),
+    )  # fmt: skip
+    total, terms = weighed(model, lesson._replace(asks=asks._replace(hidden=hidden)))
+    total = total + sum(routing.values())
+    return total, {**terms, **{name: value.detach() for name, value in routing.items()}}
+
+
+def likeness(config: LiveEditConfig, found: Features, pool: Pool) -> Likeness:
+    """How alike questions are to the edits of a pool; -1e28 and less where the kinds differ."""
+    scale = scale_of(config.slots, config.width)
+    query = found.query
+    if config.blend == "both":
+        query = torch.cat([query, found.vision], 1)
+    return Likeness(
+        vision=scale * cleared(found.vision, found.pictured) @ pool.vision_keys.mT,
+        sentinel=scale * (found.vision * found.sentinel).sum(1),
+        query=scale * query @ pool.query_keys.mT,
+    )
+
+
+def _company(lesson: Lesson, own: Tensor, reach: Tensor) -> Tensor:
+    """[B E] the experts that act on each row: 0 to E random ones, and its own where it should."""
+    count = len(lesson.queries)
+    dice = torch.Generator().manual_seed(lesson.seed)
+    order = torch.rand(len(own), count, generator=dice).argsort(1)
+    some = torch.randint(0, count + 1, (len(own), 1), generator=dice)
+    mine = F.one_hot(own, count).bool() & reach[:, None]
+    return (order < some).to(own.device) | mine
