@@ -220,5 +220,6 @@ register(LowRank, Algebra(_join_lowrank, _keep_lowrank, _scale_lowrank))
 register(Dense, Algebra(_join_dense, _keep_dense, _scale_dense))
 
 # Kinds with files of their own enrol themselves.
+from . import experts_algebra as _experts_algebra  # noqa: E402, F401
 from . import masked as _masked  # noqa: E402, F401
 from . import scope_algebra as _scope_algebra  # noqa: E402, F401
