@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 from errata.functional import Case, Model, optim
 from errata.functional.errors import BadInput
 from errata.functional.losses import kl, nll
+from errata.functional.prefix import Reach
 from errata.functional.records import base_of
 from errata.functional.types import Learner, State
 
@@ -58,6 +59,7 @@ class Course(NamedTuple):
     study(model, state, lesson, learn) -> (state, what `learner.loss` takes)
         The part without meta-gradient; with `learn` what is counted along the way is counted.
     end: the token that ends an answer is learned with it.
+    reach: where rows are cut, for what reads them below its sites; None: where the sites are.
     """
 
     learner: Learner
@@ -66,6 +68,7 @@ class Course(NamedTuple):
     placed: Callable[[State, Any], State]
     study: Callable[[Model, State, Lesson, bool], tuple[State, Any]]
     end: bool = False
+    reach: Reach | None = None
 
 
 class FitConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -138,7 +141,7 @@ def fit(
     training, too few cases, or cases that lack a probe that has a weight.
     """
     learned, held = _parted(cases, config)
-    shelf = Shelf(model, course.sites(model), config, course.end, folder)
+    shelf = Shelf(model, course.sites(model), config, course.end, folder, course.reach)
     rates = _rates(config, course, model)
     about = _about(model, course, cases, config)
     path = Path(folder) / "checkpoint.safetensors" if folder else None

@@ -48,10 +48,10 @@ class Shelf:
 
     def __init__(
         self, model: Model, sites: Sequence[str], config: Any, end: bool,
-        folder: str | Path | None,
+        folder: str | Path | None, reach: prefix.Reach | None = None,
     ) -> None:  # fmt: skip
         self._model, self._config, self._end = model, config, end
-        self._reach = prefix.reach(model.card, [f"{site}.weight" for site in sites])
+        self._reach = reach or prefix.reach(model.card, [f"{site}.weight" for site in sites])
         if self._reach.embed:
             raise UnknownSite("training needs sites in decoder layers, and some lie below them.")
         names = [name for name in config.weights if name.endswith("locality")]

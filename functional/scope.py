@@ -70,8 +70,13 @@ def scope(model: Model, header: Header, entry: Scope, tensors: Mapping[str, Tens
     return Change(wrap=partial(_wrapped, parts))
 
 
-def read_as(model: Model, params: Params, hidden: Tensor, like: Batch, rewrites=None) -> Tensor:
-    """The logits [B T V] of residual streams [B T D] behind the last layer: final norm and head."""
+def read_as(
+    model: Model, params: Params, hidden: Tensor, edit: Tensor, rewrites: Rewrites | None = None
+) -> Tensor:
+    """The logits [B T V] of residual streams [B T D] behind the last layer: final norm and head.
+
+    `edit` [B] says which edit of a stacked delta, bound before, each row runs under.
+    """
     there = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
     batch = Batch(
         hidden=hidden,
@@ -81,7 +86,7 @@ def read_as(model: Model, params: Params, hidden: Tensor, like: Batch, rewrites=
         prompt=torch.zeros_like(there, dtype=torch.bool),
         labels=torch.full_like(there, IGNORE),
         at=there,
-        edit=like.edit,
+        edit=edit,
         extras={},
         depth=model.card.num_layers,
     )
@@ -144,7 +149,7 @@ def _wrapped(parts: _Parts, model: Model) -> Model:
         h, pointer = states.split([parts.entry.sizes.width, parts.entry.replies], -1)
         answers = parts.of(parts.answers, batch.extras[index], batch.edit)  # [B A D]
         stream = answered(parts.net, h, pointer, answers).to(batch.hidden.dtype)
-        other = read_as(model, params, stream, batch, rewrites)
+        other = read_as(model, params, stream, batch.edit, rewrites)
         if parts.entry.gate == "soft":
             logits = mixed(logits, other, share).to(logits.dtype)
         else:

@@ -33,6 +33,11 @@ CASES = {
     ),
     # untrained, MEND is one step along alpha times the gradient: below zero it descends
     "mend": MendConfig(sites=("layers.1.mlp", "layers.-1.mlp"), rank=4, edit_lr=-0.02),
+    # untrained, its pointer repeats the edit's answer; its own question is in scope by definition
+    "serac": SeracConfig(width=32, heads=4, classifier=1, counterfactual=1, inner=32, key=16),
+    "serac-soft": SeracConfig(
+        gate="soft", width=32, heads=4, classifier=2, counterfactual=2, inner=32, key=16, end=False
+    ),
     "mend-last": MendConfig(sites=("layers.-1.mlp",), rank=4, edit_lr=-0.02, end=True),
 }
 FAMILIES = [
