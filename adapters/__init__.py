@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attach import attach
+    from .core import seeing_once
     from .load import adapt, load
     from .micro import families, micro
     from .peft import from_peft, to_peft
@@ -37,6 +38,7 @@ __all__ = [
     "load",
     "micro",
     "preset",
+    "seeing_once",
     "tiny",
     "to_peft",
 ]
@@ -51,6 +53,7 @@ _HOMES = {
     "load": "load",
     "micro": "micro",
     "preset": "templates",
+    "seeing_once": "core",
     "tiny": "tiny",
     "to_peft": "peft",
 }

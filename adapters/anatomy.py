@@ -7,7 +7,7 @@ layer, and the tail behind them. All run on the calling thread's skeleton.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .capture import Capture, capture, discover, swapped
 from .family import Family
 from .plan import ATTENDED, added_key, make_plan
 from .probe import FIRST, GROWN, LONGER, as_hugging_face, empty_past, observed, tokens
+from .sight import Sight
 from .skeleton import EXPLICIT, Ledger, Skeletons, replaced
 from .structure import attention_path, decoder_path, text_config
 from .tail import ending
@@ -91,12 +92,21 @@ class Anatomy:
         params: Params,
         inputs: Inputs,
         rewrites: Rewrites | None = None,
+        sight: Sight | None = None,
     ) -> tuple[Capture, Tensor, Inputs]:
-        """What the layers are handed, the positions [B P L], and the inputs where they now lie."""
+        """What the layers are handed, the positions [B P L], and the inputs where they now lie.
+
+        With a `sight` that serves these parameters, pictures are looked up there.
+        """
         inputs = self._placed(params, inputs)
         kwargs, positions = self.arguments(skeleton, inputs)
         enter = self.family.enter
-        seen = self._capture(skeleton, params, lambda module: enter(module, kwargs), rewrites or {})
+        rewrites = rewrites or {}
+        known = nullcontext()
+        if sight is not None and self._plain_below(rewrites) and sight.serves(params, inputs):
+            known = sight.looking(skeleton.get_submodule(self.family.features or ""), inputs)
+        with known:
+            seen = self._capture(skeleton, params, lambda module: enter(module, kwargs), rewrites)
         if seen.hidden.shape[:2] != inputs.ids.shape:
             raise ModelUnsupported(
                 f"every token must be one position of the decoder; {self.card.id} made "
@@ -105,6 +115,19 @@ class Anatomy:
         if positions is None:
             positions = observed(seen.positions, inputs)
         return seen, positions, inputs
+
+    def sight(self, params: Params, limit: int) -> Sight | None:
+        """A store of picture features; None for a family whose vision path has no one door."""
+        if self.family.features is None:
+            return None
+        inside = (f"{self.decoder}.", f"{self.card.head}.")
+        names = [held for name, held in self._outside.items() if not name.startswith(inside)]
+        return Sight(params, tuple(names), limit)
+
+    def _plain_below(self, rewrites: Rewrites) -> bool:
+        """Whether nothing before the layers is rewritten, the token embedding aside."""
+        behind = self.within(rewrites, False)
+        return all(path in behind or path == self.card.tokens for path in rewrites)
 
     def _placed(self, params: Params, inputs: Inputs) -> Inputs:
         """Inputs where the embedding is, pixels in the tower's precision: readers know neither."""

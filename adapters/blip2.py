@@ -62,6 +62,7 @@ def _family(model_type: str) -> Family:
         positions=from_mask,
         vision="vision_model",
         projector="qformer",
+        features="",
         known=_KNOWN,
         values={"qformer_config.position_embedding_type": (None, "absolute")},
     )

@@ -8,6 +8,7 @@ is given. No family has code here: what differs is data (`family.py`) and what t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,10 +37,11 @@ from .families import family_of
 from .family import Family
 from .generic import Proof, proven, samples
 from .plan import ATTENDED
+from .sight import Sight
 from .skeleton import EXPLICIT, Ledger
 from .structure import decoder_path
 
-__all__ = ["Decoder", "build"]
+__all__ = ["Decoder", "build", "seeing_once"]
 
 
 def build(
@@ -80,6 +82,21 @@ def build(
     )
 
 
+def seeing_once(model: Model, limit: int = 256 << 20) -> Model:
+    """The model, with each picture's features computed once and kept, up to `limit` bytes.
+
+    Each picture is looked at alone, whoever shares its batch: features equal those of a batch up to
+    rounding, and are the same in any batch. Edits of the vision path and rewrites in it are not
+    served by what is kept. A family without `features` comes back as it is.
+
+    >>> from errata import adapters
+    >>> model = seeing_once(adapters.adapt(*adapters.tiny("llava")))
+    """
+    decoder = getattr(model.embed, "__self__", None)
+    sight = decoder.body.sight(model.params, limit) if isinstance(decoder, Decoder) else None
+    return model if sight is None else model._replace(embed=partial(model.embed, sight=sight))
+
+
 class Decoder:
     """The functions of a `Model`, over what is known about one module.
 
@@ -107,9 +124,12 @@ class Decoder:
         inputs: Inputs,
         rewrites: Rewrites | None = None,
         edit: Tensor | None = None,
+        *,
+        sight: Sight | None = None,
     ) -> Batch:
         """Vision tower, projector and token embeddings: the batch at depth 0."""
-        seen, positions, inputs = self.body.before(self.body.skeleton(), params, inputs, rewrites)
+        skeleton = self.body.skeleton()
+        seen, positions, inputs = self.body.before(skeleton, params, inputs, rewrites, sight)
         return Batch(
             hidden=seen.hidden,
             mask=inputs.mask,

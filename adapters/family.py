@@ -51,6 +51,7 @@ class Family(NamedTuple):
     positions: Callable[[nn.Module, Inputs], Tensor] | None = counted
     vision: str = ""  # path of the vision tower
     projector: str = ""  # path of what maps its features to the decoder
+    features: str | None = None  # path of the module whose `get_image_features` does both
     images: bool = True
     several: bool = True
     videos: bool = False

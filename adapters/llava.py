@@ -12,4 +12,5 @@ family = Family(
     "llava",
     vision="model.vision_tower",
     projector="model.multi_modal_projector",
+    features="model",
 )

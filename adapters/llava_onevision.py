@@ -12,6 +12,7 @@ family = Family(
     "llava_onevision",
     vision="model.vision_tower",
     projector="model.multi_modal_projector",
+    features="model",
     videos=True,
     known=frozenset({"use_image_newline_parameter"}),
     values={"use_image_newline_parameter": (None, True)},

@@ -52,6 +52,7 @@ def _family(model_type: str, **more: Any) -> Family:
         positions=positions,
         vision="model.visual",
         projector="model.visual.merger",
+        features="model",
         videos=True,
         **more,
     )

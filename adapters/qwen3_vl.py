@@ -15,5 +15,6 @@ family = Family(
     positions=positions,
     vision="model.visual",
     projector="model.visual.merger",
+    features="model",
     videos=True,
 )
