@@ -16,26 +16,38 @@ from errata.functional.errors import BadSettings
 
 from . import finetune as _finetune
 from . import grace as _grace
+from . import liveedit as _liveedit
 from . import lora as _lora
 from . import mend as _mend
+from . import serac as _serac
+from . import wise as _wise
 from .finetune import FinetuneConfig, finetune
 from .grace import GraceConfig, grace
+from .liveedit import LiveEditConfig, liveedit
 from .lora import LoraConfig, lora
 from .mend import MendConfig, mend
+from .serac import SeracConfig, serac
+from .wise import WiseConfig, wise
 
 __all__ = [
     "EDITORS",
     "FinetuneConfig",
     "GraceConfig",
+    "LiveEditConfig",
     "LoraConfig",
     "MendConfig",
     "Method",
+    "SeracConfig",
+    "WiseConfig",
     "configure",
     "finetune",
     "grace",
+    "liveedit",
     "lora",
     "make",
     "mend",
+    "serac",
+    "wise",
 ]
 
 
@@ -55,12 +67,27 @@ EDITORS: dict[str, Method] = {
     "grace": Method(
         GraceConfig, grace, _grace.PRESETS, "a codebook of activations and their replacements"
     ),
+    "liveedit": Method(
+        LiveEditConfig,
+        liveedit,
+        _liveedit.PRESETS,
+        "trained networks make an expert of each edit, and choose among them by picture and words",
+    ),
     "lora": Method(LoraConfig, lora, _lora.PRESETS, "a low-rank change trained on the edit"),
     "mend": Method(
         MendConfig,
         mend,
         _mend.PRESETS,
         "a trained network turns a gradient into an edit",
+    ),
+    "serac": Method(
+        SeracConfig,
+        serac,
+        _serac.PRESETS,
+        "edits in a memory, a trained classifier of their scope, a small model of what they say",
+    ),
+    "wise": Method(
+        WiseConfig, wise, _wise.PRESETS, "gated side memories of one map, trained on the edits"
     ),
 }
 

@@ -37,7 +37,6 @@ from torch.utils import _pytree as pytree
 
 from errata.functional import Batch, Delta, Editor, EditRecord, Model, Query, Scope, prefix, rows
 from errata.functional.entries import Gate, Sizes
-from errata.functional.errors import ModelUnsupported
 from errata.functional.losses import kl, nll, scored
 from errata.functional.places import canonical
 from errata.functional.records import base_of, header_for
@@ -110,8 +109,7 @@ def serac(config: SeracConfig = SeracConfig()) -> Editor:
 
     An edit of the same question about the same pictures replaces the earlier one. Untrained, the
     classifier tells questions apart by nothing it has learned and c repeats the edit's answer.
-    Raises BadInput for a trained state that is missing or does not fit, ModelUnsupported for a
-    model whose head can not be read from a residual stream of the decoder's width.
+    Raises BadInput for a trained state that is missing or does not fit.
 
     >>> from errata import adapters
     >>> model = adapters.adapt(*adapters.tiny("llava"))
@@ -241,7 +239,7 @@ def similarity_loss(gaps: Tensor, own: Tensor, reached: int) -> tuple[Tensor, Te
 def reader_of(model: Model) -> Tensor:
     """[D D]: what turns an answer token's gradient into the residual stream read as that token.
 
-    With J = dz/dh at h = 0 (one Jacobian-vector product per direction, in one batch), centred over
+    With J = dz/dh at h = 0 (one product with J per direction, in one batch), centred over
     the vocabulary: (J^T J / V + 3 mean(diag) I)^-1. Unlike the head's own row, which other words of
     a trained vocabulary outdo, the result is read as the word itself (the micro models: all 1,536
     words of the three, own rows 37 to 80 %), whatever norm, tie or scale lies in between.
@@ -255,13 +253,10 @@ def reader_of(model: Model) -> Tensor:
     def read(hidden: Tensor) -> Tensor:
         return read_as(model, model.params, hidden, none)
 
-    try:
-        _, found = torch.func.jvp(read, (zero,), (every,))
-    except RuntimeError as fault:
-        raise ModelUnsupported(
-            f"SERAC needs a head that reads residual streams of {width} channels, and that of "
-            f"{model.card.id} does not: {fault}."
-        ) from fault
+    # J v as the gradient of <J^T u, v> in u: forward mode would go through torch.jit
+    logits, pull = torch.func.vjp(read, zero)
+    _, push = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(logits))
+    (found,) = push(every)
     columns = found[0].float()  # [D V]
     columns = columns - columns.mean(1, keepdim=True)
     square = columns @ columns.mT / columns.shape[1]

@@ -12,10 +12,18 @@ import torch
 from PIL import Image
 
 from errata import adapters
-from errata.editors import FinetuneConfig, GraceConfig, LoraConfig, MendConfig, make
-from errata.functional import Delta, LowRank, Model, Query, io
+from errata.editors import (
+    FinetuneConfig,
+    GraceConfig,
+    LoraConfig,
+    MendConfig,
+    SeracConfig,
+    make,
+)  # fmt: skip
+from errata.functional import Delta, LowRank, Model, Query, Scope, io
 from errata.functional.bind import bind
 from errata.functional.errors import BaseMismatch
+from errata.functional.kinds import Part, algebra
 from errata.functional.losses import nll
 from errata.functional.stacks import unstack
 
@@ -84,8 +92,17 @@ def snug(delta: Delta) -> Delta:
             assert not up[:, rank:].any()
             tensors[f"{entry.name}.A"], tensors[f"{entry.name}.B"] = down[:rank], up[:, :rank]
             entry = msgspec.structs.replace(entry, rank=rank, rows=(rank,))
+        if isinstance(entry, Scope):  # answers and prompts are padded to the longest
+            entry, tensors = _tight(entry, tensors)
         entries.append(entry)
     return Delta(msgspec.structs.replace(delta.header, entries=tuple(entries)), tensors)
+
+
+def _tight(entry: Scope, tensors: dict) -> tuple[Scope, dict]:
+    """As `select` leaves it: no more padding than its edits need."""
+    own = {n.removeprefix(entry.name): t for n, t in tensors.items() if n.startswith(entry.name)}
+    kept = algebra(entry).keep(Part(entry, own, 1), [0])
+    return kept.entry, tensors | {entry.name + suffix: t for suffix, t in kept.tensors.items()}
 
 
 def _rank(delta: Delta) -> int:
