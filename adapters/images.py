@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import os
 import threading
 from collections import OrderedDict
@@ -19,6 +20,7 @@ from typing import Any
 from PIL import Image as Pictures
 from PIL import ImageOps, UnidentifiedImageError
 
+from errata.functional import prompts
 from errata.functional.errors import BadInput
 from errata.functional.types import Image
 
@@ -178,3 +180,24 @@ class Cache:
 
     def __len__(self) -> int:
         return len(self._values)
+
+
+def _written(image: Image) -> bytes:
+    """A picture as the bytes of a PNG file: what delta files hold of pictures."""
+    data = io.BytesIO()
+    picture(image).save(data, "PNG")
+    return data.getvalue()
+
+
+def _read(data: bytes) -> Pictures.Image:
+    try:
+        with Pictures.open(io.BytesIO(data), formats=("PNG",)) as file:
+            return _rgb(file)
+    except (
+        OSError, SyntaxError, ValueError, EOFError,
+        Pictures.DecompressionBombError, Pictures.DecompressionBombWarning,
+    ) as error:  # fmt: skip
+        raise BadInput(f"a picture in a delta must be a PNG file, and is none: {error}") from error
+
+
+prompts.open_pngs(_written, _read)

@@ -20,6 +20,7 @@ from torch import Tensor
 from errata.functional import Inputs, ModelCard, Query
 from errata.functional.errors import BadInput, BadSettings, ModelUnsupported, listed
 
+from . import sentences as _sentences  # noqa: F401  (enrols itself)
 from .checks import checked, every, named, opened
 from .collate import Encoded, assemble, collated
 from .images import Cache, key

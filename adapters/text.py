@@ -13,13 +13,12 @@ from collections.abc import Sequence
 import msgspec
 
 from errata.functional import Query
+from errata.functional.queries import MARK
 
 __all__ = ["MARK", "Segment", "Template", "gap", "scored", "segments"]
 
 Segment = str | int
 """A text, or the number of a picture."""
-
-MARK = "<image>"  # in a prompt: a picture stands here
 
 
 class Template(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import msgspec
 
-from errata.functional import Editor
+from errata.functional import Case, Editor
 from errata.functional.errors import BadSettings
 
 from . import finetune as _finetune
 from . import grace as _grace
+from . import ike as _ike
 from . import liveedit as _liveedit
 from . import lora as _lora
 from . import mend as _mend
@@ -23,6 +24,7 @@ from . import serac as _serac
 from . import wise as _wise
 from .finetune import FinetuneConfig, finetune
 from .grace import GraceConfig, grace
+from .ike import IkeConfig, ike
 from .liveedit import LiveEditConfig, liveedit
 from .lora import LoraConfig, lora
 from .mend import MendConfig, mend
@@ -33,6 +35,7 @@ __all__ = [
     "EDITORS",
     "FinetuneConfig",
     "GraceConfig",
+    "IkeConfig",
     "LiveEditConfig",
     "LoraConfig",
     "MendConfig",
@@ -42,6 +45,7 @@ __all__ = [
     "configure",
     "finetune",
     "grace",
+    "ike",
     "liveedit",
     "lora",
     "make",
@@ -55,7 +59,7 @@ class Method(NamedTuple):
     """One row of the registry."""
 
     config: type[msgspec.Struct]
-    factory: Callable[[Any], Editor]
+    factory: Callable[..., Editor]
     presets: dict[str, Any]
     summary: str
 
@@ -66,6 +70,9 @@ EDITORS: dict[str, Method] = {
     ),
     "grace": Method(
         GraceConfig, grace, _grace.PRESETS, "a codebook of activations and their replacements"
+    ),
+    "ike": Method(
+        IkeConfig, ike, _ike.PRESETS, "new facts said before the question, found in a memory"
     ),
     "liveedit": Method(
         LiveEditConfig,
@@ -130,15 +137,16 @@ def _wanted(fault: msgspec.ValidationError, kind: Any) -> str:
     return text.replace("Expected", "must be")
 
 
-def make(config: msgspec.Struct) -> Editor:
-    """The editor with these settings.
+def make(config: msgspec.Struct, cases: Sequence[Case] | None = None) -> Editor:
+    """The editor with these settings; `cases` are for a method that shows training cases (IKE).
 
     >>> make(FinetuneConfig(num_steps=10)).name
     'finetune'
     """
     for method in EDITORS.values():
         if type(config) is method.config:
-            return method.factory(config)
+            given = {"cases": cases} if cases is not None and method.factory is ike else {}
+            return method.factory(config, **given)
     known = ", ".join(method.config.__name__ for method in EDITORS.values())
     raise BadSettings(f"settings must be one of {known}; got {type(config).__name__}.")
 

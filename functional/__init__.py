@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .card import Base, ModelCard
     from .compare import conflicts, diff
     from .generate import generate
-    from .header import Codebook, Dense, EditRecord, Experts, Header, LowRank, Masked, Scope
+    from .header import Codebook, Dense, EditRecord, Experts, Header, LowRank, Masked, Prompt, Scope
     from .io import load, save
     from .merge import compress, merge, remove, scale, select
     from .mixed import bind_rows
@@ -57,6 +57,7 @@ __all__ = [
     "ModelCard",
     "Params",
     "Past",
+    "Prompt",
     "Query",
     "Rewrite",
     "Rewrites",

@@ -11,6 +11,7 @@
     lowrank, stacked         rewrite  with A_e, B_e, as "act_fp32" whatever the form
     codebook                 rewrite  a value in place of y where x comes near its key
     experts                  rewrite  the chosen experts' outputs added to a layer's
+    prompt                   questions read with the facts that fit them put before
     scope                    another answer where the prompt lies in the scope of an edit
     masked                   rewrite  y + x D_m^T, m the side memory that the row's prompt activates
 
@@ -46,9 +47,10 @@ from .errors import BaseMismatch, ShapeMismatch, UnknownSite, listed
 from .experts import experts
 from .fingerprint import derive, fingerprint, origin
 from .grouped import grouped_linear
-from .header import Codebook, Dense, Experts, Header, LowRank, Masked, Scope
+from .header import Codebook, Dense, Experts, Header, LowRank, Masked, Prompt, Scope
 from .masked import change as masked_change
 from .places import canonical, module_of, runs_above, runs_below, uses
+from .prompts import prompt
 from .scope import scope
 from .stacks import unstack
 from .types import Batch, Delta, Model, Params, Rewrite, Rewrites
@@ -249,7 +251,7 @@ def _codebook(
     return Change(rewrites=lambda batch: {path: partial(rewrite, batch)})
 
 
-KINDS: dict[type, Kind] = {Codebook: _codebook, Dense: _dense, Experts: experts, LowRank: _lowrank, Masked: masked_change, Scope: scope}
+KINDS: dict[type, Kind] = {Codebook: _codebook, Dense: _dense, Experts: experts, LowRank: _lowrank, Masked: masked_change, Prompt: prompt, Scope: scope}
 """Kind of entry -> the one function that says what it does. A new kind is a line here."""
 
 

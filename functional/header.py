@@ -18,7 +18,7 @@ from typing import Any, Literal
 import msgspec
 
 from .card import Base
-from .entries import FLOATS, NAME, Blend, Codebook, Dense, Experts, LowRank, Masked, Scope, Want, Where
+from .entries import FLOATS, NAME, Blend, Codebook, Dense, Experts, LowRank, Masked, Prompt, Scope, Want, Where
 
 __all__ = [
     "FLOATS",
@@ -33,6 +33,7 @@ __all__ = [
     "Header",
     "LowRank",
     "Masked",
+    "Prompt",
     "Scope",
     "Want",
     "Where",
@@ -52,7 +53,7 @@ act_fp32  the same, the low-rank product in fp32, cast once at the end
 weight    W' = W + (B A).to(W.dtype), B A in fp32, then y = x W'ᵀ: what PEFT merges to
 """
 
-Entry = Dense | LowRank | Codebook | Masked | Experts | Scope
+Entry = Dense | LowRank | Codebook | Masked | Experts | Scope | Prompt
 
 
 class EditRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

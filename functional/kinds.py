@@ -222,4 +222,5 @@ register(Dense, Algebra(_join_dense, _keep_dense, _scale_dense))
 # Kinds with files of their own enrol themselves.
 from . import experts_algebra as _experts_algebra  # noqa: E402, F401
 from . import masked as _masked  # noqa: E402, F401
+from . import prompt_algebra as _prompt_algebra  # noqa: E402, F401
 from . import scope_algebra as _scope_algebra  # noqa: E402, F401

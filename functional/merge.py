@@ -241,7 +241,8 @@ def _mergeable(deltas: Sequence[Delta]) -> None:
             place = tuple(getattr(entry, field, None) for field in fixed)
             shapes.setdefault(f"{entry.name} ({type(entry).__name__})", set()).add(place)
             for name in entry.tensors():
-                dtypes.setdefault(entry.name, set()).add(delta.tensors[name].dtype)
+                if delta.tensors[name].is_floating_point():
+                    dtypes.setdefault(entry.name, set()).add(delta.tensors[name].dtype)
     wrong += [f"{name}: shapes or names differ" for name, some in shapes.items() if len(some) > 1]
     wrong += [
         f"{name}: dtypes differ ({', '.join(sorted(map(str, some)))}), cast one to the other's"

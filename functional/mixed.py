@@ -15,7 +15,8 @@ from .errors import BadInput, KindUnsupported, ShapeMismatch
 from .header import EditRecord, LowRank
 from .kinds import Part, parts
 from .merge import same_base
-from .types import Batch, Delta, Inputs, Model, Params, Rewrites
+from .prompts import asked
+from .types import Batch, Delta, Inputs, Model, Params, Query, Rewrites
 
 __all__ = ["bind_rows", "padded_stack"]
 
@@ -46,7 +47,7 @@ def bind_rows(model: Model, deltas: Sequence[Delta], rows: Sequence[int] | Tenso
     if all(isinstance(entry, LowRank) for delta in deltas for entry in delta.header.entries):
         bound = bind(model, padded_stack(deltas))
     else:
-        bound = _apart(model, deltas)
+        bound = _apart(model, deltas, rows)
 
     def embed(
         params: Params,
@@ -105,7 +106,7 @@ def _wide(part: Part | None, suffix: str, rank: int, like: Part) -> Tensor:
     return F.pad(part.tensors[suffix].to(like.tensors[suffix].dtype), pad)
 
 
-def _apart(model: Model, deltas: Sequence[Delta]) -> Model:
+def _apart(model: Model, deltas: Sequence[Delta], rows: Tensor) -> Model:
     made = [bind(model, delta) for delta in deltas]  # refuses what does not fit before it runs
 
     def alone(params: Params, number: int) -> Model:
@@ -113,5 +114,19 @@ def _apart(model: Model, deltas: Sequence[Delta]) -> Model:
             return made[number]
         return bind(model._replace(params=params), deltas[number], check=False)
 
+    def read(queries: Sequence[Query], *, end: bool = False, edit: Tensor | None = None) -> Inputs:
+        numbers = (rows if edit is None else edit).tolist()
+        if len(numbers) != len(queries):
+            raise ShapeMismatch(
+                f"there must be a question for each of the {len(numbers)} rows of `bind_rows`, are "
+                f"{len(queries)}."
+            )
+        put = [
+            asked(made[number], [query])[0] if number >= 0 else query
+            for number, query in zip(numbers, queries)
+        ]
+        return model.read(put, end=True) if end else model.read(put)
+
     plan = Plan(apart=True, apart_below=True, apart_tokens=True, alone=alone)
-    return model._replace(**functions(model, plan))
+    reads = any(e.begins() == "read" for delta in deltas for e in delta.header.entries)
+    return model._replace(**functions(model, plan), **({"read": read} if reads else {}))

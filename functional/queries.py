@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["Case", "Image", "Query"]
+__all__ = ["MARK", "Case", "Image", "Query"]
+
+MARK = "<image>"
+"""In a prompt: a picture stands here."""
 
 Image = Any
 """A PIL image, a path, or anything with `.load() -> PIL.Image` and `.key: str` (a content name)."""

@@ -8,6 +8,7 @@ from .codebook import Codebook, Where
 from .common import FLOATS, NAME, Begins, Kind, Want, misnamed
 from .experts import Blend, Experts
 from .masked import Activation, Masked, Statistic
+from .prompt import By, Order, Prompt
 from .scope import Gate, Scope, Sizes
 from .weights import Dense, LowRank
 
@@ -17,6 +18,7 @@ __all__ = [
     "Activation",
     "Begins",
     "Blend",
+    "By",
     "Codebook",
     "Dense",
     "Experts",
@@ -24,6 +26,8 @@ __all__ = [
     "Kind",
     "LowRank",
     "Masked",
+    "Order",
+    "Prompt",
     "Statistic",
     "Scope",
     "Sizes",
