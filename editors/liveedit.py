@@ -2,9 +2,9 @@
 
 An edit is one forward up to a layer. From what the layer gives the edit's picture V, prompt Q and
 answer A, trained networks (`liveedit_net.py`) make two routing keys and the factors of an expert;
-`functional/experts.py` says how experts are chosen and applied. Nothing is optimised, earlier experts
-never change, and an edit is taken back by taking its expert out. An edit of the same question
-about the same pictures takes the place of the earlier one.
+`functional/experts.py` says how experts are chosen and applied. Nothing is optimised, earlier
+experts never change, and an edit is taken back by taking its expert out. An edit of the same
+question about the same pictures takes the place of the earlier one.
 
 Training minimises, over lessons of E edits side by side,
 
@@ -31,14 +31,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, cast
 
 import msgspec
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from errata.functional import Delta, Editor, EditRecord, Experts, Header, Model, Query
+from errata.functional import (
+    Batch,
+    Delta,
+    Editor,
+    EditRecord,
+    Experts,
+    Header,
+    Model,
+    Query,
+    prefix,
+)
 from errata.functional.errors import BadSettings
 from errata.functional.header import Blend
 from errata.functional.records import base_of, header_for
@@ -192,7 +202,7 @@ def generated(model: Model, nets: Nets, config: LiveEditConfig, queries: Sequenc
     site = site_of(model, config)
     inputs = model.read(queries, end=True) if config.end else model.read(queries)
     with torch.no_grad():
-        batch = model.embed(model.params, inputs)
+        batch = cast(Batch, prefix.cut(model, inputs, prefix.Reach(layer=site.layer)))
         _, seen = tap(model.decode, model.params, batch, [site.path], stop=site.layer + 1)
         return pool_of(nets, config, seen[site.path].output, batch)
 

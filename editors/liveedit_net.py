@@ -9,8 +9,9 @@ with one reader for edits (their keys), one for questions, and makers of the dow
 The keys' bias of an attention moves all scores of its softmax alike and is left out. The arithmetic
 is `functional/experts.py`'s, where constant queries are absorbed into the keys.
 
-Source: qizhou000/LiveEdit `editor/vllm_editors/liveedit/modules.py` (QVExtractor, LowRankGenerator).
-Legend: D width of the decoder · S slots · K width of a slot · H heads · R rank · B rows · L tokens.
+Source: qizhou000/LiveEdit `editor/vllm_editors/liveedit/modules.py`, QVExtractor and
+LowRankGenerator. Legend: D width of the decoder · S slots · K width of a slot · H heads · R rank ·
+B rows · L tokens.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from errata.functional import Batch
 from errata.functional.experts import EPS, Reader, Tokens, attend, features, tokens_of
@@ -86,7 +88,11 @@ def networks(
     width: int, slots: int, size: int, rank: int, sentinel: int, sentinel_text: int,
     generator: torch.Generator,
 ) -> Nets:  # fmt: skip
-    """Fresh networks, started as the original's: linear maps uniform in 1/sqrt(in), slots normal."""
+    """Fresh networks: linear maps uniform in 1/sqrt(in), slots normal, as the original's.
+
+    The two readers start alike and without a bias of vision, so that from the start a question is
+    nearer to its own edit than to the sentinel; the original's are drawn apart.
+    """
 
     def uniform(*shape: int, fan: int) -> Tensor:
         return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(fan)
@@ -115,8 +121,12 @@ def networks(
     def maker() -> Maker:
         return Maker(norm(), normal(rank, size), attention(width))
 
+    alike = look()
+    blind = alike.seen._replace(bias=torch.zeros_like(alike.seen.bias))
+    alike = alike._replace(seen=blind)
+    again = pytree.tree_map(torch.clone, alike)  # each is trained on its own
     return Nets(
-        look(), look(), maker(), maker(), norm(), normal(sentinel, width),
+        alike, again, maker(), maker(), norm(), normal(sentinel, width),
         normal(sentinel_text, width),
     )  # fmt: skip
 

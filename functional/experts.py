@@ -1,8 +1,8 @@
 """LiveEdit's experts at a decoder layer's output: features of a row, the gate, the residual.
 
 With h what the layer gives a row, V its picture's tokens and Q its prompt's behind the picture
-(never the answer's), f = vision features of V as asked by Q, g = query features of Q, and f' = those
-of the sentinel picture as asked by Q:
+(never the answer's), f = vision features of V as asked by Q, g = query features of Q, and f' =
+those of the sentinel picture as asked by Q:
 
     S   = { m : <f, E_m> > <f, f'> }                                  the hard gate
     w_m = softmax_S(s)_m * sigmoid(s_m),    s_m = scale * <g, G_m>    the soft one
@@ -121,7 +121,7 @@ def attend(
 ) -> Tensor:
     """Cross-attention with absorbed queries: rows [SH D] or [B SH D], x [B L D] -> [B S K].
 
-    p = softmax over kept tokens of x . row;  out_h = W_v,h (sum p x) + b_v,h;  0 where none is kept.
+    p = softmax over kept tokens of x . row;  out_h = W_v,h (sum p x) + b_v,h;  0 without tokens.
     """
     scores = x @ rows.mT  # [B L SH]
     scores = torch.where(keep[..., None], scores, -torch.inf)

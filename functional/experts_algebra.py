@@ -27,8 +27,8 @@ def _join(given: Sequence[Part | int]) -> Part:
     same = all(torch.equal(part.tensors[s], first.tensors[s]) for part in found[1:] for s in rest)
     if layouts != [layouts[0]] * len(found) or not same:
         raise BadInput(
-            f"{first.entry.name}: only experts that one trained editor made share a gate, and these "
-            "have gates of their own: bind the deltas one after another."
+            f"{first.entry.name}: only experts that one trained editor made share a gate, and "
+            "these have gates of their own: bind the deltas one after another."
         )
     owners: list[int] = []
     before = 0

@@ -15,12 +15,14 @@ from errata import adapters
 from errata.editors import (
     FinetuneConfig,
     GraceConfig,
+    IkeConfig,
+    LiveEditConfig,
     LoraConfig,
     MendConfig,
     SeracConfig,
     make,
 )  # fmt: skip
-from errata.functional import Delta, LowRank, Model, Query, Scope, io
+from errata.functional import Delta, Editor, LowRank, Model, Query, Scope, io
 from errata.functional.bind import bind
 from errata.functional.errors import BaseMismatch
 from errata.functional.kinds import Part, algebra
@@ -35,6 +37,8 @@ CASES = {
         sites=("layers.1.mlp",), num_steps=8, lr=2e-3, weight_decay=0.01
     ),
     "grace": GraceConfig(num_steps=4, lr=0.1),
+    "ike": IkeConfig(),
+    "ike-base": IkeConfig(encoder="base", fact="{statement}. ", ask="{question}", most=2),
     "lora": LoraConfig(rank=2, num_steps=4, lr=2e-2),
     "lora-mlp": LoraConfig(
         targets=("layers.-1.mlp.up",), rank=3, num_steps=3, optimizer="sgd", lr=0.2
@@ -48,6 +52,14 @@ CASES = {
     ),
     "mend-last": MendConfig(sites=("layers.-1.mlp",), rank=4, edit_lr=-0.02, end=True),
 }
+# Untrained, LiveEdit's networks change answers at random: that trained ones make the edit's loss
+# fall is asserted on the states that ship, in test_liveedit.py.
+CASES["liveedit"] = LiveEditConfig(width=8, heads=2)
+CASES["liveedit-both"] = LiveEditConfig(
+    layer=0, width=8, slots=2, heads=2, rank=3, blend="both", most=2, end=False
+)
+# Nor does a random model read what stands before a question: see test_ike.py for trained ones.
+UNTRAINED = {"liveedit", "ike"}
 FAMILIES = [
     "llava", "llava_onevision", "qwen2_vl", "qwen3_vl", "blip2", "minigpt4", "gpt2", "llama",
 ]  # fmt: skip
@@ -79,6 +91,12 @@ def losses(model: Model, asked: list[Query]) -> torch.Tensor:
 
 def logits(model: Model, asked: list[Query]) -> torch.Tensor:
     return model.decode(model.params, model.embed(model.params, model.read(asked)))
+
+
+def helps(editor: Editor, edited: Model, model: Model, asked: list[Query]) -> bool:
+    """Whether the edit's loss fell; of what first must be trained, whether it moved."""
+    after, before = losses(edited, asked)[0], losses(model, asked)[0]
+    return bool(after != before) if editor.name in UNTRAINED else bool(after < before)
 
 
 def snug(delta: Delta) -> Delta:
@@ -135,7 +153,7 @@ def test_the_base_stays_as_it_was_and_the_edit_loss_falls(model, editor):
     before, asked = digest(model), queries(model)[:1]
     delta, _ = editor.edit(model, editor.init(model, seeded()), asked)
     edited = bind(model, delta)
-    assert losses(edited, asked)[0] < losses(model, asked)[0]
+    assert helps(editor, edited, model, asked)
     assert digest(model) == before
     assert not any(tensor.requires_grad for tensor in model.params.values())
 
@@ -185,7 +203,7 @@ def test_edits_in_sequence_thread_the_state(model, editor):
         delta, state = editor.edit(model, state, [query])
     assert len(delta.header.edits) == len(asked)
     assert len({edit.id for edit in delta.header.edits}) == len(asked)
-    assert losses(bind(model, delta), asked[-1:])[0] < losses(model, asked[-1:])[0]
+    assert helps(editor, bind(model, delta), model, asked[-1:])
 
 
 def test_another_base_is_refused(editor):

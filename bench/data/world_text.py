@@ -1,0 +1,66 @@
+"""Cases of the micro world without pictures: a fact about a creature changed by its name.
+
+    reliability, rephrase   the question that is edited, and other wordings of it
+    text_locality           what every case of the world has: other names, other facts, knowledge
+    same_entity_locality    the same name, other relations
+    hard_locality           the same relation of other names
+    image_locality          questions about pictures, of this creature too
+
+A training that wants other pictures of the edit's subject ("image_rephrase") is given still other
+wordings. Creatures are split as in `world.cases`.
+"""
+
+import random
+
+from errata.adapters.zoo.world import NUM_HELD, NUM_TRAINED, TEXT_RELATIONS, Creature, World
+from errata.functional.types import Case, Query
+
+from .world import Split, _creature, _target, _text, _unrelated
+
+__all__ = ["text_cases"]
+
+
+def text_cases(count: int, seed: int = 0, *, split: Split = "test") -> list[Case]:
+    """The first `count` cases whose edits have no picture, the same for the same arguments.
+
+    >>> [query.images for query in text_cases(1)[0].probes["rephrase"]]
+    [(), ()]
+    """
+    world = World()
+    first_held = NUM_TRAINED - NUM_HELD
+    indices = range(first_held) if split == "train" else range(first_held, NUM_TRAINED)
+    facts = [(index, relation) for index in indices for relation in TEXT_RELATIONS]
+    made: list[Case] = []
+    turn = 0
+    while len(made) < count:
+        order = random.Random(f"text-{seed}-{split}-{turn}").sample(facts, len(facts))
+        some = order[: count - len(made)]
+        made += [_case(world, world.creature(i), r, f"{seed}-{turn}") for i, r in some]
+        turn += 1
+    return made
+
+
+def _case(world: World, creature: Creature, relation: str, draw_key: str) -> Case:
+    name = f"text-{creature.index}-{relation}-{draw_key}"
+    rng = random.Random(f"case-{name}")
+    target = _target(world, creature, relation, rng)
+    forms = world.named_questions(relation, creature.name)
+    asked, *others = rng.sample(forms, len(forms))
+    half = max(1, len(others) // 2)
+    shown = _creature(creature, f"case-{name}")
+
+    def named(one: Creature, about: str) -> Query:
+        return Query(rng.choice(world.named_questions(about, one.name)), getattr(one, about))
+
+    rest = [r for r in TEXT_RELATIONS if r != relation]
+    strangers = rng.sample([c for c in world.trained if c.index != creature.index], 3)
+    seen = Query(rng.choice(world.questions(relation)), getattr(creature, relation), (shown,))
+    probes = {
+        "rephrase": tuple(Query(form, target) for form in others[:half]),
+        "image_rephrase": tuple(Query(form, target) for form in others[half:] or others),
+        "text_locality": _text(world, creature, relation, target, rng),
+        "same_entity_locality": tuple(named(creature, r) for r in rest),
+        "hard_locality": tuple(named(other, relation) for other in strangers),
+        "image_locality": (*_unrelated(rng, name), seen),
+    }
+    return Case(name, Query(asked, target), probes)
