@@ -147,11 +147,11 @@ def _edit(options: argparse.Namespace) -> None:
     from errata.functional.answers import answers
     from errata.functional.bind import bind
 
+    from .corpora import corpus
     from .probes import check_finite
 
-    editor = editors.make(
-        editors.configure(options.editor, options.preset, **_assigned(options.settings))
-    )
+    config = editors.configure(options.editor, options.preset, **_assigned(options.settings))
+    editor = editors.make(config, corpus(config))
     if not options.target.strip():
         raise BadInput("--target must say the answer wanted; it is empty.")
     query = _query(options, options.target)

@@ -20,6 +20,7 @@ from errata.functional.metrics import scorer
 
 from . import protocols, report
 from .checkpoint import Marks
+from .corpora import corpus
 from .ledger import PROGRESS, RESULTS, Ledger, Part, Row, locked, read_rows
 from .probes import Terms
 from .progress import Progress
@@ -214,8 +215,9 @@ def _check_editors(settings: RunSettings) -> None:
 
 def _make(choice: EditorChoice, model: Model) -> Editor:
     """The editor, tried on the model: a site it lacks is said before the first edit."""
-    editor = editors.make(editors.configure(choice.type, choice.preset, **choice.settings))
+    config = editors.configure(choice.type, choice.preset, **choice.settings)
     try:
+        editor = editors.make(config, corpus(config))
         editor.init(model, torch.Generator().manual_seed(0))
     except ErrataError as fault:
         raise type(fault)(f"editor {choice.label!r} on {model.card.id}: {fault}") from fault

@@ -251,7 +251,15 @@ def _codebook(
     return Change(rewrites=lambda batch: {path: partial(rewrite, batch)})
 
 
-KINDS: dict[type, Kind] = {Codebook: _codebook, Dense: _dense, Experts: experts, LowRank: _lowrank, Masked: masked_change, Prompt: prompt, Scope: scope}
+KINDS: dict[type, Kind] = {
+    Codebook: _codebook,
+    Dense: _dense,
+    Experts: experts,
+    LowRank: _lowrank,
+    Masked: masked_change,
+    Prompt: prompt,
+    Scope: scope,
+}
 """Kind of entry -> the one function that says what it does. A new kind is a line here."""
 
 

@@ -127,7 +127,7 @@ def _asked(model: Model, texts: Sequence[str], layer: int) -> Tensor:
 
 
 def looks(model: Model, queries: Sequence[Query]) -> Tensor:
-    """Keys of what questions show [B v]: the mean of the base's visual rows at depth 0, unit length.
+    """Keys of what questions show [B v]: the mean of the base's visual rows at depth 0.
 
     k = normalize( mean of hidden[t] over image tokens t ),  zero for a question without pictures.
 

@@ -18,7 +18,20 @@ from typing import Any, Literal
 import msgspec
 
 from .card import Base
-from .entries import FLOATS, NAME, Blend, Codebook, Dense, Experts, LowRank, Masked, Prompt, Scope, Want, Where
+from .entries import (
+    FLOATS,
+    NAME,
+    Blend,
+    Codebook,
+    Dense,
+    Experts,
+    LowRank,
+    Masked,
+    Prompt,
+    Scope,
+    Want,
+    Where,
+)
 
 __all__ = [
     "FLOATS",

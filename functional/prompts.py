@@ -157,7 +157,7 @@ class Reads:
         ]
 
     def _shortened(self, query: Query, demos: list[_Piece], facts: list[_Piece]) -> Query:
-        """The question with as many demonstrations, the farthest dropped first, as there is room."""
+        """The question with as many of the nearest demonstrations as there is room for."""
         memory = self.memory
         low, high = 0, len(demos)
         while low < high:

@@ -28,10 +28,10 @@ class Prompt(Kind, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="p
     Tensors of a memory of N facts: `<name>.questions` [N d], unit keys of their questions;
     `<name>.pictures` [N v], unit keys of their pictures, zero without one (not there if v = 0);
     `<name>.shown` U8 [N S W] and `<name>.sizes` I64 [N S], PNG files that go before the fact,
-    padded with zeros (not there if S = 0). Common to all edits, with D demonstrations: `<name>.demos`
-    U8, their texts end to end, `<name>.ends` I64 [D] and `<name>.demo_keys` [D d]; with S' pictures
-    of theirs `<name>.demo_shown` U8, PNG files end to end, `<name>.demo_shown_ends` I64 [S'] and
-    `<name>.demo_shows` I64 [D], each demonstration's picture or -1.
+    padded with zeros (not there if S = 0). Common to all edits, with D demonstrations:
+    `<name>.demos` U8, their texts end to end, `<name>.ends` I64 [D] and `<name>.demo_keys` [D d];
+    with S' pictures of theirs `<name>.demo_shown` U8, PNG files end to end,
+    `<name>.demo_shown_ends` I64 [S'] and `<name>.demo_shows` I64 [D], each one's picture or -1.
 
     `facts` are the texts as they stand before the question, `<image>` for each picture; in a stack
     those of all edits, memory after memory. `owners[k]` is the fact of edit k, -1 for none. `name`
