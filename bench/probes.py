@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from errata.functional import Inputs, Model, Query, prefix, rows
@@ -34,7 +35,7 @@ from errata.functional.words import first_line, matches, ngram_entropy, tokens
 from .fluency import continued
 from .ledger import Answer
 
-__all__ = ["Ask", "Measured", "Terms", "check_finite", "key_of", "measure", "row_bytes"]
+__all__ = ["Ask", "Measured", "Terms", "batches", "check_finite", "key_of", "measure", "row_bytes"]
 
 MOST_ROWS = 64  # read and embedded together, whatever the budget
 
@@ -97,7 +98,7 @@ def measure(
     if terms.everywhere:
         reach = reach._replace(scored=False)  # a thinned batch has no other positions
     found: list[Measured | None] = [None] * len(asks)
-    for batch in _batches(model, queries, terms.budget):
+    for batch in batches(model, queries, terms.budget):
         place = {number: row for row, number in enumerate(batch)}
         here = [a for a, number in enumerate(home) if number in place]
         index = torch.tensor([place[home[a]] for a in here])
@@ -122,11 +123,12 @@ def _measure_batch(
     inputs = model.read(queries)
     source = prefix.cut(model, inputs, reach)
     options = {"k": terms.ranks, "everywhere": terms.everywhere}
-    before = answers(model, source, logits=True, **options)
+    given = model.known.said(inputs) if model.known and model.known.serves(model) else None
+    before = answers(model, source, logits=True, given=given, **options)
     logits, before = before.logits, _on_cpu(before._replace(logits=None))
     check_finite(model, before)
     edit = torch.tensor([ask.edit for ask in asks])
-    after = _edited(bound, source, asks, index, edit, {**options, "base": logits})
+    after = _edited(bound, source, asks, index, edit, {**options, "base": logits}, terms.budget)
     del logits
     said = _said(model, bound, queries, asks, index, edit, terms)
     base = _rows(before, index)
@@ -146,14 +148,17 @@ def _measure_batch(
 
 
 def _edited(
-    bound: Model, source, asks: Sequence[Ask], index: Tensor, edit: Tensor, options: dict
+    bound: Model,
+    source,
+    asks: Sequence[Ask],
+    index: Tensor,
+    edit: Tensor,
+    options: dict,
+    budget: int,
 ) -> Reading:
     """The edited models' readings, a few rows at a time."""
-    if isinstance(source, Inputs):  # edits act before the decoder: pixels have no row axis to take
-        inputs = bound.read([ask.query for ask in asks], edit=edit)
-        device = inputs.ids.device
-        options = {**options, "base": options["base"][index.to(device)]}
-        return _on_cpu(answers(bound, inputs, edit=edit.to(device), **options))
+    if isinstance(source, Inputs):
+        return _reread(bound, asks, index, edit, options, budget, source.labels.shape[1])
     device = source.edit.device
     parts = []
     for begin in range(0, len(asks), source.rows):
@@ -163,6 +168,50 @@ def _edited(
         batch = rows.take(source, here)
         parts.append(_on_cpu(answers(bound, batch, edit=edit[some].to(device), **mine)))
     return join(parts)
+
+
+def _reread(
+    bound: Model,
+    asks: Sequence[Ask],
+    index: Tensor,
+    edit: Tensor,
+    options: dict,
+    budget: int,
+    scored: int,
+) -> Reading:
+    """Readings where edits act before the decoder: pixels have no row axis to take, so rows are
+    read anew, as many as fit the budget; an edit may have made them much longer than the base's.
+    """
+    parts, begin, size = [], 0, min(len(asks), MOST_ROWS)
+    while begin < len(asks):
+        some = slice(begin, begin + size)
+        inputs = bound.read([ask.query for ask in asks[some]], edit=edit[some])
+        length = inputs.ids.shape[1]
+        each = row_bytes(bound, length) + 4 * inputs.labels.shape[1] * bound.card.vocab
+        fits = max(1, budget // each)
+        if fits < len(inputs.ids):
+            size = fits
+            continue
+        device = inputs.ids.device
+        mine = {**options, "base": options["base"][index[some].to(device)]}
+        parts.append(_on_cpu(answers(bound, inputs, edit=edit[some].to(device), **mine)))
+        begin += size
+    length = max((part.whole.shape[1] for part in parts if part.whole is not None), default=0)
+    return join([_widened(part, scored, length) for part in parts])
+
+
+def _widened(part: Reading, scored: int, length: int) -> Reading:
+    """A reading padded to so many scored positions, and so many tokens of a row."""
+    more = scored - part.labels.shape[1]
+    whole = part.whole
+    if whole is not None:
+        whole = F.pad(whole, (0, 0, 0, length - whole.shape[1]), value=-1)
+    return part._replace(
+        labels=F.pad(part.labels, (0, more), value=IGNORE),
+        top=F.pad(part.top, (0, 0, 0, more)),
+        nll=F.pad(part.nll, (0, more)),
+        whole=whole,
+    )
 
 
 def _said(
@@ -183,7 +232,7 @@ def _said(
     if not (tokens and wanted):
         return before, after
     rows_asked = sorted({int(index[a]) for a in wanted})
-    said = dict(zip(rows_asked, generate(model, [queries[r] for r in rows_asked], tokens)))
+    said = dict(zip(rows_asked, _spoken(model, [queries[r] for r in rows_asked], tokens)))
     device = next(iter(model.params.values())).device
     for begin in range(0, len(wanted), len(queries)):
         some = wanted[begin : begin + len(queries)]
@@ -191,6 +240,14 @@ def _said(
         for a, text in zip(some, generate(bound, asked, tokens, edit=edit[some].to(device))):
             before[a], after[a] = said[int(index[a])], text
     return before, after
+
+
+def _spoken(model: Model, queries: Sequence[Query], tokens: int) -> list[str]:
+    """What the base says; what it has said already is not asked again."""
+    texts = model.known.texts if model.known and model.known.serves(model) else {}
+    if all(key_of(query) in texts for query in queries):
+        return [texts[key_of(query)] for query in queries]
+    return generate(model, queries, tokens)
 
 
 def _same(
@@ -291,7 +348,7 @@ def row_bytes(model: Model, tokens: int) -> int:
     return 4 * (16 * tokens * card.width + 2 * heads * tokens * tokens)
 
 
-def _batches(model: Model, queries: Sequence[Query], budget: int) -> Iterator[list[int]]:
+def batches(model: Model, queries: Sequence[Query], budget: int) -> Iterator[list[int]]:
     """Numbers of the queries, alike in pictures and length, as many together as fit the budget."""
     groups: dict[tuple, list[int]] = {}
     for number, query in enumerate(queries):

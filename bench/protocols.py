@@ -27,6 +27,7 @@ from .checkpoint import Mark, Marks
 from .ledger import Answer
 from .memory import measured
 from .probes import Ask, Terms, measure, row_bytes
+from .shared import Shared
 from .sources import queries_of
 
 __all__ = ["Result", "Step", "lifelong", "reach_of", "sequential", "single"]
@@ -108,6 +109,7 @@ def single(
     seed: int = 0,
     together: int = 0,
     done: Collection[int] = (),
+    shared: Shared | None = None,
 ) -> Iterator[Step]:
     """n independent edits, each from the base; probes before and after.
 
@@ -119,6 +121,7 @@ def single(
     the cut on one pass of the base per question and one of the edited model per ask.
     """
     device = _device(model)
+    model = shared.model if shared else model
     state = editor.init(model, torch.Generator().manual_seed(seed))
     if together:
         chunks = [slice(i, i + together) for i in range(0, len(cases), together)]
@@ -134,19 +137,19 @@ def single(
             continue
         clock = _Clock(device)
         with measured(device) as peak:
+            first = chunks[number].start
             with _naming(model, chunk):
+                _open(shared, range(first, first + len(chunk)))
                 delta = editor.each(model, state, [case.edit for case in chunk])
             edit_seconds = clock.lap()
             if sizing:
-                size = _fitting(model, delta, cases, terms.budget)
+                size = _fitting(model, delta, cases, terms.budget, shared)
                 chunks += [slice(i, i + size) for i in range(1, len(cases), size)]
             results = []
             if wanted:
-                first = chunks[number].start
                 asked = [_About(first + e, case, edit=e) for e, case in enumerate(chunk)]
-                results = _ask(model, delta, asked, terms)
+                results = _ask(model, delta, asked, terms, shared)
         if wanted:
-            first = chunks[number].start
             files = {f"case-{first + e:05d}": one for e, one in enumerate(unstack(delta))}
             yield Step(number, len(chunks), len(chunk), results, files, edit_seconds, clock.lap(),
                        peak.bytes)  # fmt: skip
@@ -164,6 +167,7 @@ def sequential(
     gaps: Sequence[int] = (),
     done: Collection[int] = (),
     marks: Marks | None = None,
+    shared: Shared | None = None,
 ) -> Iterator[Step]:
     """Edits one after another on the same model; each group of `group` starts from the base.
 
@@ -176,6 +180,7 @@ def sequential(
     starts = range(0, len(cases), group)
     of = len(cases) + len(starts)
     device = _device(model)
+    model = shared.model if shared else model
     for turn, start in enumerate(starts):
         members = cases[start : start + group]
         first, last = start + turn, start + turn + len(members)  # steps: its first edit, its end
@@ -190,13 +195,14 @@ def sequential(
             clock = _Clock(device)
             with measured(device) as peak:
                 with _naming(model, members[k : k + 1]):
+                    _open(shared, [start + k])
                     delta, state = editor.edit(model, state, [members[k].edit])
                 edit_seconds = clock.lap()
                 if k < made:
                     continue
                 about = [_About(start + k, members[k])]
                 about += [_About(start + k - g, members[k - g], "gap", g) for g in gaps if g <= k]
-                results = _ask(model, delta, about, terms)
+                results = _ask(model, delta, about, terms, shared)
             yield Step(first + k, of, 1, results, {}, edit_seconds, clock.lap(), peak.bytes)
             if marks:  # only now: whoever asks for more has kept the step
                 marks.keep(start, Mark(k + 1, state, delta))
@@ -205,7 +211,7 @@ def sequential(
             with measured(device) as peak:
                 late = len(members) - 1
                 about = [_About(start + k, c, "end", late - k) for k, c in enumerate(members)]
-                results = _ask(model, delta, about, terms)
+                results = _ask(model, delta, about, terms, shared)
             files = {f"group-{turn:04d}": delta}
             yield Step(last, of, 0, results, files, 0.0, clock.lap(), peak.bytes)
 
@@ -220,6 +226,7 @@ def lifelong(
     seed: int = 0,
     done: Collection[int] = (),
     marks: Marks | None = None,
+    shared: Shared | None = None,
 ) -> Iterator[Step]:
     """Edits one after another; after n of them, n in `lengths` and at the end, all n are asked.
 
@@ -231,6 +238,7 @@ def lifelong(
     made = next((k for k in range(of) if k not in done), of)
     if made == of:
         return
+    model = shared.model if shared else model
     state, delta, begin = editor.init(model, torch.Generator().manual_seed(seed)), None, 0
     mark = marks.recall(0, device) if marks and made else None
     if mark and mark.edits <= made:
@@ -239,6 +247,7 @@ def lifelong(
         clock = _Clock(device)
         with measured(device) as peak:
             with _naming(model, cases[k : k + 1]):
+                _open(shared, [k])
                 delta, state = editor.edit(model, state, [cases[k].edit])
             edit_seconds = clock.lap()
             if k < made:
@@ -246,23 +255,34 @@ def lifelong(
             results = []
             if k + 1 in asked:
                 about = [_About(n, case, "length", k + 1) for n, case in enumerate(cases[: k + 1])]
-                results = _ask(model, delta, about, terms)
+                results = _ask(model, delta, about, terms, shared)
         files = {f"edits-{k + 1:05d}": delta} if k + 1 in asked else {}
         yield Step(k, of, 1, results, files, edit_seconds, clock.lap(), peak.bytes)
         if marks:  # only now: whoever asks for more has kept the step
             marks.keep(0, Mark(k + 1, state, delta))
 
 
-def _ask(model: Model, delta: Delta, about: Sequence[_About], terms: Terms) -> list[Result]:
+def _open(shared: Shared | None, numbers: Collection[int]) -> None:
+    if shared:
+        shared.open(numbers)
+
+
+def _ask(
+    model: Model, delta: Delta, about: Sequence[_About], terms: Terms, shared: Shared | None
+) -> list[Result]:
     """All probes of these cases, in order: case, probe, index, scorer."""
-    asked = [(one, *probe) for one in about for probe in queries_of(one.case)]
-    asks = [Ask(probe, query, one.edit) for one, probe, _, query in asked]
-    with _naming(model, [one.case for one in about]):
-        found = measure(model, bind(model, delta), asks, reach_of(model, delta), terms)
+    bound, reach, found = bind(model, delta), reach_of(model, delta), []
+    numbers = [one.number for one in about]
+    for some in shared.slices(numbers) if shared else [slice(None)]:
+        asked = [(one, *probe) for one in about[some] for probe in queries_of(one.case)]
+        asks = [Ask(probe, query, one.edit) for one, probe, _, query in asked]
+        with _naming(model, [one.case for one in about[some]]):
+            _open(shared, numbers[some])
+            found += zip(asked, measure(model, bound, asks, reach, terms))
     return [
         Result(one.number, one.case, probe, index, query, one.moment, one.gap, scorer,
                *got.scores[scorer], got.before, got.after, got.kl, got.same, got.ppl_r)
-        for (one, probe, index, query), got in zip(asked, found)
+        for (one, probe, index, query), got in found
         for scorer in got.scores
     ]  # fmt: skip
 
@@ -279,7 +299,9 @@ def reach_of(model: Model, delta: Delta) -> prefix.Reach:
     return reach._replace(scored=reach.scored and not whole)
 
 
-def _fitting(model: Model, delta: Delta, cases: Sequence[Case], budget: int) -> int:
+def _fitting(
+    model: Model, delta: Delta, cases: Sequence[Case], budget: int, shared: Shared | None
+) -> int:
     """How many edits like this one may run side by side: its optimiser, and what autograd keeps."""
     card, reach = model.card, reach_of(model, delta)
     own = sum(t.numel() * t.element_size() for t in delta.tensors.values()) // delta.header.stack
@@ -291,6 +313,7 @@ def _fitting(model: Model, delta: Delta, cases: Sequence[Case], budget: int) -> 
     layers = max(1, card.num_layers - reach.layer)
     graph = 4 * (KEPT * layers * kept * card.width + 3 * scored * card.vocab)
     each = TRAINED * own + graph + row_bytes(model, tokens)
+    each += shared.case_bytes if shared else 0
     return max(1, min(MOST_EDITS, budget // each))
 
 

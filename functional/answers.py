@@ -28,6 +28,7 @@ def answers(
     edit: Tensor | None = None,
     logits: bool = False,
     base: Tensor | None = None,
+    given: Tensor | None = None,
 ) -> Reading:
     """Read a model at the scored positions of every row, without gradients.
 
@@ -35,11 +36,15 @@ def answers(
     likeliest at all positions of each row (the peers' localities), for which the batch must not
     have been thinned. `edit` [B] says which edit of a bound stacked delta each row runs under. With
     `logits` those of the scored positions are kept [B T V]; given as another model's `base`, they
-    make the reading say KL(base || model).
+    make the reading say KL(base || model). `given` are the model's own logits at the scored
+    positions [B T V], where they are known already: then nothing is run.
 
         before = answers(model, batch, logits=True)
         after = answers(bound, batch, base=before.logits)
     """
+    if given is not None and not everywhere:
+        made = reading(given, source.labels.to(given.device), k)
+        return made._replace(logits=given) if logits else made
     with torch.no_grad():
         if isinstance(source, Inputs):
             source = model.embed(model.params, source, edit=edit)

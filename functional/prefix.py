@@ -69,9 +69,13 @@ def cut(
     Gives a Batch before layer `reach.layer`, thinned to scored positions where they are all that
     matters. Where the reach begins before the decoder there is nothing to share: Inputs come back
     as they are. `edit` [B] says which edit each row runs under (default: all run under edit 0).
+    Rows that `model.known` has are looked up there.
     """
     if reach.embed:
         return source
+    found = _known(model, source, reach)
+    if found is not None:
+        return found if edit is None else found._replace(edit=edit)
     with torch.no_grad():
         if isinstance(source, Inputs):
             source = model.embed(model.params, source)
@@ -81,6 +85,15 @@ def cut(
         if reach.scored and depth == model.card.num_layers - 1:
             source = model.thin(model.params, source)
     return source if edit is None else source._replace(edit=edit)
+
+
+def _known(model: Model, source: Inputs | Batch, reach: Reach) -> Batch | None:
+    known = model.known
+    if known is None or not isinstance(source, Inputs) or not known.serves(model):
+        return None
+    last = model.card.num_layers - 1
+    depth = min(reach.layer, last)
+    return known.cut(source, depth, reach.scored and depth == last)
 
 
 def finish(model: Model, source: Inputs | Batch, edit: Tensor | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .errors import ShapeMismatch
 from .types import IGNORE, Batch, Inputs
 
-__all__ = ["concat", "earlier", "ends", "later", "pad", "pick", "take", "trim"]
+__all__ = ["concat", "earlier", "ends", "keyed", "later", "pad", "pick", "take", "trim"]
 
 
 def ends(inputs: Inputs) -> Tensor:
@@ -110,6 +110,21 @@ def pad(batch: Batch, length: int, scored: int | None = None) -> Batch:
 def trim(batch: Batch, length: int) -> Batch:
     """The first `length` tokens of every row, for rows that were padded further than they need."""
     return _tokens(batch, slice(0, length), slice(0, length))
+
+
+def keyed(batch: Batch, length: int) -> Batch:
+    """The same rows with `length` key tokens: later ones cut, missing ones closed to every query.
+
+    For rows of which only some tokens are left (`pick`), whose keys are not their tokens.
+    """
+    extras = {}
+    for key, value in batch.extras.items():
+        axis = _axis(key, "k")
+        if axis is not None:
+            value = value.narrow(axis, 0, min(length, value.shape[axis]))
+            value = _fill(value, axis, length - value.shape[axis])
+        extras[key] = value
+    return batch._replace(extras=extras)
 
 
 def concat(batches: Sequence[Batch]) -> Batch:

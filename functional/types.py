@@ -146,6 +146,7 @@ class Model(NamedTuple):
     extend: Callable[..., Batch]
     write: Callable[[Sequence[int]], str]
     deltas: tuple[Delta, ...] = ()  # what has been bound, lowest first
+    known: Any = None  # rows this base has run (`known.Known`); nothing but `prefix.cut` asks it
 
 
 class Editor(NamedTuple):
