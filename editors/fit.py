@@ -39,7 +39,9 @@ from errata.functional.types import Learner, State
 from . import statefile
 from .lessons import Lesson, Shelf
 
-__all__ = ["PUBLISHED", "Course", "Fit", "FitConfig", "Lesson", "Progress", "fit", "weighed"]
+__all__ = [
+    "PUBLISHED", "Course", "Fit", "FitConfig", "Lesson", "Progress", "combined", "fit", "weighed",
+]  # fmt: skip
 
 
 PUBLISHED = {
@@ -176,9 +178,16 @@ def weighed(edited: Model, lesson: Lesson) -> tuple[Tensor, dict[str, Tensor]]:
     logits = edited.decode(edited.params, lesson.asks)
     first = lesson.asks.rows - lesson.base.shape[0]  # localities come last
     labels = lesson.asks.labels
-    values = torch.cat(
-        [nll(logits[:first], labels[:first]), kl(lesson.base, logits[first:], labels[first:])]
+    return combined(
+        torch.cat(
+            [nll(logits[:first], labels[:first]), kl(lesson.base, logits[first:], labels[first:])]
+        ),
+        lesson,
     )
+
+
+def combined(values: Tensor, lesson: Lesson) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a lesson from its rows' own [B], and each probe's mean."""
     terms = {}
     total = values.new_zeros(())
     for number, (name, weight) in enumerate(lesson.weights.items()):

@@ -19,17 +19,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errata.functional import Model
+from errata.functional import Batch, Model, rows
 from errata.functional.experts import EPS, Features, cleared, features, scale_of, tokens_of
+from errata.functional.losses import kl, nll
 from errata.kernels import lora_moe
 
-from .fit import Lesson, weighed
+from .fit import Lesson, combined
 from .liveedit_net import Nets, Pool, absorbed, pool_of
 
 if TYPE_CHECKING:
     from .liveedit import LiveEditConfig
 
 __all__ = ["Likeness", "apart", "hard", "lesson_loss", "likeness", "soft"]
+
+
+FAINT = 1e-4  # the weight of all experts together below which a row is as the base's
 
 
 class Likeness(NamedTuple):
@@ -92,9 +96,25 @@ def lesson_loss(
         asks.hidden, pool.down, pool.up, routes, norm=(nets.norm[0], nets.norm[1]), eps=EPS,
         lengths=asks.mask.sum(1),
     )  # fmt: skip
-    total, terms = weighed(model, lesson._replace(asks=asks._replace(hidden=hidden)))
+    felt = weights.detach().sum(1) > FAINT
+    values = _answers(model, lesson, asks._replace(hidden=hidden), felt)
+    total, terms = combined(values, lesson)
     total = total + sum(routing.values())
     return total, {**terms, **{name: value.detach() for name, value in routing.items()}}
+
+
+def _answers(model: Model, lesson: Lesson, asks: Batch, felt: Tensor) -> Tensor:
+    """[B] NLL where edits should reach, KL of localities; 0, without running it, for one of these
+    whose experts are not felt: most of them, once routing is learned."""
+    first = asks.rows - lesson.base.shape[0]
+    run = torch.cat([torch.arange(first, device=felt.device), felt[first:].nonzero()[:, 0] + first])
+    some = rows.take(asks, run)
+    logits = model.decode(model.params, some)
+    base = lesson.base[run[first:] - first]
+    found = [
+        nll(logits[:first], some.labels[:first]), kl(base, logits[first:], some.labels[first:])
+    ]  # fmt: skip
+    return logits.new_zeros(asks.rows).index_copy(0, run, torch.cat(found))
 
 
 def likeness(config: LiveEditConfig, found: Features, pool: Pool) -> Likeness:
