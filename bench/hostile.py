@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from errata.functional import Base, Delta, Dense, EditRecord, Header, LowRank
+from errata.functional import Base, Delta, Dense, EditRecord, Header, LowRank, Prompt
 from errata.functional.io import view
 from errata.functional.peek import KEY
 from errata.functional.safe import canonical
@@ -44,6 +44,8 @@ def sample(seed: int) -> Delta:
             )
         )
     entries.append(Dense(name="lm_head.bias", checkpoint="lm_head.bias", shape=(5,)))
+    if draw.random() < 0.3:
+        entries.append(_memory(count, draw))
     header = Header(
         editor="sample",
         settings={"rate": 1e-4, "steps": 20, "note": "é", "layers": [1, 2, None]},
@@ -60,8 +62,35 @@ def sample(seed: int) -> Delta:
             for k in range(count)
         ),
     )
-    tensors = {name: torch.randn(shape).to(dtype) for name, (_, shape) in header.tensors().items()}
+    tensors = {name: _values(want, shape, dtype) for name, (want, shape) in
+               header.tensors().items()}  # fmt: skip
     return Delta(header, tensors)
+
+
+def _values(want: tuple[str, ...], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    whole = {("U8",): torch.uint8, ("I64",): torch.int64}
+    if want in whole:
+        return torch.ones(shape, dtype=whole[want])
+    return torch.randn(shape).to(dtype)
+
+
+def _memory(count: int, draw: random.Random) -> Prompt:
+    """A memory of facts in words, with or without pictures."""
+    name = "model.language_model.embed_tokens.weight"
+    return Prompt(
+        name=name,
+        checkpoint=name,
+        shape=(7, 4),
+        facts=tuple(f"fact {k}: <image> é\n" for k in range(count)),
+        num_facts=count,
+        owners=tuple(range(count)),
+        encoder="hashed:8",
+        width=8,
+        look=draw.choice([0, 4]),
+        num_shown=draw.choice([0, 1]),
+        shown_bytes=16,
+        k=2,
+    )
 
 
 class File(NamedTuple):
@@ -250,7 +279,7 @@ def _deep(raw: bytes, draw: random.Random) -> bytes:
 def _nonfinite(raw: bytes, draw: random.Random) -> bytes:
     """NaN or infinity among the values, signed."""
     file = apart(raw)
-    name = draw.choice(sorted(file.table))
+    name = draw.choice(sorted(n for n, slot in file.table.items() if "F" in slot["dtype"]))
     slot = file.table[name]
     data = bytearray(file.data)
     x = view(data, slot["dtype"], tuple(slot["shape"]), slot["data_offsets"][0]).view(-1)
