@@ -223,6 +223,7 @@ def lifelong(
     terms: Terms,
     *,
     lengths: Sequence[int],
+    asked: int = 0,
     seed: int = 0,
     done: Collection[int] = (),
     marks: Marks | None = None,
@@ -230,11 +231,11 @@ def lifelong(
 ) -> Iterator[Step]:
     """Edits one after another; after n of them, n in `lengths` and at the end, all n are asked.
 
-    A result's gap is n: moment "length" with gap 100 is the model after 100 edits, asked about
-    these 100. Every edit is a step; steps go on from `marks` as those of `sequential` do.
+    With `asked` at most so many of the n, evenly spread, the first and the last among them. A
+    result's gap is n: moment "length" with gap 100 is the model after 100 edits, asked about these. Every edit is a step; steps go on from `marks` as those of `sequential` do.
     """
     device, of = _device(model), len(cases)
-    asked = {*lengths, of}
+    ends = {*lengths, of}
     made = next((k for k in range(of) if k not in done), of)
     if made == of:
         return
@@ -253,13 +254,21 @@ def lifelong(
             if k < made:
                 continue
             results = []
-            if k + 1 in asked:
-                about = [_About(n, case, "length", k + 1) for n, case in enumerate(cases[: k + 1])]
+            if k + 1 in ends:
+                chosen = _spread(k + 1, asked)
+                about = [_About(n, cases[n], "length", k + 1) for n in chosen]
                 results = _ask(model, delta, about, terms, shared)
-        files = {f"edits-{k + 1:05d}": delta} if k + 1 in asked else {}
+        files = {f"edits-{k + 1:05d}": delta} if k + 1 in ends else {}
         yield Step(k, of, 1, results, files, edit_seconds, clock.lap(), peak.bytes)
         if marks:  # only now: whoever asks for more has kept the step
             marks.keep(0, Mark(k + 1, state, delta))
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most `most` of the numbers below `count`, evenly spread; all with 0."""
+    if not most or count <= most:
+        return list(range(count))
+    return sorted({round(k * (count - 1) / max(1, most - 1)) for k in range(most)})
 
 
 def _open(shared: Shared | None, numbers: Collection[int]) -> None:

@@ -245,8 +245,8 @@ def _steps(
         )  # fmt: skip
     if isinstance(protocol, Lifelong):
         return protocols.lifelong(
-            model, editor, cases, terms, seed=seed, lengths=protocol.lengths, done=done,
-            marks=marks,
+            model, editor, cases, terms, seed=seed, lengths=protocol.lengths,
+            asked=protocol.asked, done=done, marks=marks,
         )  # fmt: skip
     return protocols.single(
         model, editor, cases, terms, seed=seed, together=protocol.together, done=done

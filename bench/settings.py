@@ -151,6 +151,7 @@ class Lifelong(
     """Edits one after another; after so many of them, all edits so far are asked."""
 
     lengths: Annotated[tuple[Count, ...], Meta(min_length=1)] = (1, 10, 100, 1000)
+    asked: Natural = 0  # of the edits so far, at most so many, evenly spread; 0: all
 
 
 Protocol = Single | Sequential | Lifelong

@@ -41,6 +41,9 @@ def test_after_n_edits_all_n_are_asked_of_one_model(llava, editor):
     assert asked == {1: {0}, 2: set(), 3: {0, 1, 2}, 4: set(), 5: {0, 1, 2, 3, 4}}
     assert {one.gap for one in steps[2].results} == {3}
 
+    few = list(lifelong(llava, editor, CASES, TERMS, lengths=LENGTHS, asked=2))
+    assert {one.number for one in few[4].results} == {0, 4}
+
     state = editor.init(llava, torch.Generator().manual_seed(0))
     for case in CASES[:3]:
         delta, state = editor.edit(llava, state, [case.edit])
