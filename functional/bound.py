@@ -57,7 +57,7 @@ def functions(model: Model, plan: Plan) -> dict[str, Any]:
 
             return _apart(model, plan, params, batch, run)
         batch = batch._replace(notes=dict(batch.notes))
-        return model.decode(params, batch, at(batch, rewrites), **options)
+        return _noted(model.decode(params, batch, at(batch, rewrites), **options), batch.notes)
 
     def thin(params: Params, batch: Batch, rewrites: Rewrites = NONE, **options):
         if plan.apart:
@@ -67,7 +67,7 @@ def functions(model: Model, plan: Plan) -> dict[str, Any]:
 
             return _apart(model, plan, params, batch, run)
         batch = batch._replace(notes=dict(batch.notes))
-        return model.thin(params, batch, at(batch, rewrites), **options)
+        return _noted(model.thin(params, batch, at(batch, rewrites), **options), batch.notes)
 
     def extend(
         params: Params,
@@ -86,6 +86,13 @@ def functions(model: Model, plan: Plan) -> dict[str, Any]:
         return _joined(parts, groups)
 
     return {"embed": embed, "decode": decode, "thin": thin, "extend": extend}
+
+
+def _noted(result: Any, notes: Mapping[str, Tensor]) -> Any:
+    """A result with the notes of this run: where deltas lie on one another each run has its own."""
+    if isinstance(result, Batch | Past):
+        return result._replace(notes={**result.notes, **notes})
+    return tuple(_noted(part, notes) for part in result) if isinstance(result, tuple) else result
 
 
 def _apart(model: Model, plan: Plan, params: Params, batch: Batch, run) -> Any:

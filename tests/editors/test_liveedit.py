@@ -1,0 +1,438 @@
+"""What LiveEdit's experts do: whom they reach, what they are in a file, how they are trained."""
+
+from __future__ import annotations
+
+import functools
+
+import msgspec
+import pytest
+import torch
+from PIL import Image
+
+from errata import adapters
+from errata.bench.data import world
+from errata.bench.data.world_text import text_cases
+from errata.editors import configure
+from errata.editors.fit import FitConfig, fit
+from errata.editors.liveedit import PRESETS, LiveEditConfig, course, generated, liveedit, site_of
+from errata.editors.liveedit_losses import Likeness, apart, hard, soft
+from errata.functional import (
+    Case,
+    Delta,
+    Model,
+    Query,
+    Rewrites,
+    generate,
+    merge,
+    remove,
+    scale,
+    select,
+)
+from errata.functional.bind import bind
+from errata.functional.errors import BadInput, BadSettings
+from errata.functional.header import faults
+from errata.functional.losses import nll
+from errata.functional.stacks import stack, take, unstack
+
+SMALL = LiveEditConfig(width=8, heads=2, sentinel=4, sentinel_text=3)
+FAMILIES = ["llava", "qwen2_vl", "blip2", "gpt2"]
+
+
+@functools.cache
+def tiny(name: str) -> Model:
+    return adapters.adapt(*adapters.tiny(name))
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def asked(model: Model) -> list[Query]:
+    shown = [(Image.new("RGB", (32, 32), (s, 255 - s, 40)),) for s in (10, 120, 230)]
+    shown = shown if model.card.images else [(), (), ()]
+    words = [("who is it?", "bo"), ("where does it live now?", "in a town"), ("what?", "owl")]
+    return [Query(prompt, target, images) for (prompt, target), images in zip(words, shown)]
+
+
+def sequence(model: Model, queries: list[Query], config: LiveEditConfig = SMALL):
+    editor = liveedit(config)
+    state = editor.init(model, seeded())
+    for query in queries:
+        delta, state = editor.edit(model, state, [query])
+    return delta, state
+
+
+def logits(model: Model, queries: list[Query], edit=None) -> torch.Tensor:
+    with torch.no_grad():
+        return model.decode(model.params, model.embed(model.params, model.read(queries), edit=edit))
+
+
+def routes(model: Model, delta: Delta, queries: list[Query]) -> dict[str, torch.Tensor]:
+    """What a bound delta notes about each row: ids, weights, count."""
+    bound = bind(model, delta)
+    stop = model.card.num_layers - 1
+    with torch.no_grad():
+        batch = bound.embed(bound.params, bound.read(queries))
+        after = bound.decode(bound.params, batch, stop=stop)
+    return {name.rpartition(".")[2]: note for name, note in after.notes.items()}
+
+
+def pool_name(delta: Delta, part: str) -> str:
+    return f"{delta.header.entries[0].name}.{part}"
+
+
+def changed(delta: Delta, **parts: torch.Tensor) -> Delta:
+    more = {pool_name(delta, part): tensor for part, tensor in parts.items()}
+    return delta._replace(tensors={**delta.tensors, **more})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_without_experts_keeps_its_bits(family):
+    model = tiny(family)
+    delta, _ = sequence(model, asked(model)[:1])
+    keys = delta.tensors[pool_name(delta, "vision_keys")].clone()
+    keys[:, -2:] = 1  # for nothing
+    shut = changed(delta, vision_keys=keys)
+    assert torch.equal(logits(bind(model, shut), asked(model)), logits(model, asked(model)))
+    assert not torch.equal(logits(bind(model, delta), asked(model)), logits(model, asked(model)))
+
+
+@pytest.mark.parametrize("blend", ["query", "both"])
+def test_one_expert_weighs_the_sigmoid_of_its_score(blend):
+    model = tiny("llava")
+    config = msgspec.structs.replace(SMALL, blend=blend)
+    editor = liveedit(config)
+    state = editor.init(model, seeded())
+    delta, _ = editor.edit(model, state, asked(model)[:1])
+    found = routes(model, delta, asked(model)[:1])
+    assert found["count"].tolist() == [1]
+    # asked by the edit's reader, which starts as the question's, features are the edit's own keys
+    own = generated(model, state.nets, config, asked(model)[:1])
+    score = (own.query_keys**2).sum() / (config.slots * config.width**0.5)
+    torch.testing.assert_close(found["weights"][0, 0], score.sigmoid())
+
+
+def test_experts_in_another_order_do_the_same():
+    model = tiny("llava")
+    delta, _ = sequence(model, asked(model))
+    order = [2, 0, 1]
+    parts = ("vision_keys", "query_keys", "down", "up")
+    other = changed(delta, **{p: delta.tensors[pool_name(delta, p)][order] for p in parts})
+    got, want = (logits(bind(model, one), asked(model)) for one in (other, delta))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_generated_is_what_one_pass_gives(family):
+    """The choice made at the prompt is kept for the tokens behind it."""
+    model = tiny(family)
+    delta, _ = sequence(model, asked(model), msgspec.structs.replace(SMALL, strength=1.0))
+    bound = bind(model, delta)
+    queries = asked(model)
+    said = generate(bound, queries, 5, stop=())
+    assert said != generate(model, queries, 5, stop=())
+    inputs = bound.read([query._replace(target="") for query in queries])
+    batch = bound.embed(bound.params, inputs)
+    last = inputs.mask.sum(-1, keepdim=True) - 1
+    with torch.no_grad():
+        first, past = bound.decode(bound.params, batch, at=last, keep=True)
+        tokens = first.argmax(-1)
+        step = bound.extend(bound.params, tokens, past)
+        assert step.notes
+        got, _ = bound.decode(bound.params, step, past=past, keep=True)
+    for row in range(len(queries)):
+        ids = model.read([queries[row]._replace(target="")])
+        grown = ids._replace(
+            ids=torch.cat([ids.ids, tokens[row : row + 1]], 1),
+            mask=torch.cat([ids.mask, ids.mask[:, :1]], 1),
+            image=torch.cat([ids.image, torch.zeros_like(ids.image[:, :1])], 1),
+            labels=tokens[row : row + 1],
+            at=last[row : row + 1],
+        )
+        with torch.no_grad():
+            one = bound.embed(bound.params, grown)
+            want = bound.decode(bound.params, one, at=last[row : row + 1] + 1)
+        torch.testing.assert_close(got[row], want[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_and_padding_are_not_seen_by_the_gate(family):
+    model = tiny(family)
+    delta, _ = sequence(model, asked(model))
+    together = routes(model, delta, asked(model))
+    for row, query in enumerate(asked(model)):
+        for target in (query.target, "a much longer answer than that"):
+            alone = routes(model, delta, [query._replace(target=target)])
+            for name, note in alone.items():
+                torch.testing.assert_close(note[0], together[name][row], rtol=1e-5, atol=1e-6)
+    got = logits(bind(model, delta), asked(model))
+    for row, query in enumerate(asked(model)):
+        want = logits(bind(model, delta), [query])[0]
+        torch.testing.assert_close(got[row, : len(want)], want, rtol=1e-4, atol=1e-5)
+
+
+def test_an_edit_without_a_picture_reaches_questions_without_one_only():
+    model = tiny("llava")
+    pictured = asked(model)[:1]
+    plain = [pictured[0]._replace(images=())]
+    for edited, other in ((plain, pictured), (pictured, plain)):
+        delta, _ = sequence(model, edited)
+        bound = bind(model, delta)
+        assert torch.equal(logits(bound, other), logits(model, other))
+        assert not torch.equal(logits(bound, edited), logits(model, edited))
+
+
+def test_the_same_question_edited_again_takes_the_experts_place():
+    model = tiny("llava")
+    first, second, third = asked(model)
+    again = first._replace(target="cat")
+    delta, _ = sequence(model, [first, second, again])
+    entry = delta.header.entries[0]
+    assert (entry.num_experts, entry.owners) == (2, (-1, 1, 0))
+    want, _ = sequence(model, [again, second])
+    for part in ("vision_keys", "query_keys", "down", "up"):
+        torch.testing.assert_close(
+            delta.tensors[pool_name(delta, part)], want.tensors[pool_name(want, part)]
+        )
+    left = remove(delta, [delta.header.edits[2].id])
+    assert left.header.entries[0].owners == (-1, 0)
+    assert torch.equal(
+        logits(bind(model, left), [first]),
+        logits(bind(model, select(delta, [1])), [first]),
+    )
+    state = liveedit(SMALL).init(model, seeded())
+    _, state = liveedit(SMALL).edit(model, state, [first])
+    side = liveedit(SMALL).each(model, state, [again, third])
+    assert side.header.entries[0].owners == (0, 1)
+    for number, query in enumerate((again, third)):
+        alone, _ = liveedit(SMALL).edit(model, state, [query])
+        got = logits(bind(model, side), [query], edit=torch.tensor([number]))
+        torch.testing.assert_close(got, logits(bind(model, alone), [query]), rtol=1e-5, atol=1e-6)
+
+
+def test_a_fact_removed_by_its_id_is_gone():
+    model = tiny("llava")
+    queries = asked(model)
+    delta, _ = sequence(model, queries)
+    left = remove(delta, [delta.header.edits[1].id])
+    want, _ = sequence(model, [queries[0], queries[2]])
+    assert left.header.entries[0].owners == (0, 1)
+    assert {n: t.shape for n, t in left.tensors.items()} == {
+        n: t.shape for n, t in want.tensors.items()
+    }
+    got = logits(bind(model, left), queries)
+    torch.testing.assert_close(got, logits(bind(model, want), queries), rtol=1e-5, atol=1e-6)
+    assert not remove(delta, [0, 1, 2]).header.entries
+
+
+def test_pools_are_merged_and_made_weaker():
+    model = tiny("llava")
+    queries = asked(model)
+    one, two = (sequence(model, [query])[0] for query in queries[:2])
+    both, _ = sequence(model, queries[:2])
+    joined = merge(one, two)
+    assert joined.header.entries[0].owners == (0, 1)
+    torch.testing.assert_close(
+        logits(bind(model, joined), queries), logits(bind(model, both), queries),
+        rtol=1e-5, atol=1e-6,
+    )  # fmt: skip
+    later, _ = sequence(model, [queries[0]._replace(target="cat")])
+    replaced = merge(one, two, later)
+    assert replaced.header.entries[0].owners == (-1, 0, 1)
+    none = scale(both, 0.0)
+    assert torch.equal(logits(bind(model, none), queries), logits(model, queries))
+    editor = liveedit(SMALL)
+    other, _ = editor.edit(model, editor.init(model, seeded(1)), queries[1:2])
+    with pytest.raises(BadInput, match="one trained editor"):
+        merge(one, other)
+
+
+def test_each_row_runs_under_its_own_edit():
+    model = tiny("qwen2_vl")
+    queries = asked(model)
+    editor = liveedit(SMALL)
+    delta = editor.each(model, editor.init(model, seeded()), queries)
+    bound = bind(model, delta)
+    number = torch.tensor([2, -1, 0])
+    got = logits(bound, queries, edit=number)
+    alone = unstack(delta)
+    want = [logits(bind(model, alone[2]), queries)[0], logits(model, queries)[1]]
+    want.append(logits(bind(model, alone[0]), queries)[2])
+    torch.testing.assert_close(got, torch.stack(want), rtol=1e-5, atol=1e-6)
+    again = stack([alone[2], alone[0]])
+    assert again.header == take(delta, [2, 0]).header
+    assert torch.equal(
+        again.tensors[pool_name(again, "up")], take(delta, [2, 0]).tensors[pool_name(again, "up")]
+    )
+
+
+def test_two_pools_on_one_model_keep_notes_apart():
+    model = tiny("llava")
+    queries = asked(model)
+    one, two = (sequence(model, [query])[0] for query in queries[:2])
+    bound = bind(bind(model, one), two)
+    batch = bound.decode(bound.params, bound.embed(bound.params, bound.read(queries)), stop=2)
+    assert len(batch.notes) == 6
+    with torch.no_grad():
+        embedded = bound.embed(bound.params, bound.read(queries))
+        assert len(bound.decode(bound.params, embedded, keep=True)[1].notes) == 6
+
+
+def test_an_edit_runs_nothing_behind_its_layer_and_no_gradient():
+    model, layers = tiny("llava"), []
+
+    def decode(params, batch, rewrites: Rewrites | None = None, **options):
+        layers.append((batch.depth, options.get("stop")))
+        return model.decode(params, batch, rewrites, **options)
+
+    editor = liveedit(SMALL)
+    watched = model._replace(decode=decode)
+    state = editor.init(watched, seeded())
+    delta = editor.each(watched, state, asked(model))
+    site = site_of(model, SMALL).layer
+    assert layers == [(0, site), (site, site + 1)]
+    assert not any(tensor.requires_grad for tensor in delta.tensors.values())
+
+
+def test_faults_of_an_entry_are_listed():
+    delta, _ = sequence(tiny("llava"), asked(tiny("llava"))[:2])
+    entry = delta.header.entries[0]
+    assert not faults(delta.header)
+    broken = msgspec.structs.replace(entry, heads=3, owners=(0,), most=-1)
+    found = faults(msgspec.structs.replace(delta.header, entries=(broken,)))
+    assert len(found) == 3
+    broken = msgspec.structs.replace(entry, rank=0, slots=0, owners=(0, 7))
+    found = faults(msgspec.structs.replace(delta.header, entries=(broken,)))
+    assert "slots" in found[0]
+    assert "rank" in found[0]
+    assert "0 to 1" in found[1]
+
+
+def test_the_layer_has_one_behind_it_and_sizes_fit():
+    model = tiny("llava")
+    last = model.card.num_layers - 1
+    assert site_of(model, LiveEditConfig()).layer == min(int(last + 1) * 2 // 3, last - 1)
+    assert site_of(model, LiveEditConfig(layer=0)).layer == 0
+    for layer in (last, last + 5):
+        with pytest.raises(BadSettings, match=f"0 to {last - 1}"):
+            site_of(model, LiveEditConfig(layer=layer))
+    with pytest.raises(BadSettings, match="5 heads must divide the slots' width 8; 5 heads"):
+        liveedit(LiveEditConfig(width=8, heads=5)).init(model, seeded())
+    published = configure("liveedit", preset="llava")
+    assert (published.layer, published.width, published.rank, published.heads) == (21, 1024, 4, 8)
+
+
+def test_routing_losses_are_what_they_say():
+    like = Likeness(
+        vision=torch.tensor([[3.0, -1.0], [0.5, -2.0]]),
+        sentinel=torch.tensor([1.0, 0.0]),
+        query=torch.tensor([[2.0, -1.0], [-3.0, 0.5]]),
+    )
+    own, reach = torch.tensor([0, 0]), torch.tensor([True, False])
+    e = [torch.tensor(x).exp() for x in (3.0, -1.0, 1.0)]
+    assert hard(like, own, reach)[0] == pytest.approx(float(-(e[0] / sum(e)).log()))
+    e = [torch.tensor(x).exp() for x in (0.5, -2.0, 0.0)]
+    assert hard(like, own, reach)[1] == pytest.approx(float(-(e[2] / sum(e)).log()))
+    one = torch.nn.functional.softplus
+    got = apart(like, own, reach)
+    assert got[0] == pytest.approx(float(one(torch.tensor(-2.0)) + one(torch.tensor(-2.0))))
+    both = torch.tensor([0.5, -2.0]).logsumexp(0)
+    assert got[1] == pytest.approx(float(one(both)))
+    kin = torch.ones(2, 2, dtype=torch.bool)
+    got = soft(like.query, own, reach, kin)
+    q = like.query
+    want = -q[0].log_softmax(0)[0] - q[0, 0].sigmoid().log() - (-q[0, 1]).sigmoid().log()
+    assert got[0] == pytest.approx(float(want))
+    assert got[1] == pytest.approx(float(-(-q[1]).sigmoid().log().mean()))
+
+
+SHORT = FitConfig(
+    num_steps=4, together=3, lr=1e-2, held=2, validate_every=2, save_every=1,
+    weights={"edit": 1.0, "rephrase": 1.0, "image_rephrase": 1.0, "text_locality": 1.0,
+             "image_locality": 1.0},
+)  # fmt: skip
+
+
+def cases(count: int = 8) -> list[Case]:
+    made = []
+    for number in range(count):
+        picture = Image.new("RGB", (32, 32), (20 * number, 90, 200))
+        other = Image.new("RGB", (32, 32), (20 * number, 95, 190))
+        shown = () if number == 1 else (picture,)  # one of them has no picture
+        target = f"b{number}"
+        probes = {
+            "rephrase": (Query("who may it be?", target, shown),),
+            "image_rephrase": (Query("who is it?", target, (other,) if shown else ()),),
+            "text_locality": (Query("is water wet?", "yes"),),
+            "image_locality": (Query("what colour is it?", "owl", (other,)),),
+        }
+        made.append(Case(f"case {number}", Query("who is it?", target, shown), probes))
+    return made
+
+
+def test_training_lowers_the_loss_and_resumes_to_the_same_bits(tmp_path):
+    model, losses = tiny("llava"), []
+    config = msgspec.structs.replace(SHORT, num_steps=30)
+    fit(model, course(SMALL), cases(), config, progress=lambda now: losses.append(now.loss))
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+    whole = fit(model, course(SMALL), cases(), SHORT)
+
+    class Killed(Exception):
+        pass
+
+    def kill(now):
+        if now.step == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(model, course(SMALL), cases(), SHORT, folder=tmp_path, progress=kill)
+    resumed = fit(tiny("llava"), course(SMALL), cases(), SHORT, folder=tmp_path)
+    flat = [torch.utils._pytree.tree_leaves(one.state.nets) for one in (whole, resumed)]
+    assert all(torch.equal(a, b) for a, b in zip(*flat, strict=True))
+    assert resumed.held == whole.held
+
+
+def test_training_runs_what_inference_runs():
+    """The edited layer once: a lesson's reliability is the bound model's, own expert alone."""
+    model = tiny("llava")
+    learner = course(SMALL)
+    state = learner.learner.editor.init(model, seeded())
+    from errata.editors.lessons import Shelf
+
+    config = msgspec.structs.replace(SHORT, weights={"edit": 1.0, "image_locality": 1.0})
+    shelf = Shelf(model, learner.sites(model), config, learner.end, None)
+    some = cases(1)
+    lesson = shelf.lesson(some, None)
+    with torch.no_grad():
+        _, terms = learner.learner.loss(model, state, lesson)
+    delta, _ = learner.learner.editor.edit(model, state, [some[0].edit])
+    bound = bind(model, delta)
+    batch = model.embed(model.params, model.read([some[0].edit], end=True))
+    with torch.no_grad():
+        want = nll(bound.decode(bound.params, batch), batch.labels)[0]
+    assert float(terms["edit"]) == pytest.approx(float(want), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "blip2"])
+def test_the_shipped_state_edits_generalises_and_keeps_to_itself(name):
+    """Unseen cases, one of them without a picture, in one pool."""
+    model = adapters.micro(name)
+    editor = liveedit(PRESETS["micro"])
+    some = [*world.cases(4, seed=5), *text_cases(1, seed=5)]
+    queries = [case.edit for case in some]
+    delta, _ = editor.edit(model, editor.init(model, seeded()), queries)
+    edited = bind(model, delta)
+
+    def losses(bound: Model, queries: list[Query]) -> torch.Tensor:
+        batch = model.embed(model.params, model.read(queries))
+        with torch.no_grad():
+            return nll(bound.decode(bound.params, batch), batch.labels)
+
+    for group in (queries, [case.probes["rephrase"][0] for case in some]):
+        assert losses(model, group).mean() > 1.5
+        assert losses(edited, group).mean() < 0.5
+    strangers = [query for case in some for query in case.probes["image_locality"]]
+    gap = losses(edited, strangers) - losses(model, strangers)
+    assert gap.abs().mean() < 0.05
+    assert generate(edited, [queries[0]], 8) == [queries[0].target]
