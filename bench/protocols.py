@@ -232,7 +232,8 @@ def lifelong(
     """Edits one after another; after n of them, n in `lengths` and at the end, all n are asked.
 
     With `asked` at most so many of the n, evenly spread, the first and the last among them. A
-    result's gap is n: moment "length" with gap 100 is the model after 100 edits, asked about these. Every edit is a step; steps go on from `marks` as those of `sequential` do.
+    result's gap is n: moment "length" with gap 100 is the model after 100 edits, asked about these.
+    Every edit is a step; steps go on from `marks` as those of `sequential` do.
     """
     device, of = _device(model), len(cases)
     ends = {*lengths, of}
