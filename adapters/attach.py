@@ -7,7 +7,8 @@ in activation form is a forward hook; `detach` puts the very same objects back.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from errata.functional.errors import (
     listed,
 )
 from errata.functional.fingerprint import derive, fingerprint, origin
+from errata.functional.grouped import chain
 
 __all__ = ["Attached", "attach"]
 
@@ -81,9 +83,9 @@ class Attached:
             self._swapped.append((module, leaf, module._parameters[leaf], new))
             module._parameters[leaf] = new
 
-    def _hook(self, places: list[_Place], down: Tensor, up: Tensor, exact: bool) -> None:
+    def _hook(self, places: list[_Place], maps: Sequence[Tensor], exact: bool) -> None:
         for place in places:
-            hook = place.module.register_forward_hook(_addition(down, up, exact), with_kwargs=True)
+            hook = place.module.register_forward_hook(_addition(maps, exact), with_kwargs=True)
             self._hooks.append(hook)
 
 
@@ -123,16 +125,18 @@ def _one(attached: Attached, delta: Delta, entry: Any, places: list[_Place]) -> 
         full = (up.float() @ down.float()).to(base.dtype)
         attached._lay(places, (base + (full.mT if entry.transposed else full)).detach())
     else:
-        attached._hook(places, down, up, delta.header.form == "act_fp32")
+        exact = delta.header.form == "act_fp32"
+        maps = chain(down, up, len(entry.rows)) if exact else (down, up)
+        attached._hook(places, maps, exact)
 
 
-def _addition(down: Tensor, up: Tensor, exact: bool) -> Any:
-    """y + (x Aᵀ) Bᵀ, in x's dtype or, exact, in fp32."""
+def _addition(maps: Sequence[Tensor], exact: bool) -> Any:
+    """y + x mapped by one after another, in x's dtype or, exact, in fp32."""
 
     def hook(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], y: Tensor) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
         wide = torch.float32 if exact else x.dtype
-        more = F.linear(F.linear(x.to(wide), down.to(wide)), up.to(wide))
+        more = reduce(F.linear, (each.to(wide) for each in maps), x.to(wide))
         return (y + more).to(y.dtype)
 
     return hook

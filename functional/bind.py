@@ -7,7 +7,7 @@
     dense, stacked           rewrite  y + x d_e^T  (a bias: y + d_e), e = the row's edit
     lowrank, form "weight"   overlay  W + (B A).to(W.dtype), B A in fp32
     lowrank, form "act"      rewrite  y + (x A^T) B^T, in the model's dtype
-    lowrank, "act_fp32"      rewrite  the product in fp32, cast once at the end
+    lowrank, "act_fp32"      rewrite  the product in fp32, cast once at the end (`chain`)
     lowrank, stacked         rewrite  with A_e, B_e, as "act_fp32" whatever the form
     codebook                 rewrite  a value in place of y where x comes near its key
     experts                  rewrite  the chosen experts' outputs added to a layer's
@@ -28,8 +28,8 @@ Legend: B rows · L tokens · E edits.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ from .codebook import codebook
 from .errors import BaseMismatch, ShapeMismatch, UnknownSite, listed
 from .experts import experts
 from .fingerprint import derive, fingerprint, origin
-from .grouped import grouped_linear
+from .grouped import chain, grouped_linear
 from .header import Codebook, Dense, Experts, Header, LowRank, Masked, Prompt, Scope
 from .masked import change as masked_change
 from .places import canonical, module_of, runs_above, runs_below, uses
@@ -231,7 +231,8 @@ def _lowrank(model: Model, header: Header, entry: LowRank, tensors: Mapping[str,
         full = (up.float() @ down.float()).to(base.dtype)  # as PEFT merges: rounded, then added
         full = full.mT if entry.transposed else full
         return Change(params={home: base + full})
-    rewrite = _act_fp32(down, up) if header.form == "act_fp32" else _act(down, up)
+    exact = header.form == "act_fp32"
+    rewrite = _act_fp32(chain(down, up, len(entry.rows))) if exact else _act(down, up)
     above = {path: rewrite for path in paths if runs_above(card, path)}
     below = {path: rewrite for path in paths if runs_below(card, path)}
     return Change(rewrites=(lambda batch: above) if above else None, below=below)
@@ -277,9 +278,9 @@ def _act(down: Tensor, up: Tensor) -> Rewrite:
     return rewrite
 
 
-def _act_fp32(down: Tensor, up: Tensor) -> Rewrite:
+def _act_fp32(maps: Sequence[Tensor]) -> Rewrite:
     def rewrite(x: Tensor, y: Tensor) -> Tensor:
-        return (y + F.linear(F.linear(x.float(), down.float()), up.float())).to(y.dtype)
+        return (y + reduce(F.linear, maps, x.float())).to(y.dtype)
 
     return rewrite
 

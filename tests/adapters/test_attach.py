@@ -9,7 +9,16 @@ import torch
 from errata.adapters import adapt
 from errata.adapters.attach import attach
 from errata.adapters.tiny import TINY, tiny
-from errata.functional import Delta, Dense, Header, bind, load, save
+from errata.functional import (
+    Delta,
+    Dense,
+    EditRecord,
+    Header,
+    LowRank,
+    bind,
+    load,
+    save,
+)
 from errata.functional.errors import (
     BadInput,
     BaseMismatch,
@@ -188,3 +197,33 @@ def test_trainer_evaluates_edited(tmp_path):
         edited = trainer.evaluate()["eval_loss"]
     assert abs(edited - plain) > 1e-2
     assert trainer.evaluate()["eval_loss"] == plain
+
+
+def test_the_rows_of_many_edits_become_one_map_in_bind_and_attach_alike():
+    """More rows than a map can have rank: their product is applied, and everything stays equal."""
+    module, model, inputs, kwargs = case("llava")
+    name = next(path for path in model.card.linears if path.startswith(model.card.layers))
+    name += ".weight"
+    out, inner = model.params[name].shape
+    edits, generator = 3, torch.Generator().manual_seed(0)
+    rank = edits * max(out, inner)
+    entry = LowRank(
+        name=name, checkpoint=name, shape=(out, inner), rank=rank, rows=(rank // edits,) * edits
+    )
+    header = Header(
+        base=base_of(model, [name]), form="act_fp32", entries=(entry,),
+        edits=tuple(EditRecord(id=str(n)) for n in range(edits)),
+    )  # fmt: skip
+    scale = 0.3 / rank**0.5
+    tensors = {
+        f"{name}.A": torch.randn(rank, inner, generator=generator) * scale,
+        f"{name}.B": torch.randn(out, rank, generator=generator),
+    }
+    delta = Delta(header, tensors)
+    edited = bind(model, delta)
+    got = edited.decode(edited.params, edited.embed(edited.params, inputs), at="all")
+    plain = {**model.params, name: model.params[name] + tensors[f"{name}.B"] @ tensors[f"{name}.A"]}
+    want = model.decode(plain, model.embed(plain, inputs), at="all")
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    with attach(module, delta):
+        assert torch.equal(logits(module, kwargs)[inputs.mask], got[inputs.mask])
