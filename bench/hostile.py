@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from errata.functional import Base, Delta, Dense, EditRecord, Header, LowRank, Prompt
+from errata.functional import Base, Delta, Dense, EditRecord, Experts, Header, LowRank, Prompt
 from errata.functional.io import view
 from errata.functional.peek import KEY
 from errata.functional.safe import canonical
@@ -44,6 +44,8 @@ def sample(seed: int) -> Delta:
             )
         )
     entries.append(Dense(name="lm_head.bias", checkpoint="lm_head.bias", shape=(5,)))
+    if seed % 4 == 3:
+        entries.append(_experts(draw, count))
     if draw.random() < 0.3:
         entries.append(_memory(count, draw))
     header = Header(
@@ -91,6 +93,15 @@ def _memory(count: int, draw: random.Random) -> Prompt:
         shown_bytes=16,
         k=2,
     )
+
+
+def _experts(draw: random.Random, count: int) -> Experts:
+    name = "model.language_model.layers.9.mlp.down_proj.weight"
+    return Experts(
+        name=name, checkpoint=name, shape=(4, 6), num_experts=count, owners=tuple(range(count)),
+        rank=draw.randint(1, 3), hidden=4, slots=2, width=4, heads=2, sentinel=2, sentinel_text=1,
+        blend=draw.choice(["query", "both"]), most=draw.randint(0, 2),
+    )  # fmt: skip
 
 
 class File(NamedTuple):
