@@ -52,10 +52,20 @@ from errata.functional.records import base_of, header_for
 from errata.functional.types import Learner
 
 from . import statefile
-from .fit import Course, Lesson, weighed
+from .fit import Course, FitConfig, Lesson, weighed
 from .mend_net import Network, Norms, Packed, network, norms, observe, pack, transform
 
-__all__ = ["PRESETS", "Editing", "MendConfig", "Meta", "about", "course", "kept", "mend"]
+__all__ = [
+    "PRESETS",
+    "TRAINING",
+    "Editing",
+    "MendConfig",
+    "Meta",
+    "about",
+    "course",
+    "kept",
+    "mend",
+]
 
 
 class MendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="mend"):
@@ -288,8 +298,18 @@ def _delta(
     return Delta(header, {name: tensor.detach().contiguous() for name, tensor in tensors.items()})
 
 
+def _layers(*numbers: int, parts: Sequence[str] = ("up", "down")) -> tuple[str, ...]:
+    return tuple(f"layers.{number}.mlp.{part}" for number in numbers for part in parts)
+
+
 PRESETS: dict[str, MendConfig] = {
     "default": MendConfig(),
+    # EasyEdit's yaml: layers 29 to 31 of 32 (BLIP-2, MiniGPT-4), 25 to 27 of 28 (LLaVA-OneVision,
+    # Qwen2-VL), fc1 and fc2 or up and down; the same numbers for Qwen3-VL-4B, of 36.
+    "easyedit": MendConfig(sites=_layers(-3, -2, -1)),
+    "easyedit-qwen3-vl": MendConfig(sites=_layers(25, 26, 27)),
+    # LiveEdit's: the gate too, where there is one
+    "liveedit": MendConfig(),
     # the micro zoo's: trained states come with the package
     "micro": MendConfig(
         sites=("layers.-2.mlp", "layers.-1.mlp"),
@@ -299,4 +319,18 @@ PRESETS: dict[str, MendConfig] = {
         trained="shipped",
     ),
     "untrained": MendConfig(edit_lr=-1e-2),
+}
+
+TRAINING: dict[str, FitConfig] = {
+    # EasyEdit's and VLKEB's: one case at a time, two of them a step
+    "easyedit": FitConfig(
+        num_steps=30_000,
+        together=1,
+        accumulate=2,
+        lr=1e-6,
+        lr_of={"rates": 1e-4},
+        clip=100.0,
+        validate_every=5000,
+        held=500,
+    ),
 }
