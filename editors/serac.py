@@ -26,12 +26,14 @@ keeps all edits (theirs the last).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -78,7 +80,7 @@ class SeracConfig(
     classifier: _Size = 4  # layers
     counterfactual: _Size = 4  # layers
     inner: _Size = 1024
-    key: _Size = 128  # width of what is compared
+    key: _Size = 128  # width of either half of what is compared
     looks: _Size = 8  # rows that the pictures of a question are summed up in
     end: bool = True  # teach the end of the answer too, so that free generation stops there
     trained: str = ""  # "shipped", or a file that `statefile.keep` wrote; "": untrained
@@ -87,7 +89,7 @@ class SeracConfig(
 class Slots(NamedTuple):
     """The edits in memory; rows of zeros are padding."""
 
-    keys: Tensor  # [N K]
+    keys: Tensor  # [N 2K]
     replies: Tensor  # [N A d]
     scenes: Tensor  # [N m d]
     prompts: Tensor  # [N P d]
@@ -128,7 +130,7 @@ def serac(config: SeracConfig = SeracConfig()) -> Editor:
             shipped = config.trained == "shipped"
             path = statefile.shipped("serac", model) if shipped else config.trained
             net = statefile.recall(path, net, about(model, config))
-        shapes = ((sizes.key,), (0, sizes.width), (sizes.looks, sizes.width), (0, sizes.width),
+        shapes = ((2 * sizes.key,), (0, sizes.width), (sizes.looks, sizes.width), (0, sizes.width),
                   (0, sizes.model))  # fmt: skip
         empty = Slots(*(torch.zeros(0, *shape, device=device) for shape in shapes))
         return Remembering(net, reader_of(model), empty)
@@ -182,10 +184,11 @@ def course(config: SeracConfig = SeracConfig()) -> Course:
         own = row_of(net, edit)
         memory = memorise(net, own, edit.at, scored(edit.labels))
         asked = row_of(net, asks)
-        keys = classify(net, config.heads, own), classify(net, config.heads, asked)
+        most = int((asks.mask & ~asks.image).sum(1).max())  # words of any question, at least
+        keys = classify(net, config.heads, own, most), classify(net, config.heads, asked, most)
         gaps = (keys[1][:, None] - keys[0]).square().sum(-1)  # [B E]
         reached = asks.rows - lesson.base.shape[0]  # localities come last
-        scope, closest = similarity_loss(gaps, asks.edit, reached)
+        scope, closest = similarity_loss(gaps, asks.edit, reached, config)
         last = asks.rows if config.gate == "soft" else reached
         home = torch.cat([asks.edit[:reached], closest[reached:last]])
         some = type(asked)(*(part[:last] for part in asked))
@@ -216,24 +219,36 @@ def course(config: SeracConfig = SeracConfig()) -> Course:
     )
 
 
-def similarity_loss(gaps: Tensor, own: Tensor, reached: int) -> tuple[Tensor, Tensor]:
+def similarity_loss(
+    gaps: Tensor, own: Tensor, reached: int, config: SeracConfig = SeracConfig()
+) -> tuple[Tensor, Tensor]:
     """The classifier's loss of each question [B], and the edit that it finds most similar [B].
 
-        - log s_own - log(1 - max of the others')     the first `reached` questions
-        - log(1 - max s)                              those out of every edit's scope
+    `gaps` [B E] are the squared distances, s = exp(-gap); the first `reached` questions lie in
+    the scope of their `own` edit, the others in none. With l(s) = -log s for a soft gate,
 
-    `gaps` [B E] are the squared distances, s = exp(-gap). Half of the loss is of what an edit
-    should reach, half of what it should not: balanced, as in serac's `losses.py`.
+        l(s_own) + l(1 - max of the others')     in scope
+        l(1 - max s)                             out of it
+
+    Half of the loss is of what an edit should reach, half of what it should not: balanced, as in
+    serac's `losses.py`. A hard gate asks on which side of its threshold t a similarity lies, and
+    -log s goes on pulling where that is settled, so l(s) = log(1 + exp(8 (gap + log t))) there and
+    l(1 - s) = log(1 + exp(-8 (gap + log t))).
     """
-    index = torch.arange(gaps.shape[1], device=gaps.device)
-    mine = (index == own[:, None]) & (torch.arange(len(gaps), device=gaps.device) < reached)[
-        :, None
-    ]
-    # one edit alone has no others: infinitely far
+    edits = torch.arange(gaps.shape[1], device=gaps.device)
+    inside = torch.arange(len(gaps), device=gaps.device) < reached
+    mine = (edits == own[:, None]) & inside[:, None]
+    # one edit alone has no others: it is as if they were far
     others = torch.where(mine, torch.inf, gaps).amin(1).clamp(1e-6, 50.0)
-    wrong = -torch.log(-torch.expm1(-others))
     right = torch.where(mine, gaps, 0).sum(1)
-    return right + wrong, gaps.argmin(1)
+    if config.gate == "soft":
+        return right - torch.log(-torch.expm1(-others)), gaps.argmin(1)
+    edge = -math.log(max(config.threshold, 1e-6))
+    here = torch.where(inside, F.softplus(SHARP * (right - edge)), 0)
+    return here + F.softplus(SHARP * (edge - others)), gaps.argmin(1)
+
+
+SHARP = 8.0  # how steep a hard gate's loss is about its threshold
 
 
 def reader_of(model: Model) -> Tensor:
@@ -369,7 +384,7 @@ PRESETS: dict[str, SeracConfig] = {
     "original": SeracConfig(gate="hard", threshold=0.5, end=False),
     # the micro zoo's: trained states come with the package
     "micro": SeracConfig(
-        width=96, heads=4, classifier=3, counterfactual=2, inner=256, key=64, looks=4,
+        width=96, heads=4, classifier=2, counterfactual=2, inner=256, key=64, looks=4,
         trained="shipped",
     ),
 }  # fmt: skip

@@ -50,7 +50,8 @@ class Net(NamedTuple):
     roles: Tensor  # [5 d]: the edit's reply, scene, prompt; the question's scene, words
     looks: Tensor  # [m d]
     look: Tensor  # [2d d]
-    key: Tensor  # [K 3d]
+    see: Tensor  # [K d]
+    read: Tensor  # [K 2d]
     norms: Tensor  # [2 d]: behind each transformer
     ask: Tensor  # [d d]
     match: Tensor  # [d d]
@@ -88,8 +89,10 @@ def fresh(sizes: Sizes, generator: torch.Generator) -> Net:
         if name == "near":
             return torch.tensor(8.0)
         scale = 0.5 if name in ("roles", "looks") else shape[-1] ** -0.5
-        if name.endswith(("join", "down")):
+        if name.endswith(("join", "down", "read")):
             scale *= 0.5
+        if name == "see":  # pictures begin about as far apart as a gate's threshold
+            scale *= 0.2
         return scale * torch.randn(shape, generator=generator)
 
     return net_of({name: drawn(name, shape) for name, shape in sizes.weights().items()})
@@ -131,18 +134,28 @@ def row_of(net: Net, batch) -> Row:
     return Row(shrunk(net, batch.hidden, batch.image), batch.mask, batch.image, batch.prompt)
 
 
-def classify(net: Net, heads: int, row: Row) -> Tensor:
-    """e(question) [B K]: from the prompt's words and pictures, never from the answer behind them.
+def classify(net: Net, heads: int, row: Row, most: int | None = None) -> Tensor:
+    """e(question) [B 2K]: from the prompt's words and pictures, never from the answer behind them.
 
-    e = W [mean of pictures ; mean of words ; max of all], behind the last layer.
+        e = [W_see mean of pictures ; W_read [mean of words ; max of words]]
+
+    Pictures go through linear maps alone: a transformer over them learns the pictures it is shown
+    by heart. Words go through the transformer. `most`: no prompt has more words than that, and no
+    more are run.
     """
     asked = row.mask & _asked(row)
-    words, seen = asked & ~row.image, asked & row.image
-    places = torch.where(row.image, seen.cumsum(1), words.cumsum(1))
-    x = row.small + _places(places, row.small.shape[-1])
-    x = _norm(_run(net.classify, heads, x, asked[:, None, None]), net.norms[0])
-    highest = x.masked_fill(~asked[..., None], -torch.inf).amax(1)
-    return torch.cat([_mean(x, seen), _mean(x, words), highest], -1) @ net.key.mT
+    words, x = asked & ~row.image, row.small
+    seen = _mean(x, asked & row.image)
+    if most is not None:
+        order = (~words).int().argsort(dim=1, stable=True)[:, :most]  # [B P]
+        x = x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
+        words = words.gather(1, order)
+    x = x + _places(words.cumsum(1), x.shape[-1])
+    x = _norm(_run(net.classify, heads, x, words[:, None, None]), net.norms[0])
+    highest = torch.where(words[..., None], x, _HIDDEN).amax(1) * words.any(1)[:, None]
+    return torch.cat(
+        [seen @ net.see.mT, torch.cat([_mean(x, words), highest], -1) @ net.read.mT], -1
+    )
 
 
 def memorise(net: Net, row: Row, at: Tensor, scored: Tensor) -> Memory:

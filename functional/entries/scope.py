@@ -28,7 +28,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     classifier: int  # layers
     counterfactual: int  # layers
     inner: int  # width of a feed-forward part
-    key: int  # K, width of what is compared
+    key: int  # K, width of either half of what is compared
     looks: int  # m, into how many rows the pictures of a question are summed up
 
     def weights(self) -> dict[str, tuple[int, ...]]:
@@ -42,8 +42,8 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
         return {
             "shrink": (2, d, wide), "bias": (2, d), "roles": (5, d), "looks": (self.looks, d),
-            "look": (2 * d, d), "key": (self.key, 3 * d), "norms": (2, d), "ask": (d, d),
-            "match": (d, d), "near": (), "out": (wide, d),
+            "look": (2 * d, d), "see": (self.key, d), "read": (self.key, 2 * d),
+            "norms": (2, d), "ask": (d, d), "match": (d, d), "near": (), "out": (wide, d),
             **stack("classify", self.classifier), **stack("say", self.counterfactual),
         }  # fmt: skip
 
@@ -59,7 +59,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Scope(Kind, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="scope"):
     """Another answer where a question lies in the scope of a remembered edit.
 
-    Tensors `<name>.keys` [N K] and, padded behind with rows of zeros, `<name>.replies` [N A d],
+    Tensors `<name>.keys` [N 2K] and, padded behind with rows of zeros, `<name>.replies` [N A d],
     `<name>.scenes` [N m d], `<name>.prompts` [N P d], `<name>.answers` [N A D]: one memory per
     slot. The weights of `sizes` under `<name>.<weight>` are common to all edits. `owners[k]` is the
     slot of edit k, -1 where a later edit of the same question took it over. `name` is the token
@@ -84,7 +84,7 @@ class Scope(Kind, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="sc
         """The tensors that each edit has of its own."""
         sizes = self.sizes
         shapes = {
-            "keys": (sizes.key,),
+            "keys": (2 * sizes.key,),
             "replies": (self.replies, sizes.width),
             "scenes": (sizes.looks, sizes.width),
             "prompts": (self.prompts, sizes.width),
