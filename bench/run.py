@@ -6,6 +6,7 @@ import hashlib
 import platform
 import shutil
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -25,7 +26,16 @@ from .ledger import PROGRESS, RESULTS, Ledger, Part, Row, locked, read_rows
 from .probes import Terms
 from .progress import Progress
 from .protocols import Result, Step
-from .settings import EditorChoice, Lifelong, ModelChoice, Protocol, RunSettings, Sequential
+from .settings import (
+    EditorChoice,
+    Lifelong,
+    ModelChoice,
+    Protocol,
+    RunSettings,
+    Sequential,
+    Single,
+)
+from .shared import Shared
 from .sources import (
     check_cases,
     check_settings,
@@ -165,34 +175,78 @@ def _run_model(
     progress.note(f"{choice.label}: loading {choice.id}")
     model = open_model(choice)
     made = {e.label: _make(e, model) for e in chosen}
-    for editor, protocol in open_legs:
-        name = _name(protocol)
-        there = ledger.leg(choice.label, editor.label, name)
-        done = {unit.part.number for unit in there}
-        edited = sum(unit.cases for unit in there)
-        progress.start(f"{choice.label} · {editor.label} · {name}", len(cases), edited)
-        marks = Marks(ledger.folder / MARK, f"{identity}/{choice.label}/{editor.label}")
-        steps = _steps(
-            protocol, model, made[editor.label], cases, terms, settings.seed, done, marks
-        )
-        for step in steps:
-            part = Part(
-                model=choice.label, editor=editor.label, protocol=name,
-                number=step.number, of=step.of,
+    shared = Shared(model, cases, terms)
+    for editor in dict.fromkeys(leg[0].label for leg in open_legs):
+        shared.expect(made[editor])
+    together = [leg for leg in open_legs if isinstance(leg[1], Single)]
+    rest = [[leg] for leg in open_legs if not isinstance(leg[1], Single)]
+    for some in [together, *rest] if together else rest:
+        turns = []
+        for editor, protocol in some:
+            name = _name(protocol)
+            there = ledger.leg(choice.label, editor.label, name)
+            done = {unit.part.number for unit in there}
+            marks = Marks(ledger.folder / MARK, f"{identity}/{choice.label}/{editor.label}")
+            steps = _steps(
+                protocol, model, made[editor.label], cases, terms, settings.seed, done, marks,
+                shared,
             )  # fmt: skip
-            if settings.deltas:
-                _save(ledger.folder / "deltas" / choice.label / editor.label / name, step)
-            ledger.append(
-                part,
-                [_row(one, part, identity, settings.seed) for one in step.results],
-                cases=step.cases,
-                edit_seconds=step.edit_seconds,
-                probe_seconds=step.probe_seconds,
-                peak_bytes=step.peak_bytes,
-            )
-            progress.step(step.cases)
+            turns.append(_Turn(editor.label, name, steps, marks, sum(u.cases for u in there)))
+        labels = ", ".join(turn.editor for turn in turns)
+        edited = sum(turn.edited for turn in turns)
+        said = f"{choice.label} · {labels} · {turns[0].protocol}"
+        progress.start(said, len(cases) * len(turns), edited)
+        _take_turns(settings, choice, turns, ledger, identity, progress)
         progress.stop()
-        marks.drop()
+
+
+@dataclass
+class _Turn:
+    """A leg that is going on."""
+
+    editor: str
+    protocol: str
+    steps: Iterator[Step]
+    marks: Marks
+    edited: int  # cases so far
+
+
+def _take_turns(
+    settings: RunSettings,
+    choice: ModelChoice,
+    turns: list[_Turn],
+    ledger: Ledger,
+    identity: str,
+    progress: Progress,
+) -> None:
+    """Finish legs side by side: who has edited least is next, so that all ask the same cases.
+
+    The order follows from what the ledger holds, so a run that goes on takes the same one.
+    """
+    waiting = list(turns)
+    while waiting:
+        turn = min(waiting, key=lambda turn: turn.edited)
+        step = next(turn.steps, None)
+        if step is None:
+            turn.marks.drop()
+            waiting.remove(turn)
+            continue
+        turn.edited += step.cases
+        part = Part(
+            model=choice.label, editor=turn.editor, protocol=turn.protocol,
+            number=step.number, of=step.of,
+        )  # fmt: skip
+        if settings.deltas:
+            _save(ledger.folder / "deltas" / choice.label / turn.editor / turn.protocol, step)
+        ledger.append(
+            part,
+            [_row(one, part, identity, settings.seed) for one in step.results],
+            cases=step.cases,
+            edit_seconds=step.edit_seconds,
+            probe_seconds=step.probe_seconds,
+            peak_bytes=step.peak_bytes,
+        )
+        progress.step(step.cases)
 
 
 def _chosen(settings: RunSettings, choice: ModelChoice) -> list[EditorChoice]:
@@ -237,11 +291,12 @@ def _steps(
     seed: int,
     done: Collection[int],
     marks: Marks,
+    shared: Shared,
 ) -> Iterator[Step]:
     if isinstance(protocol, Sequential):
         return protocols.sequential(
             model, editor, cases, terms, seed=seed, group=protocol.group, gaps=protocol.gaps,
-            done=done, marks=marks,
+            done=done, marks=marks, shared=shared,
         )  # fmt: skip
     if isinstance(protocol, Lifelong):
         return protocols.lifelong(
@@ -249,7 +304,14 @@ def _steps(
             asked=protocol.asked, done=done, marks=marks,
         )  # fmt: skip
     return protocols.single(
-        model, editor, cases, terms, seed=seed, together=protocol.together, done=done
+        model,
+        editor,
+        cases,
+        terms,
+        seed=seed,
+        together=protocol.together,
+        done=done,
+        shared=shared,
     )
 
 
