@@ -174,6 +174,7 @@ def describe(
         width=text.hidden_size,
         vocab=head.weight.shape[0],
         context=_context(text),
+        activation=_activation(text),
         layers=layers,
         head=path_of(module, head),
         tokens=tokens,
@@ -218,6 +219,12 @@ def _stop(module: nn.Module, text: Any) -> tuple[int, ...]:
         if found is not None:
             return tuple(found) if isinstance(found, list | tuple) else (found,)
     return ()
+
+
+def _activation(text: Any) -> str:
+    names = ("hidden_act", "hidden_activation", "activation_function")
+    found = [getattr(text, name, None) for name in names]
+    return next((name for name in found if isinstance(name, str)), "")
 
 
 def _context(text: Any) -> int:

@@ -12,10 +12,10 @@ by the weights that came through:
     linear          all         sum       divided
     slerp           all         along the sphere, one change after another
 
-Sources: TIES, Yadav et al. 2023 (arXiv 2306.01708); DARE, Yu et al. 2023 (arXiv 2311.03099); EasyEdit
-`models/wise/merge/`. There `slerp` and `linear` go from the base's weight to the *first* memory and
-lose the others, and `dare_linear` does not rescale what it keeps, so its sum shrinks by p; here all
-changes count. Legend: n changes · N values of each.
+Sources: TIES, Yadav et al. 2023 (arXiv 2306.01708); DARE, Yu et al. 2023 (arXiv 2311.03099);
+EasyEdit `models/wise/merge/`. There `slerp` and `linear` go from the base's weight to the *first*
+memory and lose the others, and `dare_linear` does not rescale what it keeps, so that its sum
+shrinks by p; here all changes count. Legend: n changes · N values of each.
 """
 
 from __future__ import annotations

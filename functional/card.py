@@ -64,6 +64,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     several: bool = True  # takes several images in one row
     videos: bool = False
     stop: tuple[int, ...] = ()  # token ids that end an answer
+    activation: str = ""  # of its feed-forward parts, by transformers' name, where the config says
 
     def site(self, name: str) -> str:
         """The full path of one site given by neutral or family name.

@@ -31,7 +31,17 @@ from .kinds import Algebra, Part, register
 from .places import canonical, module_of, runs_below
 from .types import Batch, Model
 
-__all__ = ["ACTIVATIONS", "activation_of", "distances", "masked", "pack", "prompt_tokens", "spread"]
+__all__ = [
+    "ACTIVATIONS",
+    "activation_of",
+    "change",
+    "distances",
+    "masked",
+    "pack",
+    "prompt_tokens",
+    "spread",
+    "unpacked",
+]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda y: y,
@@ -111,7 +121,9 @@ class _Memories:
         )
         self.size, self.counts = entry.size, entry.counts
         self.masks = masks.flatten(0, -2)  # [E*M ceil(N/8)]
-        self.values = [v for row in values.view(-1, sum(self.counts)) for v in row.split(self.counts)]
+        self.values = [
+            v for row in values.view(-1, sum(self.counts)) for v in row.split(self.counts)
+        ]
         self.thresholds = thresholds.float().view(-1, len(self.counts))  # [E M]
         self._check(entry)
         few = len(self.masks) * self.size[0] * self.size[1] <= _KEPT
@@ -125,7 +137,7 @@ class _Memories:
         if not torch.equal(found, wanted):
             raise ShapeMismatch(
                 f"{entry.name}: each mask must have as many bits set as its memory has values "
-                f"({wanted.tolist()[:8]}), and they have {found.tolist()[:8]}: make the delta again."
+                f"({wanted.tolist()[:8]}), and they have {found.tolist()[:8]}."
             )
 
     def make(self, number: int) -> Tensor:
@@ -150,25 +162,28 @@ def masked(
     memories = _Memories(entry, tensors)
     per_edit = len(entry.counts)
 
-    def chosen(batch: Batch, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The memory of each row, and what it adds [B L O]."""
+    def chosen(batch: Batch, x: Tensor, y: Tensor) -> Tensor:
+        """[B] the memory of each row, from the tokens that count alone; -1: none."""
         tokens = prompt_tokens(batch, entry.statistic)
+        order = (~tokens).int().argsort(dim=1, stable=True)[:, : int(tokens.sum(1).max())]
+        tokens = tokens.gather(1, order)
+        x, y = (
+            part.gather(1, order[..., None].expand(*order.shape, part.shape[-1])) for part in (x, y)
+        )
         edit = batch.edit if stacked else torch.zeros_like(batch.edit)
         home, inside = edit.clamp_min(0), batch.prompt.any(1) & (edit >= 0)
-        best = torch.full_like(tokens[:, 0], -torch.inf, dtype=torch.float32)
-        route, total = torch.full_like(batch.edit, -1), torch.zeros_like(y, dtype=torch.float32)
+        best = torch.full((len(edit),), -torch.inf, device=edit.device)
+        route = torch.full_like(edit, -1)
         for memory in range(per_edit):
             maps = memories.of(range(memory, len(memories.masks), per_edit))
             more = grouped_linear(x, maps, edit) if stacked else F.linear(x, maps[0])
             found = activation_of(distances(y, more, entry.activation), tokens, entry.statistic)
             wins = inside & (found >= memories.thresholds[home, memory]) & (found > best)
-            best = torch.where(wins, found, best)
-            route = torch.where(wins, memory, route)
-            total = torch.where(wins[:, None, None], more, total)
-        return route, total
+            best, route = torch.where(wins, found, best), torch.where(wins, memory, route)
+        return route
 
-    def known(batch: Batch, x: Tensor) -> Tensor:
-        """What the memory that a row took at its prompt adds: [B L O]."""
+    def added(batch: Batch, x: Tensor) -> Tensor:
+        """[B L O] what the memory that each row has taken adds."""
         route = batch.notes[note]
         edit = batch.edit.clamp_min(0) if stacked else 0
         number = torch.where(route < 0, -1, edit * per_edit + route)
@@ -179,11 +194,9 @@ def masked(
     def rewrite(batch: Batch, x: Tensor, y: Tensor) -> Tensor:
         rows = batch.mask.shape
         given, out = x.reshape(*rows, -1).float(), y.reshape(*rows, -1)
-        if note in batch.notes:
-            more = known(batch, given)
-        else:
-            route, more = chosen(batch, given, out)
-            batch.notes[note] = route  # type: ignore[index]  (a run's own dict: `bound.functions`)
+        if note not in batch.notes:  # a dict of this run's own: see `Change`
+            batch.notes[note] = chosen(batch, given, out)  # type: ignore[index]
+        more = added(batch, given)
         return (out + more).to(y.dtype).view(y.shape)
 
     return rewrite

@@ -30,7 +30,7 @@ easyedit  the mean, or of prompts of more than 100 tokens the largest (EasyEdit'
 
 
 class Masked(Kind, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="masked"):
-    """Changes D_m of one linear map, zero outside a mask; each row of a batch runs with one or none.
+    """Changes D_m of one linear map, zero outside a mask; each row runs with one of them or none.
 
     Tensors `<name>.mask` [M, ceil(out*in/8)] of bytes: bit i % 8 (lowest first) of byte i // 8 is
     position i of D_m [out, in], row-major; `<name>.values` [sum(counts)]: the values at the bits
