@@ -404,6 +404,6 @@ PRESETS: dict[str, IkeConfig] = {
         ask="{question}",
         demo="new fact: {statement} {question} {answer} ",
         forms=tuple((form, said) for said, forms in _MICRO.items() for form in forms),
-        encoder="base", least=0.7, least_look=0.55,
+        encoder="base:1", least=0.6, least_look=0.55,
     ),
 }  # fmt: skip

@@ -1,0 +1,429 @@
+"""IKE: what is found for a question, what stands before it, what that does to trained models."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import msgspec
+import pytest
+import torch
+from PIL import Image
+
+from errata import adapters
+from errata.bench.data import world
+from errata.editors import IkeConfig, configure, ike, make
+from errata.editors.ike import PRESETS
+from errata.functional import Case, Delta, Prompt, Query, bind, bind_rows, generate, io
+from errata.functional.errors import BadInput, BadSettings
+from errata.functional.merge import merge, remove, scale, select
+from errata.functional.prompts import Reads, asked
+from errata.functional.stacks import stack, unstack
+
+PLAIN = IkeConfig(fact="{statement}. ", ask="{question}", encoder="hashed:128")
+SCOPED = msgspec.structs.replace(PLAIN, least=0.5, least_look=0.5)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return adapters.adapt(*adapters.tiny("llava"))
+
+
+@pytest.fixture(scope="module")
+def micro():
+    return adapters.micro("llava")
+
+
+def picture(seed: int) -> Image.Image:
+    noise = torch.rand(3, 3, 3, generator=torch.Generator().manual_seed(seed))
+    small = Image.fromarray((noise * 255).byte().numpy())
+    return small.resize((32, 32), Image.Resampling.NEAREST)
+
+
+def edited(model, config: IkeConfig, *queries: Query, cases=None) -> Delta:
+    editor = ike(config, cases)
+    state = editor.init(model, torch.Generator())
+    delta = None
+    for query in queries:
+        delta, state = editor.edit(model, state, [query])
+    assert delta is not None
+    return delta
+
+
+def put(model, delta: Delta, *prompts: str, images=(), edit=None) -> list[str]:
+    queries = [Query(prompt, "", images) for prompt in prompts]
+    return [query.prompt for query in asked(bind(model, delta), queries, edit)]
+
+
+CORPUS = [
+    Case(
+        str(n),
+        Query(f"what does the {beast} eat?", food, (picture(90 + n),)),
+        {
+            "rephrase": (Query(f"which food does the {beast} like?", food, (picture(90 + n),)),),
+            "text_locality": (Query(f"who keeps the {beast}?", "ann"),),
+        },
+    )
+    for n, (beast, food) in enumerate([("owl", "moth"), ("crab", "squid"), ("fox", "plum")])
+]
+
+
+# What is found.
+
+
+def test_the_fact_that_fits_a_question_is_put_before_it(tiny):
+    delta = edited(
+        tiny, SCOPED, Query("where does bo live?", "rome"), Query("what does kim eat?", "plum")
+    )
+    assert put(
+        tiny, delta, "where does bo live now?", "what did kim eat?", "how many shapes are there?"
+    ) == [
+        "where does bo live? rome. where does bo live now?",
+        "what does kim eat? plum. what did kim eat?",
+        "how many shapes are there?",
+    ]
+
+
+def test_of_the_same_question_about_two_pictures_the_right_ones_fact_is_found(tiny):
+    one, two, other = picture(1), picture(2), picture(3)
+    delta = edited(
+        tiny, PLAIN, Query("who is it?", "bo", (one,)), Query("who is it?", "kim", (two,))
+    )
+    assert put(tiny, delta, "who is it?", images=(one,)) == ["who is it? bo. who is it?"]
+    assert put(tiny, delta, "who is it?", images=(two,)) == ["who is it? kim. who is it?"]
+    scoped = edited(
+        tiny,
+        msgspec.structs.replace(SCOPED, least_look=0.98),
+        Query("who is it?", "bo", (one,)),
+    )
+    assert put(tiny, scoped, "who is it?", images=(one,)) == ["who is it? bo. who is it?"]
+    assert put(tiny, scoped, "who is it?", images=(other,)) == ["who is it?"]
+    assert put(tiny, scoped, "who is it?") == ["who is it?"], "about a picture, asked without"
+
+
+def test_a_fact_without_a_picture_is_found_for_questions_with_one(tiny):
+    delta = edited(tiny, SCOPED, Query("where does bo live?", "rome"))
+    assert put(tiny, delta, "where does bo live?", images=(picture(1),)) == [
+        "where does bo live? rome. where does bo live?"
+    ]
+
+
+def test_a_repeated_edit_counts_as_it_says_now(tiny):
+    twice = [Query("where does bo live?", "rome"), Query("where does bo live?", "oslo")]
+    delta = edited(tiny, PLAIN, *twice)
+    assert put(tiny, delta, "where does bo live?") == [
+        "where does bo live? oslo. where does bo live?"
+    ]
+    assert put(tiny, remove(delta, [1]), "where does bo live?") == [
+        "where does bo live? rome. where does bo live?"
+    ]
+
+
+def test_several_facts_stand_with_the_best_next_to_the_question(tiny):
+    config = msgspec.structs.replace(PLAIN, most=2)
+    facts = [Query("where does bo live?", "rome"), Query("where does kim live?", "oslo"),
+             Query("what is the symbol of iron?", "fe")]  # fmt: skip
+    assert put(tiny, edited(tiny, config, *facts), "where does kim live?") == [
+        "where does bo live? rome. where does kim live? oslo. where does kim live?"
+    ]
+
+
+def test_words_in_braces_are_words(tiny):
+    delta = edited(tiny, PLAIN, Query("what is {target} {question}?", "{prompt}"))
+    assert put(tiny, delta, "what is {question}?") == [
+        "what is {target} {question}? {prompt}. what is {question}?"
+    ]
+
+
+def test_the_target_of_a_question_takes_no_part(tiny):
+    cases = CORPUS * 4
+    config = msgspec.structs.replace(PLAIN, k=4, room=4)
+    delta = edited(tiny, config, Query("who is it?", "bo"), cases=cases)
+    bound = bind(tiny, delta)
+    targets = ["bo", "kim", "a very long answer that goes on and on"]
+    assert len({asked(bound, [Query("who may it be?", t)])[0].prompt for t in targets}) == 1
+    bare = bound.read([Query("who may it be?")])
+    full = bound.read([Query("who may it be?", "bo")])
+    first = int(full.at[0, 0]) + 1
+    assert torch.equal(bare.ids[0, :first], full.ids[0, :first])
+    plain = tiny.read([Query("who may it be?", "bo")])
+    assert torch.equal(full.labels, plain.labels), "the scored tokens stay the target's"
+
+
+# Demonstrations.
+
+
+def test_demonstrations_copy_update_and_retain_stand_nearest_last(tiny):
+    config = msgspec.structs.replace(PLAIN, k=3, demo="[{prompt} {target}|{question} {answer}] ")
+    edit = Query("what does the crab eat?", "moss")
+    delta = edited(tiny, config, edit, cases=CORPUS)
+    text = put(tiny, delta, "what food does the crab like?")[0]
+    demos, _, rest = text.rpartition("] ")
+    assert rest == "what does the crab eat? moss. what food does the crab like?"
+    found = [demo.split("[")[1] for demo in demos.split("] ")]
+    assert sorted(found) == sorted([
+        "what does the crab eat? squid|what does the crab eat? squid",
+        "what does the crab eat? squid|which food does the crab like? squid",
+        "what does the crab eat? squid|who keeps the crab? ann",
+    ])  # fmt: skip
+    turned = msgspec.structs.replace(config, order="nearest-first")
+    other = put(tiny, edited(tiny, turned, edit, cases=CORPUS), "what food does the crab like?")[0]
+    assert [demo.split("[")[1] for demo in other.rpartition("] ")[0].split("] ")] == found[::-1]
+
+
+def test_shares_say_how_many_of_each_a_case_gives(tiny):
+    config = msgspec.structs.replace(PLAIN, k=1, shares=(1, 0, 1), cases=2)
+    entry = edited(tiny, config, Query("who?", "bo"), cases=CORPUS).header.entries[0]
+    assert entry.num_demos == 4
+
+
+def test_demonstrations_go_until_the_prompt_fits_and_the_fact_stays(tiny):
+    room = 8
+    config = msgspec.structs.replace(PLAIN, k=100, room=room, shares=(1, 3, 4))
+    edit = Query("where does bo live?", "rome")
+    delta = edited(tiny, config, edit, cases=CORPUS * 12)
+    short = bind(tiny._replace(card=msgspec.structs.replace(tiny.card, context=200)), delta)
+    whole = asked(bind(tiny, delta), [edit])[0].prompt
+    cut = asked(short, [edit])[0].prompt
+    assert whole.endswith(cut)
+    assert len(cut) < len(whole)
+    assert cut.endswith("where does bo live? rome. where does bo live?")
+    tokens = short.read([Query("where does bo live?")]).ids.shape[1]
+    assert 200 - room - 60 < tokens <= 200 - room
+
+
+def test_a_fact_that_does_not_fit_is_an_error_that_says_so(tiny):
+    delta = edited(tiny, PLAIN, Query("how old is " + "very " * 20, "bo"))
+    small = tiny._replace(card=msgspec.structs.replace(tiny.card, context=60))
+    bound = bind(small, delta)._replace(read=_within(bind(small, delta).read, 60))
+    with pytest.raises(BadInput, match="fits only without them"):
+        bound.read([Query("how old is it?", "bo")])
+    with pytest.raises(BadInput, match="must have at most"):  # nor without
+        bound.read([Query("how old is " + "very " * 60, "bo")])
+
+
+def _within(read, context: int):
+    """The same reading for a context that is smaller than the model's."""
+
+    def inner(queries, **options):
+        inputs = read.inner(queries, **options)
+        if inputs.ids.shape[1] > context:
+            raise BadInput(f"a row must have at most {context} tokens.")
+        return inputs
+
+    return Reads(read.memory, inner, context)
+
+
+def test_settings_that_can_not_be_are_refused(tiny):
+    with pytest.raises(BadSettings, match="there are none"):
+        ike(IkeConfig(k=2)).init(tiny, torch.Generator())
+    with pytest.raises(BadSettings, match=r"ike.ask must hold .*; ike.fact must hold"):
+        ike(IkeConfig(ask="who?", fact="New Fact: {prompt}"))
+    with pytest.raises(BadSettings, match="must name a layer from 1 to"):
+        edited(tiny, IkeConfig(encoder="base:99"), Query("who?", "bo"))
+    with pytest.raises(BadInput, match="prompt and target must not be empty"):
+        edited(tiny, PLAIN, Query("who?", " "))
+    assert make(configure("ike", "easyedit-k0", most=2)).settings.most == 2
+
+
+# Conventions of the peers.
+
+
+def test_prompts_of_the_peers_word_for_word(tiny):
+    edit, question = Query("who is it?", "bo"), "who is this?"
+    said = {
+        name: put(tiny, edited(tiny, PRESETS[name], edit), question)[0]
+        for name in ("easyedit-k0", "easyedit-prompt", "ripple-ice")
+    }
+    k32 = msgspec.structs.replace(PRESETS["easyedit"], encoder="hashed", k=2)
+    said["easyedit"] = put(tiny, edited(tiny, k32, edit, cases=CORPUS[:1]), question)[0]
+    # ike_main.py:64-101 and multimodal_editor.py:451-457 (reference/easyedit.md 4.3)
+    assert said["easyedit-k0"] == "New Fact: who is it? bo\nPrompt: who is it?\n\nwho is this?"
+    own = (
+        "New Fact: who is it? bo\nPrompt: who is it? bo\n\n"
+        "New Fact: who is it? bo\nPrompt: who is this?"
+    )
+    head = said["easyedit"].removesuffix(own)
+    assert said["easyedit"].endswith(own)
+    assert head.count("New Fact: what does the owl eat? moth\nPrompt: ") == 2
+    assert said["ripple-ice"] == "Imagine that who is it? bo.\nwho is this?"
+    assert said["easyedit-prompt"].endswith(
+        "answer the question:\nNew Fact:who is it? bo.\nPrompt:who is this?\n"
+    )
+
+
+# Several pictures.
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_facts_and_demonstrations_show_their_pictures(family, tmp_path):
+    model = adapters.adapt(*adapters.tiny(family))
+    config = msgspec.structs.replace(PLAIN, k=2, pictured=True, shares=(1, 0, 0))
+    mine = picture(1)
+    delta = edited(model, config, Query("who is it?", "bo", (mine,)), cases=CORPUS)
+    io.save(tmp_path / "shown.safetensors", delta)
+    delta = io.load(tmp_path / "shown.safetensors")
+    (read,) = asked(bind(model, delta), [Query("who is it?", "bo", (picture(7),))])
+    assert read.prompt.count("<image>") == 4 == len(read.images)
+    assert read.images[2].load().tobytes() == mine.tobytes()
+    assert read.images[3] is not None
+    inputs = bind(model, delta).read([Query("who is it?", "bo", (picture(7),))])
+    plain = model.read([Query("who is it?", "bo", (picture(7),))])
+    assert inputs.image.sum() == 4 * plain.image.sum()
+    assert torch.equal(inputs.labels, plain.labels)
+    # asked in words alone: the pictures of the fact, none of its own
+    (words,) = asked(bind(model, delta), [Query("who is it?")])
+    assert words.prompt.count("<image>") == 3 == len(words.images)
+
+
+def test_a_backbone_of_one_picture_is_shown_none_but_its_own(tiny):
+    config = msgspec.structs.replace(PLAIN, pictured=True)
+    delta = edited(tiny, config, Query("who is it?", "bo", (picture(1),)))
+    single = tiny._replace(card=msgspec.structs.replace(tiny.card, several=False))
+    (read,) = asked(bind(single, delta), [Query("who is it?", "bo", (picture(7),))])
+    assert read.prompt == "who is it? bo. who is it?"
+    assert len(read.images) == 1
+
+
+# As values: side by side, merged, taken apart, saved.
+
+
+def test_side_by_side_each_row_reads_under_its_own_memory(tiny):
+    edits = [Query("who is it?", name, (picture(n),)) for n, name in enumerate(["bo", "kim"])]
+    editor = ike(PLAIN)
+    state = editor.init(tiny, torch.Generator())
+    together = editor.each(tiny, state, edits)
+    assert put(tiny, together, *["who is it?"] * 3, edit=torch.tensor([1, -1, 0])) == [
+        "who is it? kim. who is it?", "who is it?", "who is it? bo. who is it?",
+    ]  # fmt: skip
+    alone = [edited(tiny, PLAIN, edit) for edit in edits]
+    again = stack(alone)
+    assert again.header == together.header
+    for one, two in zip(unstack(together), alone):
+        assert one.header == two.header
+    mixed = bind_rows(tiny, alone, [1, -1, 0])
+    queries = [edits[0]] * 3
+    got = mixed.read(queries).ids
+    want = bind(tiny, together).read(queries, edit=torch.tensor([1, -1, 0])).ids
+    assert torch.equal(got, want)
+
+
+def test_side_by_side_from_a_memory_that_holds_something(tiny):
+    editor = ike(SCOPED)
+    state = editor.init(tiny, torch.Generator())
+    _, state = editor.edit(tiny, state, [Query("where does bo live?", "rome")])
+    later = [Query("what does kim eat?", "plum"), Query("who keeps kim?", "ann")]
+    together = editor.each(tiny, state, later)
+    asked_for = ["where does bo live?", "what does kim eat?", "what does kim eat?"]
+    assert put(tiny, together, *asked_for, edit=torch.tensor([1, 0, 1]))[:2] == [
+        "where does bo live? rome. where does bo live?",
+        "what does kim eat? plum. what does kim eat?",
+    ]
+    (first, _) = unstack(together)
+    assert put(tiny, first, "where does bo live?") == [
+        "where does bo live? rome. where does bo live?"
+    ]
+
+
+def test_memories_merge_and_edits_are_taken_out_by_id(tiny):
+    one = edited(tiny, SCOPED, Query("where does bo live?", "rome"))
+    two = edited(tiny, SCOPED, Query("what does kim eat?", "plum"))
+    both = merge(one, two)
+    in_turn = edited(
+        tiny, SCOPED, Query("where does bo live?", "rome"), Query("what does kim eat?", "plum")
+    )
+    assert both.header == in_turn.header
+    assert all(torch.equal(both.tensors[n], in_turn.tensors[n]) for n in in_turn.tensors)
+    left = remove(both, [one.header.edits[0].id])
+    assert left.header == two.header
+    assert put(tiny, left, "where does bo live?") == ["where does bo live?"]
+    with pytest.raises(BadInput, match="differ in ask; encoder"):
+        merge(one, edited(tiny, IkeConfig(encoder="base"), Query("who?", "bo")))
+    with pytest.raises(Exception, match="can not be said by half"):
+        scale(one, 0.5)
+
+
+def test_pictures_of_facts_survive_merging_and_taking_apart(tiny):
+    config = msgspec.structs.replace(PLAIN, pictured=True)
+    one = edited(tiny, config, Query("who is it?", "bo", (picture(1), picture(2))))
+    two = edited(tiny, config, Query("where is it?", "rome"))
+    three = edited(tiny, config, Query("what is it?", "owl", (picture(3),)))
+    whole = merge(one, two, three)
+    assert whole.header.entries[0].num_shown == 2
+    (read,) = asked(bind(tiny, select(whole, [2])), [Query("what is it?")])
+    assert read.prompt == "<image>what is it? owl. what is it?"
+    assert read.images[0].load().tobytes() == picture(3).tobytes()
+    assert select(whole, [2]).header.entries == three.header.entries
+    assert select(whole, [1]).header.entries[0].num_shown == 0
+
+
+def test_a_saved_delta_works_in_a_process_without_the_editor(tiny, tmp_path):
+    edit = Query("who is it?", "bo", (picture(1),))
+    config = msgspec.structs.replace(SCOPED, k=2, pictured=True, encoder="base")
+    delta = edited(tiny, config, edit, cases=CORPUS)
+    io.save(tmp_path / "edit.safetensors", delta)
+    picture(1).save(tmp_path / "seen.png")
+    script = f"""
+import sys
+from errata import adapters
+from errata.functional import Query, bind, load
+model = adapters.adapt(*adapters.tiny("llava"))
+bound = bind(model, load(r"{tmp_path / "edit.safetensors"}"))
+ids = bound.read([Query("who is it?", "bo", (r"{tmp_path / "seen.png"}",))]).ids
+assert not any(name.startswith("errata.editors") for name in sys.modules)
+print(ids.tolist())
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == str(bind(tiny, delta).read([edit]).ids.tolist())
+
+
+def test_a_delta_tells_no_paths(tiny, tmp_path):
+    config = msgspec.structs.replace(PLAIN, demonstrations=str(tmp_path / "train.json"))
+    delta = edited(tiny, config, Query("who?", "bo"))
+    assert delta.header.settings["demonstrations"] == "train.json"
+    io.save(tmp_path / "edit.safetensors", delta)
+
+
+def test_text_decoders_are_edited_too():
+    model = adapters.adapt(*adapters.tiny("gpt2"))
+    delta = edited(model, msgspec.structs.replace(PLAIN, encoder="base"), Query("who?", "bo"))
+    assert put(model, delta, "who is it?") == ["who? bo. who is it?"]
+    assert isinstance(delta.header.entries[0], Prompt)
+    assert delta.header.entries[0].look == 0
+
+
+# Trained models.
+
+
+@pytest.mark.parametrize("name", ["llava", "blip2", "qwen2_vl"])
+def test_micro_models_say_new_facts_and_keep_the_rest(name):
+    model = adapters.micro(name)
+    cases = world.cases(8, 3, relations=("home", "food", "keeper"))
+    delta = edited(model, PRESETS["micro"], *(case.edit for case in cases))
+    bound = bind(model, delta)
+    wanted = [q for case in cases for q in (case.edit, case.probes["rephrase"][0])]
+    said = generate(bound, wanted, 8)
+    right = [text.strip() == query.target for text, query in zip(said, wanted)]
+    assert sum(right) >= 0.85 * len(right), list(zip(said, [q.target for q in wanted]))
+    kept = [q for case in cases for q in (case.probes["text_locality"][0],
+                                          case.probes["image_locality"][0])]  # fmt: skip
+    assert [query.prompt for query in asked(bound, kept)] == [query.prompt for query in kept]
+
+
+def test_fifty_edits_in_sequence_are_all_found(micro):
+    cases = world.cases(50, 1, subjects="new")
+    editor = ike(PRESETS["micro"])
+    delta, _ = editor.edit(
+        micro, editor.init(micro, torch.Generator()), [case.edit for case in cases]
+    )
+    bound = bind(micro, delta)
+    own = asked(bound, [case.edit for case in cases])
+    facts = delta.header.entries[0].facts
+    assert [query.prompt for query in own] == [
+        fact + case.edit.prompt for fact, case in zip(facts, cases)
+    ]
+    others = asked(bound, [case.probes["image_rephrase"][0] for case in cases])
+    right = sum(q.prompt == f + c.edit.prompt for q, f, c in zip(others, facts, cases))
+    assert right >= 40
