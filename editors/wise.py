@@ -43,7 +43,18 @@ from errata.functional.masked import pack, spread, unpacked
 from errata.functional.records import header_for
 
 from .wise_merge import merged
-from .wise_train import Site, WiseConfig, draw_mask, drawn, prepare, site_of, train
+from .wise_train import (
+    Ready,
+    Site,
+    WiseConfig,
+    draw_mask,
+    drawn,
+    last,
+    prepare,
+    site_of,
+    together,
+    train,
+)
 
 __all__ = ["PRESETS", "Memory", "Shard", "Side", "WiseConfig", "wise"]
 
@@ -62,6 +73,7 @@ class Shard(NamedTuple):
 
     side: Side
     room: int  # edits that it still takes
+    kept: Ready | None = None  # of its last `replay` edits
 
 
 class Memory(NamedTuple):
@@ -138,16 +150,18 @@ def wise(config: WiseConfig = WiseConfig(), unrelated: Sequence[Query] = ()) -> 
             _empty(model, site, state.seed, made[0], config), config.save_every
         )
         ready = prepare(model, site, queries, made, state.seed, config, others)
+        ready = together(shard.kept, ready)
         ready = ready._replace(batch=ready.batch._replace(edit=torch.zeros_like(ready.batch.edit)))
         where = _positions(shard.side, site)[None]
         values, nearest = train(model, site, ready, where, shard.side.values[None], config)
+        unseen = len(shard.side.edits) + len(queries) - len(ready.given)  # activations as they were
         numbers = range(len(state.edits), len(state.edits) + len(queries))
         side = shard.side._replace(
             values=values[0],
-            nearest=torch.minimum(shard.side.nearest, nearest[0]),
+            nearest=torch.minimum(shard.side.nearest, nearest[0]) if unseen else nearest[0],
             edits=(*shard.side.edits, *numbers),
         )
-        shard = Shard(side, shard.room - len(queries))
+        shard = Shard(side, shard.room - len(queries), last(ready, config.replay))
         state = state._replace(edits=state.edits + made, shard=shard)
         if shard.room:
             return state

@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import msgspec
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from errata.functional import Batch, EditRecord, Inputs, Model, Query, optim, prefix
+from errata.functional import Batch, EditRecord, Inputs, Model, Query, optim, prefix, rows
 from errata.functional.entries import Activation, Statistic
 from errata.functional.errors import BadSettings, UnknownSite
 from errata.functional.grouped import grouped_linear
@@ -32,10 +33,12 @@ __all__ = [
     "WiseConfig",
     "draw_mask",
     "drawn",
+    "last",
     "margins",
     "objective",
     "prepare",
     "site_of",
+    "together",
     "train",
 ]
 
@@ -68,6 +71,7 @@ class WiseConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     beside: tuple[Beside, ...] = ()  # questions about the edit's picture; its question without it
     stop_loss: Natural = 0.02  # an edit stops below it, once a step changes it by less than
     stop_change: Natural = 1e-4
+    replay: Annotated[int, msgspec.Meta(ge=0)] = 0  # earlier edits of a memory trained along
     save_every: Count = 500  # edits of one memory
     merge_every: Count = 1000  # edits after which full memories are merged into one
     merge: Method = "ties"
@@ -146,16 +150,38 @@ def prepare(
         for row, number in enumerate(numbers):
             found[number] = tuple(part[row] for part in seen)
     longest = max([own[0].shape[1], *(x.shape[0] for x, _, _ in found)])
-    rows = [
+    prompts = [
         [tuple(part[r] for part in own), *(found[place[_key(rival)]] for rival in row)]
         for r, row in enumerate(rivals)
     ]
     given, output, tokens = (
-        torch.stack([torch.stack([_long(prompt[i], longest) for prompt in row]) for row in rows])
+        torch.stack([torch.stack([_long(one[i], longest) for one in row]) for row in prompts])
         for i in range(3)
     )
     edit = torch.arange(len(queries), device=batch.edit.device)
     return Ready(batch._replace(edit=edit), given, output, tokens)
+
+
+def together(earlier: Ready | None, later: Ready) -> Ready:
+    """The rows of both, prompts padded to the longest."""
+    if earlier is None:
+        return later
+    longest = max(earlier.tokens.shape[2], later.tokens.shape[2])
+    parts = [
+        torch.cat(
+            [F.pad(part, (*(0, 0) * (part.ndim - 3), 0, longest - part.shape[2])) for part in pair]
+        )
+        for pair in zip(earlier[1:], later[1:])
+    ]
+    return Ready(rows.concat([earlier.batch, later.batch]), *parts)
+
+
+def last(ready: Ready, count: int) -> Ready | None:
+    """The last rows, as many as are there; none of none."""
+    if not count:
+        return None
+    some = slice(max(0, len(ready.given) - count), None)
+    return Ready(rows.take(ready.batch, some), *(part[some] for part in ready[1:]))
 
 
 def _seen(
