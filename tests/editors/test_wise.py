@@ -1,0 +1,462 @@
+"""What WISE's side memories do: masks, gates, sequences, merges, and their kind of delta."""
+
+from __future__ import annotations
+
+import functools
+
+import msgspec
+import pytest
+import torch
+from PIL import Image
+
+from errata import adapters
+from errata.bench.checkpoint import Mark, keep, recall
+from errata.bench.protocols import reach_of
+from errata.editors import WiseConfig, configure, make
+from errata.editors.wise import PRESETS, wise
+from errata.editors.wise_train import draw_mask
+from errata.functional import (
+    Base,
+    Delta,
+    EditRecord,
+    Header,
+    Masked,
+    Model,
+    Query,
+    bind,
+    generate,
+    merge,
+    prefix,
+    remove,
+    rows,
+    scale,
+)
+from errata.functional.errors import (
+    BadInput,
+    BadSettings,
+    KindUnsupported,
+    ShapeMismatch,
+    UnknownSite,
+)
+from errata.functional.header import faults
+from errata.functional.losses import nll
+from errata.functional.masked import masked, pack, prompt_tokens, spread, unpacked
+from errata.functional.stacks import stack, take, unstack
+
+FAMILIES = ["llava", "qwen2_vl", "blip2", "gpt2"]
+QUICK = WiseConfig(
+    layer=1, mask_ratio=0.5, num_steps=3, lr=0.2, alpha=0.5, beta=2.0, gamma=1.0, num_texts=1,
+    act_ratio=0.999,
+)  # fmt: skip
+
+
+def quick(**settings) -> WiseConfig:
+    return msgspec.structs.replace(QUICK, **settings)
+
+
+@functools.cache
+def tiny(name: str) -> Model:
+    return adapters.adapt(*adapters.tiny(name))
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def asked(model: Model) -> list[Query]:
+    shown = [(Image.new("RGB", (32, 32), (s, 255 - s, 40)),) for s in (10, 120, 230)]
+    shown = shown if model.card.images else [(), (), ()]
+    words = [("who is it?", "bo"), ("where does it live now?", "in a town"), ("what?", "owl")]
+    return [Query(prompt, target, images) for (prompt, target), images in zip(words, shown)]
+
+
+def embedded(model: Model, queries: list[Query], edit: torch.Tensor | None = None):
+    return model.embed(model.params, model.read(queries), edit=edit)
+
+
+def logits(model: Model, queries: list[Query], edit: torch.Tensor | None = None) -> torch.Tensor:
+    return model.decode(model.params, embedded(model, queries, edit))
+
+
+def losses(model: Model, queries: list[Query]) -> torch.Tensor:
+    batch = embedded(model, queries)
+    return nll(model.decode(model.params, batch), batch.labels)
+
+
+def one_by_one(model: Model, config: WiseConfig, queries: list[Query]) -> Delta:
+    editor = make(config)
+    state = editor.init(model, seeded())
+    for query in queries:
+        delta, state = editor.edit(model, state, [query])
+    return delta
+
+
+def routes(model: Model, delta: Delta, queries: list[Query]) -> list[int]:
+    """Which memory each row takes: what is kept from the prompt for later tokens."""
+    edited = bind(model, delta)
+    count = model.card.num_layers
+    _, past = edited.decode(edited.params, embedded(edited, queries), stop=count, keep=True)
+    return past.notes[f"{delta.header.entries[0].name}.memory0"].tolist()
+
+
+# ------------------------------------------------------------------ masks and what is unrelated
+
+
+@pytest.mark.parametrize(("size", "ratio"), [((7, 9), 0.2), ((600, 3), 0.5), ((1, 5), 1.0)])
+def test_a_mask_has_its_ratio_exactly(size, ratio):
+    mask = draw_mask(size, ratio, seeded()).view(size)
+    assert int(mask.sum()) == round(ratio * size[0] * size[1])
+    assert mask.sum(1).max() - mask.sum(1).min() <= 1
+    assert torch.equal(unpacked(pack(mask.flatten()), mask.numel()), mask.flatten())
+
+
+def test_an_edit_does_not_depend_on_its_company():
+    model, editor = tiny("llava"), make(QUICK)
+    queries, state = asked(model), editor.init(model, seeded())
+    forth = unstack(editor.each(model, state, queries))
+    back = unstack(editor.each(model, state, queries[::-1]))[::-1]
+    for one, two in zip(forth, back):
+        assert one.header == two.header
+        name = one.header.entries[0].name
+        assert torch.equal(one.tensors[f"{name}.mask"], two.tensors[f"{name}.mask"])
+        torch.testing.assert_close(one.tensors, two.tensors, rtol=1e-4, atol=1e-5)
+    assert len({bytes(d.tensors[f"{d.header.entries[0].name}.mask"].numpy()) for d in forth}) == 3
+
+
+@pytest.mark.parametrize("beside", [(), ("picture", "question")])
+def test_what_is_unrelated_is_packaged_or_yours(beside):
+    """D15: the peers train on the very question that locality is measured by."""
+    model, query = tiny("llava"), asked(tiny("llava"))[0]
+    seen: list[Query] = []
+
+    def read(queries, **options):
+        seen.extend(queries)
+        return model.read(queries, **options)
+
+    watched = model._replace(read=read)
+    config = quick(texts=("who is it?", "is it late?"), questions=("what size?",), beside=beside)
+    make(config).edit(watched, make(config).init(model, seeded()), [query])
+    found = {(one.prompt, bool(one.images)) for one in seen}
+    more = {("what size?", True), ("who is it?", False)} if beside else set()
+    assert found == {("who is it?", True), ("is it late?", False)} | more
+    seen.clear()
+    editor = wise(QUICK, unrelated=[Query("a map", "", query.images)])
+    editor.edit(watched, editor.init(model, seeded()), [query])
+    assert {one.prompt for one in seen} == {"who is it?", "a map"}
+    editor = make(quick(texts=("who is it?",)))
+    with pytest.raises(BadSettings, match="other ones than the edit's"):
+        editor.edit(model, editor.init(model, seeded()), [query])
+
+
+# ------------------------------------------------------------------ training
+
+
+def test_values_stay_within_their_clamp_and_edits_stop():
+    model = tiny("llava")
+    delta = one_by_one(model, quick(clamp=1e-3, lr=5.0), asked(model)[:1])
+    values = delta.tensors[f"{delta.header.entries[0].name}.values"]
+    assert float(values.abs().max()) == pytest.approx(1e-3)
+    stopped = one_by_one(model, quick(stop_loss=1e3, stop_change=1e3), asked(model)[:1])
+    short = one_by_one(model, quick(num_steps=1), asked(model)[:1])
+    for name in short.tensors:
+        assert torch.equal(stopped.tensors[name], short.tensors[name])
+
+
+def test_earlier_edits_of_a_memory_can_be_trained_along():
+    model = tiny("llava")
+    queries = asked(model)
+    config = quick(num_steps=12, act_ratio=0.1, optimizer="adam", lr=0.02)
+    without = bind(model, one_by_one(model, config, queries))
+    along = bind(model, one_by_one(model, msgspec.structs.replace(config, replay=2), queries))
+    assert losses(along, queries[:2]).mean() < losses(without, queries[:2]).mean()
+
+
+def test_sites_and_activations_that_are_not_there_are_refused():
+    model = tiny("llava")
+    with pytest.raises(UnknownSite, match=r"layers\.1\.mlp\.none"):
+        make(quick(site="mlp.none")).init(model, seeded())
+    odd = model._replace(card=msgspec.structs.replace(model.card, activation="swoosh"))
+    with pytest.raises(BadSettings, match="swoosh"):
+        make(QUICK).init(odd, seeded())
+    assert tiny("blip2").card.activation == "relu"  # D17: EasyEdit's yaml says silu
+    delta = one_by_one(tiny("blip2"), QUICK, asked(tiny("blip2"))[:1])
+    assert delta.header.entries[0].activation == "relu"
+
+
+def test_presets_are_the_published_ones():
+    for name, layer in {"blip2": 23, "minigpt4": 23, "qwen2-vl": 23, "qwen3-vl": 30}.items():
+        config = PRESETS[f"easyedit-{name}"]
+        assert (config.layer, config.num_steps, config.act_ratio) == (layer, 10, 0.4)
+        assert (config.lr, config.clamp, config.mask_ratio, config.density) == (1.0, 1.0, 0.2, 0.53)
+        assert (config.alpha, config.beta, config.gamma) == (5.0, 20.0, 10.0)
+        assert (config.save_every, config.merge_every, config.merge) == (500, 1000, "ties")
+    assert PRESETS["easyedit-blip2"].site == "mlp.up"  # fc1
+    assert PRESETS["easyedit-blip2"].mode == PRESETS["easyedit-minigpt4"].mode == "merge"
+    assert configure("wise", "micro", num_steps=3) != PRESETS["micro"]
+
+
+# ------------------------------------------------------------------ the gate
+
+
+@pytest.mark.parametrize("statistic", ["mean", "text", "last"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_the_edits_own_prompt_opens_the_gate(family, statistic):
+    """Whatever stands beside it or behind it: padding, other rows, another answer (D14, D18)."""
+    model = tiny(family)
+    queries = asked(model)
+    delta = one_by_one(model, quick(statistic=statistic), queries[:1])
+    assert routes(model, delta, queries) == [0, -1, -1]
+    edited = bind(model, delta)
+    base, got = logits(model, queries), logits(edited, queries)
+    assert torch.equal(got[1:], base[1:])
+    assert not torch.allclose(got[0], base[0])
+    answers = [queries[0]._replace(target=text) for text in ("owl", "in a big town by the sea")]
+    assert routes(model, delta, answers) == [0, 0]
+    alone = logits(edited, queries[:1])
+    torch.testing.assert_close(got[:1, : alone.shape[1]], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("site", "layer"), [("mlp.down", 1), ("mlp.up", -1)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_generated_answer_is_that_of_one_pass(family, site, layer):
+    """The choice made at the prompt lasts: token by token the same logits as all at once."""
+    model = tiny(family)
+    query = asked(model)[0]
+    delta = one_by_one(model, quick(site=site, layer=layer, num_steps=8, lr=0.5), [query])
+    edited = bind(model, delta)
+    inputs = model.read([query._replace(target="")])
+    batch = edited.embed(edited.params, inputs)
+    last = inputs.mask.sum(-1)[:, None] - 1
+    first, past = edited.decode(edited.params, batch, at=last, keep=True)
+    token = first[:, -1].argmax(-1, keepdim=True)
+    behind = edited.extend(edited.params, token, past)
+    got = edited.decode(edited.params, behind, past=past)
+    grown = inputs._replace(
+        ids=torch.cat([inputs.ids, token], 1),
+        mask=torch.cat([inputs.mask, torch.ones(1, 1, dtype=torch.bool)], 1),
+        image=torch.cat([inputs.image, torch.zeros(1, 1, dtype=torch.bool)], 1),
+        labels=token,
+        at=last,
+    )
+    want = edited.decode(edited.params, edited.embed(edited.params, grown), at=last + 1)
+    torch.testing.assert_close(got[:, -1], want[:, -1], rtol=1e-4, atol=1e-5)
+    assert generate(edited, [query], 3) == generate(edited, [query, asked(model)[1]], 3)[:1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_prompt_is_thinned_away_before_the_gate(family):
+    """At the last layer only scored tokens matter to a change of the map: not to the choice."""
+    model = tiny(family)
+    queries = asked(model)
+    delta = one_by_one(model, quick(site="mlp.up", layer=-1), queries[:1])
+    edited = bind(model, delta)
+    cut = prefix.cut(model, model.read(queries), reach_of(model, delta))
+    whole = logits(edited, queries)
+    torch.testing.assert_close(prefix.finish(edited, cut), whole, rtol=1e-5, atol=1e-6)
+    before = edited.decode(edited.params, embedded(edited, queries), stop=model.card.num_layers - 1)
+    thinned = edited.thin(edited.params, before)
+    got = edited.decode(edited.params, thinned)
+    torch.testing.assert_close(got, whole, rtol=1e-5, atol=1e-6)
+
+
+def memories(changes: torch.Tensor, thresholds: list[float], **settings) -> tuple[Masked, dict]:
+    """Dense memories [M O I] by hand."""
+    count, out, inner = changes.shape
+    entry = Masked(
+        name="w", checkpoint="w", shape=(out, inner), counts=(out * inner,) * count,
+        owners=(0,), activation="identity", **settings,
+    )  # fmt: skip
+    tensors = {
+        "w.mask": pack(torch.ones(count, out * inner, dtype=torch.bool)),
+        "w.values": changes.flatten(),
+        "w.thresholds": torch.tensor(thresholds),
+    }
+    return entry, tensors
+
+
+def test_the_furthest_memory_above_its_threshold_is_taken():
+    model = tiny("llava")
+    batch = embedded(model, asked(model)[:1])
+    length = batch.hidden.shape[1]
+    x, y = torch.ones(1, length, 3), torch.zeros(1, length, 2)
+    changes = torch.stack([torch.full((2, 3), size) for size in (1.0, 3.0, 2.0)])
+    for thresholds, taken in (
+        ([0.0, 0.0, 0.0], 1),
+        ([0.0, 99.0, 0.0], 2),
+        ([0.0, 99.0, 99.0], 0),
+        ([99.0] * 3, -1),
+    ):
+        entry, tensors = memories(changes, thresholds)
+        noted = batch._replace(notes={})
+        got = masked(entry, tensors, "note", stacked=False)(noted, x, y)
+        assert noted.notes["note"].tolist() == [taken]
+        want = x @ changes[taken].T if taken >= 0 else y
+        assert torch.equal(got, want)
+
+
+def test_easyedits_statistic_is_the_largest_of_long_prompts():
+    model = tiny("llava")
+    short = embedded(model, asked(model)[:1])
+    reach = short.mask.shape[1]
+    long = short._replace(
+        mask=torch.ones(1, 200, dtype=torch.bool),
+        prompt=torch.arange(200)[None] == 150,
+        image=torch.zeros(1, 200, dtype=torch.bool),
+        notes={},
+    )
+    x = torch.zeros(1, 200, 3)
+    x[0, 7] = 1.0  # one token of 151
+    for statistic, taken in (("mean", -1), ("easyedit", 0)):
+        entry, tensors = memories(torch.ones(1, 2, 3), [1.0], statistic=statistic)
+        batch = long._replace(notes={})
+        masked(entry, tensors, "note", stacked=False)(batch, x, torch.zeros(1, 200, 2))
+        assert batch.notes["note"].tolist() == [taken]
+    assert prompt_tokens(long, "mean").sum() == 151
+    assert prompt_tokens(short, "text").sum() + short.image.sum() == short.prompt.int().argmax() + 1
+    assert reach < 100
+
+
+# ------------------------------------------------------------------ side by side
+
+
+def test_a_stack_of_sequences_is_each_of_them():
+    """Two memories each; a row of edit -1 is the base's."""
+    model = tiny("llava")
+    queries = asked(model)
+    config = quick(save_every=1, merge_every=9)
+    pairs = [[queries[0], queries[1]], [queries[2], queries[0]]]
+    deltas = [one_by_one(model, config, pair) for pair in pairs]
+    stacked = stack(deltas)
+    edit = torch.tensor([0, 1, -1])
+    edited = bind(model, stacked)
+    got = logits(edited, queries, edit)
+    for row, number in enumerate(edit.tolist()):
+        one = bind(model, deltas[number]) if number >= 0 else model
+        torch.testing.assert_close(got[row], logits(one, queries)[row], rtol=1e-5, atol=1e-6)
+    said = generate(edited, queries, 3, edit=edit)
+    assert said[0] == generate(bind(model, deltas[0]), queries[:1], 3)[0]
+    assert said[2] == generate(model, queries[2:], 3)[0]
+    assert take(stacked, [1]).header.entries[0].owners == (1,)
+
+
+def test_edits_side_by_side_start_fresh():
+    model, editor = tiny("llava"), make(QUICK)
+    _, state = editor.edit(model, editor.init(model, seeded()), asked(model)[:1])
+    with pytest.raises(BadInput, match="fresh state"):
+        editor.each(model, state, asked(model))
+
+
+# ------------------------------------------------------------------ sequences and merges
+
+
+@pytest.mark.parametrize(("mode", "counts"), [("retrieve", [1, 1, 2, 1, 2, 2, 3, 2]),
+                                              ("merge", [1, 1, 2, 1, 2, 2, 3, 1])])  # fmt: skip
+def test_memories_fill_and_merge(mode, counts):
+    model = tiny("gpt2")
+    config = quick(num_steps=1, save_every=2, merge_every=4, mode=mode)
+    editor = make(config)
+    state, seen = editor.init(model, seeded()), []
+    for number in range(8):
+        delta, state = editor.edit(model, state, [Query(f"who is number {number}?", "bo")])
+        entry = delta.header.entries[0]
+        seen.append(len(entry.counts))
+        assert not faults(delta.header)
+        assert len(entry.owners) == number + 1
+    assert seen == counts
+    assert entry.owners == ((0,) * 4 + (1,) * 4 if mode == "retrieve" else (0,) * 8)
+    size = entry.shape[0] * entry.shape[1]
+    assert size // 2 < entry.counts[0] < size  # two masks of one half, or four, laid together
+    together, _ = editor.edit(model, editor.init(model, seeded()), [Query("a?", "b")] * 5)
+    assert len(together.header.entries[0].counts) == 2
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "dare_linear", "slerp", "linear", "sign"])
+def test_every_way_to_merge_gives_a_model(method):
+    model = tiny("llava")
+    config = quick(save_every=1, merge_every=2, merge=method)
+    delta = one_by_one(model, config, asked(model)[:2])
+    assert len(delta.header.entries[0].counts) == 1
+    assert logits(bind(model, delta), asked(model)).isfinite().all()
+    again = one_by_one(model, config, asked(model)[:2])
+    assert all(torch.equal(delta.tensors[n], again.tensors[n]) for n in delta.tensors)
+
+
+def test_edits_alone_in_their_memories_are_taken_out_exactly():
+    model = tiny("llava")
+    queries, config = asked(model), quick(save_every=1, merge_every=9)
+    singles = [one_by_one(model, config, [query]) for query in queries]
+    three = merge(*singles)
+    assert three.header.entries[0].owners == (0, 1, 2)
+    without, pair = remove(three, [1]), merge(singles[0], singles[2])
+    assert without.header == pair.header
+    assert all(torch.equal(without.tensors[n], pair.tensors[n]) for n in pair.tensors)
+    assert not remove(singles[0], [0]).header.entries
+    sequence = one_by_one(model, config, queries)
+    for name, tensor in three.tensors.items():
+        torch.testing.assert_close(sequence.tensors[name], tensor, rtol=1e-4, atol=1e-5)
+    shared = one_by_one(model, quick(save_every=2, merge_every=9), queries)
+    assert len(remove(shared, [2]).header.edits) == 2
+    with pytest.raises(KindUnsupported, match="trained into the same values"):
+        remove(shared, [0])
+    with pytest.raises(KindUnsupported, match="threshold"):
+        scale(shared, 0.5)
+    other = one_by_one(model, quick(statistic="last"), queries[:1])
+    with pytest.raises(BadInput, match="another statistic"):
+        merge(singles[0], other)
+
+
+def test_a_sequence_goes_on_from_its_checkpoint(tmp_path):
+    model = tiny("llava")
+    queries = asked(model)
+    editor = make(quick(save_every=2, merge_every=4, replay=1))
+    delta, state = editor.edit(model, editor.init(model, seeded()), queries[:1])
+    keep(tmp_path / "mark", "wise", Mark(1, state, delta))
+    mark = recall(tmp_path / "mark", "wise", torch.device("cpu"))
+    assert mark is not None
+    want, _ = editor.edit(model, state, queries[1:])
+    got, _ = editor.edit(model, mark.state, queries[1:])
+    assert got.header == want.header
+    assert all(torch.equal(got.tensors[name], want.tensors[name]) for name in want.tensors)
+
+
+# ------------------------------------------------------------------ the kind
+
+
+def header(entry: Masked) -> Header:
+    return Header(base=Base(id="a/model"), entries=(entry,), edits=(EditRecord(id="0"),))
+
+
+def test_what_is_wrong_with_an_entry_is_named():
+    entry, _ = memories(torch.ones(2, 2, 3), [0.0, 0.0])
+    assert faults(header(entry)) == []
+    for wrong, said in (
+        ({"counts": ()}, "one or more memories"),
+        ({"counts": (7,)}, "1 to 6 values"),
+        ({"shape": (2,)}, "two positive sizes"),
+        ({"owners": (0, 1)}, "each of the 1 edits"),
+        ({"owners": (2,)}, "memories from 0 to 1"),
+    ):
+        assert said in faults(header(msgspec.structs.replace(entry, **wrong)))[0]
+
+
+def test_masks_and_values_must_agree():
+    entry, tensors = memories(torch.ones(1, 2, 3), [0.0])
+    tensors["w.mask"] = pack(torch.tensor([[True] * 5 + [False]]))
+    with pytest.raises(ShapeMismatch, match=r"\[6\].*\[5\]"):
+        masked(entry, tensors, "note", stacked=False)
+    full = spread(torch.tensor([255], dtype=torch.uint8), torch.arange(6.0), (2, 3))
+    assert torch.equal(full, torch.arange(6.0).view(2, 3))  # bits past the end count for nothing
+
+
+def test_one_delta_may_lie_on_another():
+    model = tiny("llava")
+    queries = asked(model)
+    first, second = (one_by_one(model, QUICK, [query]) for query in queries[:2])
+    both = bind(bind(model, first), second)
+    got = logits(both, queries)
+    for row, delta in enumerate((first, second)):
+        want = logits(bind(model, delta), queries)[row]
+        torch.testing.assert_close(got[row], want, rtol=1e-4, atol=1e-5)
+    batch = rows.take(embedded(both, queries), slice(0, 2))
+    _, past = both.decode(both.params, batch, keep=True)
+    assert {name[-7:] for name in past.notes} == {"memory0", "memory1"}
