@@ -70,9 +70,9 @@ def sample(seed: int) -> Delta:
 
 
 def _values(want: tuple[str, ...], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    whole = {("U8",): torch.uint8, ("I64",): torch.int64}
-    if want in whole:
-        return torch.ones(shape, dtype=whole[want])
+    whole = {"U8": torch.uint8, "I64": torch.int64}
+    if want[0] in whole:
+        return torch.ones(shape, dtype=whole[want[0]])
     return torch.randn(shape).to(dtype)
 
 

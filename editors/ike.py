@@ -126,9 +126,10 @@ def ike(config: IkeConfig = IkeConfig(), cases: Sequence[Case] | None = None) ->
         return delta, Facts(texts, memory, header.edits, state.demos)
 
     def each(model: Model, state: Facts, queries: Sequence[Query]) -> Delta:
-        made = [remembered(model, config, [query]) for query in queries]
-        memories = [joined([state.memory, own]) if state.texts else own for _, own in made]
-        texts = tuple(text for own, _ in made for text in state.texts + own)
+        own, keys = remembered(model, config, queries)
+        news = [{s: x[e : e + 1] for s, x in keys.items()} for e in range(len(queries))]
+        memories = [joined([state.memory, new]) if state.texts else new for new in news]
+        texts = tuple(text for fact in own for text in (*state.texts, fact))
         memory = _side_by_side(memories)
         count = len(state.texts) + 1
         owners = (count - 1,) * len(queries)

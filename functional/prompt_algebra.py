@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import torch
@@ -19,7 +19,7 @@ _MEMORY = (".questions", ".pictures", ".shown", ".sizes")
 _OWN = {"facts", "num_facts", "owners", "num_shown", "shown_bytes"}
 
 
-def joined(given: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def joined(given: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Memories one behind the other, by suffix; PNG files padded to the longest of them."""
     tensors = {
         suffix: torch.cat([one[suffix] for one in given])
