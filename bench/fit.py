@@ -7,21 +7,24 @@ python -m errata.bench.fit mend llava --out my.safetensors --folder runs/mend
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 import torch
 
 from errata import adapters
 from errata.bench.data import world
+from errata.bench.data.world_text import text_cases
 from errata.editors import statefile
 from errata.editors.fit import FitConfig, Progress, fit
+from errata.functional import Case
 
-__all__ = ["MICRO", "RECIPES", "WORLD", "main"]
+__all__ = ["CASES", "EXPERTS", "MEMORY", "MICRO", "RECIPES", "WORLD", "Mix", "main", "material"]
 
 Settings = TypeVar("Settings", bound=msgspec.Struct)
 
@@ -91,10 +94,6 @@ RECIPES: dict[str, FitConfig] = {"mend": MICRO, "liveedit": EXPERTS, "serac": ME
 """
 
 
-CASES: dict[str, tuple[int, int]] = {"serac": (200, 200)}
-"""How many cases about creatures that the base knows, and about new ones; 320 and none else."""
-
-
 class Mix(NamedTuple):
     """What an editor is trained on: how many cases of each sort, and questions of each probe."""
 
@@ -102,21 +101,27 @@ class Mix(NamedTuple):
     new: int = 0  # of creatures that no model has seen
     text: int = 0  # without pictures
     asks: int = 99
+    seed: int = 0  # of new creatures
+    shuffled: bool = False  # else the new ones come first
 
 
-MIXES: dict[str, Mix] = {"liveedit": Mix(known=1120, new=700, text=300, asks=2)}
-"""Of editors that want another one than `Mix()`. A gate that must tell a thousand creatures apart
-needs more of them than there are known ones."""
+CASES: dict[str, Mix] = {
+    "serac": Mix(200, 200),
+    # a gate that tells a thousand creatures apart needs more of them than there are known ones
+    "liveedit": Mix(1120, 700, 300, asks=2, seed=1, shuffled=True),
+}
+"""Of editors that want another mix than `Mix()`."""
 
 
 def material(mix: Mix) -> list[Case]:
-    """The cases of a mix, in one shuffled order."""
-    cases = world.cases(mix.known, 0, split="train")
-    if mix.new:
-        cases += world.cases(mix.new, 1, split="train", subjects="new")
-    cases += text_cases(mix.text, 0, split="train")
-    if mix.new or mix.text:
+    """The cases of a mix."""
+    new = world.cases(mix.new, mix.seed, split="train", subjects="new")
+    known = world.cases(mix.known, 0, split="train")
+    if mix.shuffled:
+        cases = known + new + text_cases(mix.text, 0, split="train")
         random.Random(0).shuffle(cases)
+    else:
+        cases = new + known + text_cases(mix.text, 0, split="train")
     return [
         case._replace(probes={name: asked[: mix.asks] for name, asked in case.probes.items()})
         for case in cases
@@ -137,13 +142,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     model = adapters.micro(options.model)
-    usual = CASES.get(options.editor, (320, 0))
-    known, new = (
-        count if given is None else given
-        for given, count in zip((options.cases, options.new_cases), usual)
+    mix = CASES.get(options.editor, Mix())
+    mix = mix._replace(
+        known=mix.known if options.cases is None else options.cases,
+        new=mix.new if options.new_cases is None else options.new_cases,
     )
-    cases = world.cases(new, 0, split="train", subjects="new")
-    cases += world.cases(known, 0, split="train")
+    cases = material(mix)
     home = import_module(f"errata.editors.{options.editor}")
     settings = msgspec.structs.replace(home.PRESETS["micro"], trained="")
     settings = _over(settings, options.editor_set)
