@@ -15,7 +15,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from errata.functional import Base, Delta, Dense, EditRecord, Experts, Header, LowRank, Prompt
+from errata.functional import (
+    Base,
+    Delta,
+    Dense,
+    EditRecord,
+    Experts,
+    Header,
+    LowRank,
+    Masked,
+    Prompt,
+)
 from errata.functional.io import view
 from errata.functional.peek import KEY
 from errata.functional.safe import canonical
@@ -46,6 +56,8 @@ def sample(seed: int) -> Delta:
     entries.append(Dense(name="lm_head.bias", checkpoint="lm_head.bias", shape=(5,)))
     if seed > 9 and seed % 4 == 3:  # not among those that are stacked or exported
         entries.append(_experts(draw, count))
+    if seed > 9 and seed % 4 == 1:
+        entries.append(_masked(draw, count))
     if draw.random() < 0.3:
         entries.append(_memory(count, draw))
     header = Header(
@@ -102,6 +114,12 @@ def _experts(draw: random.Random, count: int) -> Experts:
         rank=draw.randint(1, 3), hidden=4, slots=2, width=4, heads=2, sentinel=2, sentinel_text=1,
         blend=draw.choice(["query", "both"]), most=draw.randint(0, 2),
     )  # fmt: skip
+
+
+def _masked(draw: random.Random, count: int) -> Masked:
+    name = "model.language_model.layers.8.mlp.up_proj.weight"
+    owners = tuple(draw.randrange(2) for _ in range(count))
+    return Masked(name=name, checkpoint=name, shape=(4, 6), counts=(3, 3), owners=owners)
 
 
 class File(NamedTuple):
