@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -20,6 +21,9 @@ By = Literal["question", "fact"]
 
 Order = Literal["nearest-last", "nearest-first"]
 """In which order retrieved demonstrations stand before the fact."""
+
+
+_PLACE = re.compile(r"[/~\\\\]|[A-Za-z]:[\\\\/]|file:", re.ASCII)
 
 
 class Prompt(Kind, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="prompt"):
@@ -115,6 +119,9 @@ class Prompt(Kind, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="p
             yield f"{name}: least and least_look must lie from -1 to 1"
         if len(self.encoder) > 256 or not self.encoder.isprintable():
             yield f"{name}: the encoder must be printable text of at most 256 characters"
+        scheme, _, place = self.encoder.partition(":")
+        if _PLACE.match(scheme) or _PLACE.match(place) or ".." in place:
+            yield f"{name}: the encoder must be a name, no path of someone's machine"
         if len(self.owners) != len(header.edits):
             yield (
                 f"{name}: owners must name a fact for each of the {len(header.edits)} edits, "
