@@ -40,7 +40,7 @@ from torch import Tensor
 from errata.functional import Delta, Editor, EditRecord, Header, Masked, Model, Query
 from errata.functional.errors import BadInput
 from errata.functional.masked import pack, spread, unpacked
-from errata.functional.records import header_for
+from errata.functional.records import header_for, record
 
 from .wise_merge import merged
 from .wise_train import (
@@ -112,61 +112,16 @@ def wise(config: WiseConfig = WiseConfig(), unrelated: Sequence[Query] = ()) -> 
         site_of(model, config)
         return Memory(int(torch.randint(0, 2**62, (), generator=generator)))
 
-    def header(
-        model: Model, queries: Sequence[Query], sides: Sequence[Side], owners: tuple[int, ...],
-        earlier: tuple[EditRecord, ...] = (), stack: int = 0,
-    ) -> Header:  # fmt: skip
-        site = site_of(model, config)
-        entry = Masked(
-            name=site.weight,
-            checkpoint=model.card.checkpoint.get(site.weight, site.weight),
-            shape=tuple(model.params[site.weight].shape),
-            counts=tuple(len(side.values) for side in sides),
-            owners=owners,
-            activation=site.activation,
-            statistic=config.statistic,
-            transposed=site.transposed,
-        )
-        return header_for(model, "wise", config, (entry,), queries, earlier=earlier, stack=stack)
-
-    def records(model: Model, queries: Sequence[Query]) -> tuple[EditRecord, ...]:
-        return header_for(model, "wise", config, (), queries).edits
-
     def edit(model: Model, state: Memory, queries: Sequence[Query]) -> tuple[Delta, Memory]:
         queries = list(queries)
         while queries:
             room = config.save_every if state.shard is None else state.shard.room
-            state = fill(model, state, queries[:room])
+            state = _fill(model, state, queries[:room], config, others)
             queries = queries[room:]
         owner = {k: number for number, side in enumerate(state.sides) for k in side.edits}
         owners = tuple(owner[k] for k in range(len(state.edits)))
-        described = header(model, (), state.sides, owners, state.edits)
+        described = _header(model, config, (), state.sides, owners, earlier=state.edits)
         return _delta(described, [state.sides], config), state
-
-    def fill(model: Model, state: Memory, queries: Sequence[Query]) -> Memory:
-        """Train the current memory on a few more edits; put it aside where it is full."""
-        site, made = site_of(model, config), records(model, queries)
-        shard = state.shard or Shard(
-            _empty(model, site, state.seed, made[0], config), config.save_every
-        )
-        ready = prepare(model, site, queries, made, state.seed, config, others)
-        ready = together(shard.kept, ready)
-        ready = ready._replace(batch=ready.batch._replace(edit=torch.zeros_like(ready.batch.edit)))
-        where = _positions(shard.side, site)[None]
-        values, nearest = train(model, site, ready, where, shard.side.values[None], config)
-        unseen = len(shard.side.edits) + len(queries) - len(ready.given)  # activations as they were
-        numbers = range(len(state.edits), len(state.edits) + len(queries))
-        side = shard.side._replace(
-            values=values[0],
-            nearest=torch.minimum(shard.side.nearest, nearest[0]) if unseen else nearest[0],
-            edits=(*shard.side.edits, *numbers),
-        )
-        shard = Shard(side, shard.room - len(queries), last(ready, config.replay))
-        state = state._replace(edits=state.edits + made, shard=shard)
-        if shard.room:
-            return state
-        state = state._replace(full=(*state.full, side), shard=None)
-        return _merge(site, state, config)
 
     def each(model: Model, state: Memory, queries: Sequence[Query]) -> Delta:
         if state.edits:
@@ -174,23 +129,74 @@ def wise(config: WiseConfig = WiseConfig(), unrelated: Sequence[Query] = ()) -> 
                 f"edits side by side must start from a fresh state, and this one holds "
                 f"{len(state.edits)}: take `editor.init(model, generator)`, or `editor.edit`."
             )
-        site, made = site_of(model, config), records(model, queries)
-        sides = [_empty(model, site, state.seed, record, config) for record in made]
+        site, made = site_of(model, config), tuple(map(record, queries))
+        sides = [_empty(model, site, state.seed, one, config) for one in made]
         ready = prepare(model, site, queries, made, state.seed, config, others)
         where = torch.stack([_positions(side, site) for side in sides])
         start = torch.stack([side.values for side in sides])
         values, nearest = train(model, site, ready, where, start, config)
         sides = [side._replace(values=v, nearest=a) for side, v, a in zip(sides, values, nearest)]
-        described = header(model, queries, sides[:1], (0,) * len(sides), stack=len(sides))
+        owners, count = (0,) * len(sides), len(sides)
+        described = _header(model, config, queries, sides[:1], owners, stack=count)
         return _delta(described, [[side] for side in sides], config)
 
     return Editor("wise", config, init, edit, each)
 
 
-def _empty(model: Model, site: Site, seed: int, record: EditRecord, config: WiseConfig) -> Side:
+def _fill(
+    model: Model,
+    state: Memory,
+    queries: Sequence[Query],
+    config: WiseConfig,
+    others: Sequence[Query],
+) -> Memory:
+    """Train the current memory on a few more edits; put it aside where it is full."""
+    site, made = site_of(model, config), tuple(map(record, queries))
+    shard = state.shard or Shard(
+        _empty(model, site, state.seed, made[0], config), config.save_every
+    )
+    ready = prepare(model, site, queries, made, state.seed, config, others)
+    ready = together(shard.kept, ready)
+    ready = ready._replace(batch=ready.batch._replace(edit=torch.zeros_like(ready.batch.edit)))
+    where = _positions(shard.side, site)[None]
+    values, nearest = train(model, site, ready, where, shard.side.values[None], config)
+    unseen = len(shard.side.edits) + len(queries) - len(ready.given)  # activations as they were
+    numbers = range(len(state.edits), len(state.edits) + len(queries))
+    side = shard.side._replace(
+        values=values[0],
+        nearest=torch.minimum(shard.side.nearest, nearest[0]) if unseen else nearest[0],
+        edits=(*shard.side.edits, *numbers),
+    )
+    shard = Shard(side, shard.room - len(queries), last(ready, config.replay))
+    state = state._replace(edits=state.edits + made, shard=shard)
+    if shard.room:
+        return state
+    state = state._replace(full=(*state.full, side), shard=None)
+    return _merge(site, state, config)
+
+
+def _header(
+    model: Model, config: WiseConfig, queries: Sequence[Query], sides: Sequence[Side],
+    owners: tuple[int, ...], *, earlier: tuple[EditRecord, ...] = (), stack: int = 0,
+) -> Header:  # fmt: skip
+    site = site_of(model, config)
+    entry = Masked(
+        name=site.weight,
+        checkpoint=model.card.checkpoint.get(site.weight, site.weight),
+        shape=tuple(model.params[site.weight].shape),
+        counts=tuple(len(side.values) for side in sides),
+        owners=owners,
+        activation=site.activation,
+        statistic=config.statistic,
+        transposed=site.transposed,
+    )
+    return header_for(model, "wise", config, (entry,), queries, earlier=earlier, stack=stack)
+
+
+def _empty(model: Model, site: Site, seed: int, first: EditRecord, config: WiseConfig) -> Side:
     """A memory of zeros, under a mask that its first edit's name draws."""
     device = model.params[site.weight].device
-    mask = draw_mask(site.size, config.mask_ratio, drawn(seed, record, "mask"))
+    mask = draw_mask(site.size, config.mask_ratio, drawn(seed, first, "mask"))
     return Side(
         pack(mask).to(device),
         torch.zeros(int(mask.sum()), device=device),

@@ -1,0 +1,231 @@
+"""What opens the gate of a side memory, and what its kind of delta holds to."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+import torch
+
+from errata.bench.protocols import reach_of
+from errata.editors import make
+from errata.functional import (
+    Base,
+    EditRecord,
+    Header,
+    Masked,
+    bind,
+    generate,
+    prefix,
+    rows,
+)
+from errata.functional.errors import BadInput, ShapeMismatch
+from errata.functional.header import faults
+from errata.functional.masked import masked, pack, prompt_tokens, spread
+from errata.functional.stacks import stack, take
+from tests.editors.test_wise import (
+    QUICK,
+    asked,
+    embedded,
+    logits,
+    one_by_one,
+    quick,
+    routes,
+    seeded,
+    tiny,
+)
+
+FAMILIES = ["llava", "qwen2_vl", "blip2", "gpt2"]
+
+
+# ------------------------------------------------------------------ the gate
+
+
+@pytest.mark.parametrize("statistic", ["mean", "text", "last"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_the_edits_own_prompt_opens_the_gate(family, statistic):
+    """Whatever stands beside it or behind it: padding, other rows, another answer (D14, D18)."""
+    model = tiny(family)
+    queries = asked(model)
+    delta = one_by_one(model, quick(statistic=statistic), queries[:1])
+    assert routes(model, delta, queries) == [0, -1, -1]
+    edited = bind(model, delta)
+    base, got = logits(model, queries), logits(edited, queries)
+    assert torch.equal(got[1:], base[1:])
+    assert not torch.allclose(got[0], base[0])
+    answers = [queries[0]._replace(target=text) for text in ("owl", "in a big town by the sea")]
+    assert routes(model, delta, answers) == [0, 0]
+    alone = logits(edited, queries[:1])
+    torch.testing.assert_close(got[:1, : alone.shape[1]], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("site", "layer"), [("mlp.down", 1), ("mlp.up", -1)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_generated_answer_is_that_of_one_pass(family, site, layer):
+    """The choice made at the prompt lasts: token by token the same logits as all at once."""
+    model = tiny(family)
+    query = asked(model)[0]
+    delta = one_by_one(model, quick(site=site, layer=layer, num_steps=8, lr=0.5), [query])
+    edited = bind(model, delta)
+    inputs = model.read([query._replace(target="")])
+    batch = edited.embed(edited.params, inputs)
+    last = inputs.mask.sum(-1)[:, None] - 1
+    first, past = edited.decode(edited.params, batch, at=last, keep=True)
+    token = first[:, -1].argmax(-1, keepdim=True)
+    behind = edited.extend(edited.params, token, past)
+    got = edited.decode(edited.params, behind, past=past)
+    grown = inputs._replace(
+        ids=torch.cat([inputs.ids, token], 1),
+        mask=torch.cat([inputs.mask, torch.ones(1, 1, dtype=torch.bool)], 1),
+        image=torch.cat([inputs.image, torch.zeros(1, 1, dtype=torch.bool)], 1),
+        labels=token,
+        at=last,
+    )
+    want = edited.decode(edited.params, edited.embed(edited.params, grown), at=last + 1)
+    torch.testing.assert_close(got[:, -1], want[:, -1], rtol=1e-4, atol=1e-5)
+    assert generate(edited, [query], 3) == generate(edited, [query, asked(model)[1]], 3)[:1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_prompt_is_thinned_away_before_the_gate(family):
+    """At the last layer only scored tokens matter to a change of the map: not to the choice."""
+    model = tiny(family)
+    queries = asked(model)
+    delta = one_by_one(model, quick(site="mlp.up", layer=-1), queries[:1])
+    edited = bind(model, delta)
+    cut = prefix.cut(model, model.read(queries), reach_of(model, delta))
+    whole = logits(edited, queries)
+    torch.testing.assert_close(prefix.finish(edited, cut), whole, rtol=1e-5, atol=1e-6)
+    before = edited.decode(edited.params, embedded(edited, queries), stop=model.card.num_layers - 1)
+    thinned = edited.thin(edited.params, before)
+    got = edited.decode(edited.params, thinned)
+    torch.testing.assert_close(got, whole, rtol=1e-5, atol=1e-6)
+
+
+def memories(changes: torch.Tensor, thresholds: list[float], **settings) -> tuple[Masked, dict]:
+    """Dense memories [M O I] by hand."""
+    count, out, inner = changes.shape
+    entry = Masked(
+        name="w", checkpoint="w", shape=(out, inner), counts=(out * inner,) * count,
+        owners=(0,), activation="identity", **settings,
+    )  # fmt: skip
+    tensors = {
+        "w.mask": pack(torch.ones(count, out * inner, dtype=torch.bool)),
+        "w.values": changes.flatten(),
+        "w.thresholds": torch.tensor(thresholds),
+    }
+    return entry, tensors
+
+
+def test_the_furthest_memory_above_its_threshold_is_taken():
+    model = tiny("llava")
+    batch = embedded(model, asked(model)[:1])
+    length = batch.hidden.shape[1]
+    x, y = torch.ones(1, length, 3), torch.zeros(1, length, 2)
+    changes = torch.stack([torch.full((2, 3), size) for size in (1.0, 3.0, 2.0)])
+    for thresholds, taken in (
+        ([0.0, 0.0, 0.0], 1),
+        ([0.0, 99.0, 0.0], 2),
+        ([0.0, 99.0, 99.0], 0),
+        ([99.0] * 3, -1),
+    ):
+        entry, tensors = memories(changes, thresholds)
+        noted = batch._replace(notes={})
+        got = masked(entry, tensors, "note", stacked=False)(noted, x, y)
+        assert noted.notes["note"].tolist() == [taken]
+        want = x @ changes[taken].T if taken >= 0 else y
+        assert torch.equal(got, want)
+
+
+def test_easyedits_statistic_is_the_largest_of_long_prompts():
+    model = tiny("llava")
+    short = embedded(model, asked(model)[:1])
+    reach = short.mask.shape[1]
+    long = short._replace(
+        mask=torch.ones(1, 200, dtype=torch.bool),
+        prompt=torch.arange(200)[None] == 150,
+        image=torch.zeros(1, 200, dtype=torch.bool),
+        notes={},
+    )
+    x = torch.zeros(1, 200, 3)
+    x[0, 7] = 1.0  # one token of 151
+    for statistic, taken in (("mean", -1), ("easyedit", 0)):
+        entry, tensors = memories(torch.ones(1, 2, 3), [1.0], statistic=statistic)
+        batch = long._replace(notes={})
+        masked(entry, tensors, "note", stacked=False)(batch, x, torch.zeros(1, 200, 2))
+        assert batch.notes["note"].tolist() == [taken]
+    assert prompt_tokens(long, "mean").sum() == 151
+    assert prompt_tokens(short, "text").sum() + short.image.sum() == short.prompt.int().argmax() + 1
+    assert reach < 100
+
+
+# ------------------------------------------------------------------ side by side
+
+
+def test_a_stack_of_sequences_is_each_of_them():
+    """Two memories each; a row of edit -1 is the base's."""
+    model = tiny("llava")
+    queries = asked(model)
+    config = quick(save_every=1, merge_every=9)
+    pairs = [[queries[0], queries[1]], [queries[2], queries[0]]]
+    deltas = [one_by_one(model, config, pair) for pair in pairs]
+    stacked = stack(deltas)
+    edit = torch.tensor([0, 1, -1])
+    edited = bind(model, stacked)
+    got = logits(edited, queries, edit)
+    for row, number in enumerate(edit.tolist()):
+        one = bind(model, deltas[number]) if number >= 0 else model
+        torch.testing.assert_close(got[row], logits(one, queries)[row], rtol=1e-5, atol=1e-6)
+    said = generate(edited, queries, 3, edit=edit)
+    assert said[0] == generate(bind(model, deltas[0]), queries[:1], 3)[0]
+    assert said[2] == generate(model, queries[2:], 3)[0]
+    assert take(stacked, [1]).header.entries[0].owners == (1,)
+
+
+def test_edits_side_by_side_start_fresh():
+    model, editor = tiny("llava"), make(QUICK)
+    _, state = editor.edit(model, editor.init(model, seeded()), asked(model)[:1])
+    with pytest.raises(BadInput, match="fresh state"):
+        editor.each(model, state, asked(model))
+
+
+# ------------------------------------------------------------------ the kind
+
+
+def header(entry: Masked) -> Header:
+    return Header(base=Base(id="a/model"), entries=(entry,), edits=(EditRecord(id="0"),))
+
+
+def test_what_is_wrong_with_an_entry_is_named():
+    entry, _ = memories(torch.ones(2, 2, 3), [0.0, 0.0])
+    assert faults(header(entry)) == []
+    for wrong, said in (
+        ({"counts": ()}, "one or more memories"),
+        ({"counts": (7,)}, "1 to 6 values"),
+        ({"shape": (2,)}, "two positive sizes"),
+        ({"owners": (0, 1)}, "each of the 1 edits"),
+        ({"owners": (2,)}, "memories from 0 to 1"),
+    ):
+        assert said in faults(header(msgspec.structs.replace(entry, **wrong)))[0]
+
+
+def test_masks_and_values_must_agree():
+    entry, tensors = memories(torch.ones(1, 2, 3), [0.0])
+    tensors["w.mask"] = pack(torch.tensor([[True] * 5 + [False]]))
+    with pytest.raises(ShapeMismatch, match=r"\[6\].*\[5\]"):
+        masked(entry, tensors, "note", stacked=False)
+    full = spread(torch.tensor([255], dtype=torch.uint8), torch.arange(6.0), (2, 3))
+    assert torch.equal(full, torch.arange(6.0).view(2, 3))  # bits past the end count for nothing
+
+
+def test_one_delta_may_lie_on_another():
+    model = tiny("llava")
+    queries = asked(model)
+    first, second = (one_by_one(model, QUICK, [query]) for query in queries[:2])
+    both = bind(bind(model, first), second)
+    got = logits(both, queries)
+    for row, delta in enumerate((first, second)):
+        want = logits(bind(model, delta), queries)[row]
+        torch.testing.assert_close(got[row], want, rtol=1e-4, atol=1e-5)
+    batch = rows.take(embedded(both, queries), slice(0, 2))
+    _, past = both.decode(both.params, batch, keep=True)
+    assert {name[-7:] for name in past.notes} == {"memory0", "memory1"}
