@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import msgspec
 import pytest
 import torch
@@ -14,11 +11,10 @@ from errata import adapters
 from errata.bench.data import world
 from errata.editors import IkeConfig, configure, ike, make
 from errata.editors.ike import PRESETS
-from errata.functional import Case, Delta, Prompt, Query, bind, bind_rows, generate, io
+from errata.functional import Case, Delta, Prompt, Query, bind, generate, io
 from errata.functional.errors import BadInput, BadSettings
-from errata.functional.merge import merge, remove, scale, select
+from errata.functional.merge import remove
 from errata.functional.prompts import Reads, asked
-from errata.functional.stacks import stack, unstack
 
 PLAIN = IkeConfig(fact="{statement}. ", ask="{question}", encoder="hashed:128")
 SCOPED = msgspec.structs.replace(PLAIN, least=0.5, least_look=0.5)
@@ -285,105 +281,7 @@ def test_a_backbone_of_one_picture_is_shown_none_but_its_own(tiny):
     assert len(read.images) == 1
 
 
-# As values: side by side, merged, taken apart, saved.
-
-
-def test_side_by_side_each_row_reads_under_its_own_memory(tiny):
-    edits = [Query("who is it?", name, (picture(n),)) for n, name in enumerate(["bo", "kim"])]
-    editor = ike(PLAIN)
-    state = editor.init(tiny, torch.Generator())
-    together = editor.each(tiny, state, edits)
-    assert put(tiny, together, *["who is it?"] * 3, edit=torch.tensor([1, -1, 0])) == [
-        "who is it? kim. who is it?", "who is it?", "who is it? bo. who is it?",
-    ]  # fmt: skip
-    alone = [edited(tiny, PLAIN, edit) for edit in edits]
-    again = stack(alone)
-    assert again.header == together.header
-    for one, two in zip(unstack(together), alone):
-        assert one.header == two.header
-    mixed = bind_rows(tiny, alone, [1, -1, 0])
-    queries = [edits[0]] * 3
-    got = mixed.read(queries).ids
-    want = bind(tiny, together).read(queries, edit=torch.tensor([1, -1, 0])).ids
-    assert torch.equal(got, want)
-
-
-def test_side_by_side_from_a_memory_that_holds_something(tiny):
-    editor = ike(SCOPED)
-    state = editor.init(tiny, torch.Generator())
-    _, state = editor.edit(tiny, state, [Query("where does bo live?", "rome")])
-    later = [Query("what does kim eat?", "plum"), Query("who keeps kim?", "ann")]
-    together = editor.each(tiny, state, later)
-    asked_for = ["where does bo live?", "what does kim eat?", "what does kim eat?"]
-    assert put(tiny, together, *asked_for, edit=torch.tensor([1, 0, 1]))[:2] == [
-        "where does bo live? rome. where does bo live?",
-        "what does kim eat? plum. what does kim eat?",
-    ]
-    (first, _) = unstack(together)
-    assert put(tiny, first, "where does bo live?") == [
-        "where does bo live? rome. where does bo live?"
-    ]
-
-
-def test_memories_merge_and_edits_are_taken_out_by_id(tiny):
-    one = edited(tiny, SCOPED, Query("where does bo live?", "rome"))
-    two = edited(tiny, SCOPED, Query("what does kim eat?", "plum"))
-    both = merge(one, two)
-    in_turn = edited(
-        tiny, SCOPED, Query("where does bo live?", "rome"), Query("what does kim eat?", "plum")
-    )
-    assert both.header == in_turn.header
-    assert all(torch.equal(both.tensors[n], in_turn.tensors[n]) for n in in_turn.tensors)
-    left = remove(both, [one.header.edits[0].id])
-    assert left.header == two.header
-    assert put(tiny, left, "where does bo live?") == ["where does bo live?"]
-    with pytest.raises(BadInput, match="differ in ask; encoder"):
-        merge(one, edited(tiny, IkeConfig(encoder="base"), Query("who?", "bo")))
-    with pytest.raises(Exception, match="can not be said by half"):
-        scale(one, 0.5)
-
-
-def test_pictures_of_facts_survive_merging_and_taking_apart(tiny):
-    config = msgspec.structs.replace(PLAIN, pictured=True)
-    one = edited(tiny, config, Query("who is it?", "bo", (picture(1), picture(2))))
-    two = edited(tiny, config, Query("where is it?", "rome"))
-    three = edited(tiny, config, Query("what is it?", "owl", (picture(3),)))
-    whole = merge(one, two, three)
-    assert whole.header.entries[0].num_shown == 2
-    (read,) = asked(bind(tiny, select(whole, [2])), [Query("what is it?")])
-    assert read.prompt == "<image>what is it? owl. what is it?"
-    assert read.images[0].load().tobytes() == picture(3).tobytes()
-    assert select(whole, [2]).header.entries == three.header.entries
-    assert select(whole, [1]).header.entries[0].num_shown == 0
-
-
-def test_a_saved_delta_works_in_a_process_without_the_editor(tiny, tmp_path):
-    edit = Query("who is it?", "bo", (picture(1),))
-    config = msgspec.structs.replace(SCOPED, k=2, pictured=True, encoder="base")
-    delta = edited(tiny, config, edit, cases=CORPUS)
-    io.save(tmp_path / "edit.safetensors", delta)
-    picture(1).save(tmp_path / "seen.png")
-    script = f"""
-import sys
-from errata import adapters
-from errata.functional import Query, bind, load
-model = adapters.adapt(*adapters.tiny("llava"))
-bound = bind(model, load(r"{tmp_path / "edit.safetensors"}"))
-ids = bound.read([Query("who is it?", "bo", (r"{tmp_path / "seen.png"}",))]).ids
-assert not any(name.startswith("errata.editors") for name in sys.modules)
-print(ids.tolist())
-"""
-    found = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    assert found.stdout.strip() == str(bind(tiny, delta).read([edit]).ids.tolist())
-
-
-def test_a_delta_tells_no_paths(tiny, tmp_path):
-    config = msgspec.structs.replace(PLAIN, demonstrations=str(tmp_path / "train.json"))
-    delta = edited(tiny, config, Query("who?", "bo"))
-    assert delta.header.settings["demonstrations"] == "train.json"
-    io.save(tmp_path / "edit.safetensors", delta)
+# Other models.
 
 
 def test_text_decoders_are_edited_too():
