@@ -143,7 +143,9 @@ def concat(batches: Sequence[Batch]) -> Batch:
     for batch in padded:
         known = {**batch.extras, **known}
     extras = {
-        key: torch.cat([_extra(batch.extras, key, like, batch.rows) for batch in padded])
+        key: torch.cat(
+            _widened(key, [_extra(batch.extras, key, like, batch.rows) for batch in padded])
+        )
         for key, like in known.items()
     }
     noted = set.intersection(*(set(batch.notes) for batch in batches))
@@ -157,6 +159,15 @@ _PLAIN = ("hidden", "mask", "positions", "image", "prompt", "labels", "at", "edi
 
 def _extra(extras: Mapping[str, Tensor], key: str, like: Tensor, rows: int) -> Tensor:
     return extras[key] if key in extras else like.new_zeros(rows, *like.shape[1:])
+
+
+def _widened(key: str, values: list[Tensor]) -> list[Tensor]:
+    """Values with as many keys each: thinned batches keep those of all their tokens."""
+    keys = _axis(key, "k")
+    if keys is None:
+        return values
+    longest = max(value.shape[keys] for value in values)
+    return [_fill(value, keys, longest - value.shape[keys]) for value in values]
 
 
 def _axis(key: str, letter: str) -> int | None:

@@ -152,10 +152,11 @@ def test_values_stay_within_their_clamp_and_edits_stop():
         assert torch.equal(stopped.tensors[name], short.tensors[name])
 
 
-def test_earlier_edits_of_a_memory_can_be_trained_along():
+@pytest.mark.parametrize(("site", "layer"), [("mlp.down", 1), ("mlp.up", -1)])
+def test_earlier_edits_of_a_memory_can_be_trained_along(site, layer):
     model = tiny("llava")
     queries = asked(model)
-    config = quick(num_steps=12, act_ratio=0.1, optimizer="adam", lr=0.02)
+    config = quick(site=site, layer=layer, num_steps=12, act_ratio=0.1, optimizer="adam", lr=0.02)
     without = bind(model, one_by_one(model, config, queries))
     along = bind(model, one_by_one(model, msgspec.structs.replace(config, replay=2), queries))
     assert losses(along, queries[:2]).mean() < losses(without, queries[:2]).mean()

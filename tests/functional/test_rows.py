@@ -111,6 +111,15 @@ def test_concat_pads_to_the_longest_and_fills_what_is_missing():
         concat([short, long._replace(depth=2)])
 
 
+def test_thinned_batches_of_different_lengths_are_joined():
+    short, long = (pick(b, b.at) for b in (batch(), batch(length=8, seed=1)))
+    both = concat([short, long])
+    assert both.hidden.shape[:2] == (4, 2)
+    assert both.extras["mask@b_qk"].shape == (4, 1, 2, 8)
+    assert torch.equal(both.extras["mask@b_qk"][:2, ..., :5], short.extras["mask@b_qk"])
+    assert not both.extras["mask@b_qk"][:2, ..., 5:].any()
+
+
 def test_a_batch_behind_a_past_keeps_the_past_keys():
     behind = batch(past=3)
     long = pad(behind, 7)
