@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Peak", "measured"]
+__all__ = ["Peak", "measured", "resident"]
 
 
 class Peak:
@@ -38,10 +38,21 @@ def measured(device: torch.device) -> Iterator[Peak]:
     peak.bytes = _resident_peak()
 
 
-def _resident_peak() -> int:
+def resident() -> int:
+    """Bytes of memory the process has now, 0 where the system does not say."""
+    return _status("VmRSS:")
+
+
+def _status(field: str) -> int:
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(field):
                 return int(line.split()[1]) * 1024
+    return 0
+
+
+def _resident_peak() -> int:
+    if found := _status("VmHWM:"):
+        return found
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
