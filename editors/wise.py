@@ -281,5 +281,8 @@ PRESETS: dict[str, WiseConfig] = {
         beside=("picture", "question"),
         stop_loss=0.05,
         stop_change=1.0,
+        replay=9,
+        save_every=10,
+        merge_every=1_000_000,  # the maps are small: memories stay apart
     ),
 }
