@@ -21,6 +21,8 @@ Source: LiveEdit (CVPR 2025, arXiv 2411.15432), qizhou000/LiveEdit. Different fr
 * Localities of every kind are learned from, text among them; there only those with a picture.
 * `apart` compares each expert with the sentinel, as the gate does. The hard loss is a softmax over
   the lesson's experts, and lets any of them pass the gate as long as it is not the largest.
+* Half of a lesson's experts are made from the answer alone, so that makers learn to read it rather
+  than to know the training's answers by heart.
 * Edits and questions without a picture work: see `functional/experts.py`.
 * Many edits are made in one forward, each as if alone.
 

@@ -5,7 +5,7 @@ s_bm = scale <g_b, G_m>, for questions that their own edit e should reach, and f
 
     soft    -log softmax_m(s_b)_e - log sigmoid(s_be),    - mean_m log(1 - sigmoid(s_bm)) of others
     hard    -log softmax over [a_b1 .. a_bE, t_b] at e,   at the sentinel for a locality
-    apart   log(1 + e^(t_b - a_be)),                      log(1 + sum_m e^(a_bm - t_b)) of others
+    apart   REACH log(1 + e^(t_b - a_be)),                log(1 + sum_m e^(a_bm - t_b)) of others
 
 Source: qizhou000/LiveEdit `editor/vllm_editors/liveedit/liveedit.py`, `train_a_batch`.
 Legend: B questions · E edits of a lesson.
@@ -34,6 +34,11 @@ __all__ = ["Likeness", "apart", "hard", "lesson_loss", "likeness", "soft"]
 
 
 FAINT = 1e-4  # the weight of all experts together below which a row is as the base's
+
+
+REACH = 3.0  # how much worse it is to shut out a question than to let in one that the soft
+# weights still turn away
+BLIND = 0.5  # the share of edits whose makers see the answer alone, and can not learn it by heart
 
 
 class Likeness(NamedTuple):
@@ -67,7 +72,7 @@ def apart(like: Likeness, own: Tensor, reach: Tensor, margin: float = 0.0) -> Te
     mine = F.one_hot(own, above.shape[1]).bool() & reach[:, None]
     yes = F.softplus(margin - torch.where(mine, above, 0).sum(1)) * reach
     no = F.softplus(margin + torch.where(mine, -torch.inf, above).logsumexp(1))
-    return yes + no
+    return REACH * yes + no
 
 
 def lesson_loss(
@@ -75,7 +80,9 @@ def lesson_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a lesson, whose rows stand behind the edited layer, and its terms."""
     asks, heads = lesson.asks, config.heads
-    pool = pool_of(nets, config, lesson.edit.hidden, lesson.edit)
+    dice = torch.Generator().manual_seed(lesson.seed)
+    blind = torch.rand(len(lesson.queries), generator=dice) < (BLIND if lesson.seed else 0)
+    pool = pool_of(nets, config, lesson.edit.hidden, lesson.edit, blind.to(asks.hidden.device))
     found = features(
         absorbed(nets.ask, heads), asks.hidden, tokens_of(asks), heads,
         (nets.sentinel, nets.sentinel_text),
@@ -89,18 +96,21 @@ def lesson_loss(
         "hard": hard(like, own, reach).mean(),
         "apart": apart(like, own, reach, config.margin).mean(),
     }
-    weights = lora_moe.weigh(like.query, _company(lesson, own, reach) & kin)
-    ids = torch.arange(len(pool.down), device=own.device).expand_as(weights)
-    routes = lora_moe.Routes(ids, weights, torch.full_like(own, len(pool.down)))
-    hidden = lora_moe.apply(
-        asks.hidden, pool.down, pool.up, routes, norm=(nets.norm[0], nets.norm[1]), eps=EPS,
-        lengths=asks.mask.sum(1),
-    )  # fmt: skip
+    weights = lora_moe.weigh(like.query, _company(lesson, own, reach, dice) & kin)
+    hidden = _with_experts(nets, pool, weights, asks.hidden)
     felt = weights.detach().sum(1) > FAINT
     values = _answers(model, lesson, asks._replace(hidden=hidden), felt)
     total, terms = combined(values, lesson)
     total = total + sum(routing.values())
     return total, {**terms, **{name: value.detach() for name, value in routing.items()}}
+
+
+def _with_experts(nets: Nets, pool: Pool, weights: Tensor, hidden: Tensor) -> Tensor:
+    """h + sum_m w_m relu(LN(h) A_m^T) B_m, all rows with the same pool, as two products."""
+    given = F.layer_norm(hidden.float(), hidden.shape[-1:], nets.norm[0], nets.norm[1], EPS)
+    inner = F.relu(given @ pool.down.flatten(0, 1).mT)  # [B L ER]
+    inner = inner * weights.repeat_interleave(pool.down.shape[1], 1)[:, None]
+    return (hidden + inner @ pool.up.flatten(0, 1)).to(hidden.dtype)
 
 
 def _answers(model: Model, lesson: Lesson, asks: Batch, felt: Tensor) -> Tensor:
@@ -130,10 +140,9 @@ def likeness(config: LiveEditConfig, found: Features, pool: Pool) -> Likeness:
     )
 
 
-def _company(lesson: Lesson, own: Tensor, reach: Tensor) -> Tensor:
+def _company(lesson: Lesson, own: Tensor, reach: Tensor, dice: torch.Generator) -> Tensor:
     """[B E] the experts that act on each row: 0 to E random ones, and its own where it should."""
     count = len(lesson.queries)
-    dice = torch.Generator().manual_seed(lesson.seed)
     order = torch.rand(len(own), count, generator=dice).argsort(1)
     some = torch.randint(0, count + 1, (len(own), 1), generator=dice)
     mine = F.one_hot(own, count).bool() & reach[:, None]

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from errata.functional import Batch
-from errata.functional.experts import EPS, Reader, Tokens, attend, features, tokens_of
+from errata.functional.experts import EPS, Reader, attend, features, tokens_of
 
 if TYPE_CHECKING:
     from .liveedit import LiveEditConfig
@@ -153,28 +153,33 @@ def absorbed(look: Look, heads: int) -> Reader:
     )
 
 
-def made(maker: Maker, hidden: Tensor, tokens: Tokens, heads: int, strength: float) -> Tensor:
-    """One factor of each row's expert, from picture, prompt and answer: [B R D]."""
+def made(maker: Maker, hidden: Tensor, keep: Tensor, heads: int, strength: float) -> Tensor:
+    """One factor of each row's expert, from the tokens to keep [B L]: [B R D]."""
     x = hidden.float()
     x = F.layer_norm(x, x.shape[-1:], maker.norm[0], maker.norm[1], EPS)
-    keep = tokens.seen | tokens.asked | tokens.answer
     rows = _rows(maker.slots, maker.attention, heads)
     out = attend(rows, x, keep, maker.attention.value, maker.attention.bias, heads)
     return out * (strength / math.sqrt(len(maker.slots)))
 
 
-def pool_of(nets: Nets, config: LiveEditConfig, hidden: Tensor, batch: Batch) -> Pool:
+def pool_of(
+    nets: Nets, config: LiveEditConfig, hidden: Tensor, batch: Batch, blind: Tensor | None = None
+) -> Pool:
     """Experts and keys from what the layer gives the rows of edits [B L D]; differentiable.
 
-    Keys are made from the questions alone: the answer is not seen.
+    Keys are made from the questions alone: the answer is not seen. Factors are made from picture,
+    prompt and answer, in `blind` rows [B] from the prompt's last token and the answer.
     """
     tokens = tokens_of(batch)
     hidden = hidden.reshape(*batch.mask.shape, -1)
     keys = features(absorbed(nets.edit, config.heads), hidden, tokens, config.heads)
     kind = torch.stack([keys.pictured, ~keys.pictured], 1).float()
     query = torch.cat([keys.query, keys.vision], 1) if config.blend == "both" else keys.query
+    keep = tokens.seen | tokens.asked | tokens.answer
+    if blind is not None:
+        keep = torch.where(blind[:, None], batch.prompt | tokens.answer, keep)
     down, up = (
-        made(maker, hidden, tokens, config.heads, config.strength) for maker in (nets.down, nets.up)
+        made(maker, hidden, keep, config.heads, config.strength) for maker in (nets.down, nets.up)
     )
     return Pool(torch.cat([keys.vision, kind], 1), query, down, up)
 
