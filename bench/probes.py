@@ -124,7 +124,7 @@ def _measure_batch(
     source = prefix.cut(model, inputs, reach)
     options = {"k": terms.ranks, "everywhere": terms.everywhere}
     given = model.known.said(inputs) if model.known and model.known.serves(model) else None
-    before = answers(model, source, logits=True, given=given, **options)
+    before = answers(model, source, logits=True, given=given, narrow=True, **options)
     logits, before = before.logits, _on_cpu(before._replace(logits=None))
     check_finite(model, before)
     edit = torch.tensor([ask.edit for ask in asks])
@@ -160,13 +160,14 @@ def _edited(
     if isinstance(source, Inputs):
         return _reread(bound, asks, index, edit, options, budget, source.labels.shape[1])
     device = source.edit.device
+    few = all(prefix.narrows(bound.card, delta.header) for delta in bound.deltas)
     parts = []
     for begin in range(0, len(asks), source.rows):
         some = slice(begin, begin + source.rows)
         here = index[some].to(device)
         mine = {**options, "base": options["base"][here]}
         batch = rows.take(source, here)
-        parts.append(_on_cpu(answers(bound, batch, edit=edit[some].to(device), **mine)))
+        parts.append(_on_cpu(answers(bound, batch, edit=edit[some].to(device), narrow=few, **mine)))
     return join(parts)
 
 

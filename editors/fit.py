@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from errata.functional import Case, Model, optim
+from errata.functional import Case, Model, optim, prefix
 from errata.functional.errors import BadInput
 from errata.functional.losses import kl, nll
 from errata.functional.prefix import Reach
@@ -175,7 +175,10 @@ def fit(
 
 def weighed(edited: Model, lesson: Lesson) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a lesson under a model that carries its edits, and each probe's own part."""
-    logits = edited.decode(edited.params, lesson.asks)
+    if all(prefix.narrows(edited.card, delta.header) for delta in edited.deltas):
+        logits = prefix.narrow(edited, lesson.asks)
+    else:
+        logits = edited.decode(edited.params, lesson.asks)
     first = lesson.asks.rows - lesson.base.shape[0]  # localities come last
     labels = lesson.asks.labels
     return combined(

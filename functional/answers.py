@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import rows
+from . import prefix, rows
 from .metrics import Reading, divergence, reading
 from .types import IGNORE, Batch, Inputs, Model
 
@@ -29,6 +29,7 @@ def answers(
     logits: bool = False,
     base: Tensor | None = None,
     given: Tensor | None = None,
+    narrow: bool = False,
 ) -> Reading:
     """Read a model at the scored positions of every row, without gradients.
 
@@ -37,7 +38,7 @@ def answers(
     have been thinned. `edit` [B] says which edit of a bound stacked delta each row runs under. With
     `logits` those of the scored positions are kept [B T V]; given as another model's `base`, they
     make the reading say KL(base || model). `given` are the model's own logits at the scored
-    positions [B T V], where they are known already: then nothing is run.
+    positions [B T V], where they are known already: then nothing is run. `narrow`: see `prefix`.
 
         before = answers(model, batch, logits=True)
         after = answers(bound, batch, base=before.logits)
@@ -53,7 +54,7 @@ def answers(
         length = source.hidden.shape[1] if everywhere else source.at.shape[1]
         size = max(1, _ELEMENTS // max(1, length * model.card.vocab))
         parts = [
-            _read(model, source, slice(begin, begin + size), k, everywhere, logits, base)
+            _read(model, source, slice(begin, begin + size), k, everywhere, logits, base, narrow)
             for begin in range(0, max(1, source.rows), size)
         ]
     return join(parts)
@@ -73,9 +74,10 @@ def _read(
     everywhere: bool,
     logits: bool,
     base: Tensor | None,
+    narrow: bool,
 ) -> Reading:
     batch = rows.take(source, some)
-    found, whole = _decoded(model, batch, k, everywhere)
+    found, whole = _decoded(model, batch, k, everywhere, narrow)
     made = reading(found, batch.labels, k, whole)
     if base is not None:
         width = min(base.shape[1], found.shape[1])  # positions beyond are padding in both
@@ -84,8 +86,12 @@ def _read(
     return made._replace(logits=found) if logits else made
 
 
-def _decoded(model: Model, batch: Batch, k: int, everywhere: bool) -> tuple[Tensor, Tensor | None]:
+def _decoded(
+    model: Model, batch: Batch, k: int, everywhere: bool, narrow: bool
+) -> tuple[Tensor, Tensor | None]:
     """Logits [B T V] of the scored positions, and the ranks [B L K] of all of them."""
+    if not everywhere and narrow:
+        return prefix.narrow(model, batch), None
     if not everywhere:
         return model.decode(model.params, batch), None
     length = batch.hidden.shape[1]

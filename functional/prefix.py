@@ -10,16 +10,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .card import ModelCard
-from .places import runs_below, uses
-from .types import Batch, Inputs, Model
+from .header import Dense, Header, LowRank
+from .places import canonical, runs_below, uses
+from .types import Batch, Inputs, Model, Rewrites
 
-__all__ = ["Reach", "cut", "finish", "join", "reach"]
+__all__ = ["Reach", "cut", "finish", "join", "narrow", "narrows", "reach"]
 
 
 class Reach(NamedTuple):
@@ -103,6 +104,32 @@ def finish(model: Model, source: Inputs | Batch, edit: Tensor | None = None) -> 
     elif edit is not None:
         source = source._replace(edit=edit)
     return model.decode(model.params, source)
+
+
+def narrow(model: Model, batch: Batch, rewrites: Rewrites | None = None, **options: Any) -> Tensor:
+    """`model.decode(params, batch, rewrites)`, the last layer position-wise at scored positions.
+
+    The last layer's attention reads whole rows, its feed-forward part runs only where something is
+    scored. Right for changes and rewrites that `narrows` allows; options go to `decode` and `thin`.
+    """
+    more, last = rewrites or {}, model.card.num_layers - 1
+    if batch.depth > last or any(key.startswith("attended@") for key in batch.extras):
+        return model.decode(model.params, batch, more, **options)
+    if batch.depth < last:
+        batch = model.decode(model.params, batch, more, stop=last, **options)
+    batch = model.thin(model.params, batch, more, **options)
+    return model.decode(model.params, batch, more)
+
+
+def narrows(card: ModelCard, header: Header) -> bool:
+    """Whether a delta leaves the last layer alone, or changes it alike at every position."""
+    last = card.num_layers - 1
+    for entry in header.entries:
+        layer = card.layer_of(canonical(card, getattr(entry, "name", "")))
+        plain = isinstance(entry, Dense | LowRank)
+        if not plain and (entry.begins() != "site" or layer is None or layer >= last):
+            return False
+    return True
 
 
 def _pointwise(card: ModelCard, path: str) -> bool:
