@@ -135,11 +135,13 @@ def _grouped(edit: Tensor) -> list[tuple[int, Tensor]]:
 def _joined(parts: list[Any], groups: list[tuple[int, Tensor]]) -> Any:
     """The results of groups of rows as one, in the order of the rows."""
     back = torch.cat([rows for _, rows in groups]).argsort()
+    sizes = [len(rows) for _, rows in groups]
     first = parts[0]
     if isinstance(first, Tensor):
         return torch.cat(parts)[back]
     if isinstance(first, Batch):
-        return take(concat(parts), back)
+        notes = _notes([part.notes for part in parts], sizes, back)
+        return take(concat(parts), back)._replace(notes=notes)
     if isinstance(first, Past):
         layers = range(len(first.keys))
         return Past(
@@ -147,14 +149,24 @@ def _joined(parts: list[Any], groups: list[tuple[int, Tensor]]) -> Any:
             tuple(torch.cat([part.values[n] for part in parts])[back] for n in layers),
             torch.cat([part.mask for part in parts])[back],
             torch.cat([part.next for part in parts])[back],
-            _notes([part.notes for part in parts], back),
+            _notes([part.notes for part in parts], sizes, back),
         )
     return tuple(_joined([part[n] for part in parts], groups) for n in range(len(first)))
 
 
-def _notes(parts: list[Mapping[str, Tensor]], back: Tensor) -> dict[str, Tensor]:
-    names = set.intersection(*map(set, parts))
-    return {name: torch.cat([part[name] for part in parts])[back] for name in sorted(names)}
+def _notes(parts: list[Mapping[str, Tensor]], sizes: list[int], back: Tensor) -> dict[str, Tensor]:
+    """The notes of all groups; zeros for rows whose edit has none of a name, and reads none."""
+    known: dict[str, Tensor] = {}
+    for part in parts:
+        known = {**part, **known}
+    joined = {}
+    for name, like in sorted(known.items()):
+        mine = [
+            part[name] if name in part else like.new_zeros(size, *like.shape[1:])
+            for part, size in zip(parts, sizes)
+        ]
+        joined[name] = torch.cat(mine)[back]
+    return joined
 
 
 def _past_rows(past: Past, rows: Tensor) -> Past:

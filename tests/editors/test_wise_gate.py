@@ -7,13 +7,16 @@ import pytest
 import torch
 
 from errata.bench.protocols import reach_of
-from errata.editors import make
+from errata.editors import FinetuneConfig, make
 from errata.functional import (
     Base,
     EditRecord,
     Header,
     Masked,
+    Model,
+    Query,
     bind,
+    bind_rows,
     generate,
     prefix,
     rows,
@@ -229,3 +232,27 @@ def test_one_delta_may_lie_on_another():
     batch = rows.take(embedded(both, queries), slice(0, 2))
     _, past = both.decode(both.params, batch, keep=True)
     assert {name[-7:] for name in past.notes} == {"memory0", "memory1"}
+
+
+def test_rows_beside_it_may_run_with_other_deltas_or_none():
+    """`bind_rows`: what was chosen at the prompt lasts where other rows chose nothing."""
+    model = tiny("llava")
+    queries = asked(model)
+    delta = one_by_one(model, quick(num_steps=20, lr=0.5), queries[:1])
+    other = make(FinetuneConfig(num_steps=1))
+    dense, _ = other.edit(model, other.init(model, seeded()), queries[2:])
+    mixed = bind_rows(model, [delta, dense], [0, -1, 1])
+    for row, alone in enumerate((bind(model, delta), model, bind(model, dense))):
+        got, want = second(mixed, queries)[row], second(alone, queries)[row]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def second(model: Model, queries: list[Query]) -> torch.Tensor:
+    """[B 1 V] what follows the prompts and one more token."""
+    inputs = model.read([query._replace(target="") for query in queries])
+    batch = model.embed(model.params, inputs)
+    last = inputs.mask.sum(-1)[:, None] - 1
+    _, past = model.decode(model.params, batch, at=last, keep=True)
+    token = torch.full((len(queries), 1), 7)
+    behind = model.extend(model.params, token, past, edit=batch.edit)
+    return model.decode(model.params, behind, past=past)
