@@ -25,7 +25,9 @@ from errata.functional import (
     LowRank,
     Masked,
     Prompt,
+    Scope,
 )
+from errata.functional.entries import Sizes
 from errata.functional.io import view
 from errata.functional.peek import KEY
 from errata.functional.safe import canonical
@@ -58,6 +60,8 @@ def sample(seed: int) -> Delta:
         entries.append(_experts(draw, count))
     if seed > 9 and seed % 4 == 1:
         entries.append(_masked(draw, count))
+    if seed > 9 and seed % 4 == 2:
+        entries.append(_scope(draw, count))
     if draw.random() < 0.3:
         entries.append(_memory(count, draw))
     header = Header(
@@ -120,6 +124,18 @@ def _masked(draw: random.Random, count: int) -> Masked:
     name = "model.language_model.layers.8.mlp.up_proj.weight"
     owners = tuple(draw.randrange(2) for _ in range(count))
     return Masked(name=name, checkpoint=name, shape=(4, 6), counts=(3, 3), owners=owners)
+
+
+def _scope(draw: random.Random, count: int) -> Scope:
+    name = "model.language_model.lm_head.weight"
+    sizes = Sizes(
+        model=4, width=4, heads=2, classifier=1, counterfactual=draw.randint(1, 2), inner=3, key=2,
+        looks=1,
+    )  # fmt: skip
+    return Scope(
+        name=name, checkpoint=name, shape=(7, 4), sizes=sizes, slots=count, replies=2, prompts=3,
+        owners=tuple(range(count)), gate=draw.choice(["soft", "hard"]),
+    )  # fmt: skip
 
 
 class File(NamedTuple):

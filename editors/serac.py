@@ -269,9 +269,9 @@ def reader_of(model: Model) -> Tensor:
         return read_as(model, model.params, hidden, none)
 
     # J v as the gradient of <J^T u, v> in u: forward mode would go through torch.jit
-    logits, pull = torch.func.vjp(read, zero)
-    _, push = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(logits))
-    (found,) = push(every)
+    there = torch.func.vjp(read, zero)
+    back = torch.func.vjp(lambda u: there[1](u)[0], torch.zeros_like(there[0]))
+    (found,) = back[1](every)
     columns = found[0].float()  # [D V]
     columns = columns - columns.mean(1, keepdim=True)
     square = columns @ columns.mT / columns.shape[1]

@@ -104,8 +104,8 @@ def net_of(weights: Mapping[str, Tensor]) -> Net:
     def stack(name: str) -> Stack:
         return Stack(*(weights[f"{name}.{part}"] for part in Stack._fields))
 
-    whole = {"classify": stack("classify"), "say": stack("say")}
-    return Net(**{n: whole[n] if n in whole else weights[n] for n in Net._fields})
+    plain = {name: weights[name] for name in Net._fields if name not in ("classify", "say")}
+    return Net(**plain, classify=stack("classify"), say=stack("say"))
 
 
 def named(net: Net) -> dict[str, Tensor]:
