@@ -159,8 +159,10 @@ def _fill(
     ready = together(shard.kept, ready)
     ready = ready._replace(batch=ready.batch._replace(edit=torch.zeros_like(ready.batch.edit)))
     where = _positions(shard.side, site)[None]
-    values, nearest = train(model, site, ready, where, shard.side.values[None], config)
-    unseen = len(shard.side.edits) + len(queries) - len(ready.given)  # activations as they were
+    # With all its edits at hand a memory is trained anew: one after another is all at once.
+    unseen = len(shard.side.edits) + len(queries) - len(ready.given)
+    start = shard.side.values if unseen else torch.zeros_like(shard.side.values)
+    values, nearest = train(model, site, ready, where, start[None], config)
     numbers = range(len(state.edits), len(state.edits) + len(queries))
     side = shard.side._replace(
         values=values[0],
@@ -267,6 +269,7 @@ PRESETS: dict[str, WiseConfig] = {
     "micro": WiseConfig(
         site="mlp.up",
         layer=-1,
+        mask_ratio=0.5,
         optimizer="adam",
         lr=3e-2,
         weight_decay=0.0,
