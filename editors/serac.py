@@ -139,19 +139,19 @@ def serac(config: SeracConfig = SeracConfig()) -> Editor:
         made = _made(model, state, config, queries)
         slots = Slots(*(padded(pair) for pair in zip(state.slots, made)))
         records = header_for(model, "serac", config, (), queries).edits
-        homes = {_question(state.edits[k]): s for k, s in enumerate(state.owners) if s >= 0}
-        owners, chosen = list(state.owners), list(range(len(state.slots.keys)))
-        for number, record in enumerate(records, len(state.slots.keys)):
-            slot = homes.setdefault(_question(record), len(chosen))
-            if slot == len(chosen):
-                chosen.append(number)
+        owners, chosen = state.owners, list(range(len(state.slots.keys)))
+        for number, record in enumerate(records):
+            slot = _home_of(record, owners, (*state.edits, *records[:number]))
+            if slot is None:
+                slot = len(chosen)
+                chosen.append(len(state.slots.keys) + number)
             else:
-                owners = [-1 if owner == slot else owner for owner in owners]
-                chosen[slot] = number
-            owners.append(slot)
+                owners = tuple(-1 if owner == slot else owner for owner in owners)
+                chosen[slot] = len(state.slots.keys) + number
+            owners = (*owners, slot)
         if chosen != list(range(len(slots.keys))):
             slots = Slots(*(part[torch.tensor(chosen, device=part.device)] for part in slots))
-        after = state._replace(slots=slots, owners=tuple(owners), edits=state.edits + records)
+        after = state._replace(slots=slots, owners=owners, edits=state.edits + records)
         return _delta(model, config, after, slots, queries, earlier=state.edits), after
 
     def each(model: Model, state: Remembering, queries: Sequence[Query]) -> Delta:
@@ -159,10 +159,10 @@ def serac(config: SeracConfig = SeracConfig()) -> Editor:
         count = len(queries)
         given = (part[None].expand(count, *part.shape) for part in state.slots)
         slots = Slots(*(padded((old, new[:, None]), 1) for old, new in zip(given, made)))
-        homes = {_question(state.edits[k]): s for k, s in enumerate(state.owners) if s >= 0}
         owners = []
         for number, record in enumerate(header_for(model, "serac", config, (), queries).edits):
-            owners.append(homes.get(_question(record), slots.keys.shape[1] - 1))
+            home = _home_of(record, state.owners, state.edits)
+            owners.append(slots.keys.shape[1] - 1 if home is None else home)
             for part in slots:  # a replaced edit's slot stands twice: the first decides
                 part[number, owners[-1]] = part[number, -1]
         fresh_state = state._replace(owners=tuple(owners))
@@ -349,8 +349,12 @@ def _answers(model: Model, reader: Tensor, batch: Batch) -> Tensor:
     return found / size * keep[..., None]
 
 
-def _question(record: EditRecord) -> tuple[str, tuple[str, ...]]:
-    return record.prompt, record.images
+def _home_of(record: EditRecord, owners: Sequence[int], edits: Sequence[EditRecord]) -> int | None:
+    """The slot of an edit of the same question about the same pictures, if there is one."""
+    for slot, known in zip(owners, edits):
+        if slot >= 0 and known.prompt == record.prompt and known.images == record.images:
+            return slot
+    return None
 
 
 def _delta(

@@ -26,7 +26,10 @@ def padded(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
     if tensors[0].ndim <= where + 1:
         return torch.cat(list(tensors), axis)
     most = max(tensor.shape[where] for tensor in tensors)
-    return torch.cat([F.pad(t, (0, 0, 0, most - t.shape[where])) for t in tensors], axis)
+    short = [most - tensor.shape[where] for tensor in tensors]
+    # a memory that is long enough is not copied twice
+    wide = [F.pad(t, (0, 0, 0, more)) if more else t for t, more in zip(tensors, short)]
+    return torch.cat(wide, axis)
 
 
 def _join(given: Sequence[Part | int]) -> Part:
