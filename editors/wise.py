@@ -23,7 +23,10 @@ Sources: Wang et al. 2024 (arXiv 2405.14768); EasyEdit `models/wise/WISE.py`. Di
   question that locality is then measured by. Questions about the edit's own picture, and the edit's
   question without its picture, can join (`beside`).
 * Weight decay acts under the mask only (theirs moves all of W), the map keeps its bias, a mask has
-  its ratio exactly and follows from the edit's name, and asking a question merges nothing.
+  its ratio exactly and follows from the edit's name, asking a question merges nothing, and the
+  answer's loss is a mean over the answer (theirs counts one token of the prompt more, as zero).
+* Earlier edits of a memory can be trained along (`replay`), answers and gate both; with all of them
+  at hand a memory is trained anew, so that edits one after another are as good as all at once.
 
 Cost of an edit: its rows and the unrelated ones once up to the site; then `num_steps` forwards and
 backwards of its own rows from the site's layer on (`wise_train.py`).
