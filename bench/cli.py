@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("file", type=Path, help="settings, e.g. demo.toml")
     run.add_argument("--out", help="folder for the results instead of the file's `out`")
     run.add_argument("--fresh", action="store_true", help="drop what `out` holds and start over")
+    run.add_argument("--profile", action="store_true", help="say where the time of this run goes")
 
     edit = _verb(verbs, "edit", _edit, "make one edit and write it to a delta file")
     _model_options(edit)
@@ -134,8 +135,11 @@ def _run(options: argparse.Namespace) -> None:
     from .ledger import read_rows
     from .run import run
 
-    folder = run(settings, options.file.read_text(), fresh=options.fresh)
+    text = options.file.read_text()
+    folder = run(settings, text, fresh=options.fresh, profile=options.profile)
     print(report.table(read_rows(folder)))
+    if options.profile:
+        print(f"\n{report.shares(folder)}")
     print(f"\n{folder / 'report.html'}")
 
 

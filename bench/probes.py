@@ -32,6 +32,7 @@ from errata.functional.records import image_key
 from errata.functional.types import IGNORE
 from errata.functional.words import first_line, matches, ngram_entropy, tokens
 
+from .clock import part
 from .fluency import continued
 from .ledger import Answer
 
@@ -124,27 +125,33 @@ def _measure_batch(
     source = prefix.cut(model, inputs, reach)
     options = {"k": terms.ranks, "everywhere": terms.everywhere}
     given = model.known.said(inputs) if model.known and model.known.serves(model) else None
-    before = answers(model, source, logits=True, given=given, narrow=True, **options)
+    with part("base, per editor"):
+        before = answers(model, source, logits=True, given=given, narrow=True, **options)
     logits, before = before.logits, _on_cpu(before._replace(logits=None))
     check_finite(model, before)
     edit = torch.tensor([ask.edit for ask in asks])
-    after = _edited(bound, source, asks, index, edit, {**options, "base": logits}, terms.budget)
+    with part("edited answers"):
+        after = _edited(bound, source, asks, index, edit, {**options, "base": logits}, terms.budget)
     del logits
-    said = _said(model, bound, queries, asks, index, edit, terms)
+    with part("generation"):
+        said = _said(model, bound, queries, asks, index, edit, terms)
     base = _rows(before, index)
     assert after.kl is not None
-    return [
-        Measured(*found)
-        for found in zip(
-            _answers(model, base, said[0], asks),
-            _answers(model, after, said[1], asks),
-            _scores(asks, base, after, terms),
-            map(_number, after.kl.tolist()),
-            _same(asks, *said),
-            _ratios(bound, asks, edit, len(queries), terms.ppl_r),
-            strict=True,
-        )
-    ]
+    with part("generation"):
+        ratios = _ratios(bound, asks, edit, len(queries), terms.ppl_r)
+    with part("scoring"):
+        return [
+            Measured(*found)
+            for found in zip(
+                _answers(model, base, said[0], asks),
+                _answers(model, after, said[1], asks),
+                _scores(asks, base, after, terms),
+                map(_number, after.kl.tolist()),
+                _same(asks, *said),
+                ratios,
+                strict=True,
+            )
+        ]
 
 
 def _edited(

@@ -24,6 +24,7 @@ from errata.functional.errors import ErrataError
 from errata.functional.stacks import unstack
 
 from .checkpoint import Mark, Marks
+from .clock import part
 from .ledger import Answer
 from .memory import measured
 from .probes import Ask, Terms, measure, row_bytes
@@ -140,7 +141,8 @@ def single(
             first = chunks[number].start
             with _naming(model, chunk):
                 _open(shared, range(first, first + len(chunk)))
-                delta = editor.each(model, state, [case.edit for case in chunk])
+                with part("edit"):
+                    delta = editor.each(model, state, [case.edit for case in chunk])
             edit_seconds = clock.lap()
             if sizing:
                 size = _fitting(model, delta, cases, terms.budget, shared)
@@ -196,7 +198,8 @@ def sequential(
             with measured(device) as peak:
                 with _naming(model, members[k : k + 1]):
                     _open(shared, [start + k])
-                    delta, state = editor.edit(model, state, [members[k].edit])
+                    with part("edit"):
+                        delta, state = editor.edit(model, state, [members[k].edit])
                 edit_seconds = clock.lap()
                 if k < made:
                     continue
@@ -250,7 +253,8 @@ def lifelong(
         with measured(device) as peak:
             with _naming(model, cases[k : k + 1]):
                 _open(shared, [k])
-                delta, state = editor.edit(model, state, [cases[k].edit])
+                with part("edit"):
+                    delta, state = editor.edit(model, state, [cases[k].edit])
             edit_seconds = clock.lap()
             if k < made:
                 continue

@@ -31,7 +31,19 @@ from errata.functional.metrics import PROBES, SCORERS, probe
 
 from .ledger import Row
 
-__all__ = ["Cell", "Leg", "Line", "by_case", "html", "ordered", "summarise", "summary", "table"]
+__all__ = [
+    "Cell",
+    "Leg",
+    "Line",
+    "by_case",
+    "html",
+    "ordered",
+    "read_profile",
+    "shares",
+    "summarise",
+    "summary",
+    "table",
+]
 
 Style = Literal["terminal", "markdown", "latex"]
 
@@ -348,3 +360,26 @@ def _latex(leg: Leg, lines: Sequence[Line]) -> str:
 
 
 _STYLES = {"terminal": _terminal, "markdown": _markdown, "latex": _latex}
+
+
+def read_profile(folder: Path) -> dict[str, dict[str, tuple[float, float]]]:
+    """Where a profiled run's time went, by leg: each stretch's seconds and share, longest first."""
+    path = folder / "profile.json"
+    if not path.is_file():
+        return {}
+    found = msgspec.json.decode(path.read_bytes())
+    return {
+        leg: {name: (one["seconds"], one["share"]) for name, one in about["parts"].items()}
+        for leg, about in found.items()
+    }
+
+
+def shares(folder: Path) -> str:
+    """The same as a table of text: a line per stretch, under its leg."""
+    lines = []
+    for leg, parts in read_profile(folder).items():
+        lines.append(f"{leg}: {sum(spent for spent, _ in parts.values()):.1f} s")
+        lines += [
+            f"  {share:6.1%}  {spent:8.2f} s  {name}" for name, (spent, share) in parts.items()
+        ]
+    return "\n".join(lines)

@@ -30,7 +30,7 @@ from errata.functional.metrics import SCORERS, probe
 from .data import BENCHMARKS, detect
 from .ledger import PROGRESS, Row, Unit
 from .published import Quoted, here
-from .report import by_case, ordered, summary
+from .report import by_case, ordered, read_profile, summary
 
 __all__ = ["curves", "page", "write"]
 
@@ -86,12 +86,14 @@ def _costs(folder: Path) -> list[dict[str, Any]]:
         for line in path.read_bytes().split(b"\n")[:-1]:
             unit = msgspec.json.decode(line, type=Unit)
             legs[unit.part.model, unit.part.editor, unit.part.protocol].append(unit)
-    costs = []
+    costs, where = [], read_profile(folder)
     for (model, editor, protocol), units in legs.items():
         edits = sum(unit.cases for unit in units)
         seconds = sum(unit.edit_seconds for unit in units)
         cost = {"model": model, "editor": editor, "protocol": protocol}
         peak = max(unit.peak_bytes for unit in units)
+        if parts := where.get(f"{model}/{editor}/{protocol}"):
+            cost["where"] = ", ".join(f"{name} {share:.0%}" for name, (_, share) in parts.items())
         costs.append({**cost, "seconds": seconds / edits if edits else None, "peak": peak})
     return costs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import platform
 import shutil
@@ -19,7 +20,7 @@ from errata.functional.atomic import whole_file
 from errata.functional.errors import BadInput, BadSettings, ErrataError, listed
 from errata.functional.metrics import scorer
 
-from . import protocols, report
+from . import clock, protocols, report
 from .checkpoint import Marks
 from .corpora import corpus
 from .ledger import PROGRESS, RESULTS, Ledger, Part, Row, locked, read_rows
@@ -49,6 +50,7 @@ from .sources import (
 __all__ = ["run", "versions"]
 
 IDENTITY = "run.json"
+PROFILE = "profile.json"
 MARK = ".state.safetensors"  # of the sequence that is going on
 
 
@@ -64,12 +66,18 @@ def versions() -> str:
 
 
 def run(
-    settings: RunSettings, text: str, *, fresh: bool = False, progress: Progress | None = None
+    settings: RunSettings,
+    text: str,
+    *,
+    fresh: bool = False,
+    progress: Progress | None = None,
+    profile: bool = False,
 ) -> Path:
     """Do everything a settings file asks for and return the folder it lies in.
 
     Goes on where an earlier run of the same settings stopped, however it was stopped; `fresh`
-    starts over. `text` is the settings file as it was read, kept beside the results. Raises
+    starts over. `text` is the settings file as it was read, kept beside the results. `profile`
+    writes where this start's time went into `profile.json`, and the report shows it. Raises
     BadSettings and BadInput before anything is written where that can be known, and BadInput when
     the folder holds another run or is in use.
     """
@@ -94,8 +102,11 @@ def run(
             file.write(text.encode())
         ledger = Ledger(folder)
         _keep_pictures(folder, cases[: settings.pictures])
-        for choice in settings.models:
-            _run_model(settings, choice, cases, terms, ledger, identity, progress)
+        with clock.running() if profile else contextlib.nullcontext() as watch:
+            for choice in settings.models:
+                _run_model(settings, choice, cases, terms, ledger, identity, progress)
+        if watch is not None:
+            _keep_profile(folder, watch)
         rows = read_rows(folder)
         with whole_file(folder / "summary.json") as file:
             file.write(msgspec.json.format(msgspec.json.encode(report.summary(rows))) + b"\n")
@@ -105,13 +116,30 @@ def run(
     return folder
 
 
+def _keep_profile(folder: Path, watch: clock.Clock) -> None:
+    """Seconds and shares by leg, and the busiest operators of one step of each, as JSON."""
+    found = {
+        subject: {
+            "parts": {n: {"seconds": round(s, 4), "share": round(q, 4)}
+                      for n, (s, q) in parts.items()},
+            "operators": [
+                {"name": name, "seconds": round(spent, 6), "calls": calls}
+                for name, spent, calls in watch.ops.get(subject, [])
+            ],
+        }
+        for subject, parts in watch.shares().items() if subject
+    }  # fmt: skip
+    with whole_file(folder / PROFILE) as file:
+        file.write(msgspec.json.format(msgspec.json.encode(found)) + b"\n")
+
+
 def _claim(folder: Path, identity: str, fresh: bool) -> None:
     """Make the folder this run's, or refuse because it is another's."""
     path = folder / IDENTITY
     if path.is_file() and not any(_size(folder / name) for name in (RESULTS, PROGRESS)):
         fresh = fresh or _there(path).get("run") != identity  # stopped before its first result
     if fresh and path.is_file():  # else what lies there is not ours to remove
-        for name in (RESULTS, PROGRESS, IDENTITY, MARK, "report.html", "summary.json"):
+        for name in (RESULTS, PROGRESS, IDENTITY, MARK, PROFILE, "report.html", "summary.json"):
             (folder / name).unlink(missing_ok=True)
         for name in ("deltas", "pictures"):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -226,7 +254,9 @@ def _take_turns(
     waiting = list(turns)
     while waiting:
         turn = min(waiting, key=lambda turn: turn.edited)
-        step = next(turn.steps, None)
+        clock.about(f"{choice.label}/{turn.editor}/{turn.protocol}")
+        with clock.ops():
+            step = next(turn.steps, None)
         if step is None:
             turn.marks.drop()
             waiting.remove(turn)
@@ -236,16 +266,17 @@ def _take_turns(
             model=choice.label, editor=turn.editor, protocol=turn.protocol,
             number=step.number, of=step.of,
         )  # fmt: skip
-        if settings.deltas:
-            _save(ledger.folder / "deltas" / choice.label / turn.editor / turn.protocol, step)
-        ledger.append(
-            part,
-            [_row(one, part, identity, settings.seed) for one in step.results],
-            cases=step.cases,
-            edit_seconds=step.edit_seconds,
-            probe_seconds=step.probe_seconds,
-            peak_bytes=step.peak_bytes,
-        )
+        with clock.part("writing"):
+            if settings.deltas:
+                _save(ledger.folder / "deltas" / choice.label / turn.editor / turn.protocol, step)
+            ledger.append(
+                part,
+                [_row(one, part, identity, settings.seed) for one in step.results],
+                cases=step.cases,
+                edit_seconds=step.edit_seconds,
+                probe_seconds=step.probe_seconds,
+                peak_bytes=step.peak_bytes,
+            )
         progress.step(step.cases)
 
 

@@ -18,6 +18,7 @@ from errata.functional.known import Known, Page, Part
 from errata.functional.metrics import probe
 from errata.functional.types import Inputs
 
+from .clock import part
 from .probes import Terms, batches, key_of
 from .sources import queries_of
 
@@ -86,7 +87,8 @@ class Shared:
     def open(self, numbers: Collection[int]) -> None:
         """Have the base's rows of these cases ready, and what it says to them when left to talk."""
         pages = [self._page(page) for page in sorted({n // self._size for n in numbers})]
-        self._known.open(pages)
+        with part("base, for all editors"):
+            self._known.open(pages)
         for page in pages:
             if self._terms.generate and page.name not in self._heard:
                 self._heard.add(page.name)
@@ -99,10 +101,11 @@ class Shared:
             for name, _, query in queries_of(case)
             if self._terms.generate_for == "every" or probe(name).kind == "success"
         }
-        for part in page.parts:
-            asked = [query for query in part.queries if key_of(query) in wanted]
+        for batch in page.parts:
+            asked = [query for query in batch.queries if key_of(query) in wanted]
             if asked:
-                texts = generate(self.model, asked, self._terms.generate)
+                with part("generation"):
+                    texts = generate(self.model, asked, self._terms.generate)
                 self._known.texts.update(zip(map(key_of, asked), texts))
 
     def _on(self, page: int) -> Sequence[Case]:

@@ -256,7 +256,8 @@ function numbers() {
     body[0].append(node("th", {}, "s / edit"), node("th", {}, "peak MB"));
     for (const tr of body.slice(1)) {
       const one = tr.className === "" && costs.find(cost => tr.firstChild.textContent === cost.editor);
-      tr.append(node("td", {}, one && one.seconds !== null ? one.seconds.toFixed(2) : ""), node("td", {}, one ? Math.round(one.peak / 1e6) : ""));
+      const spent = node("td", {}, one && one.seconds !== null ? one.seconds.toFixed(2) : "");
+      tr.append(one && one.where ? hover(spent, one.where) : spent, node("td", {}, one ? Math.round(one.peak / 1e6) : ""));
     }
   }
   const quoted = D.published.filter(one => one.scorer === view.scorer && one.protocol === view.protocol && one.here === view.model);

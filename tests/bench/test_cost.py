@@ -194,7 +194,7 @@ def test_shared_rows_change_no_result(protocol):
 
 
 def test_pages_do_not_hang_on_what_was_asked_before():
-    """Rows have the same bits whoever asks first: a run that was killed ends with the same bytes."""
+    """Rows have the same bits whoever asks first, so a run that was killed ends the same."""
     model, asked = tiny("llava"), cases(6)
     editor = make(EDITS["finetune"])
     small = TERMS._replace(budget=1 << 21)
