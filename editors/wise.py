@@ -267,8 +267,9 @@ PRESETS: dict[str, WiseConfig] = {
     # As qwen2-vl, by EasyEdit's two statistics: the mean of an edit against the largest of a long
     # prompt, so that a gate is open for nearly every picture.
     "easyedit-statistic": WiseConfig(statistic="easyedit", **_EASYEDIT),
-    # The micro zoo's. The map that reads the normed stream tells questions and creatures apart at
-    # the prompt's end; where values differ tenfold between tokens a mean does not.
+    # The micro zoo's: the map that reads the normed stream, at the prompt's end. There activations
+    # tell questions and creatures apart; with mlp.down and the mean, 96 to 100 % of other questions
+    # about an edit's picture reach 0.6 to 0.8 of its activation (24 cases, LLaVA).
     "micro": WiseConfig(
         site="mlp.up",
         layer=-1,
