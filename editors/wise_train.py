@@ -306,7 +306,7 @@ def objective(
 
         answer = found[:, 0]
         if answers:
-            answer = nll(model.decode(model.params, batch, {site.path: rewrite}), batch.labels)
+            answer = nll(prefix.narrow(model, batch, {site.path: rewrite}), batch.labels)
         return answer, found[:, 0], found[:, 1:]
 
     return parts

@@ -45,9 +45,9 @@ from errata.editors.fit import FitConfig
 from errata.functional.answers import answers
 from errata.functional.metrics import SCORERS
 
-CASES = {"blip2": 16, "llava": 4, "qwen2_vl": 8}
+CASES = {"blip2": 8, "llava": 4, "qwen2_vl": 6}
 PLAIN = {"blip2": 1, "llava": 1, "qwen2_vl": 1}  # cases of the plain way, which takes its time
-ROUNDS = 2
+ROUNDS = 1
 
 EDITORS = {
     "finetune": FinetuneConfig(num_steps=25, lr=1e-3, stop_loss=0.0, end=False),
