@@ -56,8 +56,9 @@ def functions(model: Model, plan: Plan) -> dict[str, Any]:
                 return one.decode(one.params, part, rewrites, **_option_rows(options, rows))
 
             return _apart(model, plan, params, batch, run)
-        batch = batch._replace(notes=dict(batch.notes))
-        return _noted(model.decode(params, batch, at(batch, rewrites), **options), batch.notes)
+        given, batch = batch.notes, batch._replace(notes=dict(batch.notes))
+        found = model.decode(params, batch, at(batch, rewrites), **options)
+        return _noted(found, given, batch.notes)
 
     def thin(params: Params, batch: Batch, rewrites: Rewrites = NONE, **options):
         if plan.apart:
@@ -66,8 +67,8 @@ def functions(model: Model, plan: Plan) -> dict[str, Any]:
                 return one.thin(one.params, part, rewrites, **_option_rows(options, rows))
 
             return _apart(model, plan, params, batch, run)
-        batch = batch._replace(notes=dict(batch.notes))
-        return _noted(model.thin(params, batch, at(batch, rewrites), **options), batch.notes)
+        given, batch = batch.notes, batch._replace(notes=dict(batch.notes))
+        return _noted(model.thin(params, batch, at(batch, rewrites), **options), given, batch.notes)
 
     def extend(
         params: Params,
@@ -88,11 +89,17 @@ def functions(model: Model, plan: Plan) -> dict[str, Any]:
     return {"embed": embed, "decode": decode, "thin": thin, "extend": extend}
 
 
-def _noted(result: Any, notes: Mapping[str, Tensor]) -> Any:
-    """A result with the notes of this run: where deltas lie on one another each run has its own."""
+def _noted(result: Any, given: Mapping[str, Tensor], notes: Mapping[str, Tensor]) -> Any:
+    """A result with what this run has noted: where deltas lie on one another each has a dict.
+
+    What was given and stays as it was is left out: a delta below may have noted something newer.
+    """
     if isinstance(result, Batch | Past):
-        return result._replace(notes={**result.notes, **notes})
-    return tuple(_noted(part, notes) for part in result) if isinstance(result, tuple) else result
+        own = {name: note for name, note in notes.items() if given.get(name) is not note}
+        return result._replace(notes={**result.notes, **own})
+    if isinstance(result, tuple):
+        return tuple(_noted(part, given, notes) for part in result)
+    return result
 
 
 def _apart(model: Model, plan: Plan, params: Params, batch: Batch, run) -> Any:

@@ -47,7 +47,8 @@ class _Parts(NamedTuple):
     stacked: bool
 
     def name(self, what: str) -> str:
-        return f"{self.entry.name}.{what}"
+        """The name of a note or an extra of this entry's own."""
+        return f"{self.entry.name}.scope.{what}"
 
     def of(self, tensor: Tensor, index: Tensor, edit: Tensor) -> Tensor:
         """Each row's slot of a tensor that has one per edit in memory."""
@@ -133,7 +134,7 @@ def _wrapped(parts: _Parts, model: Model) -> Model:
         **options: Any,
     ) -> Any:
         known(batch, "decode")
-        if batch.depth == 0:
+        if batch.depth == 0 and said not in batch.extras:
             batch = _judged(parts, batch, past)
         found = model.decode(
             params, batch, rewrites or {}, stop=stop, at=at, past=past, keep=keep, **options
@@ -192,8 +193,8 @@ def _judged(parts: _Parts, batch: Batch, past: Past | None) -> Batch:
         parts.name("slot@b"): index,
     }
     kept = dict(zip(names, whole)) | {parts.name("share"): share, parts.name("slot"): index}
-    notes = {name: note for name, note in notes.items() if name != parts.name("later")}
-    return batch._replace(extras={**batch.extras, **mine}, notes={**notes, **kept})
+    others = {name: note for name, note in notes.items() if name != parts.name("later")}
+    return batch._replace(extras={**batch.extras, **mine}, notes={**others, **kept})
 
 
 def _found(parts: _Parts, key: Tensor, edit: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from errata import adapters
 from errata.bench.data import world
 from errata.editors import statefile
 from errata.editors.fit import FitConfig, fit
+from errata.editors.liveedit import LiveEditConfig, liveedit
 from errata.editors.serac import (
     PRESETS,
     SeracConfig,
@@ -62,7 +63,7 @@ def share_of(bound, batch) -> torch.Tensor:
     """The similarity that the bound model decided by."""
     name = bound.deltas[-1].header.entries[0].name
     _, past = bound.decode(bound.params, batch, keep=True)
-    return past.notes[f"{name}.share"]
+    return past.notes[f"{name}.scope.share"]
 
 
 def test_a_soft_gate_mixes_the_two_answers_by_the_similarity():
@@ -164,6 +165,28 @@ def test_a_batch_it_has_not_seen_from_below_is_refused():
     torch.testing.assert_close(bound.decode(bound.params, thinned), whole, rtol=1e-4, atol=1e-5)
     with pytest.raises(BadInput, match="batches at depth 0"):
         bound.decode(bound.params, model.decode(model.params, batch, stop=2))
+
+
+def test_deltas_above_and_below_keep_their_notes():
+    """LiveEdit chooses experts at the prompt and keeps the choice, as the gate does."""
+    model = tiny()
+    delta, _ = edited(model, HARD, [query(0, "in a town")])
+    experts = liveedit(LiveEditConfig())
+    other, _ = experts.edit(
+        model, experts.init(model, torch.Generator().manual_seed(0)), [query(1)]
+    )
+    for bound in (bind(bind(model, delta), other), bind(bind(model, other), delta)):
+        batch = embedded(bound, [query(0, "in a town"), query(1, "in a town")])
+        whole = bound.decode(bound.params, batch)
+        prompt = embedded(bound, [query(0, ""), query(1, "")])
+        last = prompt.mask.sum(1, keepdim=True) - 1
+        logits, past = bound.decode(bound.params, prompt, at=last, keep=True)
+        assert any(".scope." in name for name in past.notes)
+        assert any(".scope." not in name for name in past.notes)
+        for t in range(3):
+            torch.testing.assert_close(logits[:, 0], whole[:, t], rtol=1e-4, atol=1e-4)
+            new = bound.extend(bound.params, batch.labels[:, t : t + 1], past)
+            logits, past = bound.decode(bound.params, new, past=past, keep=True)
 
 
 def test_company_and_padding_change_nothing():
