@@ -19,10 +19,13 @@ Source: LiveEdit (CVPR 2025, arXiv 2411.15432), qizhou000/LiveEdit. Different fr
 * Experts beside a row's own are a random subset of the lesson's, not a prefix of the batch: there
   the first expert is a distractor in 8 of 9 steps and the last in 1 of 9.
 * Localities of every kind are learned from, text among them; there only those with a picture.
+* With `blend` "both" chosen experts are weighed by vision too: of two alike creatures asked the
+  same, a query alone can not tell which was edited.
 * `apart` compares each expert with the sentinel, as the gate does. The hard loss is a softmax over
   the lesson's experts, and lets any of them pass the gate as long as it is not the largest.
 * Half of a lesson's experts are made from the answer alone, so that makers learn to read it rather
   than to know the training's answers by heart.
+* With `places` makers know the order of an answer's tokens; the original's have to guess it.
 * Edits and questions without a picture work: see `functional/experts.py`.
 * Many edits are made in one forward, each as if alone.
 
@@ -79,6 +82,7 @@ class LiveEditConfig(
     heads: Annotated[int, msgspec.Meta(ge=1)] = 8
     rank: Annotated[int, msgspec.Meta(ge=1)] = 4
     strength: float = 0.2  # experts start this strong: 1 / `lora_scale` of the original
+    places: Annotated[int, msgspec.Meta(ge=0)] = 0  # of answer tokens that makers tell apart
     sentinel: Annotated[int, msgspec.Meta(ge=1)] = 32  # tokens of the sentinel picture
     sentinel_text: Annotated[int, msgspec.Meta(ge=1)] = 8  # and of its stand-in without a picture
     blend: Blend = "query"  # what chosen experts are weighed by; "query" is the published
@@ -213,7 +217,17 @@ def about(model: Model, config: LiveEditConfig) -> dict[str, Any]:
     """What a trained state fits: the architecture of the networks, and the layer."""
     site = site_of(model, config)
     base = base_of(model, [site.weight])
-    sizes = ("width", "slots", "heads", "rank", "sentinel", "sentinel_text", "strength", "blend")
+    sizes = (
+        "width",
+        "slots",
+        "heads",
+        "rank",
+        "sentinel",
+        "sentinel_text",
+        "strength",
+        "blend",
+        "places",
+    )
     return {
         "editor": "liveedit",
         "layer": site.layer,
@@ -240,7 +254,7 @@ def _fresh(model: Model, config: LiveEditConfig, generator: torch.Generator) -> 
         raise BadSettings(f"LiveEdit for {model.card.id}: {'; '.join(wrong)}.")
     nets = networks(
         width, config.slots, config.width, config.rank, config.sentinel, config.sentinel_text,
-        generator,
+        generator, config.places,
     )  # fmt: skip
     device = model.params[site.weight].device
     nets = pytree.tree_map(lambda tensor: tensor.to(device), nets)
@@ -326,7 +340,7 @@ PRESETS: dict[str, LiveEditConfig] = {
     "minigpt4": LiveEditConfig(layer=21, sentinel=32, end=False),
     # the micro zoo's: trained states come with the package
     "micro": LiveEditConfig(
-        layer=1, width=64, heads=4, rank=8, sentinel=8, sentinel_text=4, blend="both", most=16,
-        strength=1.0, trained="shipped",
+        layer=1, width=64, heads=4, rank=8, places=6, sentinel=8, sentinel_text=4, blend="both",
+        most=16, strength=1.0, trained="shipped",
     ),
 }  # fmt: skip

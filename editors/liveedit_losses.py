@@ -36,7 +36,7 @@ __all__ = ["Likeness", "apart", "hard", "lesson_loss", "likeness", "soft"]
 FAINT = 1e-4  # the weight of all experts together below which a row is as the base's
 
 
-REACH = 3.0  # how much worse it is to shut out a question than to let in one that the soft
+REACH = 6.0  # how much worse it is to shut out a question than to let in one that the soft
 # weights still turn away
 BLIND = 0.5  # the share of edits whose makers see the answer alone, and can not learn it by heart
 
@@ -114,16 +114,20 @@ def _with_experts(nets: Nets, pool: Pool, weights: Tensor, hidden: Tensor) -> Te
 
 
 def _answers(model: Model, lesson: Lesson, asks: Batch, felt: Tensor) -> Tensor:
-    """[B] NLL where edits should reach, KL of localities; 0, without running it, for one of these
-    whose experts are not felt: most of them, once routing is learned."""
+    """[B] NLL where edits should reach, KL of localities; 0 for rows that need not be run.
+
+    These are localities whose experts are not felt, most of them once routing is learned, and rows
+    of a probe that weighs nothing: those train routing alone.
+    """
     first = asks.rows - lesson.base.shape[0]
-    run = torch.cat([torch.arange(first, device=felt.device), felt[first:].nonzero()[:, 0] + first])
+    weights = torch.tensor(list(lesson.weights.values()), device=felt.device)[lesson.probe]
+    reach = torch.arange(asks.rows, device=felt.device) < first
+    run = ((reach | felt) & (weights > 0)).nonzero()[:, 0]
     some = rows.take(asks, run)
-    logits = model.decode(model.params, some)
-    base = lesson.base[run[first:] - first]
-    found = [
-        nll(logits[:first], some.labels[:first]), kl(base, logits[first:], some.labels[first:])
-    ]  # fmt: skip
+    logits, labels = model.decode(model.params, some), some.labels
+    here = int((reach & (weights > 0)).sum())
+    base = lesson.base[run[here:] - first]
+    found = [nll(logits[:here], labels[:here]), kl(base, logits[here:], labels[here:])]
     return logits.new_zeros(asks.rows).index_copy(0, run, torch.cat(found))
 
 

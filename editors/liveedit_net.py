@@ -70,6 +70,7 @@ class Maker(NamedTuple):
     norm: Tensor  # [2 D]
     slots: Tensor  # [R K]
     attention: Attention
+    places: Tensor  # [P D] added to the prompt's last token and those of the answer, in order
 
 
 class Nets(NamedTuple):
@@ -86,7 +87,7 @@ class Nets(NamedTuple):
 
 def networks(
     width: int, slots: int, size: int, rank: int, sentinel: int, sentinel_text: int,
-    generator: torch.Generator,
+    generator: torch.Generator, places: int = 0,
 ) -> Nets:  # fmt: skip
     """Fresh networks: linear maps uniform in 1/sqrt(in), slots normal, as the original's.
 
@@ -119,7 +120,8 @@ def networks(
         )  # fmt: skip
 
     def maker() -> Maker:
-        return Maker(norm(), normal(rank, size), attention(width))
+        drawn = torch.randn(places, width, generator=generator)
+        return Maker(norm(), normal(rank, size), attention(width), drawn)
 
     alike = look()
     blind = alike.seen._replace(bias=torch.zeros_like(alike.seen.bias))
@@ -153,10 +155,19 @@ def absorbed(look: Look, heads: int) -> Reader:
     )
 
 
-def made(maker: Maker, hidden: Tensor, keep: Tensor, heads: int, strength: float) -> Tensor:
-    """One factor of each row's expert, from the tokens to keep [B L]: [B R D]."""
+def made(
+    maker: Maker, hidden: Tensor, keep: Tensor, place: Tensor, heads: int, strength: float
+) -> Tensor:
+    """One factor of each row's expert, from the tokens to keep [B L]: [B R D].
+
+    `place` [B L] is 1 at the prompt's last token, 2 at the answer's first, and so on; else 0.
+    """
     x = hidden.float()
     x = F.layer_norm(x, x.shape[-1:], maker.norm[0], maker.norm[1], EPS)
+    known = len(maker.places)
+    if known:
+        own = maker.places[(place - 1).clamp(0, known - 1)]
+        x = x + torch.where((place > 0)[..., None], own, 0)
     rows = _rows(maker.slots, maker.attention, heads)
     out = attend(rows, x, keep, maker.attention.value, maker.attention.bias, heads)
     return out * (strength / math.sqrt(len(maker.slots)))
@@ -178,8 +189,11 @@ def pool_of(
     keep = tokens.seen | tokens.asked | tokens.answer
     if blind is not None:
         keep = torch.where(blind[:, None], batch.prompt | tokens.answer, keep)
+    behind = batch.prompt | tokens.answer
+    place = torch.where(behind, behind.int().cumsum(1), 0)
     down, up = (
-        made(maker, hidden, keep, config.heads, config.strength) for maker in (nets.down, nets.up)
+        made(maker, hidden, keep, place, config.heads, config.strength)
+        for maker in (nets.down, nets.up)
     )
     return Pool(torch.cat([keys.vision, kind], 1), query, down, up)
 

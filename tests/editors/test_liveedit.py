@@ -335,7 +335,7 @@ def test_routing_losses_are_what_they_say():
     assert hard(like, own, reach)[1] == pytest.approx(float(-(e[2] / sum(e)).log()))
     one = torch.nn.functional.softplus
     got = apart(like, own, reach)
-    assert got[0] == pytest.approx(float(3 * one(torch.tensor(-2.0)) + one(torch.tensor(-2.0))))
+    assert got[0] == pytest.approx(float(6 * one(torch.tensor(-2.0)) + one(torch.tensor(-2.0))))
     both = torch.tensor([0.5, -2.0]).logsumexp(0)
     assert got[1] == pytest.approx(float(one(both)))
     kin = torch.ones(2, 2, dtype=torch.bool)

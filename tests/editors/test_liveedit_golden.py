@@ -59,7 +59,10 @@ def networks_of(tensors: Mapping[str, Tensor], sentinel_text: int = 1) -> Nets:
 
     def maker(name: str) -> Maker:
         return Maker(
-            norm(f"{name}.layer_norm"), tensors[f"{name}.phi"][0], attention(f"{name}.ca_lora")
+            norm(f"{name}.layer_norm"),
+            tensors[f"{name}.phi"][0],
+            attention(f"{name}.ca_lora"),
+            torch.zeros(0, tensors[f"{name}.layer_norm.weight"].shape[0]),
         )
 
     sentinel = tensors["inpt_extractor.vis_rep_prot"][0]
