@@ -273,11 +273,10 @@ PRESETS: dict[str, WiseConfig] = {
     "micro": WiseConfig(
         site="mlp.up",
         layer=-1,
-        mask_ratio=0.5,
         optimizer="adam",
         lr=3e-2,
         weight_decay=0.0,
-        num_steps=120,
+        num_steps=250,
         clamp=None,
         alpha=0.0,
         beta=80.0,
