@@ -204,6 +204,33 @@ def test_company_and_padding_change_nothing():
         torch.testing.assert_close(wide, alone, rtol=1e-4, atol=1e-4)
 
 
+def test_an_edit_runs_no_layer_and_encodes_nothing_twice():
+    """Only norm and head are read, for the answer's tokens; a question never re-encodes memory."""
+    model, depths = tiny(), []
+
+    def decode(params, batch, *args, **options):
+        depths.append(batch.depth)
+        return model.decode(params, batch, *args, **options)
+
+    embeds = []
+
+    def embed(params, inputs, *args, **options):
+        embeds.append(len(inputs.ids))
+        return model.embed(params, inputs, *args, **options)
+
+    counted = model._replace(decode=decode, embed=embed)
+    editor = serac(HARD)
+    state = editor.init(counted, torch.Generator().manual_seed(0))
+    for number in range(3):
+        delta, state = editor.edit(counted, state, [query(number)])
+    assert set(depths) == {model.card.num_layers}
+    assert embeds == [1, 1, 1]
+    depths.clear()
+    bound = bind(counted, delta)
+    bound.decode(bound.params, embedded(model, [query(3)]))
+    assert depths == [0, model.card.num_layers]
+
+
 def test_each_of_many_edits_is_found():
     model = tiny()
     targets = ["bo", "owl", "in a town", "the red cat", "yes"]
