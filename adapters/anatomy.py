@@ -137,7 +137,10 @@ class Anatomy:
         def pixel(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            return value.to(device, dtype if value.is_floating_point() else None)
+            if device.type == "cuda" and value.is_cpu:  # the copy need not wait for what runs there
+                value = value.pin_memory()
+            kind = dtype if value.is_floating_point() else None
+            return value.to(device, kind, non_blocking=device.type == "cuda")
 
         fields = ("ids", "mask", "image", "labels", "at")
         moved = {name: getattr(inputs, name).to(device) for name in fields}

@@ -13,6 +13,7 @@ for as long as the clock runs. Stretches also carry their names into any torch p
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ class Clock:
         self.seconds: dict[tuple[str, str], float] = defaultdict(float)
         self.ops: dict[str, list[tuple[str, float, int]]] = {}  # by subject: name, seconds, calls
         self.subject = ""
+        self.thread = threading.get_ident()
         self._names: list[str] = ["other"]
         self._last = self._now()
 
@@ -75,7 +77,7 @@ class Clock:
 def part(name: str) -> Iterator[None]:
     """What runs inside is `name`, but for parts of its own."""
     clock = _running
-    if clock is None:
+    if clock is None or clock.thread != threading.get_ident():
         yield
         return
     clock.enter(name)

@@ -27,7 +27,7 @@ from .checkpoint import Mark, Marks
 from .clock import part
 from .ledger import Answer
 from .memory import measured
-from .probes import Ask, Terms, measure, row_bytes
+from .probes import Ask, Measured, Terms, measure, row_bytes
 from .shared import Shared
 from .sources import queries_of
 
@@ -285,7 +285,8 @@ def _ask(
     model: Model, delta: Delta, about: Sequence[_About], terms: Terms, shared: Shared | None
 ) -> list[Result]:
     """All probes of these cases, in order: case, probe, index, scorer."""
-    bound, reach, found = bind(model, delta), reach_of(model, delta), []
+    bound, reach = bind(model, delta), reach_of(model, delta)
+    found: list[tuple[tuple[_About, str, int, Query], Measured]] = []
     numbers = [one.number for one in about]
     for some in shared.slices(numbers) if shared else [slice(None)]:
         asked = [(one, *probe) for one in about[some] for probe in queries_of(one.case)]

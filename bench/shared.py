@@ -7,6 +7,7 @@ budget alone, so rows have the same bits whichever editor asked first and wherev
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -56,6 +57,9 @@ class Shared:
         once = seeing_once(model, limit // 4)
         self._known = Known(once, limit)
         self._heard: set[Hashable] = set()
+        self._ahead: set[int] = {0}
+        self._pages: dict[int, Page] = {}
+        self._readers = ThreadPoolExecutor(1, "errata-reader")
         self.model = once._replace(known=self._known)
         self.case_bytes = _case_bytes(model, cases)
         self._size = max(1, min(MOST_CASES, limit // (2 * self.case_bytes)))
@@ -89,10 +93,21 @@ class Shared:
         pages = [self._page(page) for page in sorted({n // self._size for n in numbers})]
         with part("base, for all editors"):
             self._known.open(pages)
+        if pages:
+            self._look_ahead(pages[-1].name + 1)
         for page in pages:
             if self._terms.generate and page.name not in self._heard:
                 self._heard.add(page.name)
                 self._listen(page)
+
+    def _look_ahead(self, number: int) -> None:
+        """Have the next page's pictures read by another thread; the reader keeps them."""
+        if number in self._ahead or not self._on(number):
+            return
+        self._ahead.add(number)
+        for batch in self._page(number).parts:
+            if any(query.images for query in batch.queries):
+                self._readers.submit(self.model.read, batch.queries)
 
     def _listen(self, page: Page) -> None:
         wanted = {
@@ -112,6 +127,11 @@ class Shared:
         return self._cases[page * self._size : (page + 1) * self._size]
 
     def _page(self, number: int) -> Page:
+        if number not in self._pages:
+            self._pages[number] = self._made(number)
+        return self._pages[number]
+
+    def _made(self, number: int) -> Page:
         cases = self._on(number)
         edits = {key_of(case.edit): case.edit for case in cases}
         asked = {key_of(query): query for case in cases for _, _, query in queries_of(case)}

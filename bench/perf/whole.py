@@ -47,7 +47,11 @@ def whole(model: Model) -> Model:
                 again = model.decode(model.params, again, stop=batch.depth)
             if again.hidden.shape == batch.hidden.shape:
                 batch = batch._replace(hidden=again.hidden)
-        return model.decode(params, batch, rewrites or {}, **options)
+        result = model.decode(params, batch, rewrites or {}, **options)
+        if isinstance(result, Batch) and (rewrites or params is not model.params):
+            extras = {key: value for key, value in result.extras.items() if key != _SOURCE}
+            result = result._replace(extras=extras)  # no longer what the base makes of the pixels
+        return result
 
     def thin(params, batch: Batch, rewrites=None, **options) -> Batch:
         return batch
