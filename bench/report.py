@@ -247,7 +247,7 @@ def heading(leg: Leg, lines: Sequence[Line]) -> str:
         "edit": "right after each edit",
         "gap": f"{leg.gap} edits later",
         "end": "after all edits",
-        "length": f"after {leg.gap} edit{'s' * (leg.gap != 1)}, asked about all of them",
+        "length": f"after {leg.gap} edit{'s' * (leg.gap != 1)}, asked about these",
     }
     counts = sorted({line.cases for line in lines})
     cases = str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"

@@ -303,7 +303,7 @@ def curves(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
     position   asked right after the edit, against the number of edits made by then
     age        against the number of edits made since (0: right after)
-    length     all edits asked after so many of them, against that number (protocol "lifelong")
+    length     edits asked after so many of them, against that number (protocol "lifelong")
 
     Each is a list of points (edits, mean, low, high, cases) per model, editor, scorer and family
     of probes; more than ten abscissae are put into ten bins, each at its mean.

@@ -182,7 +182,7 @@ function profile() {
 }
 
 const AXES = {
-  length: ["edits made; all of them are asked", " after so many edits"],
+  length: ["edits made; these are asked", " after so many edits"],
   position: ["edits made, asked right after each", ", right after each edit"],
   age: ["edits made since", ", as later edits come"],
 };
