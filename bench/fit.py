@@ -114,6 +114,10 @@ CASES: dict[str, Mix] = {
 """Of editors that want another mix than `Mix()`."""
 
 
+HALVES = {"liveedit"}
+"""Editors whose states lose nothing when they are kept in half precision."""
+
+
 def material(mix: Mix) -> list[Case]:
     """The cases of a mix."""
     new = world.cases(mix.new, mix.seed, split="train", subjects="new")
@@ -159,7 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     out = options.out or statefile.FOLDER / f"{options.editor}-{options.model}.safetensors"
     out.parent.mkdir(parents=True, exist_ok=True)
-    statefile.keep(out, home.kept(done.state), home.about(model, settings))
+    dtype = torch.float16 if options.editor in HALVES else None
+    statefile.keep(out, home.kept(done.state), home.about(model, settings), dtype)
     sys.stdout.write(f"{out}: {done.steps} steps, held-out loss {done.held}\n")
     return 0
 

@@ -25,6 +25,8 @@ Source: LiveEdit (CVPR 2025, arXiv 2411.15432), qizhou000/LiveEdit. Different fr
   the lesson's experts, and lets any of them pass the gate as long as it is not the largest.
 * Half of a lesson's experts are made from the answer alone, so that makers learn to read it rather
   than to know the training's answers by heart.
+* With `sure` an edit's vision key is lengthened until its own question passes the gate by so much;
+  there nothing makes certain that an edit is heard at all.
 * With `places` makers know the order of an answer's tokens; the original's have to guess it.
 * Edits and questions without a picture work: see `functional/experts.py`.
 * Many edits are made in one forward, each as if alone.
@@ -55,6 +57,7 @@ from errata.functional import (
     prefix,
 )
 from errata.functional.errors import BadSettings
+from errata.functional.experts import features, tokens_of
 from errata.functional.header import Blend
 from errata.functional.records import base_of, header_for
 from errata.functional.taps import tap
@@ -62,7 +65,7 @@ from errata.functional.types import Learner
 
 from . import statefile
 from .fit import Course, Lesson
-from .liveedit_losses import lesson_loss
+from .liveedit_losses import lesson_loss, likeness
 from .liveedit_net import Nets, Pool, absorbed, networks, pool_of
 
 __all__ = [
@@ -85,6 +88,9 @@ class LiveEditConfig(
     places: Annotated[int, msgspec.Meta(ge=0)] = 0  # of answer tokens that makers tell apart
     sentinel: Annotated[int, msgspec.Meta(ge=1)] = 32  # tokens of the sentinel picture
     sentinel_text: Annotated[int, msgspec.Meta(ge=1)] = 8  # and of its stand-in without a picture
+    sure: Annotated[float, msgspec.Meta(ge=0)] = (
+        0.0  # how far an edit's own question passes; 0: as is
+    )
     blend: Blend = "query"  # what chosen experts are weighed by; "query" is the published
     margin: float = 1.0  # in training: how far experts are kept from the sentinel
     most: Annotated[int, msgspec.Meta(ge=0)] = 0  # experts of one row, the heaviest; 0: all chosen
@@ -210,7 +216,26 @@ def generated(model: Model, nets: Nets, config: LiveEditConfig, queries: Sequenc
     with torch.no_grad():
         batch = cast(Batch, prefix.cut(model, inputs, prefix.Reach(layer=site.layer)))
         _, seen = tap(model.decode, model.params, batch, [site.path], stop=site.layer + 1)
-        return pool_of(nets, config, seen[site.path].output, batch)
+        hidden = seen[site.path].output.reshape(*batch.mask.shape, -1)
+        pool = pool_of(nets, config, hidden, batch)
+        return _sure(nets, config, pool, hidden, batch) if config.sure else pool
+
+
+def _sure(nets: Nets, config: LiveEditConfig, pool: Pool, hidden: Tensor, batch: Batch) -> Pool:
+    """The pool with vision keys made longer where their own question is not `sure` to pass.
+
+    E' = E * clamp((t + sure) / <f, E>, 1, 4), for an own similarity above 0: the gate's own terms.
+    """
+    sentinels = (nets.sentinel, nets.sentinel_text)
+    reader = absorbed(nets.ask, config.heads)
+    like = likeness(
+        config, features(reader, hidden, tokens_of(batch), config.heads, sentinels), pool
+    )
+    own = like.vision.diagonal()  # [E]
+    longer = ((like.sentinel + config.sure) / own.clamp_min(1e-6)).clamp(1, 4)
+    longer = torch.where(own > 0, longer, 1)[:, None]
+    keys = torch.cat([pool.vision_keys[:, :-2] * longer, pool.vision_keys[:, -2:]], 1)
+    return pool._replace(vision_keys=keys)
 
 
 def about(model: Model, config: LiveEditConfig) -> dict[str, Any]:
@@ -341,6 +366,6 @@ PRESETS: dict[str, LiveEditConfig] = {
     # the micro zoo's: trained states come with the package
     "micro": LiveEditConfig(
         layer=1, width=64, heads=4, rank=8, places=6, sentinel=8, sentinel_text=4, blend="both",
-        most=16, strength=1.0, trained="shipped",
+        most=16, strength=1.0, sure=4.0, trained="shipped",
     ),
 }  # fmt: skip

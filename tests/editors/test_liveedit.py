@@ -210,6 +210,26 @@ def test_the_same_question_edited_again_takes_the_experts_place():
         torch.testing.assert_close(got, logits(bind(model, alone), [query]), rtol=1e-5, atol=1e-6)
 
 
+def test_an_edit_is_sure_to_be_heard():
+    """Keys are made longer by as much as the own question needs, and not where it passes."""
+    model = tiny("llava")
+    config = msgspec.structs.replace(SMALL, sure=0.5)
+    state = liveedit(config).init(model, seeded())
+    plain = generated(model, state.nets, SMALL, asked(model))
+    sure = generated(model, state.nets, config, asked(model))
+    ratio = sure.vision_keys[:, :-2].norm(dim=1) / plain.vision_keys[:, :-2].norm(dim=1)
+    assert (ratio > 1).any()
+    assert torch.equal(sure.vision_keys[:, -2:], plain.vision_keys[:, -2:])
+    assert torch.equal(sure.query_keys, plain.query_keys)
+    away = state.nets.edit._replace(
+        seen=state.nets.edit.seen._replace(value=-state.nets.edit.seen.value)
+    )
+    shut = state.nets._replace(edit=away)  # keys that point away can not be made to fit
+    assert torch.equal(
+        *(generated(model, shut, c, asked(model)).vision_keys for c in (SMALL, config))
+    )
+
+
 def test_a_fact_removed_by_its_id_is_gone():
     model = tiny("llava")
     queries = asked(model)
