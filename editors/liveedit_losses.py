@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errata.functional import Batch, Model, rows
+from errata.functional import Batch, Model, prefix, rows
 from errata.functional.experts import EPS, Features, cleared, features, scale_of, tokens_of
 from errata.functional.losses import kl, nll
 from errata.kernels import lora_moe
@@ -124,7 +124,7 @@ def _answers(model: Model, lesson: Lesson, asks: Batch, felt: Tensor) -> Tensor:
     reach = torch.arange(asks.rows, device=felt.device) < first
     run = ((reach | felt) & (weights > 0)).nonzero()[:, 0]
     some = rows.take(asks, run)
-    logits, labels = model.decode(model.params, some), some.labels
+    logits, labels = prefix.narrow(model, some), some.labels
     here = int((reach & (weights > 0)).sum())
     base = lesson.base[run[here:] - first]
     found = [nll(logits[:here], labels[:here]), kl(base, logits[here:], labels[here:])]
