@@ -36,6 +36,7 @@ Legend: B rows · E edits · N experts · D width · S slots · K width of a slo
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, cast
@@ -300,13 +301,43 @@ def _joined(state: Editing, record: EditRecord, fresh: Pool) -> Editing:
     ]
     edits = (*state.edits, record)
     if not earlier:
-        pool = Pool(*(torch.cat(pair) for pair in zip(state.pool, fresh)))
+        with _APPENDING:
+            pool = Pool(*(appended(*pair) for pair in zip(state.pool, fresh)))
         return state._replace(pool=pool, edits=edits, owners=(*state.owners, len(state.pool.down)))
     place = earlier[0]
     at = torch.tensor([place], device=fresh.down.device)
     pool = Pool(*(old.index_copy(0, at, new) for old, new in zip(state.pool, fresh)))
     owners = tuple(-1 if owner == place else owner for owner in state.owners)
     return state._replace(pool=pool, edits=edits, owners=(*owners, place))
+
+
+def appended(old: Tensor, fresh: Tensor) -> Tensor:
+    """old [N ...] and fresh [n ...] one after another, at the cost of `fresh` alone, on average.
+
+    Tensors are the first rows of a roomy one whose rows are NaN until they are taken; nobody who
+    holds fewer rows sees the later ones. Rows that another sequence of edits took are left to it:
+    then, and where there is no room, everything moves to one of twice the size.
+
+    >>> appended(torch.zeros(2, 1), torch.ones(1, 1)).T
+    tensor([[0., 0., 1.]])
+    """
+    begin, end = len(old), len(old) + len(fresh)
+    roomy = old._base
+    free = (
+        roomy is not None
+        and roomy.shape[1:] == old.shape[1:]
+        and roomy.data_ptr() == old.data_ptr()
+        and len(roomy) >= end
+        and bool(roomy[begin:end].isnan().all())
+    )
+    if roomy is None or not free:
+        roomy = old.new_full((max(8, 2 * end), *old.shape[1:]), torch.nan)
+        roomy[:begin] = old
+    roomy[begin:end] = fresh
+    return roomy[:end]
+
+
+_APPENDING = threading.Lock()  # between looking for room and taking it
 
 
 def _padded(pool: Pool, length: int) -> Pool:

@@ -230,6 +230,23 @@ def test_an_edit_is_sure_to_be_heard():
     )
 
 
+def test_sequences_that_part_leave_one_another_alone():
+    model = tiny("llava")
+    first, second, third = asked(model)
+    editor = liveedit(SMALL)
+    delta, state = editor.edit(model, editor.init(model, seeded()), [first])
+    before = {name: tensor.clone() for name, tensor in delta.tensors.items()}
+    one, onward = editor.edit(model, state, [second])
+    other, _ = editor.edit(model, state, [third])
+    longer, _ = editor.edit(model, onward, [third])
+    assert all(torch.equal(delta.tensors[name], before[name]) for name in before)
+    name = pool_name(delta, "up")
+    assert not torch.equal(one.tensors[name][1], other.tensors[name][1])
+    assert torch.equal(longer.tensors[name][:2], one.tensors[name])
+    assert longer.tensors[name].data_ptr() == one.tensors[name].data_ptr()
+    assert other.tensors[name].data_ptr() != one.tensors[name].data_ptr()
+
+
 def test_a_fact_removed_by_its_id_is_gone():
     model = tiny("llava")
     queries = asked(model)
