@@ -48,6 +48,8 @@ from errata.functional.metrics import SCORERS
 CASES = {"blip2": 8, "llava": 4, "qwen2_vl": 6}
 PLAIN = {"blip2": 1, "llava": 1, "qwen2_vl": 1}  # cases of the plain way, which takes its time
 ROUNDS = 1
+TOGETHER = 8  # edits side by side; left to itself the protocol tries the first case alone, which
+# with so few cases would count for more than it does in a run
 
 EDITORS = {
     "finetune": FinetuneConfig(num_steps=25, lr=1e-3, stop_loss=0.0, end=False),
@@ -88,7 +90,8 @@ def alone(model, config, cases, terms, protocol=single):
     editor = make(config)
     shared = Shared(model, cases, terms)
     shared.expect(editor)
-    return list(protocol(model, editor, cases, terms, shared=shared))
+    more = {"together": TOGETHER} if protocol is single else {}
+    return list(protocol(model, editor, cases, terms, shared=shared, **more))
 
 
 def together(model, configs, cases, terms):
@@ -97,7 +100,10 @@ def together(model, configs, cases, terms):
     made = [make(config) for config in configs]
     for editor in made:
         shared.expect(editor)
-    legs = [[0, single(model, editor, cases, terms, shared=shared)] for editor in made]
+    legs = [
+        [0, single(model, editor, cases, terms, together=TOGETHER, shared=shared)]
+        for editor in made
+    ]
     while legs:
         leg = min(legs, key=lambda leg: leg[0])
         step = next(leg[1], None)
