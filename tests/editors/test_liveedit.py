@@ -16,6 +16,7 @@ from errata.editors import configure
 from errata.editors.fit import FitConfig, fit
 from errata.editors.liveedit import PRESETS, LiveEditConfig, course, generated, liveedit, site_of
 from errata.editors.liveedit_losses import Likeness, apart, hard, soft
+from errata.editors.statefile import FOLDER
 from errata.functional import (
     Case,
     Delta,
@@ -451,7 +452,10 @@ def test_training_runs_what_inference_runs():
     assert float(terms["edit"]) == pytest.approx(float(want), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "blip2"])
+SHIPPED = sorted(file.stem.partition("-")[2] for file in FOLDER.glob("liveedit-*.safetensors"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_the_shipped_state_edits_generalises_and_keeps_to_itself(name):
     """Unseen cases, one of them without a picture, in one pool."""
     model = adapters.micro(name)
