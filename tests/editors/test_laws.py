@@ -61,7 +61,7 @@ CASES = {
     "mend-last": MendConfig(sites=("layers.-1.mlp",), rank=4, edit_lr=-0.02, end=True),
 }
 # Untrained, LiveEdit's networks change answers at random: that trained ones make the edit's loss
-# fall is asserted on the states that ship, in test_liveedit.py.
+# fall is asserted on the states that ship, in test_liveedit_training.py.
 CASES["liveedit"] = LiveEditConfig(width=8, heads=2)
 CASES["liveedit-both"] = LiveEditConfig(
     layer=0, width=8, slots=2, heads=2, rank=3, blend="both", most=2, end=False
