@@ -162,14 +162,19 @@ def _joined(parts: list[Any], groups: list[tuple[int, Tensor]]) -> Any:
 
 
 def _notes(parts: list[Mapping[str, Tensor]], sizes: list[int], back: Tensor) -> dict[str, Tensor]:
-    """The notes of all groups; zeros for rows whose edit has none of a name, and reads none."""
-    known: dict[str, Tensor] = {}
-    for part in parts:
-        known = {**part, **known}
+    """The notes of all groups; zeros for rows whose edit has none of a name, and reads none.
+
+    A note may grow with its row. Rows whose edit does not know it carry it as it was: shorter than
+    the others', and zeros just as well.
+    """
     joined = {}
-    for name, like in sorted(known.items()):
+    for name in sorted({name for part in parts for name in part}):
+        have = [part[name] for part in parts if name in part]
+        like = max(have, key=lambda note: note[:1].numel())
         mine = [
-            part[name] if name in part else like.new_zeros(size, *like.shape[1:])
+            part[name]
+            if name in part and part[name].shape[1:] == like.shape[1:]
+            else like.new_zeros(size, *like.shape[1:])
             for part, size in zip(parts, sizes)
         ]
         joined[name] = torch.cat(mine)[back]

@@ -39,6 +39,7 @@ class _Parts(NamedTuple):
     """An entry's tensors, ready to be asked."""
 
     entry: Scope
+    number: int  # of deltas below
     net: Net
     keys: Tensor  # [N K], or [E N K] of a stacked delta
     norms: Tensor | None
@@ -47,8 +48,12 @@ class _Parts(NamedTuple):
     stacked: bool
 
     def name(self, what: str) -> str:
-        """The name of a note or an extra of this entry's own."""
-        return f"{self.entry.name}.scope.{what}"
+        """The name of a note or an extra of this entry's own.
+
+        Deltas lie one on another, and rows side by side run under deltas of other sizes.
+        """
+        sizes = f"{self.entry.sizes.width}.{self.entry.replies}"
+        return f"{self.entry.name}.scope.{self.number}.{sizes}.{what}"
 
     def of(self, tensor: Tensor, index: Tensor, edit: Tensor) -> Tensor:
         """Each row's slot of a tensor that has one per edit in memory."""
@@ -61,6 +66,7 @@ def scope(model: Model, header: Header, entry: Scope, tensors: Mapping[str, Tens
     stacked = bool(header.stack)
     parts = _Parts(
         entry,
+        len(model.deltas),
         net_of(given),
         given["keys"],
         None if stacked else kernel.square_norms(given["keys"]),

@@ -23,7 +23,7 @@ from errata.editors.serac import (
     serac,
     similarity_loss,
 )  # fmt: skip
-from errata.functional import Case, Query, generate, io, merge, remove, rows, scale
+from errata.functional import Case, Query, bind_rows, generate, io, merge, remove, rows, scale
 from errata.functional.bind import bind
 from errata.functional.errors import BadInput, KindUnsupported
 from errata.functional.losses import nll
@@ -61,9 +61,9 @@ def embedded(model, queries, **options):
 
 def share_of(bound, batch) -> torch.Tensor:
     """The similarity that the bound model decided by."""
-    name = bound.deltas[-1].header.entries[0].name
     _, past = bound.decode(bound.params, batch, keep=True)
-    return past.notes[f"{name}.scope.share"]
+    (found,) = (note for name, note in past.notes.items() if name.endswith(".share"))
+    return found
 
 
 def test_a_soft_gate_mixes_the_two_answers_by_the_similarity():
@@ -187,6 +187,29 @@ def test_deltas_above_and_below_keep_their_notes():
             torch.testing.assert_close(logits[:, 0], whole[:, t], rtol=1e-4, atol=1e-4)
             new = bound.extend(bound.params, batch.labels[:, t : t + 1], past)
             logits, past = bound.decode(bound.params, new, past=past, keep=True)
+
+
+def test_deltas_one_on_another_and_side_by_side_keep_to_their_own_memory():
+    model = tiny()
+    config = msgspec.structs.replace(HARD, threshold=0.9)
+    # answers of other lengths, so that what is kept of a question is of other widths
+    made = [query(0, "in a town"), query(2, "bo")]
+    one, two = (edited(model, config, [edit])[0] for edit in made)
+    both = bind(bind(model, one), two)
+    batch = embedded(model, made)
+    apart = torch.cat([bind(model, delta).decode(model.params, rows.take(batch, slice(n, n + 1)))
+                       for n, delta in enumerate((one, two))])  # fmt: skip
+    torch.testing.assert_close(both.decode(both.params, batch), apart, rtol=1e-3, atol=1e-3)
+    bare = [edit._replace(target="") for edit in (*made, query(1))]
+    said = generate(both, bare[:2], 8)
+    assert [text.strip().split("\0")[0] for text in said] == ["in a town", "bo"]
+    mixed_rows = bind_rows(model, [one, two], [0, 1, -1])
+    want = [*said, *generate(model, bare[2:], 8)]
+    assert generate(mixed_rows, bare, 8) == want
+    batch = embedded(mixed_rows, [*made, query(1)])
+    whole = mixed_rows.decode(mixed_rows.params, batch)
+    half = mixed_rows.decode(mixed_rows.params, batch, stop=2)
+    torch.testing.assert_close(mixed_rows.decode(mixed_rows.params, half), whole)
 
 
 def test_company_and_padding_change_nothing():
