@@ -66,7 +66,8 @@ def functions(model: Model, plan: Plan) -> dict[str, Any]:
             def run(one: Model, part: Batch, rows: Tensor):
                 return one.thin(one.params, part, rewrites, **_option_rows(options, rows))
 
-            return _apart(model, plan, params, batch, run)
+            thinned = _apart(model, plan, params, batch, run, alike=True)
+            return batch if thinned is None else thinned
         given, batch = batch.notes, batch._replace(notes=dict(batch.notes))
         return _noted(model.thin(params, batch, at(batch, rewrites), **options), given, batch.notes)
 
@@ -102,9 +103,17 @@ def _noted(result: Any, given: Mapping[str, Tensor], notes: Mapping[str, Tensor]
     return result
 
 
-def _apart(model: Model, plan: Plan, params: Params, batch: Batch, run) -> Any:
+def _apart(
+    model: Model, plan: Plan, params: Params, batch: Batch, run, *, alike: bool = False
+) -> Any:
+    """What each edit's rows become; with `alike` None where only some of them are thinned.
+
+    Rows that keep all their tokens can not stand in one batch with rows that do not.
+    """
     groups = _grouped(batch.edit)
     parts = [run(_one(model, plan, params, n), take(batch, rows), rows) for n, rows in groups]
+    if alike and len({frozenset(part.extras) for part in parts}) > 1:
+        return None
     return _joined(parts, groups)
 
 

@@ -104,6 +104,20 @@ def test_no_prompt_is_thinned_away_before_the_gate(family):
     torch.testing.assert_close(got, whole, rtol=1e-5, atol=1e-6)
 
 
+def test_rows_that_thin_and_rows_that_do_not_stay_in_one_batch():
+    """A memory in the last layer reads whole prompts there; rows of the base need not."""
+    model = tiny("llava")
+    queries = asked(model)
+    delta = one_by_one(model, quick(layer=-1, site="mlp.up"), queries[:1])
+    mixed = bind_rows(model, [delta], [0, -1, -1])
+    batch = embedded(mixed, queries)
+    whole = mixed.decode(mixed.params, batch)
+    before = mixed.decode(mixed.params, batch, stop=model.card.num_layers - 1)
+    thinned = mixed.thin(mixed.params, before)
+    got = mixed.decode(mixed.params, thinned)
+    torch.testing.assert_close(got, whole, rtol=1e-5, atol=1e-6)
+
+
 def memories(changes: torch.Tensor, thresholds: list[float], **settings) -> tuple[Masked, dict]:
     """Dense memories [M O I] by hand."""
     count, out, inner = changes.shape
