@@ -27,6 +27,9 @@ Sources: Wang et al. 2024 (arXiv 2405.14768); EasyEdit `models/wise/WISE.py`. Di
   answer's loss is a mean over the answer (theirs counts one token of the prompt more, as zero).
 * Earlier edits of a memory can be trained along (`replay`), answers and gate both; with all of them
   at hand a memory is trained anew, so that edits one after another are as good as all at once.
+* An edit of the same question about the same pictures takes the place of the earlier one: a memory
+  that is alone with it goes, and it is not trained along any more (theirs go on answering). Only
+  what a full memory holds together with other edits can not be taken out of it.
 
 Cost of an edit: its rows and the unrelated ones once up to the site; then `num_steps` forwards and
 backwards of its own rows from the site's layer on (`wise_train.py`).
@@ -53,6 +56,7 @@ from .wise_train import (
     draw_mask,
     drawn,
     last,
+    picked,
     prepare,
     site_of,
     together,
@@ -122,7 +126,7 @@ def wise(config: WiseConfig = WiseConfig(), unrelated: Sequence[Query] = ()) -> 
             state = _fill(model, state, queries[:room], config, others)
             queries = queries[room:]
         owner = {k: number for number, side in enumerate(state.sides) for k in side.edits}
-        owners = tuple(owner[k] for k in range(len(state.edits)))
+        owners = tuple(owner.get(k, -1) for k in range(len(state.edits)))
         described = _header(model, config, (), state.sides, owners, earlier=state.edits)
         return _delta(described, [state.sides], config), state
 
@@ -154,30 +158,55 @@ def _fill(
     others: Sequence[Query],
 ) -> Memory:
     """Train the current memory on a few more edits; put it aside where it is full."""
-    site, made = site_of(model, config), tuple(map(record, queries))
+    site, every = site_of(model, config), tuple(map(record, queries))
+    state = _outdated(state, every)
+    final = {(one.prompt, one.images): k for k, one in enumerate(every)}  # the last of a question
+    made = tuple(every[k] for k in final.values())
+    asked = [queries[k] for k in final.values()]
     shard = state.shard or Shard(
         _empty(model, site, state.seed, made[0], config), config.save_every
     )
-    ready = prepare(model, site, queries, made, state.seed, config, others)
+    ready = prepare(model, site, asked, made, state.seed, config, others)
     ready = together(shard.kept, ready)
     ready = ready._replace(batch=ready.batch._replace(edit=torch.zeros_like(ready.batch.edit)))
     where = _positions(shard.side, site)[None]
     # With all its edits at hand a memory is trained anew: one after another is all at once.
-    unseen = len(shard.side.edits) + len(queries) - len(ready.given)
+    unseen = len(shard.side.edits) + len(asked) - len(ready.given)
     start = shard.side.values if unseen else torch.zeros_like(shard.side.values)
     values, nearest = train(model, site, ready, where, start[None], config)
-    numbers = range(len(state.edits), len(state.edits) + len(queries))
+    numbers = [len(state.edits) + k for k in final.values()]
     side = shard.side._replace(
         values=values[0],
         nearest=torch.minimum(shard.side.nearest, nearest[0]) if unseen else nearest[0],
         edits=(*shard.side.edits, *numbers),
     )
     shard = Shard(side, shard.room - len(queries), last(ready, config.replay))
-    state = state._replace(edits=state.edits + made, shard=shard)
+    state = state._replace(edits=state.edits + every, shard=shard)
     if shard.room:
         return state
     state = state._replace(full=(*state.full, side), shard=None)
     return _merge(site, state, config)
+
+
+def _outdated(state: Memory, made: Sequence[EditRecord]) -> Memory:
+    """The state without what it was told of the same questions about the same pictures."""
+    again = {(one.prompt, one.images) for one in made}
+    gone = {k for k, one in enumerate(state.edits) if (one.prompt, one.images) in again}
+    stay = [n for n, side in enumerate(state.full) if not gone.issuperset(side.edits)]
+    shard = state.shard
+    if shard is not None and not gone.isdisjoint(shard.side.edits):
+        before = shard.side.edits
+        edits, kept = tuple(k for k in before if k not in gone), shard.kept
+        if kept is not None:  # rows of the last edits
+            known = before[len(before) - len(kept.given) :]
+            at = [row for row, k in enumerate(known) if k not in gone]
+            kept = picked(kept, torch.tensor(at)) if at else None
+        shard = shard._replace(side=shard.side._replace(edits=edits), kept=kept)
+    return state._replace(
+        full=tuple(state.full[n] for n in stay),
+        merged=sum(n < state.merged for n in stay),
+        shard=shard if shard is not None and shard.side.edits else None,
+    )
 
 
 def _header(

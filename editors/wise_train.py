@@ -36,6 +36,7 @@ __all__ = [
     "last",
     "margins",
     "objective",
+    "picked",
     "prepare",
     "site_of",
     "together",
@@ -180,7 +181,11 @@ def last(ready: Ready, count: int) -> Ready | None:
     """The last rows, as many as are there; none of none."""
     if not count:
         return None
-    some = slice(max(0, len(ready.given) - count), None)
+    return picked(ready, slice(max(0, len(ready.given) - count), None))
+
+
+def picked(ready: Ready, some: Tensor | slice) -> Ready:
+    """Some of the rows."""
     return Ready(rows.take(ready.batch, some), *(part[some] for part in ready[1:]))
 
 

@@ -173,6 +173,26 @@ def test_with_all_edits_at_hand_one_after_another_is_all_at_once():
         torch.testing.assert_close(turns.tensors[name], tensor, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("config", [{"save_every": 1}, {"save_every": 5, "replay": 4}, {}])
+def test_the_same_question_again_takes_the_place_of_its_edit(config):
+    model = tiny("llava")
+    first, other = asked(model)[:2]
+    again, config = first._replace(target="owl"), quick(**config)
+    delta = one_by_one(model, config, [first, other, again])
+    edited, old = bind(model, delta), bind(model, one_by_one(model, config, [first, other]))
+    assert losses(edited, [again]) < losses(old, [again])
+    if config.save_every < 9:  # else the memory has been trained for it, and is trained on
+        assert losses(edited, [first]) > losses(old, [first])
+    assert len(delta.header.edits) == 3
+    assert delta.header.entries[0].owners[0] == -1
+    if config.save_every == 1:  # as if the first had never been, to the bit
+        want = one_by_one(model, config, [other, again])
+        assert all(torch.equal(delta.tensors[name], x) for name, x in want.tensors.items())
+    at_once = make(config).edit(model, make(config).init(model, seeded()), [first, other, again])
+    assert at_once[0].header.entries[0].owners[0] == -1
+    assert losses(bind(model, at_once[0]), [again]) < losses(old, [again])
+
+
 def test_sites_and_activations_that_are_not_there_are_refused():
     model = tiny("llava")
     with pytest.raises(UnknownSite, match=r"layers\.1\.mlp\.none"):
