@@ -237,7 +237,8 @@ def test_memories_fill_and_merge(mode, counts):
     assert entry.owners == ((0,) * 4 + (1,) * 4 if mode == "retrieve" else (0,) * 8)
     size = entry.shape[0] * entry.shape[1]
     assert size // 2 < entry.counts[0] < size  # two masks of one half, or four, laid together
-    together, _ = editor.edit(model, editor.init(model, seeded()), [Query("a?", "b")] * 5)
+    five = [Query(f"a{number}?", "b") for number in range(5)]
+    together, _ = editor.edit(model, editor.init(model, seeded()), five)
     assert len(together.header.entries[0].counts) == 2
 
 
