@@ -39,9 +39,9 @@ from errata.editors import (
     WiseConfig,
     make,
 )  # fmt: skip
-from errata.editors import liveedit as liveedit_module
-from errata.editors import mend as mend_module
 from errata.editors.fit import FitConfig
+from errata.editors.liveedit import course as liveedit_course
+from errata.editors.mend import course as mend_course
 from errata.functional.answers import answers
 from errata.functional.metrics import SCORERS
 
@@ -253,7 +253,7 @@ def bench_training(benchmark, name, kind):
     from errata.editors.fit import fit
 
     _, model, cases = subject(name)
-    course = {"mend": mend_module, "liveedit": liveedit_module}[kind].course(EDITORS[kind])
+    course = {"mend": mend_course, "liveedit": liveedit_course}[kind](EDITORS[kind])
     steps, few = 2, cases[:4]
     config = FitConfig(num_steps=steps, together=4, held=0, validate_every=99)
     losses: dict[str, list[float]] = {"kept": [], "whole": []}
