@@ -39,7 +39,7 @@ from errata.functional.encoders import encoder, looks, resolve
 from errata.functional.entries import By, Order
 from errata.functional.errors import BadInput, BadSettings, listed
 from errata.functional.prompt_algebra import BLOCK, joined
-from errata.functional.prompts import as_png, filled, unmarked
+from errata.functional.prompts import as_png, bare, filled, unmarked
 from errata.functional.queries import MARK
 from errata.functional.records import header_for
 
@@ -154,6 +154,7 @@ def remembered(
     ]
     if wrong:
         raise BadInput(f"{listed(wrong)}.")
+    model = bare(model)
     model.read(queries)  # what can not be read can not be edited: said now, of all at once
     files = [
         [as_png(image) for image in query.images] if _shows(model, config, query) else []
@@ -235,7 +236,7 @@ def _demonstrations(model: Model, config: IkeConfig, cases: list[Case]) -> dict[
     if not texts:
         raise BadSettings("the training cases give no demonstration: check `shares` and `cases`.")
     raw = [text.encode() for text in texts]
-    encode = encoder(config.encoder, model)
+    encode = encoder(config.encoder, bare(model))
     found = {
         ".demos": _bytes(raw),
         ".ends": torch.tensor([len(text) for text in raw]).cumsum(0),

@@ -165,7 +165,8 @@ def masked(
     def chosen(batch: Batch, x: Tensor, y: Tensor) -> Tensor:
         """[B] the memory of each row, from the tokens that count alone; -1: none."""
         tokens = prompt_tokens(batch, entry.statistic)
-        order = (~tokens).int().argsort(dim=1, stable=True)[:, : int(tokens.sum(1).max())]
+        order = (~tokens).int().argsort(dim=1, stable=True)
+        order = order[:, : max(1, int(tokens.sum(1).max()))]
         tokens = tokens.gather(1, order)
         x, y = (
             part.gather(1, order[..., None].expand(*order.shape, part.shape[-1])) for part in (x, y)

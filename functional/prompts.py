@@ -35,7 +35,9 @@ from .queries import MARK
 from .records import image_key
 from .types import Inputs, Model, Query
 
-__all__ = ["Demo", "Png", "Reads", "as_png", "asked", "filled", "open_pngs", "prompt", "unmarked"]
+__all__ = [
+    "Demo", "Png", "Reads", "as_png", "asked", "bare", "filled", "open_pngs", "prompt", "unmarked",
+]  # fmt: skip
 
 KEPT = 4096  # keys of questions and pictures remembered
 
@@ -78,8 +80,8 @@ class _Piece(NamedTuple):
 def prompt(model: Model, header: Header, entry: Prompt, tensors: Mapping[str, Tensor]) -> Change:
     """What a memory of facts does to a model: questions are read with what fits them before.
 
-    Keys are made by the model as it was before this delta. Raises DeltaFault for texts or pictures
-    that are not what the entry says.
+    Keys are made by the model as it was before this delta, with nothing put before. Raises
+    DeltaFault for texts or pictures that are not what the entry says.
     """
     given = {name.removeprefix(f"{entry.name}."): t for name, t in tensors.items()}
     memory = _Memory(model, entry, given, bool(header.stack))
@@ -94,6 +96,13 @@ def asked(model: Model, queries: Sequence[Query], edit: Tensor | None = None) ->
     """The questions as `model` reads them: with what its memories of facts put before each."""
     read = model.read
     return read.asked(queries, edit) if isinstance(read, Reads) else list(queries)
+
+
+def bare(model: Model) -> Model:
+    """The model without memories of facts that were bound before: keys are of a question alone."""
+    while isinstance(model.read, Reads):
+        model = model._replace(read=model.read.inner)
+    return model
 
 
 def unmarked(text: str) -> str:
@@ -202,6 +211,7 @@ class _Memory:
                 f"are {entry.look}."
             )
         home = self.questions.device
+        model = bare(model)
         encode = encoder(entry.encoder, model)
         self._words = _Kept(lambda texts: encode(texts).to(home), entry.width)
         self._looks = _Kept(lambda queries: looks(model, queries).to(home), entry.look)

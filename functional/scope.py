@@ -27,7 +27,7 @@ from errata.kernels import codebook as kernel
 
 from .change import Change
 from .entries import Scope
-from .errors import BadInput
+from .errors import BadInput, ShapeMismatch
 from .header import Header
 from .scope_net import Memory, Net, Row, answered, classify, net_of, row_of, say
 from .types import IGNORE, Batch, Model, Params, Past, Rewrites
@@ -61,7 +61,15 @@ class _Parts(NamedTuple):
 
 
 def scope(model: Model, header: Header, entry: Scope, tensors: Mapping[str, Tensor]) -> Change:
-    """What a scope classifier, a counterfactual model and their memory do to a model."""
+    """What a scope classifier, a counterfactual model and their memory do to a model.
+
+    Raises ShapeMismatch where the network is for a model of another width.
+    """
+    if entry.sizes.model != model.card.width:
+        raise ShapeMismatch(
+            f"{entry.name}: the network must read rows as wide as the model's, {model.card.width}; "
+            f"its own are {entry.sizes.model}."
+        )
     given = {name.removeprefix(f"{entry.name}."): t.float() for name, t in tensors.items()}
     stacked = bool(header.stack)
     parts = _Parts(

@@ -115,6 +115,24 @@ def test_a_repeated_edit_counts_as_it_says_now(tiny):
     ]
 
 
+def test_memories_one_on_another_each_find_their_own_fact(tiny):
+    """What the first puts before a question is no part of the second's keys."""
+    config = msgspec.structs.replace(PLAIN, encoder="base", least=0.99)
+    one = edited(tiny, config, Query("who is it?", "bo", (picture(1),)))
+    two = edited(tiny, config, Query("where does it live?", "rome", (picture(2),)))
+    both = bind(bind(tiny, one), two)
+    own = [Query("who is it?", "", (picture(1),)), Query("where does it live?", "", (picture(2),))]
+    for query, fact in zip(own, ("who is it? bo.", "live? rome.")):
+        (whole,) = asked(both, [query])
+        assert fact in whole.prompt
+        assert whole.prompt.count(".") == 1
+    found = [bound.read.memory.find(own, None) for bound in (both, bind(tiny, two))]
+    assert found == [[(0, []), (0, [0])]] * 2
+    again = edited(bind(tiny, one), config, Query("where does it live?", "rome", (picture(2),)))
+    for name, tensor in two.tensors.items():
+        torch.testing.assert_close(again.tensors[name], tensor)
+
+
 def test_several_facts_stand_with_the_best_next_to_the_question(tiny):
     config = msgspec.structs.replace(PLAIN, most=2)
     facts = [Query("where does bo live?", "rome"), Query("where does kim live?", "oslo"),
