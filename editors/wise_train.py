@@ -296,25 +296,63 @@ def objective(
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """maps [E O I] -> rows' losses [R], activations [R], and those of unrelated prompts [R U]."""
     batch = ready.batch
-    length = batch.hidden.shape[1]
+    count, length = batch.hidden.shape[:2]
     # EasyEdit edits by the mean, and takes the largest of long prompts when it answers only.
     statistic = "mean" if config.statistic == "easyedit" else config.statistic
+    own, every, rivals = prompt_tokens(batch, statistic), _packed(ready, 0), _packed(ready, 1)
+    # Where the rows stand whole, their own prompts' tokens are among them: multiplied once.
+    whole = own.shape[1] == length and torch.equal(own.sum(1), ready.tokens[:, 0].sum(1))
+
+    def activations(more: Tensor, prompts: _Packed) -> Tensor:
+        moved = distances(prompts.output, more, site.activation)
+        spread = moved.new_zeros(count, prompts.tokens[0].numel()).scatter(1, prompts.at, moved)
+        return activation_of(spread.view(prompts.tokens.shape), prompts.tokens, statistic)
 
     def parts(maps: Tensor, answers: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        more = grouped_linear(ready.given.flatten(1, 2), maps, batch.edit)  # [R (U+1)n O]
-        moved = distances(ready.output, more.view(ready.output.shape), site.activation)
-        found = activation_of(moved, ready.tokens, statistic)  # [R U+1]
+        found: list[Tensor] = []
 
         def rewrite(x: Tensor, y: Tensor) -> Tensor:
-            added = grouped_linear(x.reshape(len(found), length, -1).float(), maps, batch.edit)
-            return (y + added.view(y.shape)).to(y.dtype)
+            given = x.reshape(count, length, -1).float()
+            if whole:
+                product = grouped_linear(torch.cat([given, rivals.given], 1), maps, batch.edit)
+                added, more = product[:, :length], product[:, length:]
+                moved = distances(y.reshape(added.shape), added, site.activation)
+                inside = activation_of(moved, own, statistic)
+                found.append(torch.cat([inside[:, None], activations(more, rivals)], 1))
+            else:
+                added = grouped_linear(given, maps, batch.edit)
+            return (y + added.reshape(y.shape)).to(y.dtype)
 
-        answer = found[:, 0]
+        answer = None
         if answers:
             answer = nll(prefix.narrow(model, batch, {site.path: rewrite}), batch.labels)
-        return answer, found[:, 0], found[:, 1:]
+        if not found:
+            found.append(activations(grouped_linear(every.given, maps, batch.edit), every))
+        active = found[0]  # [R U+1]
+        return active[:, 0] if answer is None else answer, active[:, 0], active[:, 1:]
 
     return parts
+
+
+class _Packed(NamedTuple):
+    """Prompts of a row one behind the other, without the padding between them."""
+
+    given: Tensor  # [R T I]
+    output: Tensor  # [R T O]
+    at: Tensor  # [R T] where each token stands among the P n of `tokens`
+    tokens: Tensor  # [R P n] bool
+
+
+def _packed(ready: Ready, first: int) -> _Packed:
+    """The prompts from `first` on."""
+    tokens = ready.tokens[:, first:]
+    flat = tokens.flatten(1)
+    at = (~flat).int().argsort(dim=1, stable=True)[:, : max(1, int(flat.sum(1).max()))]
+    given, output = (
+        part[:, first:].flatten(1, 2).gather(1, at[..., None].expand(*at.shape, part.shape[-1]))
+        for part in (ready.given, ready.output)
+    )
+    return _Packed(given, output, at, tokens)
 
 
 def margins(inside: Tensor, outside: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
