@@ -55,8 +55,18 @@ CASES = {
         layer=1, mask_ratio=0.5, num_steps=4, lr=0.2, alpha=0.5, beta=2.0, gamma=1.0, num_texts=2
     ),
     "wise-last": WiseConfig(
-        site="mlp.up", layer=-1, statistic="last", optimizer="adam", lr=2e-2, num_steps=3,
-        alpha=0.5, beta=2.0, gamma=1.0, beside=("picture", "question"), num_texts=1, clamp=None,
+        site="mlp.up",
+        layer=-1,
+        statistic="last",
+        optimizer="adam",
+        lr=2e-2,
+        num_steps=3,
+        alpha=0.5,
+        beta=2.0,
+        gamma=1.0,
+        beside=("picture", "question"),
+        num_texts=1,
+        clamp=None,
     ),
     "mend-last": MendConfig(sites=("layers.-1.mlp",), rank=4, edit_lr=-0.02, end=True),
 }
