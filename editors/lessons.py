@@ -149,7 +149,7 @@ class Shelf:
 def _unnamed(tensors: Mapping[str, Tensor], depth: int) -> Rows:
     plain = {n.removeprefix("batch/"): t for n, t in tensors.items() if n.startswith("batch/")}
     extras = {n.removeprefix("extras/"): t for n, t in plain.items() if n.startswith("extras/")}
-    fields = {name: tensor for name, tensor in plain.items() if not name.startswith("extras/")}
+    fields: dict[str, Any] = {n: t for n, t in plain.items() if not n.startswith("extras/")}
     return Rows(Batch(**fields, extras=extras, depth=depth), tensors["base"])
 
 

@@ -2,7 +2,7 @@
 
     known = Known(model)
     model = model._replace(known=known)
-    known.open([Page("cases 0 to 7", parts)])     # run once; `prefix.cut` and `said` are look-ups
+    known.open([Page(0, parts)])                  # run once; `prefix.cut` and `said` are look-ups
 
 All editors, all probes and all edits of the same questions then share one pass of the base. Rows
 are run in *pages*, batches that follow from the questions alone: what is looked up has the same
@@ -38,9 +38,9 @@ class Part(NamedTuple):
 
 
 class Page(NamedTuple):
-    """Parts that are run and dropped together, under a name."""
+    """Parts that are run and dropped together, under a number."""
 
-    name: Hashable
+    name: int
     parts: tuple[Part, ...]
 
 
@@ -68,9 +68,9 @@ class Known:
     def __init__(self, model: Model, limit: int = 1 << 30) -> None:
         self._model = model._replace(known=None)
         self._limit = limit
-        self._pages: OrderedDict[Hashable, list[_Stood]] = OrderedDict()
+        self._pages: OrderedDict[int, list[_Stood]] = OrderedDict()
         self._open: list[_Stood] = []
-        self._names: set[Hashable] = set()
+        self._names: set[int] = set()
         self._wanted: set[tuple[int, bool]] = set()  # (depth, thinned) that someone asked for
         self.passes = 0  # rows run from the beginning
         self.texts: dict[Hashable, str] = {}  # what the base says when left to talk: by who asked
