@@ -254,13 +254,13 @@ def train(
     weight = (weight.mT if site.transposed else weight).reshape(-1)
     anchor = {"values": weight[positions].float()} if decay else None
 
-    def spread(values: Tensor) -> Tensor:
-        return (
-            values.new_zeros(count, out * inner).scatter(1, positions, values).view(-1, out, inner)
-        )
+    dense = start.new_zeros(count, out * inner, dtype=torch.float32)  # zero but at `positions`
 
-    def loss(tensors):
-        answer, inside, outside = parts(spread(tensors["values"]))
+    def maps(values: Tensor) -> Tensor:
+        return dense.scatter_(1, positions, values).view(-1, out, inner)
+
+    def loss(maps):
+        answer, inside, outside = parts(maps)
         margin = margins(inside[:, None], outside, config.alpha, config.beta, config.gamma)
         each = per_edit(answer + margin, edit, count)
         return each.sum(), each.detach()
@@ -271,7 +271,8 @@ def train(
     before = torch.full((count,), torch.inf, device=start.device)
     active = torch.ones(count, dtype=torch.bool, device=start.device)
     for number in range(config.num_steps):
-        grads, each = step(tensors)
+        slope, each = step(maps(tensors["values"]))
+        grads = {"values": slope.flatten(1).gather(1, positions)}
         done = ((each - before).abs() <= config.stop_change) & (each <= config.stop_loss)
         active, before = active & ~done, each
         if not bool(active.any()):
@@ -286,7 +287,7 @@ def train(
             tensors = optim.clamp(tensors, config.clamp)
     values = tensors["values"]
     with torch.no_grad():
-        inside = parts(spread(values), answers=False)[1]
+        inside = parts(maps(values), answers=False)[1]
     nearest = torch.full((count,), torch.inf, device=start.device)
     return values, nearest.scatter_reduce(0, edit, inside, "amin")
 
