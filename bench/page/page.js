@@ -73,9 +73,9 @@ const family = (line, which) => meanOf(line, Object.keys(line.probes).filter(FAM
 
 function controls() {
   const fields = [
-    ["model", "Model", one => one], ["protocol", "Protocol", one => one],
-    ["moment", "Asked", (one, row) => ({ edit: "right after the edit", end: "after all edits", length: "after so many edits" }[one] || one)],
-    ["gap", view.moment === "length" ? "Edits made" : "Edits later", one => one], ["scorer", "Scorer", one => one],
+    ["model", () => "Model", one => one], ["protocol", () => "Protocol", one => one],
+    ["moment", () => "Asked", (one, row) => ({ edit: "right after the edit", end: "after all edits", length: "after so many edits" }[one] || one)],
+    ["gap", () => view.moment === "length" ? "Edits made" : "Edits later", one => one], ["scorer", () => "Scorer", one => one],
   ];
   const bar = $("controls");
   bar.replaceChildren();
@@ -87,7 +87,7 @@ function controls() {
     if (values.length < 2) continue;
     const menu = node("select", { onchange: event => { view[field] = values[event.target.selectedIndex]; draw(); } },
       ...values.map(value => node("option", { selected: value === view[field] ? "" : null }, String(show(value)))));
-    bar.append(node("label", {}, title, menu));
+    bar.append(node("label", {}, title(), menu));
   }
   bar.hidden = !bar.children.length;
   const counts = [...new Set(lines().map(line => line.cases))];
