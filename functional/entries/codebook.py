@@ -10,7 +10,7 @@ import msgspec
 from .common import FLOATS, Kind, Want, misnamed
 
 if TYPE_CHECKING:
-    from errata.functional.header import Header
+    from ..header import Header  # noqa: TID252
 
 __all__ = ["Codebook", "Where"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 if TYPE_CHECKING:
-    from errata.functional.header import Header
+    from ..header import Header  # noqa: TID252
 
 __all__ = ["FLOATS", "NAME", "Begins", "Kind", "Want", "misnamed"]
 
