@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .errors import BadInput
 from .header import Experts
-from .kinds import Algebra, Part, register
+from .kinds import Algebra, Part, owned, register
 
 __all__ = []
 
@@ -30,20 +30,13 @@ def _join(given: Sequence[Part | int]) -> Part:
             f"{first.entry.name}: only experts that one trained editor made share a gate, and "
             "these have gates of their own: bind the deltas one after another."
         )
-    owners: list[int] = []
-    before = 0
-    for part in given:
-        if isinstance(part, int):
-            owners += [-1] * part
-        else:
-            owners += [expert + before if expert >= 0 else -1 for expert in part.entry.owners]
-            before += part.entry.num_experts
+    owners, count = owned(given, lambda entry: entry.num_experts)
     pool = {suffix: torch.cat([part.tensors[suffix] for part in found]) for suffix in POOL}
     taken = _taken(pool, [part.entry.num_experts for part in found])
-    owners = [-1 if expert in taken else expert for expert in owners]
-    entry = msgspec.structs.replace(first.entry, num_experts=before, owners=tuple(owners))
+    owners = tuple(-1 if expert in taken else expert for expert in owners)
+    entry = msgspec.structs.replace(first.entry, num_experts=count, owners=owners)
     whole = Part(entry, {**first.tensors, **pool}, len(owners))
-    return _only(whole, [k for k in range(before) if k not in taken])
+    return _only(whole, [k for k in range(count) if k not in taken])
 
 
 def _taken(pool: dict[str, Tensor], counts: Sequence[int]) -> set[int]:

@@ -18,7 +18,18 @@ from errata.kernels import codebook as kernel
 from .errors import BadInput, KindUnsupported
 from .header import Codebook, Dense, LowRank
 
-__all__ = ["Algebra", "Part", "algebra", "as_dense", "inner", "parts", "register", "rows_of"]
+__all__ = [
+    "Algebra",
+    "Part",
+    "algebra",
+    "as_dense",
+    "inner",
+    "kept",
+    "owned",
+    "parts",
+    "register",
+    "rows_of",
+]
 
 
 class Part(NamedTuple):
@@ -94,6 +105,34 @@ def inner(left: Part, right: Part) -> Tensor:
         ups = left.tensors[".B"].double().T @ right.tensors[".B"].double()
         return (downs * ups).sum()
     return (as_dense(left).double() * as_dense(right).double()).sum()
+
+
+def owned(given: Sequence[Part | int], count: Callable[[Any], int]) -> tuple[tuple[int, ...], int]:
+    """The owners of slots that are put one behind the other, and how many slots there are.
+
+    `count(entry)` says how many slots (keys, facts, experts, memories) an entry has; the edits of a
+    delta without the entry own none: -1.
+    """
+    owners: list[int] = []
+    before = 0
+    for part in given:
+        if isinstance(part, int):
+            owners += [-1] * part
+            continue
+        owners += [slot + before if slot >= 0 else -1 for slot in part.entry.owners]
+        before += count(part.entry)
+    return tuple(owners), before
+
+
+def kept(owners: Sequence[int], keep: Sequence[int]) -> tuple[list[int], tuple[int, ...]]:
+    """The slots that some edits own, ascending, and the edits' owners among these alone.
+
+    >>> kept((2, -1, 0), (0, 1))
+    ([2], (0, -1))
+    """
+    slots = sorted({owners[k] for k in keep} - {-1})
+    place = {slot: at for at, slot in enumerate(slots)} | {-1: -1}
+    return slots, tuple(place[owners[k]] for k in keep)
 
 
 def _join_lowrank(given: Sequence[Part | int]) -> Part:
@@ -179,30 +218,18 @@ def _join_codebook(given: Sequence[Part | int]) -> Part:
                 "replaces the earlier."
             )
         keys = torch.cat([keys, part.tensors[".keys"]])
-    owners: list[int] = []
-    before = 0
-    for part in given:
-        if isinstance(part, int):
-            owners += [-1] * part
-        else:
-            owners += [key + before if key >= 0 else -1 for key in part.entry.owners]
-            before += part.entry.num_keys
-    entry = msgspec.structs.replace(first, num_keys=before, owners=tuple(owners))
+    owners, num_keys = owned(given, lambda entry: entry.num_keys)
+    entry = msgspec.structs.replace(first, num_keys=num_keys, owners=owners)
     tensors = {s: torch.cat([part.tensors[s] for part in found]) for s in found[0].tensors}
     return Part(entry, tensors, len(owners))
 
 
 def _keep_codebook(part: Part, keep: Sequence[int]) -> Part | None:
     """Keys that a kept edit owns; radii stay as the sequence of edits left them."""
-    keys = sorted({part.entry.owners[k] for k in keep} - {-1})
+    keys, owners = kept(part.entry.owners, keep)
     if not keys:
         return None
-    place = {key: at for at, key in enumerate(keys)} | {-1: -1}
-    entry = msgspec.structs.replace(
-        part.entry,
-        num_keys=len(keys),
-        owners=tuple(place[part.entry.owners[k]] for k in keep),
-    )
+    entry = msgspec.structs.replace(part.entry, num_keys=len(keys), owners=owners)
     index = torch.tensor(keys)
     tensors = {s: x.index_select(0, index.to(x.device)) for s, x in part.tensors.items()}
     return Part(entry, tensors, len(keep))

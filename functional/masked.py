@@ -27,7 +27,7 @@ from .change import Change
 from .errors import BadInput, KindUnsupported, ShapeMismatch, UnknownSite
 from .grouped import grouped_linear
 from .header import Header, Masked
-from .kinds import Algebra, Part, register
+from .kinds import Algebra, Part, kept, owned, register
 from .places import canonical, module_of, runs_below
 from .types import Batch, Model
 
@@ -235,16 +235,9 @@ def _join(given: Sequence[Part | int]) -> Part:
     for what in ("activation", "statistic"):
         if any(getattr(part.entry, what) != getattr(first, what) for part in found):
             raise BadInput(f"{first.name}: the memories measure by another {what}.")
-    owners: list[int] = []
-    before = 0
-    for part in given:
-        if isinstance(part, int):
-            owners += [-1] * part
-        else:
-            owners += [m + before if m >= 0 else -1 for m in part.entry.owners]
-            before += len(part.entry.counts)
+    owners, _ = owned(given, lambda entry: len(entry.counts))
     counts = tuple(count for part in found for count in part.entry.counts)
-    entry = msgspec.structs.replace(first, counts=counts, owners=tuple(owners))
+    entry = msgspec.structs.replace(first, counts=counts, owners=owners)
     tensors = {s: torch.cat([part.tensors[s] for part in found]) for s in found[0].tensors}
     return Part(entry, tensors, len(owners))
 
@@ -252,7 +245,7 @@ def _join(given: Sequence[Part | int]) -> Part:
 def _keep(part: Part, keep: Sequence[int]) -> Part | None:
     """Memories whose edits are all kept; those that no kept edit owns go."""
     entry = part.entry
-    memories = sorted({entry.owners[k] for k in keep} - {-1})
+    memories, owners = kept(entry.owners, keep)
     lost = {entry.owners[k] for k in set(range(part.edits)) - set(keep)}
     shared = lost & set(memories)
     if shared:
@@ -265,17 +258,14 @@ def _keep(part: Part, keep: Sequence[int]) -> Part | None:
         return None
     ends = torch.tensor(entry.counts).cumsum(0).tolist()
     values = [part.tensors[".values"][ends[m] - entry.counts[m] : ends[m]] for m in memories]
-    place = {memory: at for at, memory in enumerate(memories)} | {-1: -1}
     counts = tuple(entry.counts[m] for m in memories)
-    kept = msgspec.structs.replace(
-        entry, counts=counts, owners=tuple(place[entry.owners[k]] for k in keep)
-    )
+    fewer = msgspec.structs.replace(entry, counts=counts, owners=owners)
     tensors = {
         ".mask": part.tensors[".mask"][memories],
         ".values": torch.cat(values),
         ".thresholds": part.tensors[".thresholds"][memories],
     }
-    return Part(kept, tensors, len(keep))
+    return Part(fewer, tensors, len(keep))
 
 
 def _scale(part: Part, factor: float) -> Part:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .entries import Prompt
 from .errors import BadInput, KindUnsupported, listed
-from .kinds import Algebra, Part, register
+from .kinds import Algebra, Part, kept, owned, register
 
 __all__ = ["joined"]
 
@@ -62,27 +62,19 @@ def _join(given: Sequence[Part | int]) -> Part:
             f"{first.entry.name}: memories of facts must retrieve alike to become one, and these "
             f"differ in {listed(sorted(wrong))}: make the edits with one editor."
         )
-    owners: list[int] = []
-    before = 0
-    for part in given:
-        if isinstance(part, int):
-            owners += [-1] * part
-        else:
-            owners += [fact + before if fact >= 0 else -1 for fact in part.entry.owners]
-            before += part.entry.num_facts
+    owners, _ = owned(given, lambda entry: entry.num_facts)
     tensors = {s: first.tensors[s] for s in demos}
     tensors |= joined([{s: part.tensors[s] for s in _MEMORY if s in part.tensors}
                        for part in found])  # fmt: skip
     facts = tuple(fact for part in found for fact in part.entry.facts)
-    return Part(_entry(first.entry, facts, tuple(owners), tensors), tensors, len(owners))
+    return Part(_entry(first.entry, facts, owners, tensors), tensors, len(owners))
 
 
 def _keep(part: Part, keep: Sequence[int]) -> Part | None:
     """The facts that a kept edit owns, and no more pictures than they need."""
-    facts = sorted({part.entry.owners[k] for k in keep} - {-1})
+    facts, owners = kept(part.entry.owners, keep)
     if not facts:
         return None
-    place = {fact: at for at, fact in enumerate(facts)} | {-1: -1}
     index = torch.tensor(facts)
     tensors = {
         s: x.index_select(0, index.to(x.device)) if s in _MEMORY else x
@@ -96,9 +88,8 @@ def _keep(part: Part, keep: Sequence[int]) -> Part | None:
             tensors[".sizes"] = tensors[".sizes"][:, :most].contiguous()
         else:
             del tensors[".shown"], tensors[".sizes"]
-    owners = tuple(place[part.entry.owners[k]] for k in keep)
-    kept = tuple(part.entry.facts[fact] for fact in facts)
-    return Part(_entry(part.entry, kept, owners, tensors), tensors, len(keep))
+    said = tuple(part.entry.facts[fact] for fact in facts)
+    return Part(_entry(part.entry, said, owners, tensors), tensors, len(keep))
 
 
 def _entry(

@@ -13,7 +13,7 @@ from errata.kernels import codebook as kernel
 
 from .entries import Scope
 from .errors import BadInput, KindUnsupported
-from .kinds import Algebra, Part, register
+from .kinds import Algebra, Part, kept, owned, register
 
 __all__ = ["padded"]
 
@@ -54,31 +54,23 @@ def _join(given: Sequence[Part | int]) -> Part:
                 "one replaces the earlier."
             )
         keys = torch.cat([keys, part.tensors[".keys"]])
-    owners: list[int] = []
-    before = 0
-    for part in given:
-        if isinstance(part, int):
-            owners += [-1] * part
-        else:
-            owners += [slot + before if slot >= 0 else -1 for slot in part.entry.owners]
-            before += part.entry.slots
+    owners, slots = owned(given, lambda entry: entry.slots)
     memory = {s: padded([part.tensors[s] for part in found]) for s in _MEMORY}
     entry = msgspec.structs.replace(
         first.entry,
-        slots=before,
+        slots=slots,
         replies=max(part.entry.replies for part in found),
         prompts=max(part.entry.prompts for part in found),
-        owners=tuple(owners),
+        owners=owners,
     )
     return Part(entry, {**first.tensors, **memory}, len(owners))
 
 
 def _keep(part: Part, keep: Sequence[int]) -> Part | None:
     """The slots that a kept edit owns, and no more padding than they need."""
-    slots = sorted({part.entry.owners[k] for k in keep} - {-1})
+    slots, owners = kept(part.entry.owners, keep)
     if not slots:
         return None
-    place = {slot: at for at, slot in enumerate(slots)} | {-1: -1}
     index = torch.tensor(slots, device=part.tensors[".keys"].device)
     memory = {s: part.tensors[s].index_select(0, index) for s in _MEMORY}
     replies, prompts = _longest(memory[".replies"]), _longest(memory[".prompts"])
@@ -89,7 +81,7 @@ def _keep(part: Part, keep: Sequence[int]) -> Part | None:
         slots=len(slots),
         replies=replies,
         prompts=prompts,
-        owners=tuple(place[part.entry.owners[k]] for k in keep),
+        owners=owners,
     )
     return Part(entry, {**part.tensors, **memory}, len(keep))
 

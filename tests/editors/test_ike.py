@@ -5,16 +5,16 @@ from __future__ import annotations
 import msgspec
 import pytest
 import torch
-from PIL import Image
 
 from errata import adapters
 from errata.bench.data import world
 from errata.editors import IkeConfig, configure, ike, make
 from errata.editors.ike import PRESETS
-from errata.functional import Case, Delta, Prompt, Query, bind, generate, io
+from errata.functional import Case, Prompt, Query, bind, generate, io
 from errata.functional.errors import BadInput, BadSettings
 from errata.functional.merge import remove
 from errata.functional.prompts import Reads, asked
+from tests.editors.facts import edited, picture, put
 
 PLAIN = IkeConfig(fact="{statement}. ", ask="{question}", encoder="hashed:128")
 SCOPED = msgspec.structs.replace(PLAIN, least=0.5, least_look=0.5)
@@ -28,27 +28,6 @@ def tiny():
 @pytest.fixture(scope="module")
 def micro():
     return adapters.micro("llava")
-
-
-def picture(seed: int) -> Image.Image:
-    noise = torch.rand(3, 3, 3, generator=torch.Generator().manual_seed(seed))
-    small = Image.fromarray((noise * 255).byte().numpy())
-    return small.resize((32, 32), Image.Resampling.NEAREST)
-
-
-def edited(model, config: IkeConfig, *queries: Query, cases=None) -> Delta:
-    editor = ike(config, cases)
-    state = editor.init(model, torch.Generator())
-    delta = None
-    for query in queries:
-        delta, state = editor.edit(model, state, [query])
-    assert delta is not None
-    return delta
-
-
-def put(model, delta: Delta, *prompts: str, images=(), edit=None) -> list[str]:
-    queries = [Query(prompt, "", images) for prompt in prompts]
-    return [query.prompt for query in asked(bind(model, delta), queries, edit)]
 
 
 CORPUS = [

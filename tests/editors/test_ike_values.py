@@ -8,15 +8,15 @@ import sys
 import msgspec
 import pytest
 import torch
-from PIL import Image
 
 from errata import adapters
 from errata.editors import IkeConfig, ike
-from errata.functional import Case, Delta, Query, bind, bind_rows, io
+from errata.functional import Case, Query, bind, bind_rows, io
 from errata.functional.errors import BadInput
 from errata.functional.merge import merge, remove, scale, select
 from errata.functional.prompts import asked
 from errata.functional.stacks import stack, unstack
+from tests.editors.facts import edited, picture, put
 
 PLAIN = IkeConfig(fact="{statement}. ", ask="{question}", encoder="hashed:128")
 SCOPED = msgspec.structs.replace(PLAIN, least=0.5, least_look=0.5)
@@ -25,27 +25,6 @@ SCOPED = msgspec.structs.replace(PLAIN, least=0.5, least_look=0.5)
 @pytest.fixture(scope="module")
 def tiny():
     return adapters.adapt(*adapters.tiny("llava"))
-
-
-def picture(seed: int) -> Image.Image:
-    noise = torch.rand(3, 3, 3, generator=torch.Generator().manual_seed(seed))
-    small = Image.fromarray((noise * 255).byte().numpy())
-    return small.resize((32, 32), Image.Resampling.NEAREST)
-
-
-def edited(model, config: IkeConfig, *queries: Query, cases=None) -> Delta:
-    editor = ike(config, cases)
-    state = editor.init(model, torch.Generator())
-    delta = None
-    for query in queries:
-        delta, state = editor.edit(model, state, [query])
-    assert delta is not None
-    return delta
-
-
-def put(model, delta: Delta, *prompts: str, images=(), edit=None) -> list[str]:
-    queries = [Query(prompt, "", images) for prompt in prompts]
-    return [query.prompt for query in asked(bind(model, delta), queries, edit)]
 
 
 CORPUS = [
