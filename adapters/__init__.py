@@ -20,42 +20,42 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attach import attach
-    from .core import seeing_once
-    from .load import adapt, load
-    from .micro import families, micro
-    from .peft import from_peft, to_peft
-    from .templates import PRESETS, preset
-    from .text import Template
-    from .tiny import tiny
+    from .core import cache_vision_features
+    from .load import from_module, from_pretrained
+    from .micro import list_families, load_micro
+    from .peft import export_peft, import_peft
+    from .templates import TEMPLATES, get_template
+    from .text import PromptTemplate
+    from .tiny import tiny_model
 
 __all__ = [
-    "PRESETS",
-    "Template",
-    "adapt",
+    "TEMPLATES",
+    "PromptTemplate",
+    "from_module",
     "attach",
-    "families",
-    "from_peft",
-    "load",
-    "micro",
-    "preset",
-    "seeing_once",
-    "tiny",
-    "to_peft",
+    "list_families",
+    "import_peft",
+    "from_pretrained",
+    "load_micro",
+    "get_template",
+    "cache_vision_features",
+    "tiny_model",
+    "export_peft",
 ]
 
 _HOMES = {
-    "PRESETS": "templates",
-    "Template": "text",
-    "adapt": "load",
+    "TEMPLATES": "templates",
+    "PromptTemplate": "text",
+    "from_module": "load",
     "attach": "attach",
-    "families": "micro",
-    "from_peft": "peft",
-    "load": "load",
-    "micro": "micro",
-    "preset": "templates",
-    "seeing_once": "core",
-    "tiny": "tiny",
-    "to_peft": "peft",
+    "list_families": "micro",
+    "import_peft": "peft",
+    "from_pretrained": "load",
+    "load_micro": "micro",
+    "get_template": "templates",
+    "cache_vision_features": "core",
+    "tiny_model": "tiny",
+    "export_peft": "peft",
 }
 
 
@@ -67,7 +67,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """`adapters.load` is the function, also after its module of the same name was imported."""
+    """`adapters.from_pretrained` is the function, also after its module of the same name was imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, ModuleType) and name in _HOMES:

@@ -14,22 +14,30 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from errata.functional import Inputs, ModelCard, Params, Past, Rewrites
-from errata.functional.call import first_tensor, rewriting
-from errata.functional.errors import ModelUnsupported, UnknownSite
+from errata.functional import Hooks, Inputs, KVCache, ModelCard, Params
+from errata.functional.call import first_tensor, forward_hooks
+from errata.functional.errors import UnknownSiteError, UnsupportedModelError
 
-from .capture import Capture, capture, discover, swapped
+from .capture import CapturedForward, capture_forward, trace_forward, with_parameters
 from .family import Family
-from .plan import ATTENDED, added_key, make_plan
-from .probe import FIRST, GROWN, LONGER, as_hugging_face, empty_past, observed, tokens
-from .sight import Sight
-from .skeleton import EXPLICIT, Ledger, Skeletons, replaced
+from .plan import ATTENTION_OUTPUT, added_input_key, infer_layout
+from .probe import (
+    FIRST_SHAPE,
+    LONG_SHAPE,
+    SECOND_SHAPE,
+    empty_cache,
+    hf_position_ids,
+    observed_positions,
+    synthetic_tokens,
+)
+from .sight import VisionFeatureCache
+from .skeleton import EXPLICIT_ATTENTION, FunctionalKVCache, ThreadReplicas, replaced_forwards
 from .structure import attention_path, decoder_path, text_config
-from .tail import ending
+from .tail import find_logit_transform
 
-__all__ = ["HUGGING_FACE", "Anatomy"]
+__all__ = ["HF_ERRORS", "ModuleRunner"]
 
-HUGGING_FACE = (
+HF_ERRORS = (
     AttributeError,
     AssertionError,
     IndexError,
@@ -42,7 +50,7 @@ HUGGING_FACE = (
 """What running somebody else's forward with unusual arguments can raise."""
 
 
-class Anatomy:
+class ModuleRunner:
     """A module's parts: where they are, what they are handed, how to run them.
 
     Found once by a free forward and two captures of a few tokens, in which no layer runs but one
@@ -50,251 +58,276 @@ class Anatomy:
     """
 
     def __init__(
-        self, card: ModelCard, module: Any, family: Family, attention: str = EXPLICIT
+        self, card: ModelCard, module: Any, family: Family, attention: str = EXPLICIT_ATTENTION
     ) -> None:
         self.card = card
         self.family = family
         self.decoder = decoder_path(module)
-        self._skeletons = Skeletons(module, self.decoder, attention)
-        self._sites = {path for path, _ in module.named_modules()}
+        self._replicas = ThreadReplicas(module, self.decoder, attention)
+        self._module_paths = {path for path, _ in module.named_modules()}
         stack = module.get_submodule(card.layers)
-        self.attention = tuple(attention_path(layer) for layer in stack)
+        self.attention_paths = tuple(attention_path(layer) for layer in stack)
         self._layer_params = [
-            self._names(module, f"{card.layers}.{number}") for number in range(card.num_layers)
+            self._parameter_names(module, f"{card.layers}.{number}")
+            for number in range(card.num_layers)
         ]
         inside = card.layers + "."
-        self._outside = {
-            name: card.ties.get(str(name), str(name))
+        self._outer_params = {
+            name: card.tied.get(str(name), str(name))
             for name, _ in module.named_parameters(remove_duplicate=False)
             if not name.startswith(inside)
         }
-        tower = [name for name in self._outside if card.vision and name.startswith(card.vision)]
-        held = card.ties.get(f"{card.tokens}.weight", f"{card.tokens}.weight")
-        self._first = (held, *tower[:1])  # of the embedding, of the tower
+        tower = [
+            name
+            for name in self._outer_params
+            if card.vision_tower and name.startswith(card.vision_tower)
+        ]
+        held = card.tied.get(f"{card.token_embedding}.weight", f"{card.token_embedding}.weight")
+        self._placement_params = (held, *tower[:1])  # of the embedding, of the tower
         with torch.no_grad():
             self._probe(module)
 
-    def skeleton(self) -> nn.Module:
+    def replica(self) -> nn.Module:
         """The calling thread's own tree of modules over the base's weights."""
-        return self._skeletons.get()
+        return self._replicas.get()
 
-    def arguments(self, skeleton: nn.Module, inputs: Inputs) -> tuple[dict, Tensor | None]:
+    def forward_arguments(self, replica: nn.Module, inputs: Inputs) -> tuple[dict, Tensor | None]:
         """What to enter the module's forward with, and positions [B P L] where they are ours."""
-        kwargs = self.family.arguments(skeleton, inputs)
-        if self.family.positions is None:
+        kwargs = self.family.forward_arguments(replica, inputs)
+        if self.family.position_ids is None:
             return kwargs, None
-        positions = self.family.positions(skeleton, inputs)
-        return {**kwargs, "position_ids": as_hugging_face(positions)}, positions
+        position_ids = self.family.position_ids(replica, inputs)
+        return {**kwargs, "position_ids": hf_position_ids(position_ids)}, position_ids
 
-    def before(
+    def capture_inputs(
         self,
-        skeleton: nn.Module,
+        replica: nn.Module,
         params: Params,
         inputs: Inputs,
-        rewrites: Rewrites | None = None,
-        sight: Sight | None = None,
-    ) -> tuple[Capture, Tensor, Inputs]:
+        hooks: Hooks | None = None,
+        vision_cache: VisionFeatureCache | None = None,
+    ) -> tuple[CapturedForward, Tensor, Inputs]:
         """What the layers are handed, the positions [B P L], and the inputs where they now lie.
 
         With a `sight` that serves these parameters, pictures are looked up there.
         """
-        inputs = self._placed(params, inputs)
-        kwargs, positions = self.arguments(skeleton, inputs)
+        inputs = self._to_device(params, inputs)
+        kwargs, position_ids = self.forward_arguments(replica, inputs)
         enter = self.family.enter
-        rewrites = rewrites or {}
-        known = nullcontext()
-        if sight is not None and self._plain_below(rewrites) and sight.serves(params, inputs):
-            known = sight.looking(skeleton.get_submodule(self.family.features or ""), inputs)
-        with known:
-            seen = self._capture(skeleton, params, lambda module: enter(module, kwargs), rewrites)
-        if seen.hidden.shape[:2] != inputs.ids.shape:
-            raise ModelUnsupported(
-                f"every token must be one position of the decoder; {self.card.id} made "
-                f"{tuple(seen.hidden.shape[:2])} of {tuple(inputs.ids.shape)} (rows, tokens)."
+        hooks = hooks or {}
+        vision_context = nullcontext()
+        if (
+            vision_cache is not None
+            and self._vision_has_no_hooks(hooks)
+            and vision_cache.serves(params, inputs)
+        ):
+            vision_context = vision_cache.use_cached_features(
+                replica.get_submodule(self.family.vision_features_path or ""), inputs
             )
-        if positions is None:
-            positions = observed(seen.positions, inputs)
-        return seen, positions, inputs
+        with vision_context:
+            captured = self._capture(replica, params, lambda module: enter(module, kwargs), hooks)
+        if captured.hidden_states.shape[:2] != inputs.input_ids.shape:
+            raise UnsupportedModelError(
+                f"every token must be one position of the decoder; {self.card.id} made "
+                f"{tuple(captured.hidden_states.shape[:2])} of {tuple(inputs.input_ids.shape)} (rows, tokens)."
+            )
+        if position_ids is None:
+            position_ids = observed_positions(captured.position_ids, inputs)
+        return captured, position_ids, inputs
 
-    def sight(self, params: Params, limit: int) -> Sight | None:
+    def make_vision_cache(self, params: Params, max_bytes: int) -> VisionFeatureCache | None:
         """A store of picture features; None for a family whose vision path has no one door."""
-        if self.family.features is None:
+        if self.family.vision_features_path is None:
             return None
         inside = (f"{self.decoder}.", f"{self.card.head}.")
-        names = [held for name, held in self._outside.items() if not name.startswith(inside)]
-        return Sight(params, tuple(names), limit)
+        names = [held for name, held in self._outer_params.items() if not name.startswith(inside)]
+        return VisionFeatureCache(params, tuple(names), max_bytes)
 
-    def _plain_below(self, rewrites: Rewrites) -> bool:
+    def _vision_has_no_hooks(self, hooks: Hooks) -> bool:
         """Whether nothing before the layers is rewritten, the token embedding aside."""
-        behind = self.within(rewrites, False)
-        return all(path in behind or path == self.card.tokens for path in rewrites)
+        inner_hooks = self.decoder_hooks(hooks, False)
+        return all(path in inner_hooks or path == self.card.token_embedding for path in hooks)
 
-    def _placed(self, params: Params, inputs: Inputs) -> Inputs:
+    def _to_device(self, params: Params, inputs: Inputs) -> Inputs:
         """Inputs where the embedding is, pixels in the tower's precision: readers know neither."""
-        device = params[self._first[0]].device
-        dtype = params[self._first[-1]].dtype
+        device = params[self._placement_params[0]].device
+        dtype = params[self._placement_params[-1]].dtype
 
-        def pixel(value: Any) -> Any:
+        def move(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
             if device.type == "cuda" and value.is_cpu:  # the copy need not wait for what runs there
                 value = value.pin_memory()
-            kind = dtype if value.is_floating_point() else None
-            return value.to(device, kind, non_blocking=device.type == "cuda")
+            target_dtype = dtype if value.is_floating_point() else None
+            return value.to(device, target_dtype, non_blocking=device.type == "cuda")
 
-        fields = ("ids", "mask", "image", "labels", "at")
+        fields = ("input_ids", "attention_mask", "image_mask", "labels", "logit_positions")
         moved = {name: getattr(inputs, name).to(device) for name in fields}
-        pixels = {name: pixel(value) for name, value in inputs.pixels.items()}
-        return inputs._replace(**moved, pixels=pixels)
+        vision_inputs = {name: move(value) for name, value in inputs.vision_inputs.items()}
+        return inputs._replace(**moved, vision_inputs=vision_inputs)
 
-    def _names(self, module: nn.Module, path: str) -> list[tuple[str, str]]:
+    def _parameter_names(self, module: nn.Module, path: str) -> list[tuple[str, str]]:
         """(name inside the part, name in `params`) of every parameter of a part."""
         part = module.get_submodule(path)
         return [
-            (name, self.card.ties.get(f"{path}.{name}", f"{path}.{name}"))
+            (name, self.card.tied.get(f"{path}.{name}", f"{path}.{name}"))
             for name, _ in part.named_parameters(remove_duplicate=False)
         ]
 
-    def within(self, rewrites: Rewrites, thinned: bool) -> Rewrites:
+    def decoder_hooks(self, hooks: Hooks, scored_only: bool) -> Hooks:
         """Rewrites that act in decode: in the layers and behind them, not in a saved attention."""
         inside = [f"{self.card.layers}.", *(f"{path}." for path in self.tail)]
         last = self.card.num_layers - 1
-        saved = f"{self.card.layers}.{last}.{self.attention[last]}."
-        unknown = sorted(set(rewrites) - self._sites)
+        saved = f"{self.card.layers}.{last}.{self.attention_paths[last]}."
+        unknown = sorted(set(hooks) - self._module_paths)
         if unknown:
-            raise UnknownSite(
+            raise UnknownSiteError(
                 f"a rewrite's site must be a module of {self.card.id}, and it has no "
-                f"{', '.join(map(repr, unknown))}; `card.site` gives full paths."
+                f"{', '.join(map(repr, unknown))}; `card.resolve_site` gives full paths."
             )
         return {
             path: rewrite
-            for path, rewrite in rewrites.items()
+            for path, rewrite in hooks.items()
             if any(f"{path}.".startswith(prefix) for prefix in inside)
-            and not (thinned and f"{path}.".startswith(saved))
+            and not (scored_only and f"{path}.".startswith(saved))
         }
 
     def _capture(
         self,
-        skeleton: nn.Module,
+        replica: nn.Module,
         params: Params,
         run: Callable[[nn.Module], Any],
-        rewrites: Rewrites,
-    ) -> Capture:
-        behind = self.within(rewrites, False)
-        before = {path: rewrite for path, rewrite in rewrites.items() if path not in behind}
-        outside = {name: params[held] for name, held in self._outside.items()}
-        state = [(skeleton.get_submodule(path), name) for path, name in self.state]
-        values = [getattr(part, name, None) for part, name in state]
+        hooks: Hooks,
+    ) -> CapturedForward:
+        inner_hooks = self.decoder_hooks(hooks, False)
+        outer_hooks = {path: rewrite for path, rewrite in hooks.items() if path not in inner_hooks}
+        outer_params = {name: params[held] for name, held in self._outer_params.items()}
+        owners = [(replica.get_submodule(path), name) for path, name in self.mutated_attributes]
+        values = [getattr(part, name, None) for part, name in owners]
         try:
-            with rewriting(skeleton, before):
-                return capture(
-                    skeleton,
-                    list(skeleton.get_submodule(self.card.layers).children()),
-                    skeleton.get_submodule(self.tail[0]),
-                    self.shapes,
-                    skeleton.get_submodule(self.decoder),
-                    lambda: swapped(skeleton, outside, run),
+            with forward_hooks(replica, outer_hooks):
+                return capture_forward(
+                    replica,
+                    list(replica.get_submodule(self.card.layers).children()),
+                    replica.get_submodule(self.tail[0]),
+                    self.layer_formats,
+                    replica.get_submodule(self.decoder),
+                    lambda: with_parameters(replica, outer_params, run),
                 )
         finally:
-            for (part, name), value in zip(state, values):
+            for (part, name), value in zip(owners, values):
                 setattr(part, name, value)
 
-    def before_new(
+    def capture_next_inputs(
         self,
-        skeleton: nn.Module,
+        replica: nn.Module,
         params: Params,
-        ids: Tensor,
-        past: Past,
-        rewrites: Rewrites | None = None,
-    ) -> tuple[Capture, Tensor, Tensor]:
+        input_ids: Tensor,
+        kv_cache: KVCache,
+        hooks: Hooks | None = None,
+    ) -> tuple[CapturedForward, Tensor, Tensor]:
         """The same for new tokens [B n] behind a past, and their mask [B n]."""
-        new = torch.ones_like(ids, dtype=torch.bool)
-        positions = past.next[:, :, None] + torch.arange(ids.shape[1], device=ids.device)
-        ledger = Ledger(self.card.num_layers, past.mask.shape[1])
-        seen = self._capture(
-            skeleton,
+        attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
+        position_ids = kv_cache.next_position[:, :, None] + torch.arange(
+            input_ids.shape[1], device=input_ids.device
+        )
+        hf_cache = FunctionalKVCache(self.card.num_layers, kv_cache.attention_mask.shape[1])
+        captured = self._capture(
+            replica,
             params,
             lambda module: module.get_submodule(self.decoder)(
-                input_ids=ids,
-                attention_mask=torch.cat([past.mask, new], 1).long(),
-                position_ids=as_hugging_face(positions),
-                past_key_values=ledger,
+                input_ids=input_ids,
+                attention_mask=torch.cat([kv_cache.attention_mask, attention_mask], 1).long(),
+                position_ids=hf_position_ids(position_ids),
+                past_key_values=hf_cache,
                 use_cache=True,
             ),
-            rewrites or {},
+            hooks or {},
         )
-        return seen, positions, new
+        return captured, position_ids, attention_mask
 
-    def layer(
+    def run_layer(
         self,
-        skeleton: nn.Module,
+        replica: nn.Module,
         params: Params,
         number: int,
-        hidden: Tensor,
-        extras: Mapping[str, Tensor],
-        ledger: Ledger | None,
+        hidden_states: Tensor,
+        layer_inputs: Mapping[str, Tensor],
+        hf_cache: FunctionalKVCache | None,
     ) -> Tensor:
         """One layer, and what the model adds behind it: [B L D]."""
-        templates = self.plan.plain if ledger is None else self.plan.cached
-        handed = templates[number].fill(self.plan, extras, ledger)  # type: ignore[index]
-        layer = skeleton.get_submodule(f"{self.card.layers}.{number}")
-        args = handed.args if handed.named else (hidden, *handed.args)
-        kwargs = {**handed.kwargs, "hidden_states": hidden} if handed.named else handed.kwargs
-        own = {local: params[held] for local, held in self._layer_params[number]}
+        templates = self.layout.templates if hf_cache is None else self.layout.cached_templates
+        call = templates[number].fill(self.layout, layer_inputs, hf_cache)  # type: ignore[index]
+        layer = replica.get_submodule(f"{self.card.layers}.{number}")
+        args = call.args if call.hidden_as_keyword else (hidden_states, *call.args)
+        kwargs = (
+            {**call.kwargs, "hidden_states": hidden_states}
+            if call.hidden_as_keyword
+            else call.kwargs
+        )
+        layer_params = {local: params[held] for local, held in self._layer_params[number]}
         with ExitStack() as stack:
-            if ATTENDED in extras and number == self.card.num_layers - 1:
-                site = layer.get_submodule(self.attention[number])
-                saved = self.attention_shapes[number].of(extras[ATTENDED])
-                stack.enter_context(replaced([site], [lambda *a, **k: saved]))
-            result = first_tensor(functional_call(layer, own, args, kwargs, tie_weights=False))
-        added = extras.get(added_key(number))
+            if ATTENTION_OUTPUT in layer_inputs and number == self.card.num_layers - 1:
+                attention = layer.get_submodule(self.attention_paths[number])
+                saved = self.attention_formats[number].wrap(layer_inputs[ATTENTION_OUTPUT])
+                stack.enter_context(replaced_forwards([attention], [lambda *a, **k: saved]))
+            result = first_tensor(
+                functional_call(layer, layer_params, args, kwargs, tie_weights=False)
+            )
+        added = layer_inputs.get(added_input_key(number))
         return result if added is None else result + added.to(result.device)
 
-    def finish(self, skeleton: nn.Module, params: Params, hidden: Tensor) -> Tensor:
+    def run_head(self, replica: nn.Module, params: Params, hidden_states: Tensor) -> Tensor:
         """Final norm, head and what the model does to its logits: [B T V]."""
         for path, names in zip(self.tail, self._tail_params):
-            own = {local: params[held] for local, held in names}
-            part = skeleton.get_submodule(path)
-            hidden = first_tensor(functional_call(part, own, (hidden,), tie_weights=False))
-        return self._ending(hidden)
+            part_params = {local: params[held] for local, held in names}
+            part = replica.get_submodule(path)
+            hidden_states = first_tensor(
+                functional_call(part, part_params, (hidden_states,), tie_weights=False)
+            )
+        return self._logit_transform(hidden_states)
 
     # What is found once, on construction.
 
     def _probe(self, module: nn.Module) -> None:
         """Find tail, state and layouts by a free forward and two captures of a few tokens."""
-        card, skeleton = self.card, self.skeleton()
+        card, replica = self.card, self.replica()
         params = {name: tensor.detach() for name, tensor in module.named_parameters()}
-        layers = list(skeleton.get_submodule(card.layers).children())
+        layers = list(replica.get_submodule(card.layers).children())
         attentions = [
             layer.get_submodule(path) if path else None
-            for layer, path in zip(layers, self.attention)
+            for layer, path in zip(layers, self.attention_paths)
         ]
-        inputs = tokens(card, module, FIRST)
-        kwargs, _ = self.arguments(skeleton, inputs)
-        found = discover(
-            skeleton,
+        inputs = synthetic_tokens(card, module, FIRST_SHAPE)
+        kwargs, _ = self.forward_arguments(replica, inputs)
+        trace = trace_forward(
+            replica,
             layers,
             attentions,
-            skeleton.get_submodule(card.head),
-            lambda: self.family.enter(skeleton, kwargs),
+            replica.get_submodule(card.head),
+            lambda: self.family.enter(replica, kwargs),
         )
-        for path, name in found.state:
-            setattr(skeleton.get_submodule(path), name, getattr(module.get_submodule(path), name))
-        self.shapes, self.attention_shapes = found.layers, found.attention
-        self.tail, self.state = found.tail, found.state
-        self._tail_params = [self._names(module, path) for path in self.tail]
-        self._ending = lambda logits: logits
-        raw = self.finish(skeleton, params, found.noise)
+        for path, name in trace.mutated_attributes:
+            setattr(replica.get_submodule(path), name, getattr(module.get_submodule(path), name))
+        self.layer_formats, self.attention_formats = trace.layer_formats, trace.attention_formats
+        self.tail, self.mutated_attributes = trace.tail, trace.mutated_attributes
+        self._tail_params = [self._parameter_names(module, path) for path in self.tail]
+        self._logit_transform = lambda logits: logits
+        head_output = self.run_head(replica, params, trace.noise)
         configs = [text_config(module.config), module.config]
-        self._ending = ending(configs, raw, found.logits, type(module).__name__)
+        self._logit_transform = find_logit_transform(
+            configs, head_output, trace.logits, type(module).__name__
+        )
 
-        one, positions, _ = self.before(skeleton, params, inputs)
+        first, position_ids, _ = self.capture_inputs(replica, params, inputs)
         try:
-            past = empty_past(inputs.ids, positions.shape[1])
-            ids = tokens(card, module, GROWN).ids
-            two = self.before_new(skeleton, params, ids, past)[0]
-            self.plan = make_plan(one, FIRST, two, GROWN)
-        except (ModelUnsupported, *HUGGING_FACE) as error:
-            two = self.before(skeleton, params, tokens(card, module, LONGER))[0]
+            kv_cache = empty_cache(inputs.input_ids, position_ids.shape[1])
+            input_ids = synthetic_tokens(card, module, SECOND_SHAPE).input_ids
+            second = self.capture_next_inputs(replica, params, input_ids, kv_cache)[0]
+            self.layout = infer_layout(first, FIRST_SHAPE, second, SECOND_SHAPE)
+        except (UnsupportedModelError, *HF_ERRORS) as error:
+            second = self.capture_inputs(
+                replica, params, synthetic_tokens(card, module, LONG_SHAPE)
+            )[0]
             refusal = f"its decoder does not go on from keys and values it is given ({error})"
-            self.plan = make_plan(one, FIRST, two, LONGER, refusal)
+            self.layout = infer_layout(first, FIRST_SHAPE, second, LONG_SHAPE, refusal)

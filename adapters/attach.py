@@ -19,20 +19,20 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from errata.functional import Delta, Dense
 from errata.functional.errors import (
-    BadInput,
-    BaseMismatch,
-    KindUnsupported,
-    ShapeMismatch,
-    UnknownSite,
-    listed,
+    BaseMismatchError,
+    InvalidInputError,
+    ShapeError,
+    UnknownSiteError,
+    UnsupportedKindError,
+    join_messages,
 )
-from errata.functional.fingerprint import derive, fingerprint, origin
-from errata.functional.grouped import chain
+from errata.functional.fingerprint import base_parameter, hash_parameter, mark_edited
+from errata.functional.grouped import low_rank_maps
 
-__all__ = ["Attached", "attach"]
+__all__ = ["AttachedEdit", "attach"]
 
 
-class _Place(NamedTuple):
+class _ParameterOwner(NamedTuple):
     """One place of a parameter: a module, its path, and the name it holds the parameter by."""
 
     module: nn.Module
@@ -40,12 +40,14 @@ class _Place(NamedTuple):
     leaf: str
 
 
-class Attached:
+class AttachedEdit:
     """A module under a delta, until `detach`. Also a context manager that detaches at its end."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._swapped: list[tuple[nn.Module, str, nn.Parameter | None, nn.Parameter]] = []
+        self._replaced_parameters: list[
+            tuple[nn.Module, str, nn.Parameter | None, nn.Parameter]
+        ] = []
         self._hooks: list[Any] = []
 
     def detach(self) -> None:
@@ -53,19 +55,22 @@ class Attached:
 
         Raises BadInput, changing nothing, where another delta lies on top of its parameters.
         """
-        laid = {(id(module), leaf): (module, leaf, new) for module, leaf, _, new in self._swapped}
-        if any(module._parameters[leaf] is not new for module, leaf, new in laid.values()):
-            raise BadInput(
+        current = {
+            (id(module), leaf): (module, leaf, new)
+            for module, leaf, _, new in self._replaced_parameters
+        }
+        if any(module._parameters[leaf] is not new for module, leaf, new in current.values()):
+            raise InvalidInputError(
                 "deltas are detached in reverse order, and a parameter of this one was replaced "
                 "since: detach what was attached on top of it first."
             )
         while self._hooks:
             self._hooks.pop().remove()
-        while self._swapped:
-            module, leaf, before, _ = self._swapped.pop()
-            module._parameters[leaf] = before
+        while self._replaced_parameters:
+            module, leaf, original, _ = self._replaced_parameters.pop()
+            module._parameters[leaf] = original
 
-    def __enter__(self) -> Attached:
+    def __enter__(self) -> AttachedEdit:
         return self
 
     def __exit__(
@@ -76,20 +81,24 @@ class Attached:
     ) -> None:
         self.detach()
 
-    def _lay(self, places: list[_Place], value: Tensor) -> None:
+    def _replace_parameter(self, owners: list[_ParameterOwner], value: Tensor) -> None:
         new = nn.Parameter(value, requires_grad=False)
-        derive(new, _held(places))
-        for module, _, leaf in places:
-            self._swapped.append((module, leaf, module._parameters[leaf], new))
+        mark_edited(new, _parameter_of(owners))
+        for module, _, leaf in owners:
+            self._replaced_parameters.append((module, leaf, module._parameters[leaf], new))
             module._parameters[leaf] = new
 
-    def _hook(self, places: list[_Place], maps: Sequence[Tensor], exact: bool) -> None:
-        for place in places:
-            hook = place.module.register_forward_hook(_addition(maps, exact), with_kwargs=True)
+    def _add_hooks(
+        self, owners: list[_ParameterOwner], maps: Sequence[Tensor], exact: bool
+    ) -> None:
+        for owner in owners:
+            hook = owner.module.register_forward_hook(
+                _make_addition_hook(maps, exact), with_kwargs=True
+            )
             self._hooks.append(hook)
 
 
-def attach(module: nn.Module, delta: Delta, *, check: bool = True) -> Attached:
+def attach(module: nn.Module, delta: Delta, *, check: bool = True) -> AttachedEdit:
     """Let `module` answer as edited; what it computes is what `bind` computes, bit for bit.
 
         with attach(model, load("cat.safetensors")):
@@ -100,123 +109,137 @@ def attach(module: nn.Module, delta: Delta, *, check: bool = True) -> Attached:
     base, UnknownSite and ShapeMismatch for parameters that do not fit, KindUnsupported for kinds
     that are more than a changed linear map and for stacked deltas.
     """
-    _can(delta)
-    places = _places(module, delta)
-    _fits(module, delta, places, check)
-    attached = Attached(module)
+    _require_supported(delta)
+    owners = _find_owners(module, delta)
+    _require_fit(module, delta, owners, check)
+    attached_edit = AttachedEdit(module)
     try:
         for entry in delta.header.entries:
-            _one(attached, delta, entry, places[entry.name])
+            _apply_entry(attached_edit, delta, entry, owners[entry.name])
     except BaseException:
-        attached.detach()
+        attached_edit.detach()
         raise
-    return attached
+    return attached_edit
 
 
-def _one(attached: Attached, delta: Delta, entry: Any, places: list[_Place]) -> None:
-    base = places[0].module._parameters[places[0].leaf]
+def _apply_entry(
+    attached_edit: AttachedEdit, delta: Delta, entry: Any, owners: list[_ParameterOwner]
+) -> None:
+    base = owners[0].module._parameters[owners[0].leaf]
     assert base is not None
-    mine = {name: delta.tensors[name].to(base.device) for name in entry.tensors()}
+    tensors = {name: delta.tensors[name].to(base.device) for name in entry.tensor_specs()}
     if isinstance(entry, Dense):
-        attached._lay(places, (base + mine[entry.name]).to(base.dtype).detach())
+        attached_edit._replace_parameter(
+            owners, (base + tensors[entry.name]).to(base.dtype).detach()
+        )
         return
-    down, up = mine[f"{entry.name}.A"], mine[f"{entry.name}.B"]
-    if delta.header.form == "weight" or not all(_linear(place) for place in places):
+    down, up = tensors[f"{entry.name}.A"], tensors[f"{entry.name}.B"]
+    if delta.header.arithmetic == "weight" or not all(_is_linear_call(place) for place in owners):
         full = (up.float() @ down.float()).to(base.dtype)
-        attached._lay(places, (base + (full.mT if entry.transposed else full)).detach())
+        attached_edit._replace_parameter(
+            owners, (base + (full.mT if entry.transposed else full)).detach()
+        )
     else:
-        exact = delta.header.form == "act_fp32"
-        maps = chain(down, up, len(entry.rows)) if exact else (down, up)
-        attached._hook(places, maps, exact)
+        exact = delta.header.arithmetic == "act_fp32"
+        maps = low_rank_maps(down, up, len(entry.edit_ranks)) if exact else (down, up)
+        attached_edit._add_hooks(owners, maps, exact)
 
 
-def _addition(maps: Sequence[Tensor], exact: bool) -> Any:
+def _make_addition_hook(maps: Sequence[Tensor], exact: bool) -> Any:
     """y + x mapped by one after another, in x's dtype or, exact, in fp32."""
 
     def hook(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], y: Tensor) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
-        wide = torch.float32 if exact else x.dtype
-        more = reduce(F.linear, (each.to(wide) for each in maps), x.to(wide))
-        return (y + more).to(y.dtype)
+        dtype = torch.float32 if exact else x.dtype
+        change = reduce(F.linear, (each.to(dtype) for each in maps), x.to(dtype))
+        return (y + change).to(y.dtype)
 
     return hook
 
 
-def _linear(place: _Place) -> bool:
+def _is_linear_call(owner: _ParameterOwner) -> bool:
     """Whether the place is a linear map that is called as one, so that a hook sees it.
 
     The output projection of `nn.MultiheadAttention` is a linear map that never is called.
     """
     from transformers.pytorch_utils import Conv1D
 
-    called = not isinstance(place.module, NonDynamicallyQuantizableLinear)
-    return place.leaf == "weight" and called and isinstance(place.module, nn.Linear | Conv1D)
+    called = not isinstance(owner.module, NonDynamicallyQuantizableLinear)
+    return owner.leaf == "weight" and called and isinstance(owner.module, nn.Linear | Conv1D)
 
 
-def _can(delta: Delta) -> None:
+def _require_supported(delta: Delta) -> None:
     header = delta.header
     if header.stack:
-        raise KindUnsupported(
+        raise UnsupportedKindError(
             "a stacked delta holds edits side by side, and a plain module runs one at a time: "
-            "attach one of `stacks.unstack(delta)`, or use `bind_rows`."
+            "attach one of `stacking.unstack(delta)`, or use `bind_rows`."
         )
-    odd = sorted({type(e).__name__.lower() for e in header.entries} - {"dense", "lowrank"})
-    if odd:
-        raise KindUnsupported(
-            f"a delta of kind {', '.join(odd)} does more than change a linear map, and can not be "
-            "attached to a plain module: use `adapters.adapt` and `bind`."
+    unsupported = sorted({type(e).__name__.lower() for e in header.entries} - {"dense", "lowrank"})
+    if unsupported:
+        raise UnsupportedKindError(
+            f"a delta of kind {', '.join(unsupported)} does more than change a linear map, and can not be "
+            "attached to a plain module: use `adapters.from_module` and `bind`."
         )
 
 
-def _places(module: nn.Module, delta: Delta) -> dict[str, list[_Place]]:
+def _find_owners(module: nn.Module, delta: Delta) -> dict[str, list[_ParameterOwner]]:
     """Where each entry's parameter is; a tied one is in several places."""
-    homes: dict[int, list[_Place]] = {}
+    owners_by_id: dict[int, list[_ParameterOwner]] = {}
     names: dict[str, nn.Parameter] = {}
     for path, inner in module.named_modules():
         for leaf, parameter in inner._parameters.items():
             if parameter is not None:
-                homes.setdefault(id(parameter), []).append(_Place(inner, path, leaf))
+                owners_by_id.setdefault(id(parameter), []).append(
+                    _ParameterOwner(inner, path, leaf)
+                )
                 names[f"{path}.{leaf}" if path else leaf] = parameter
     missing = [entry.name for entry in delta.header.entries if entry.name not in names]
     if missing:
-        near = difflib.get_close_matches(missing[0], names, n=3)
-        raise UnknownSite(
+        suggestions = difflib.get_close_matches(missing[0], names, n=3)
+        raise UnknownSiteError(
             f"a delta can only change parameters the module has; {type(module).__name__} lacks "
-            f"{listed(missing)}" + (f" (near: {', '.join(near)})." if near else ".")
+            f"{join_messages(missing)}"
+            + (f" (near: {', '.join(suggestions)})." if suggestions else ".")
         )
-    return {entry.name: homes[id(names[entry.name])] for entry in delta.header.entries}
+    return {entry.name: owners_by_id[id(names[entry.name])] for entry in delta.header.entries}
 
 
-def _fits(module: nn.Module, delta: Delta, places: Mapping[str, list[_Place]], check: bool) -> None:
+def _require_fit(
+    module: nn.Module, delta: Delta, owners: Mapping[str, list[_ParameterOwner]], check: bool
+) -> None:
     shapes = []
     for entry in delta.header.entries:
-        shape = tuple(_held(places[entry.name]).shape)
+        shape = tuple(_parameter_of(owners[entry.name]).shape)
         if shape != tuple(entry.shape):
             shapes.append(f"{entry.name} has shape {list(shape)}, not {list(entry.shape)}")
     if shapes:
-        raise ShapeMismatch(f"a delta must fit the parameters it changes: {listed(shapes)}.")
-    wrong = list(_differences(module, delta, places)) if check else []
+        raise ShapeError(f"a delta must fit the parameters it changes: {join_messages(shapes)}.")
+    wrong = list(_base_differences(module, delta, owners)) if check else []
     if wrong:
-        raise BaseMismatch(
+        raise BaseMismatchError(
             f"the delta was made for {delta.header.base.id}, and this {type(module).__name__} "
-            f"differs: {listed(wrong)}. Attach it to the base it was made for."
+            f"differs: {join_messages(wrong)}. Attach it to the base it was made for."
         )
 
 
-def _differences(
-    module: nn.Module, delta: Delta, places: Mapping[str, list[_Place]]
+def _base_differences(
+    module: nn.Module, delta: Delta, owners: Mapping[str, list[_ParameterOwner]]
 ) -> Iterator[str]:
     base = delta.header.base
     family = getattr(getattr(module, "config", None), "model_type", "")
     if base.family and family and base.family != family:
         yield f"family {family!r} is not {base.family!r}"
-    for name, digest in base.touched.items():
-        held = _held(places[name]) if name in places else None
-        if held is not None and digest not in (fingerprint(origin(held)), fingerprint(held)):
+    for name, digest in base.parameter_hashes.items():
+        parameter = _parameter_of(owners[name]) if name in owners else None
+        if parameter is not None and digest not in (
+            hash_parameter(base_parameter(parameter)),
+            hash_parameter(parameter),
+        ):
             yield f"{name} holds other values"
 
 
-def _held(places: list[_Place]) -> nn.Parameter:
-    parameter = places[0].module._parameters[places[0].leaf]
+def _parameter_of(owners: list[_ParameterOwner]) -> nn.Parameter:
+    parameter = owners[0].module._parameters[owners[0].leaf]
     assert parameter is not None
     return parameter

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from errata.functional.errors import ModelUnsupported, listed
+from errata.functional.errors import UnsupportedModelError, join_messages
 
 from .family import Family
 
@@ -36,11 +36,11 @@ _TRAINING = """
 use_bfloat16 tf_legacy_loss tie_encoder_decoder tie_word_embeddings ignore_index
 initializer_range initializer_factor gradient_checkpointing pretraining_tp
 """
-_TWICE = """
+_REDUNDANT = """
 is_decoder rope_scaling rope_theta rope_parameters use_decoder_only_language_model in_chans
 spatial_patch_size vision_token_id vocab_size
 """  # read by the class under another name, or told by the shapes of the weights
-_HARMLESS = frozenset(" ".join((_GENERATION, _SAVING, _TOKENS, _TRAINING, _TWICE)).split())
+_HARMLESS = frozenset(" ".join((_GENERATION, _SAVING, _TOKENS, _TRAINING, _REDUNDANT)).split())
 """Attributes outside a config class that change nothing, or that the class itself has read."""
 
 _REQUIRED = {
@@ -57,8 +57,10 @@ def check_config(config: PreTrainedConfig, family: Family) -> None:
     """Raise ModelUnsupported, naming every attribute and value the family does not handle."""
     wrong = []
     text = config.get_text_config()
-    for path, part in _parts(config, ""):
-        known = {field.name for field in dataclasses.fields(part)} | _HARMLESS | family.known
+    for path, part in _nested_configs(config, ""):
+        known = (
+            {field.name for field in dataclasses.fields(part)} | _HARMLESS | family.known_attributes
+        )
         # Flat configs of older checkpoints repeat their text part at the top.
         known |= set() if part is text else {f.name for f in dataclasses.fields(text)}
         for name, value in vars(part).items():
@@ -66,32 +68,32 @@ def check_config(config: PreTrainedConfig, family: Family) -> None:
                 continue
             if name not in known and name not in _REQUIRED:
                 wrong.append(f"{path}{name} = {value!r} is unknown")
-    for name, (where, value) in _required(text).items():
-        if value != where and not (value in (None, False, {}) and not where):
-            wrong.append(f"{name} must be {where!r}, is {value!r}")
-    for path, allowed in family.values.items():
-        value = _at(config, path)
+    for name, (expected, value) in _required_values(text).items():
+        if value != expected and not (value in (None, False, {}) and not expected):
+            wrong.append(f"{name} must be {expected!r}, is {value!r}")
+    for path, allowed in family.required_values.items():
+        value = _nested_attribute(config, path)
         if value not in allowed:
             wrong.append(f"{path} must be one of {allowed}, is {value!r}")
     if wrong:
-        raise ModelUnsupported(
+        raise UnsupportedModelError(
             f"every config attribute must be one the {family.model_type} adapter handles: "
-            f"{listed(wrong)}. Delete an attribute that changes nothing, or open an issue."
+            f"{join_messages(wrong)}. Delete an attribute that changes nothing, or open an issue."
         )
 
 
-def _required(text: PreTrainedConfig) -> dict[str, tuple[Any, Any]]:
+def _required_values(text: PreTrainedConfig) -> dict[str, tuple[Any, Any]]:
     return {name: (want, getattr(text, name, want)) for name, want in _REQUIRED.items()}
 
 
-def _parts(config: PreTrainedConfig, path: str) -> Iterator[tuple[str, PreTrainedConfig]]:
+def _nested_configs(config: PreTrainedConfig, path: str) -> Iterator[tuple[str, PreTrainedConfig]]:
     yield path, config
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            yield from _parts(value, f"{path}{name}.")
+            yield from _nested_configs(value, f"{path}{name}.")
 
 
-def _at(config: Any, path: str) -> Any:
+def _nested_attribute(config: Any, path: str) -> Any:
     for name in path.split("."):
         config = getattr(config, name, None)
     return config

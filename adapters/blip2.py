@@ -16,30 +16,42 @@ from torch import nn
 
 from errata.functional import Inputs
 
-from .family import Family, from_mask
+from .family import Family, mask_positions
 
-__all__ = ["arguments", "enter", "family", "minigpt4"]
+__all__ = ["forward_arguments", "enter", "family", "minigpt4"]
 
 
-def arguments(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
+def forward_arguments(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
     """Ids, masks and pixels."""
     del module
-    given = {"input_ids": inputs.ids, "attention_mask": inputs.mask.long(), "image": inputs.image}
-    return given | dict(inputs.pixels)
+    kwargs = {
+        "input_ids": inputs.input_ids,
+        "attention_mask": inputs.attention_mask.long(),
+        "image_mask": inputs.image_mask,
+    }
+    return kwargs | dict(inputs.vision_inputs)
 
 
 def enter(module: Any, kwargs: Mapping[str, Any]) -> Any:
     """Write the pictures' features over the embeddings where they stand, and run the decoder."""
     rest = dict(kwargs)
-    ids, image, pixels = rest.pop("input_ids"), rest.pop("image"), rest.pop("pixel_values", None)
-    hidden = module.get_input_embeddings()(ids)  # [B L D]
+    input_ids, image_mask, pixels = (
+        rest.pop("input_ids"),
+        rest.pop("image_mask"),
+        rest.pop("pixel_values", None),
+    )
+    hidden_states = module.get_input_embeddings()(input_ids)  # [B L D]
     if pixels is not None:
         features = module.get_image_features(pixel_values=pixels).pooler_output  # [n Q D]
-        hidden = hidden.masked_scatter(image[..., None], features.to(hidden.dtype))
-    return module.language_model(inputs_embeds=hidden, use_cache=False, return_dict=True, **rest)
+        hidden_states = hidden_states.masked_scatter(
+            image_mask[..., None], features.to(hidden_states.dtype)
+        )
+    return module.language_model(
+        inputs_embeds=hidden_states, use_cache=False, return_dict=True, **rest
+    )
 
 
-_KNOWN = frozenset(
+_KNOWN_ATTRIBUTES = frozenset(
     {
         "activation_dropout",
         "attention_dropout",
@@ -54,19 +66,19 @@ _KNOWN = frozenset(
 """What checkpoints from before transformers 5 say beside what the classes read; all constants."""
 
 
-def _family(model_type: str) -> Family:
+def _make_family(model_type: str) -> Family:
     return Family(
         model_type,
-        arguments=arguments,
+        forward_arguments=forward_arguments,
         enter=enter,
-        positions=from_mask,
-        vision="vision_model",
-        projector="qformer",
-        features="",
-        known=_KNOWN,
-        values={"qformer_config.position_embedding_type": (None, "absolute")},
+        position_ids=mask_positions,
+        vision_path="vision_model",
+        projector_path="qformer",
+        vision_features_path="",
+        known_attributes=_KNOWN_ATTRIBUTES,
+        required_values={"qformer_config.position_embedding_type": (None, "absolute")},
     )
 
 
-family: Family = _family("blip-2")
-minigpt4: Family = _family("minigpt4")
+family: Family = _make_family("blip-2")
+minigpt4: Family = _make_family("minigpt4")

@@ -9,59 +9,68 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from errata.functional.errors import ModelUnsupported
+from errata.functional.errors import UnsupportedModelError
 
-from .skeleton import replaced
+from .skeleton import replaced_forwards
 
-__all__ = ["Capture", "Found", "Handed", "Shape", "capture", "discover", "stopped_at", "swapped"]
+__all__ = [
+    "CapturedForward",
+    "ForwardTrace",
+    "LayerCall",
+    "OutputFormat",
+    "capture_forward",
+    "trace_forward",
+    "run_until",
+    "with_parameters",
+]
 
 
-class Handed(NamedTuple):
+class LayerCall(NamedTuple):
     """What a layer is called with, beside the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    named: bool  # hidden states came as a keyword
+    hidden_as_keyword: bool  # hidden states came as a keyword
 
 
-class Capture(NamedTuple):
+class CapturedForward(NamedTuple):
     """What a forward hands its layers."""
 
-    hidden: Tensor  # [B L D] before layer 0
-    handed: tuple[Handed, ...]  # per layer
+    hidden_states: Tensor  # [B L D] before layer 0
+    layer_calls: tuple[LayerCall, ...]  # per layer
     added: dict[int, Tensor]  # [B L D] what the model adds after a layer
-    positions: Tensor | None  # position ids as the decoder was given them, if it was
+    position_ids: Tensor | None  # position ids as the decoder was given them, if it was
 
 
-class Shape(NamedTuple):
+class OutputFormat(NamedTuple):
     """How a module gives its tensor: bare (size 0) or first of a tuple of `size`."""
 
-    size: int = 0
+    tuple_size: int = 0
 
-    def of(self, value: Tensor) -> Any:
-        return value if not self.size else (value, *(None,) * (self.size - 1))
+    def wrap(self, value: Tensor) -> Any:
+        return value if not self.tuple_size else (value, *(None,) * (self.tuple_size - 1))
 
     @classmethod
-    def like(cls, output: Any) -> Shape:
+    def from_output(cls, output: Any) -> OutputFormat:
         return cls(0 if isinstance(output, Tensor) else len(output))
 
 
-class Found(NamedTuple):
+class ForwardTrace(NamedTuple):
     """What one free forward tells about a module."""
 
-    layers: tuple[Shape, ...]  # how each layer gives its result
-    attention: tuple[Shape, ...]  # how each layer's attention does
+    layer_formats: tuple[OutputFormat, ...]  # how each layer gives its result
+    attention_formats: tuple[OutputFormat, ...]  # how each layer's attention does
     tail: tuple[str, ...]  # paths called after the last layer, the head last
-    state: tuple[tuple[str, str], ...]  # (path, attribute) that a forward changes
+    mutated_attributes: tuple[tuple[str, str], ...]  # (path, attribute) that a forward changes
     noise: Tensor  # [B L D] what the last layer was made to give
     logits: Tensor  # [B L V] what the model made of it
 
 
-class _Stop(BaseException):
+class _StopForward(BaseException):
     """Ends a forward once the layers have been passed."""
 
 
-class _Entry(nn.Module):
+class _CallInside(nn.Module):
     """Lets functional_call run any function of a module, not just its forward."""
 
     def __init__(self, inner: nn.Module) -> None:
@@ -72,192 +81,202 @@ class _Entry(nn.Module):
         return run(self.inner)
 
 
-def swapped(module: nn.Module, params: Mapping[str, Tensor], run: Callable[[nn.Module], Any]):
+def with_parameters(
+    module: nn.Module, params: Mapping[str, Tensor], run: Callable[[nn.Module], Any]
+):
     """`run(module)` while the module's parameters are `params`."""
     named = {f"inner.{name}": tensor for name, tensor in params.items()}
-    return functional_call(_Entry(module), named, (run,), tie_weights=False)
+    return functional_call(_CallInside(module), named, (run,), tie_weights=False)
 
 
-def capture(
-    skeleton: nn.Module,
+def capture_forward(
+    replica: nn.Module,
     layers: Sequence[nn.Module],
     after: nn.Module,
-    shapes: Sequence[Shape],
+    layer_formats: Sequence[OutputFormat],
     decoder: nn.Module,
     run: Callable[[], Any],
-) -> Capture:
+) -> CapturedForward:
     """Run until the module `after` the layers is called; every layer gives zeros instead.
 
     So what arrives at the next layer is exactly what the model adds in between.
     """
-    handed: list[Handed] = []
+    layer_calls: list[LayerCall] = []
     added: dict[int, Tensor] = {}
-    first: list[Tensor] = []
-    given: list[Tensor] = []
-    positions: list[Tensor] = []
+    first_hidden: list[Tensor] = []
+    stub_outputs: list[Tensor] = []
+    position_ids: list[Tensor] = []
 
-    def arrive(hidden: Tensor) -> None:
-        if not given:
-            first.append(hidden)
-        elif hidden is not given[-1]:
-            added[len(given) - 1] = hidden
+    def record_arrival(hidden_states: Tensor) -> None:
+        if not stub_outputs:
+            first_hidden.append(hidden_states)
+        elif hidden_states is not stub_outputs[-1]:
+            added[len(stub_outputs) - 1] = hidden_states
 
-    def stand_in(number: int) -> Callable[..., Any]:
+    def make_stub(number: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if len(handed) != number:
-                raise ModelUnsupported(
-                    f"{type(skeleton).__name__} must run its layers once each, in order; layer "
-                    f"{number} was called as number {len(handed)}."
+            if len(layer_calls) != number:
+                raise UnsupportedModelError(
+                    f"{type(replica).__name__} must run its layers once each, in order; layer "
+                    f"{number} was called as number {len(layer_calls)}."
                 )
-            hidden, rest = _split(args, kwargs)
-            arrive(hidden)
-            handed.append(rest)
-            given.append(torch.zeros_like(hidden))
-            return shapes[number].of(given[-1])
+            hidden_states, layer_call = _split_hidden_states(args, kwargs)
+            record_arrival(hidden_states)
+            layer_calls.append(layer_call)
+            stub_outputs.append(torch.zeros_like(hidden_states))
+            return layer_formats[number].wrap(stub_outputs[-1])
 
         return forward
 
     def stop(*args: Any, **kwargs: Any) -> Any:
-        arrive(_split(args, kwargs)[0])
-        raise _Stop
+        record_arrival(_split_hidden_states(args, kwargs)[0])
+        raise _StopForward
 
-    def watch(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def record_position_ids(module: nn.Module, args: tuple, kwargs: dict) -> None:
         if isinstance(kwargs.get("position_ids"), Tensor):
-            positions.append(kwargs["position_ids"])
+            position_ids.append(kwargs["position_ids"])
 
-    hook = decoder.register_forward_pre_hook(watch, with_kwargs=True)
+    hook = decoder.register_forward_pre_hook(record_position_ids, with_kwargs=True)
     try:
-        with replaced([*layers, after], [*map(stand_in, range(len(layers))), stop]):
+        with replaced_forwards([*layers, after], [*map(make_stub, range(len(layers))), stop]):
             run()
-    except _Stop:
+    except _StopForward:
         pass
     finally:
         hook.remove()
-    if len(handed) != len(layers):
-        raise ModelUnsupported(
-            f"{type(skeleton).__name__} must run all of its {len(layers)} layers; it ran "
-            f"{len(handed)}."
+    if len(layer_calls) != len(layers):
+        raise UnsupportedModelError(
+            f"{type(replica).__name__} must run all of its {len(layers)} layers; it ran "
+            f"{len(layer_calls)}."
         )
-    return Capture(first[0], tuple(handed), added, positions[-1] if positions else None)
+    return CapturedForward(
+        first_hidden[0], tuple(layer_calls), added, position_ids[-1] if position_ids else None
+    )
 
 
-def stopped_at(module: nn.Module, run: Callable[[], Any]) -> Tensor:
+def run_until(module: nn.Module, run: Callable[[], Any]) -> Tensor:
     """Run until `module` has given its output, and return that; nothing behind it runs."""
-    seen: list[Tensor] = []
+    outputs: list[Tensor] = []
 
-    def note(module: nn.Module, args: tuple, output: Any) -> None:
-        seen.append(output if isinstance(output, Tensor) else output[0])
-        raise _Stop
+    def record_and_stop(module: nn.Module, args: tuple, output: Any) -> None:
+        outputs.append(output if isinstance(output, Tensor) else output[0])
+        raise _StopForward
 
-    hook = module.register_forward_hook(note)
+    hook = module.register_forward_hook(record_and_stop)
     try:
         run()
-    except _Stop:
+    except _StopForward:
         pass
     finally:
         hook.remove()
-    return seen[0]
+    return outputs[0]
 
 
-def discover(
-    skeleton: nn.Module,
+def trace_forward(
+    replica: nn.Module,
     layers: Sequence[nn.Module],
     attentions: Sequence[nn.Module | None],
     head: nn.Module,
     run: Callable[[], Any],
-) -> Found:
+) -> ForwardTrace:
     """One free forward in which layers give noise; one layer of each class runs for its shape.
 
     Raises ModelUnsupported where the head is not what ends the forward.
     """
-    shapes: dict[type, Shape] = {}
-    inside: dict[type, Shape] = {}
+    formats_by_class: dict[type, OutputFormat] = {}
+    attention_formats_by_class: dict[type, OutputFormat] = {}
     noise: list[Tensor] = []
-    paths = {part: path for path, part in skeleton.named_modules()}
-    below = {part for layer in layers for part in layer.modules()}
+    paths = {part: path for path, part in replica.named_modules()}
+    layer_modules = {part for layer in layers for part in layer.modules()}
     generator = torch.Generator().manual_seed(0)
 
-    def stand_in(layer: nn.Module, attention: nn.Module | None) -> Callable[..., Any]:
+    def make_stub(layer: nn.Module, attention: nn.Module | None) -> Callable[..., Any]:
         original = layer.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden, _ = _split(args, kwargs)
-            if type(layer) not in shapes:
+            hidden_states, _ = _split_hidden_states(args, kwargs)
+            if type(layer) not in formats_by_class:
                 hooks = []
                 if attention is not None:
-                    note = _noting(inside, type(layer))
-                    hooks.append(attention.register_forward_hook(note))
+                    record_format = _make_format_hook(attention_formats_by_class, type(layer))
+                    hooks.append(attention.register_forward_hook(record_format))
                 try:
-                    shapes[type(layer)] = Shape.like(original(*args, **kwargs))
+                    formats_by_class[type(layer)] = OutputFormat.from_output(
+                        original(*args, **kwargs)
+                    )
                 finally:
                     for hook in hooks:
                         hook.remove()
-            random = torch.randn(hidden.shape, generator=generator)
-            noise.append(random.to(hidden.device, hidden.dtype))
-            return shapes[type(layer)].of(noise[-1])
+            random = torch.randn(hidden_states.shape, generator=generator)
+            noise.append(random.to(hidden_states.device, hidden_states.dtype))
+            return formats_by_class[type(layer)].wrap(noise[-1])
 
         return forward
 
     tail: list[str] = []
     open_calls: list[nn.Module] = []
 
-    def before(module: nn.Module, args: tuple) -> None:
+    def enter_module(module: nn.Module, args: tuple) -> None:
         if len(noise) == len(layers):
             if not open_calls:
                 tail.append(paths[module])
             open_calls.append(module)
 
-    def behind(module: nn.Module, args: tuple, output: Any) -> None:
+    def leave_module(module: nn.Module, args: tuple, output: Any) -> None:
         if open_calls and open_calls[-1] is module:
             open_calls.pop()
 
     hooks = []
     for part in paths:
-        if part not in below:
-            hooks.append(part.register_forward_pre_hook(before))
-            hooks.append(part.register_forward_hook(behind))
-    plain = {part: dict(vars(part)) for part in paths}
+        if part not in layer_modules:
+            hooks.append(part.register_forward_pre_hook(enter_module))
+            hooks.append(part.register_forward_hook(leave_module))
+    attributes_before = {part: dict(vars(part)) for part in paths}
     try:
-        with replaced(list(layers), list(map(stand_in, layers, attentions))):
+        with replaced_forwards(list(layers), list(map(make_stub, layers, attentions))):
             output = run()
     finally:
         for hook in hooks:
             hook.remove()
     if len(noise) != len(layers):
-        raise ModelUnsupported(
-            f"{type(skeleton).__name__} must run each of its {len(layers)} layers once; they ran "
+        raise UnsupportedModelError(
+            f"{type(replica).__name__} must run each of its {len(layers)} layers once; they ran "
             f"{len(noise)} times."
         )
     if paths[head] not in tail:
-        raise ModelUnsupported(
-            f"{type(skeleton).__name__} must end in its head {paths[head]!r}; after the layers it "
+        raise UnsupportedModelError(
+            f"{type(replica).__name__} must end in its head {paths[head]!r}; after the layers it "
             f"called {', '.join(tail) or 'nothing'}."
         )
-    return Found(
-        layers=tuple(shapes[type(layer)] for layer in layers),
-        attention=tuple(inside.get(type(layer), Shape()) for layer in layers),
+    return ForwardTrace(
+        layer_formats=tuple(formats_by_class[type(layer)] for layer in layers),
+        attention_formats=tuple(
+            attention_formats_by_class.get(type(layer), OutputFormat()) for layer in layers
+        ),
         tail=tuple(tail[: tail.index(paths[head]) + 1]),
-        state=_changed(paths, plain),
+        mutated_attributes=_changed_attributes(paths, attributes_before),
         noise=noise[-1],
         logits=output.logits,
     )
 
 
-def _noting(into: dict[type, Shape], kind: type) -> Callable[..., None]:
-    def note(module: nn.Module, args: tuple, output: Any) -> None:
-        into[kind] = Shape.like(output)
+def _make_format_hook(
+    formats_by_class: dict[type, OutputFormat], layer_class: type
+) -> Callable[..., None]:
+    def record_format(module: nn.Module, args: tuple, output: Any) -> None:
+        formats_by_class[layer_class] = OutputFormat.from_output(output)
 
-    return note
+    return record_format
 
 
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Handed]:
+def _split_hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, LayerCall]:
     if args:
-        return args[0], Handed(args[1:], dict(kwargs), False)
+        return args[0], LayerCall(args[1:], dict(kwargs), False)
     rest = dict(kwargs)
-    return rest.pop("hidden_states"), Handed((), rest, True)
+    return rest.pop("hidden_states"), LayerCall((), rest, True)
 
 
-def _changed(
+def _changed_attributes(
     paths: Mapping[nn.Module, str], before: Mapping[nn.Module, Mapping[str, Any]]
 ) -> tuple[tuple[str, str], ...]:
     """Plain attributes that the forward set: state that must not leak into the next call."""

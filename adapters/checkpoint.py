@@ -17,10 +17,10 @@ from transformers.core_model_loading import (
     apply_renamings,
 )
 
-__all__ = ["checkpoint_names"]
+__all__ = ["map_checkpoint_names"]
 
 
-def checkpoint_names(module: Any) -> dict[str, str]:
+def map_checkpoint_names(module: Any) -> dict[str, str]:
     """In-memory parameter name -> checkpoint name, where they differ.
 
     Follows what `save_pretrained` does (`revert_weight_conversion`). A parameter that is made of
@@ -31,14 +31,14 @@ def checkpoint_names(module: Any) -> dict[str, str]:
         transforms = get_model_conversion_mapping(module, add_legacy=False)
         # Whether a prefix was there can only be known of a model that was loaded.
         transforms = [t for t in transforms if not isinstance(t, PrefixChange)]
-    back = [transform.reverse_transform() for transform in transforms[::-1]]
-    renamings = [t for t in back if isinstance(t, WeightRenaming)]
-    converters = [t for t in back if isinstance(t, WeightConverter)]
+    reversed_transforms = [transform.reverse_transform() for transform in transforms[::-1]]
+    renamings = [t for t in reversed_transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in reversed_transforms if isinstance(t, WeightConverter)]
     names = {}
     for name, _ in module.named_parameters():
         converted = apply_converters(name, converters)[1] if converters else None
         if converted is None:
-            there = apply_renamings(name, renamings)
-            if there != name:
-                names[name] = there
+            checkpoint_name = apply_renamings(name, renamings)
+            if checkpoint_name != name:
+                names[name] = checkpoint_name
     return names

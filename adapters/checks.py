@@ -6,62 +6,62 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from errata.functional import ModelCard, Query
-from errata.functional.errors import BadInput, listed
+from errata.functional.errors import InvalidInputError, join_messages
 
-from .images import picture
+from .images import open_image
 
-__all__ = ["checked", "every", "named", "opened"]
+__all__ = ["validate_query", "validate_all", "name_query", "open_images"]
 
 
-def opened(images: Sequence[Any], wrong: list[str]) -> list[Any]:
+def open_images(images: Sequence[Any], wrong: list[str]) -> list[Any]:
     """All pictures of a query, or one BadInput: what is `wrong` already, and what will not open."""
-    found = []
+    opened_images = []
     for image in images:
         try:
-            found.append(picture(image))
-        except BadInput as error:
+            opened_images.append(open_image(image))
+        except InvalidInputError as error:
             wrong.append(str(error).rstrip("."))
     if wrong:
-        raise BadInput(listed(dict.fromkeys(wrong)))
-    return found
+        raise InvalidInputError(join_messages(dict.fromkeys(wrong)))
+    return opened_images
 
 
-def checked(query: Query, card: ModelCard) -> None:
+def validate_query(query: Query, card: ModelCard) -> None:
     """Raise BadInput with everything about a query that this model can not take."""
     wrong = []
     if not isinstance(query.prompt, str) or not isinstance(query.target, str):
-        raise BadInput(
+        raise InvalidInputError(
             "prompt and target must be text, got "
             f"{type(query.prompt).__name__} and {type(query.target).__name__}"
         )
     if query.target and not query.target.strip():
         wrong.append(f"the target must hold more than white space, got {query.target!r}")
-    if query.images and not card.images:
+    if query.images and not card.takes_images:
         wrong.append(f"{card.id} takes no images, got {len(query.images)}: leave them out")
-    elif query.video and not card.videos:
+    elif query.video and not card.takes_videos:
         wrong.append(f"{card.id} takes no video: pass the frames as pictures, or choose a model")
-    elif len(query.images) > 1 and not query.video and not card.several:
+    elif len(query.images) > 1 and not query.video and not card.takes_several_images:
         wrong.append(f"{card.id} takes one image per question, got {len(query.images)}")
     if query.video and not query.images:
         wrong.append("a video must have frames, got none")
     if wrong:
-        raise BadInput(listed(wrong))
+        raise InvalidInputError(join_messages(wrong))
 
 
-def named(number: int, query: Query, error: Exception) -> str:
+def name_query(number: int, query: Query, error: Exception) -> str:
     prompt = query.prompt if isinstance(query.prompt, str) else repr(query.prompt)
     short = prompt if len(prompt) <= 40 else prompt[:37] + "..."
     return f"query {number + 1} ({short!r}): {str(error).rstrip('.')}"
 
 
-def every(queries: Sequence[Query], act: Callable[[int, Query], Any]) -> list[Any]:
+def validate_all(queries: Sequence[Query], act: Callable[[int, Query], Any]) -> list[Any]:
     """Act on each query; raise one BadInput that lists all that fail."""
-    done, wrong = [], []
+    results, wrong = [], []
     for number, query in enumerate(queries):
         try:
-            done.append(act(number, query))
-        except BadInput as error:
-            wrong.append(named(number, query, error))
+            results.append(act(number, query))
+        except InvalidInputError as error:
+            wrong.append(name_query(number, query, error))
     if wrong:
-        raise BadInput(f"{listed(wrong)}.")
-    return done
+        raise InvalidInputError(f"{join_messages(wrong)}.")
+    return results

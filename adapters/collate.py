@@ -11,61 +11,66 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from errata.functional import IGNORE, Inputs
-from errata.functional.errors import BadInput
+from errata.functional import IGNORE_INDEX, Inputs
+from errata.functional.errors import InvalidInputError
 
-__all__ = ["Encoded", "assemble", "collated"]
+__all__ = ["TokenRow", "concat_pixels", "collate"]
 
 
-class Encoded(NamedTuple):
+class TokenRow(NamedTuple):
     """A row as token ids."""
 
-    ids: list[int]
-    image: list[bool]
-    scored: range  # positions of the answer's tokens
+    input_ids: list[int]
+    image_mask: list[bool]
+    scored_tokens: range  # positions of the answer's tokens
 
 
-def collated(
-    encoded: Sequence[Encoded], pad: int, keys: tuple[tuple[str, ...], ...], pixels: dict[str, Any]
+def collate(
+    token_rows: Sequence[TokenRow],
+    pad_id: int,
+    content_ids: tuple[tuple[str, ...], ...],
+    vision_inputs: dict[str, Any],
 ) -> Inputs:
     """Rows of ids as right-padded tensors, with the labels read from the rows."""
-    rows = len(encoded)
-    length = max((len(row.ids) for row in encoded), default=0)
-    targets = max((len(row.scored) for row in encoded), default=0)
-    ids = torch.full((rows, length), pad, dtype=torch.int64)
-    mask = torch.zeros((rows, length), dtype=torch.bool)
-    image = torch.zeros((rows, length), dtype=torch.bool)
-    labels = torch.full((rows, targets), IGNORE, dtype=torch.int64)
-    at = torch.zeros((rows, targets), dtype=torch.int64)
-    for index, row in enumerate(encoded):
-        ids[index, : len(row.ids)] = torch.tensor(row.ids)
-        mask[index, : len(row.ids)] = True
-        image[index, : len(row.ids)] = torch.tensor(row.image)
-        where = torch.arange(row.scored.start, row.scored.stop)
-        labels[index, : len(where)] = ids[index, where]
-        at[index, : len(where)] = where - 1
-    return Inputs(ids, mask, image, labels, at, pixels, keys)
+    num_rows = len(token_rows)
+    length = max((len(row.input_ids) for row in token_rows), default=0)
+    num_targets = max((len(row.scored_tokens) for row in token_rows), default=0)
+    input_ids = torch.full((num_rows, length), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros((num_rows, length), dtype=torch.bool)
+    image_mask = torch.zeros((num_rows, length), dtype=torch.bool)
+    labels = torch.full((num_rows, num_targets), IGNORE_INDEX, dtype=torch.int64)
+    logit_positions = torch.zeros((num_rows, num_targets), dtype=torch.int64)
+    for index, row in enumerate(token_rows):
+        input_ids[index, : len(row.input_ids)] = torch.tensor(row.input_ids)
+        attention_mask[index, : len(row.input_ids)] = True
+        image_mask[index, : len(row.input_ids)] = torch.tensor(row.image_mask)
+        positions = torch.arange(row.scored_tokens.start, row.scored_tokens.stop)
+        labels[index, : len(positions)] = input_ids[index, positions]
+        logit_positions[index, : len(positions)] = positions - 1
+    return Inputs(
+        input_ids, attention_mask, image_mask, labels, logit_positions, vision_inputs, content_ids
+    )
 
 
-def assemble(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def concat_pixels(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Pixels of all rows, by name, one after another; a shorter second axis is filled with zeros.
 
     That axis is the tiles of LLaVA-OneVision. Videos of unequal length can not share a batch there:
     raises BadInput.
     """
-    joined = {}
+    batch = {}
     for name in dict.fromkeys(name for row in rows for name in row):
-        found = [row[name] for row in rows if name in row]
-        if found[0].ndim > 2 and len({tensor.shape[1] for tensor in found}) > 1:
+        tensors = [row[name] for row in rows if name in row]
+        if tensors[0].ndim > 2 and len({tensor.shape[1] for tensor in tensors}) > 1:
             if name == "pixel_values_videos":
-                raise BadInput(
+                raise InvalidInputError(
                     "videos of one batch must have the same number of frames, got "
-                    f"{sorted({tensor.shape[1] for tensor in found})}: read them apart."
+                    f"{sorted({tensor.shape[1] for tensor in tensors})}: read them apart."
                 )
-            most = max(tensor.shape[1] for tensor in found)
-            found = [
-                torch.cat([t, t.new_zeros(len(t), most - t.shape[1], *t.shape[2:])], dim=1)
-                for t in found
+            max_tiles = max(tensor.shape[1] for tensor in tensors)
+            tensors = [
+                torch.cat([t, t.new_zeros(len(t), max_tiles - t.shape[1], *t.shape[2:])], dim=1)
+                for t in tensors
             ]
-        joined[name] = torch.cat(found)
-    return joined
+        batch[name] = torch.cat(tensors)
+    return batch

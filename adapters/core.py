@@ -16,41 +16,41 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from errata.functional import (
-    IGNORE,
+    IGNORE_INDEX,
     Batch,
+    Hooks,
     Inputs,
+    KVCache,
     Model,
     ModelCard,
     Params,
-    Past,
     Query,
-    Rewrites,
 )
-from errata.functional.call import rewriting
-from errata.functional.errors import ModelUnsupported, ShapeMismatch
-from errata.functional.rows import ends, pick
+from errata.functional.call import forward_hooks
+from errata.functional.errors import ShapeError, UnsupportedModelError
+from errata.functional.rows import gather_tokens, prompt_end_mask
 
-from .anatomy import Anatomy
+from .anatomy import ModuleRunner
 from .attributes import check_config
-from .capture import stopped_at
+from .capture import run_until
 from .families import family_of
 from .family import Family
-from .generic import Proof, proven, samples
-from .plan import ATTENDED
-from .sight import Sight
-from .skeleton import EXPLICIT, Ledger
+from .generic import VerificationReport, first_verified, sample_inputs
+from .plan import ATTENTION_OUTPUT
+from .sight import VisionFeatureCache
+from .skeleton import EXPLICIT_ATTENTION, FunctionalKVCache
 from .structure import decoder_path
 
-__all__ = ["Decoder", "build", "seeing_once"]
+__all__ = ["FunctionalDecoder", "functionalize", "cache_vision_features"]
 
 
-def build(
+def functionalize(
     card: ModelCard,
     module: Any,
-    read: Callable[[Sequence[Query]], Inputs],
-    write: Callable[[Sequence[int]], str],
+    preprocess: Callable[[Sequence[Query]], Inputs],
+    detokenize: Callable[[Sequence[int]], str],
     family: Family | None = None,
-    given: Sequence[Inputs] = (),
+    verification_inputs: Sequence[Inputs] = (),
 ) -> Model:
     """A Hugging Face module as pure functions of its parameters.
 
@@ -60,29 +60,29 @@ def build(
     Raises ModelUnsupported with the reason where the module does something a cut can not carry.
     """
     family = family or family_of(card.family)
-    if family.explicit:
+    if family.verified:
         check_config(module.config, family)
-        decoder = Decoder(card, module, family)
+        decoder = FunctionalDecoder(card, module, family)
     else:
-        decoder = proven(
+        decoder = first_verified(
             module,
             decoder_path(module),
-            given or samples(card, module, read),
-            lambda attention: Decoder(card, module, family, attention),
+            verification_inputs or sample_inputs(card, module, preprocess),
+            lambda attention: FunctionalDecoder(card, module, family, attention),
         )
     return Model(
         card=decoder.card,
         params={name: tensor.detach() for name, tensor in module.named_parameters()},
-        read=read,
+        preprocess=preprocess,
         embed=decoder.embed,
         decode=decoder.decode,
-        thin=decoder.thin,
-        extend=decoder.extend,
-        write=write,
+        select_scored=decoder.select_scored,
+        embed_next=decoder.embed_next,
+        detokenize=detokenize,
     )
 
 
-def seeing_once(model: Model, limit: int = 256 << 20) -> Model:
+def cache_vision_features(model: Model, max_bytes: int = 256 << 20) -> Model:
     """The model, with each picture's features computed once and kept, up to `limit` bytes.
 
     Each picture is looked at alone, whoever shares its batch: features equal those of a batch up to
@@ -90,14 +90,22 @@ def seeing_once(model: Model, limit: int = 256 << 20) -> Model:
     served by what is kept. A family without `features` comes back as it is.
 
     >>> from errata import adapters
-    >>> model = seeing_once(adapters.adapt(*adapters.tiny("llava")))
+    >>> model = cache_vision_features(adapters.from_module(*adapters.tiny_model("llava")))
     """
     decoder = getattr(model.embed, "__self__", None)
-    sight = decoder.body.sight(model.params, limit) if isinstance(decoder, Decoder) else None
-    return model if sight is None else model._replace(embed=partial(model.embed, sight=sight))
+    vision_cache = (
+        decoder.runner.make_vision_cache(model.params, max_bytes)
+        if isinstance(decoder, FunctionalDecoder)
+        else None
+    )
+    return (
+        model
+        if vision_cache is None
+        else model._replace(embed=partial(model.embed, vision_cache=vision_cache))
+    )
 
 
-class Decoder:
+class FunctionalDecoder:
     """The functions of a `Model`, over what is known about one module.
 
     Nothing in it changes once it is built (and, on the generic path, proven) but the skeletons,
@@ -105,16 +113,16 @@ class Decoder:
     """
 
     def __init__(
-        self, card: ModelCard, module: Any, family: Family, attention: str = EXPLICIT
+        self, card: ModelCard, module: Any, family: Family, attention: str = EXPLICIT_ATTENTION
     ) -> None:
-        self.body = Anatomy(card, module, family, attention)
+        self.runner = ModuleRunner(card, module, family, attention)
         self.attention_name = attention
         self.config = module.config
-        self.unthinnable = ""  # why the last layer can not run on scored positions only
-        self.proofs: tuple[Proof, ...] = ()
-        first = self.body.tail[0]
-        normed = "norm" in type(module.get_submodule(first)).__name__.lower()
-        self.card = replace(card, norm=first) if normed and not card.norm else card
+        self.select_refusal = ""  # why the last layer can not run on scored positions only
+        self.verification: tuple[VerificationReport, ...] = ()
+        first = self.runner.tail[0]
+        is_norm = "norm" in type(module.get_submodule(first)).__name__.lower()
+        self.card = replace(card, norm=first) if is_norm and not card.norm else card
 
     # The four functions of a model.
 
@@ -122,37 +130,41 @@ class Decoder:
         self,
         params: Params,
         inputs: Inputs,
-        rewrites: Rewrites | None = None,
-        edit: Tensor | None = None,
+        hooks: Hooks | None = None,
+        edit_index: Tensor | None = None,
         *,
-        sight: Sight | None = None,
+        vision_cache: VisionFeatureCache | None = None,
     ) -> Batch:
         """Vision tower, projector and token embeddings: the batch at depth 0."""
-        skeleton = self.body.skeleton()
-        seen, positions, inputs = self.body.before(skeleton, params, inputs, rewrites, sight)
+        replica = self.runner.replica()
+        captured, position_ids, inputs = self.runner.capture_inputs(
+            replica, params, inputs, hooks, vision_cache
+        )
         return Batch(
-            hidden=seen.hidden,
-            mask=inputs.mask,
-            positions=positions,
-            image=inputs.image,
-            prompt=ends(inputs),
+            hidden_states=captured.hidden_states,
+            attention_mask=inputs.attention_mask,
+            position_ids=position_ids,
+            image_mask=inputs.image_mask,
+            prompt_end=prompt_end_mask(inputs),
             labels=inputs.labels,
-            at=inputs.at,
-            edit=torch.zeros_like(inputs.ids[:, 0]) if edit is None else edit,
-            extras=self.body.plan.pack(seen),
+            logit_positions=inputs.logit_positions,
+            edit_index=torch.zeros_like(inputs.input_ids[:, 0])
+            if edit_index is None
+            else edit_index,
+            layer_inputs=self.runner.layout.pack(captured),
         )
 
     def decode(
         self,
         params: Params,
         batch: Batch,
-        rewrites: Rewrites | None = None,
+        hooks: Hooks | None = None,
         *,
         start: int | None = None,
         stop: int | None = None,
-        at: Tensor | str | None = None,
-        past: Past | None = None,
-        keep: bool = False,
+        logit_positions: Tensor | str | None = None,
+        kv_cache: KVCache | None = None,
+        return_cache: bool = False,
     ) -> Any:
         """Layers `batch.depth` up to `stop`; see `Model`. `at="all"` gives every position's logits.
 
@@ -162,34 +174,49 @@ class Decoder:
         card = self.card
         stop = card.num_layers if stop is None else stop
         if start not in (None, batch.depth) or not batch.depth <= stop <= card.num_layers:
-            raise ShapeMismatch(
+            raise ShapeError(
                 f"decode goes on from the batch's depth {batch.depth} to at most layer "
                 f"{card.num_layers}; asked for start={start}, stop={stop}."
             )
-        thinned = ATTENDED in batch.extras
-        skeleton = self.body.skeleton()
-        ledger = self._ledger(past, batch, stop) if past is not None or keep else None
-        hidden = batch.hidden
-        with rewriting(skeleton, self.body.within(rewrites or {}, thinned)):
+        scored_only = ATTENTION_OUTPUT in batch.layer_inputs
+        replica = self.runner.replica()
+        hf_cache = (
+            self._make_hf_cache(kv_cache, batch, stop)
+            if kv_cache is not None or return_cache
+            else None
+        )
+        hidden_states = batch.hidden_states
+        with forward_hooks(replica, self.runner.decoder_hooks(hooks or {}, scored_only)):
             for number in range(batch.depth, stop):
-                if ledger is not None and past is not None:
-                    ledger.past = _of_layer(past, number, batch.depth, card.num_layers)
-                hidden = self.body.layer(skeleton, params, number, hidden, batch.extras, ledger)
+                if hf_cache is not None and kv_cache is not None:
+                    hf_cache.past_states = _layer_cache(
+                        kv_cache, number, batch.depth, card.num_layers
+                    )
+                hidden_states = self.runner.run_layer(
+                    replica, params, number, hidden_states, batch.layer_inputs, hf_cache
+                )
             if stop < card.num_layers:
-                result = batch._replace(hidden=hidden, depth=stop)
+                result = batch._replace(hidden_states=hidden_states, depth=stop)
             else:
-                if not isinstance(at, str):
-                    hidden = _gather(hidden, batch.at if at is None else at)
-                result = self.body.finish(skeleton, params, hidden)
-        return (result, _kept(ledger, batch, past)) if keep and ledger is not None else result
+                if not isinstance(logit_positions, str):
+                    hidden_states = _gather_positions(
+                        hidden_states,
+                        batch.logit_positions if logit_positions is None else logit_positions,
+                    )
+                result = self.runner.run_head(replica, params, hidden_states)
+        return (
+            (result, _make_kv_cache(hf_cache, batch, kv_cache))
+            if return_cache and hf_cache is not None
+            else result
+        )
 
-    def thin(
+    def select_scored(
         self,
         params: Params,
         batch: Batch,
-        rewrites: Rewrites | None = None,
+        hooks: Hooks | None = None,
         *,
-        past: Past | None = None,
+        kv_cache: KVCache | None = None,
     ) -> Batch:
         """Run the last layer's attention on whole rows, keep the scored positions; see `Model`.
 
@@ -197,110 +224,138 @@ class Decoder:
         it is. Raises ShapeMismatch for a batch that is not before the last layer.
         """
         last = self.card.num_layers - 1
-        if batch.depth != last or ATTENDED in batch.extras:
-            raise ShapeMismatch(
-                f"thin takes a whole batch before the last layer, at depth {last}; got one at "
+        if batch.depth != last or ATTENTION_OUTPUT in batch.layer_inputs:
+            raise ShapeError(
+                f"select_scored takes a whole batch before the last layer, at depth {last}; got one at "
                 f"depth {batch.depth}: decode(params, batch, stop={last}) first."
             )
-        if not self.body.attention[last]:
-            self.no_thin("its last layer has no one self-attention")
-        if self.unthinnable:
+        if not self.runner.attention_paths[last]:
+            self.disable_select_scored("its last layer has no one self-attention")
+        if self.select_refusal:
             return batch  # more positions than needed, and the same logits
-        skeleton = self.body.skeleton()
-        ledger = None if past is None else self._ledger(past, batch, last + 1)
-        if ledger is not None and past is not None:
-            ledger.past = _of_layer(past, last, last, self.card.num_layers)
-        site = f"{self.card.layers}.{last}.{self.body.attention[last]}"
-        inside = {
+        replica = self.runner.replica()
+        hf_cache = None if kv_cache is None else self._make_hf_cache(kv_cache, batch, last + 1)
+        if hf_cache is not None and kv_cache is not None:
+            hf_cache.past_states = _layer_cache(kv_cache, last, last, self.card.num_layers)
+        attention_path = f"{self.card.layers}.{last}.{self.runner.attention_paths[last]}"
+        last_layer_hooks = {
             path: rewrite
-            for path, rewrite in self.body.within(rewrites or {}, False).items()
+            for path, rewrite in self.runner.decoder_hooks(hooks or {}, False).items()
             if path.startswith(f"{self.card.layers}.{last}.")
         }
-        with rewriting(skeleton, inside):
-            attended = stopped_at(
-                skeleton.get_submodule(site),
-                lambda: self.body.layer(skeleton, params, last, batch.hidden, batch.extras, ledger),
+        with forward_hooks(replica, last_layer_hooks):
+            attention_output = run_until(
+                replica.get_submodule(attention_path),
+                lambda: self.runner.run_layer(
+                    replica, params, last, batch.hidden_states, batch.layer_inputs, hf_cache
+                ),
             )
-        few = pick(batch, batch.at)
-        at = torch.arange(batch.at.shape[1], device=batch.at.device).expand_as(batch.at)
-        return few._replace(at=at, extras={**few.extras, ATTENDED: _gather(attended, batch.at)})
-
-    def extend(
-        self,
-        params: Params,
-        ids: Tensor,
-        past: Past,
-        rewrites: Rewrites | None = None,
-        edit: Tensor | None = None,
-    ) -> Batch:
-        """The batch at depth 0 of new token ids [B n] behind `past`; `at` is the last of them."""
-        if self.body.plan.cached is None:
-            raise ModelUnsupported(
-                f"{self.card.id} can not go on from keys and values: {self.body.plan.refusal}."
-            )
-        skeleton = self.body.skeleton()
-        seen, positions, new = self.body.before_new(skeleton, params, ids, past, rewrites)
-        last = torch.full_like(ids[:, :1], ids.shape[1] - 1)
-        return Batch(
-            hidden=seen.hidden,
-            mask=new,
-            positions=positions,
-            image=torch.zeros_like(new),
-            prompt=torch.zeros_like(new),
-            labels=torch.full_like(last, IGNORE),
-            at=last,
-            edit=torch.zeros_like(ids[:, 0]) if edit is None else edit,
-            extras=self.body.plan.pack(seen),
-            notes=past.notes,
+        selected = gather_tokens(batch, batch.logit_positions)
+        logit_positions = torch.arange(
+            batch.logit_positions.shape[1], device=batch.logit_positions.device
+        ).expand_as(batch.logit_positions)
+        return selected._replace(
+            logit_positions=logit_positions,
+            layer_inputs={
+                **selected.layer_inputs,
+                ATTENTION_OUTPUT: _gather_positions(attention_output, batch.logit_positions),
+            },
         )
 
-    def no_thin(self, reason: str) -> None:
+    def embed_next(
+        self,
+        params: Params,
+        input_ids: Tensor,
+        kv_cache: KVCache,
+        hooks: Hooks | None = None,
+        edit_index: Tensor | None = None,
+    ) -> Batch:
+        """The batch at depth 0 of new token ids [B n] behind `past`; `at` is the last of them."""
+        if self.runner.layout.cached_templates is None:
+            raise UnsupportedModelError(
+                f"{self.card.id} can not go on from keys and values: {self.runner.layout.cache_refusal}."
+            )
+        replica = self.runner.replica()
+        captured, position_ids, attention_mask = self.runner.capture_next_inputs(
+            replica, params, input_ids, kv_cache, hooks
+        )
+        last = torch.full_like(input_ids[:, :1], input_ids.shape[1] - 1)
+        return Batch(
+            hidden_states=captured.hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            image_mask=torch.zeros_like(attention_mask),
+            prompt_end=torch.zeros_like(attention_mask),
+            labels=torch.full_like(last, IGNORE_INDEX),
+            logit_positions=last,
+            edit_index=torch.zeros_like(input_ids[:, 0]) if edit_index is None else edit_index,
+            layer_inputs=self.runner.layout.pack(captured),
+            routing=kv_cache.routing,
+        )
+
+    def disable_select_scored(self, reason: str) -> None:
         """Leave batches whole in `thin` from now on."""
-        self.unthinnable = reason
+        self.select_refusal = reason
 
-    def no_past(self, reason: str) -> None:
+    def disable_cache(self, reason: str) -> None:
         """Refuse to keep and to go on from keys and values from now on."""
-        self.body.plan = self.body.plan._replace(cached=None, refusal=reason)
+        self.runner.layout = self.runner.layout._replace(
+            cached_templates=None, cache_refusal=reason
+        )
 
-    def _ledger(self, past: Past | None, batch: Batch, stop: int) -> Ledger:
-        if self.body.plan.cached is None:
-            raise ModelUnsupported(
-                f"{self.card.id} keeps no keys and values: {self.body.plan.refusal}."
+    def _make_hf_cache(
+        self, kv_cache: KVCache | None, batch: Batch, stop: int
+    ) -> FunctionalKVCache:
+        if self.runner.layout.cached_templates is None:
+            raise UnsupportedModelError(
+                f"{self.card.id} keeps no keys and values: {self.runner.layout.cache_refusal}."
             )
-        if ATTENDED in batch.extras:
-            raise ShapeMismatch("a thinned batch has no keys and values to keep or to go on from.")
-        if past is None:
-            return Ledger(self.card.num_layers)
-        needed = {stop - batch.depth, self.card.num_layers - batch.depth, self.card.num_layers}
-        if len(past.keys) not in needed:
-            raise ShapeMismatch(
+        if ATTENTION_OUTPUT in batch.layer_inputs:
+            raise ShapeError("a thinned batch has no keys and values to keep or to go on from.")
+        if kv_cache is None:
+            return FunctionalKVCache(self.card.num_layers)
+        accepted_lengths = {
+            stop - batch.depth,
+            self.card.num_layers - batch.depth,
+            self.card.num_layers,
+        }
+        if len(kv_cache.keys) not in accepted_lengths:
+            raise ShapeError(
                 f"a past must hold the layers {batch.depth} to {stop} that are run, or all "
-                f"{self.card.num_layers}; it holds {len(past.keys)}."
+                f"{self.card.num_layers}; it holds {len(kv_cache.keys)}."
             )
-        return Ledger(self.card.num_layers, past.mask.shape[1])
+        return FunctionalKVCache(self.card.num_layers, kv_cache.attention_mask.shape[1])
 
 
-def _gather(hidden: Tensor, at: Tensor) -> Tensor:
-    index = at[..., None].expand(*at.shape, hidden.shape[-1])
-    return hidden.gather(1, index)
+def _gather_positions(hidden_states: Tensor, logit_positions: Tensor) -> Tensor:
+    index = logit_positions[..., None].expand(*logit_positions.shape, hidden_states.shape[-1])
+    return hidden_states.gather(1, index)
 
 
-def _of_layer(past: Past, number: int, depth: int, num_layers: int) -> tuple[Tensor, Tensor]:
-    index = number if len(past.keys) == num_layers else number - depth
-    return past.keys[index], past.values[index]
+def _layer_cache(
+    kv_cache: KVCache, number: int, depth: int, num_layers: int
+) -> tuple[Tensor, Tensor]:
+    index = number if len(kv_cache.keys) == num_layers else number - depth
+    return kv_cache.keys[index], kv_cache.values[index]
 
 
-def _kept(ledger: Ledger, batch: Batch, past: Past | None) -> Past:
+def _make_kv_cache(hf_cache: FunctionalKVCache, batch: Batch, kv_cache: KVCache | None) -> KVCache:
     """Keys and values of a decode and what came before it; `next` is one past the last position."""
-    last = batch.positions.masked_fill(~batch.mask[:, None], -1).amax((1, 2))[:, None] + 1
-    following = last.expand(-1, batch.positions.shape[1])
-    if past is not None:
-        following = torch.maximum(following, past.next)
-    mask = batch.mask if past is None else torch.cat([past.mask, batch.mask], 1)
-    return Past(
-        tuple(keys for keys, _ in ledger.joined),
-        tuple(values for _, values in ledger.joined),
-        mask,
-        following,
-        batch.notes,
+    last = (
+        batch.position_ids.masked_fill(~batch.attention_mask[:, None], -1).amax((1, 2))[:, None] + 1
+    )
+    next_position = last.expand(-1, batch.position_ids.shape[1])
+    if kv_cache is not None:
+        next_position = torch.maximum(next_position, kv_cache.next_position)
+    attention_mask = (
+        batch.attention_mask
+        if kv_cache is None
+        else torch.cat([kv_cache.attention_mask, batch.attention_mask], 1)
+    )
+    return KVCache(
+        tuple(keys for keys, _ in hf_cache.layer_states),
+        tuple(values for _, values in hf_cache.layer_states),
+        attention_mask,
+        next_position,
+        batch.routing,
     )

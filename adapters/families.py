@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from errata.functional.errors import ModelUnsupported
+from errata.functional.errors import UnsupportedModelError
 
 from . import blip2, llava, llava_onevision, qwen2_vl, qwen3_vl, text_only
 from .family import Family
@@ -30,12 +30,12 @@ FAMILIES: Mapping[str, Family] = {
     )
 }
 
-_ENCODER = "it is an encoder-decoder: its layers read an encoder's states beside the stream"
+_ENCODER_DECODER = "it is an encoder-decoder: its layers read an encoder's states beside the stream"
 
 REFUSED: Mapping[str, str] = {
-    "t5": _ENCODER,
-    "bart": _ENCODER,
-    "florence2": _ENCODER,
+    "t5": _ENCODER_DECODER,
+    "bart": _ENCODER_DECODER,
+    "florence2": _ENCODER_DECODER,
     "mllama": "its cross-attention layers read vision states beside the stream, and are skipped "
     "where there is no picture",
     "gemma3n": "its layers hand on four streams, mixed between layers, not one",
@@ -56,7 +56,7 @@ def family_of(model_type: str) -> Family:
     Raises ModelUnsupported with the reason for a type that is known not to work.
     """
     if model_type in REFUSED:
-        raise ModelUnsupported(
+        raise UnsupportedModelError(
             f"a model must be a decoder that can be cut between layers; {model_type!r} can not: "
             f"{REFUSED[model_type]}."
         )

@@ -10,13 +10,17 @@ from torch import Tensor, nn
 
 from errata.functional import Inputs
 
-__all__ = ["Family", "arguments", "counted", "enter", "from_mask"]
+__all__ = ["Family", "forward_arguments", "sequential_positions", "enter", "mask_positions"]
 
 
-def arguments(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
+def forward_arguments(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
     """What the Hugging Face forward of most families is called with, positions aside."""
     del module
-    return {"input_ids": inputs.ids, "attention_mask": inputs.mask.long(), **inputs.pixels}
+    return {
+        "input_ids": inputs.input_ids,
+        "attention_mask": inputs.attention_mask.long(),
+        **inputs.vision_inputs,
+    }
 
 
 def enter(module: nn.Module, kwargs: Mapping[str, Any]) -> Any:
@@ -24,17 +28,17 @@ def enter(module: nn.Module, kwargs: Mapping[str, Any]) -> Any:
     return module(**kwargs, use_cache=False, return_dict=True)
 
 
-def counted(module: nn.Module, inputs: Inputs) -> Tensor:
+def sequential_positions(module: nn.Module, inputs: Inputs) -> Tensor:
     """Positions 0, 1, 2, ... of every row [B 1 L], as most decoders count."""
     del module
-    rows, length = inputs.ids.shape
-    return torch.arange(length, device=inputs.ids.device).expand(rows, 1, length)
+    num_rows, length = inputs.input_ids.shape
+    return torch.arange(length, device=inputs.input_ids.device).expand(num_rows, 1, length)
 
 
-def from_mask(module: nn.Module, inputs: Inputs) -> Tensor:
+def mask_positions(module: nn.Module, inputs: Inputs) -> Tensor:
     """Positions that count real tokens [B 1 L], as OPT has it; padding repeats the last."""
     del module
-    return (inputs.mask.long().cumsum(-1) - 1).clamp(min=0)[:, None]
+    return (inputs.attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, None]
 
 
 class Family(NamedTuple):
@@ -46,15 +50,17 @@ class Family(NamedTuple):
     """
 
     model_type: str
-    arguments: Callable[[nn.Module, Inputs], dict[str, Any]] = arguments
+    forward_arguments: Callable[[nn.Module, Inputs], dict[str, Any]] = forward_arguments
     enter: Callable[[nn.Module, Mapping[str, Any]], Any] = enter
-    positions: Callable[[nn.Module, Inputs], Tensor] | None = counted
-    vision: str = ""  # path of the vision tower
-    projector: str = ""  # path of what maps its features to the decoder
-    features: str | None = None  # path of the module whose `get_image_features` does both
-    images: bool = True
-    several: bool = True
-    videos: bool = False
-    known: frozenset[str] = frozenset()
-    values: Mapping[str, tuple[Any, ...]] = {}
-    explicit: bool = True  # False: found by structure, so it must prove itself
+    position_ids: Callable[[nn.Module, Inputs], Tensor] | None = sequential_positions
+    vision_path: str = ""  # path of the vision tower
+    projector_path: str = ""  # path of what maps its features to the decoder
+    vision_features_path: str | None = (
+        None  # path of the module whose `get_image_features` does both
+    )
+    takes_images: bool = True
+    takes_several_images: bool = True
+    takes_videos: bool = False
+    known_attributes: frozenset[str] = frozenset()
+    required_values: Mapping[str, tuple[Any, ...]] = {}
+    verified: bool = True  # False: found by structure, so it must prove itself

@@ -18,21 +18,21 @@ from typing import Any
 
 import torch
 from einops import rearrange, repeat
-from PIL import Image as Pictures
+from PIL import Image as PILImage
 from torch import Tensor
 
-from errata.functional.errors import BadInput
+from errata.functional.errors import InvalidInputError
 
-__all__ = ["onevision_frames", "qwen2_frames", "qwen3_frames", "stacked"]
+__all__ = ["onevision_frames", "qwen2_frames", "qwen3_frames", "stack_frames"]
 
-MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+RESAMPLE_MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
-def stacked(frames: Sequence[Pictures.Image]) -> Tensor:
+def stack_frames(frames: Sequence[PILImage.Image]) -> Tensor:
     """Frames as bytes [F C H W]; raises BadInput if their sizes differ."""
     sizes = sorted({frame.size for frame in frames})
     if len(sizes) != 1:
-        raise BadInput(
+        raise InvalidInputError(
             "the frames of a video must have one size, got "
             + ", ".join(f"{w} x {h}" for w, h in sizes[:4])
             + ": resize them first, or pass them as separate pictures."
@@ -43,23 +43,23 @@ def stacked(frames: Sequence[Pictures.Image]) -> Tensor:
     return pixels.view(len(frames), height, width, 3).permute(0, 3, 1, 2).contiguous()
 
 
-def resized(video: Tensor, height: int, width: int, resample: int) -> Tensor:
+def resize_frames(video: Tensor, height: int, width: int, resample: int) -> Tensor:
     """Bytes [F C H W] at another size."""
     if video.shape[-2:] == (height, width):
         return video
-    if resample not in MODES:
-        raise BadInput(
-            f"the video processor's resample must be one of {sorted(MODES)} (nearest, bilinear, "
+    if resample not in RESAMPLE_MODES:
+        raise InvalidInputError(
+            f"the video processor's resample must be one of {sorted(RESAMPLE_MODES)} (nearest, bilinear, "
             f"bicubic), got {resample}."
         )
-    mode = MODES[resample]
-    smooth: dict[str, Any] = (
+    mode = RESAMPLE_MODES[resample]
+    options: dict[str, Any] = (
         {} if mode == "nearest" else {"align_corners": False, "antialias": True}
     )
-    return torch.nn.functional.interpolate(video, (height, width), mode=mode, **smooth)
+    return torch.nn.functional.interpolate(video, (height, width), mode=mode, **options)
 
 
-def normalised(video: Tensor, settings: Mapping[str, Any]) -> Tensor:
+def normalize_frames(video: Tensor, settings: Mapping[str, Any]) -> Tensor:
     """(x - mean) / std per channel, the rescaling to [0, 1] folded into both."""
     factor = settings.get("rescale_factor") or 1 / 255
     rescale = settings.get("do_rescale", True)
@@ -72,8 +72,14 @@ def normalised(video: Tensor, settings: Mapping[str, Any]) -> Tensor:
     return (values - mean[:, None, None]) / std[:, None, None]
 
 
-def fit(
-    height: int, width: int, factor: int, least: int, most: int, depth: int = 1, full: int = 1
+def fit_to_pixels(
+    height: int,
+    width: int,
+    factor: int,
+    min_pixels: int,
+    max_pixels: int,
+    num_frames: int = 1,
+    num_padded_frames: int = 1,
 ) -> tuple[int, int]:
     """Multiples of `factor` near (height, width) so that depth * area lies in [least, most].
 
@@ -82,111 +88,122 @@ def fit(
     aspect ratio above 200.
     """
     if max(height, width) > 200 * min(height, width):
-        raise BadInput(
+        raise InvalidInputError(
             "a video frame's sides must differ by less than 200 to 1, "
             f"got {width} x {height}: crop it first."
         )
-    high, wide = round(height / factor) * factor, round(width / factor) * factor
-    if full * high * wide > most:
-        scale = math.sqrt(depth * height * width / most)
-        high = max(factor, math.floor(height / scale / factor) * factor)
-        wide = max(factor, math.floor(width / scale / factor) * factor)
-    elif full * high * wide < least:
-        scale = math.sqrt(least / (depth * height * width))
-        high = math.ceil(height * scale / factor) * factor
-        wide = math.ceil(width * scale / factor) * factor
-    return high, wide
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    if num_padded_frames * new_height * new_width > max_pixels:
+        scale = math.sqrt(num_frames * height * width / max_pixels)
+        new_height = max(factor, math.floor(height / scale / factor) * factor)
+        new_width = max(factor, math.floor(width / scale / factor) * factor)
+    elif num_padded_frames * new_height * new_width < min_pixels:
+        scale = math.sqrt(min_pixels / (num_frames * height * width))
+        new_height = math.ceil(height * scale / factor) * factor
+        new_width = math.ceil(width * scale / factor) * factor
+    return new_height, new_width
 
 
-def patches(video: Tensor, patch: int, merge: int, temporal: int) -> tuple[Tensor, list[int]]:
+def patchify(
+    video: Tensor, patch_size: int, merge_size: int, temporal_patch_size: int
+) -> tuple[Tensor, list[int]]:
     """Frames [F C H W] as rows of pixels [N, C * temporal * patch * patch], and the grid (t, h, w).
 
     Patches of one merged cell lie next to each other; a last frame fills an incomplete step.
     """
-    missing = -len(video) % temporal
-    video = torch.cat([video, repeat(video[-1:], "1 c h w -> f c h w", f=missing)])
+    num_missing = -len(video) % temporal_patch_size
+    video = torch.cat([video, repeat(video[-1:], "1 c h w -> f c h w", f=num_missing)])
     rows = rearrange(
-        video, "(t k) c (h m p) (w n q) -> (t h w m n) (c k p q)", k=temporal, m=merge, n=merge,
-        p=patch, q=patch,
-    )  # fmt: skip
+        video,
+        "(t k) c (h m p) (w n q) -> (t h w m n) (c k p q)",
+        k=temporal_patch_size,
+        m=merge_size,
+        n=merge_size,
+        p=patch_size,
+        q=patch_size,
+    )
     height, width = video.shape[-2:]
-    return rows, [len(video) // temporal, height // patch, width // patch]
+    return rows, [len(video) // temporal_patch_size, height // patch_size, width // patch_size]
 
 
-def _limits(settings: Mapping[str, Any]) -> tuple[int, int]:
+def pixel_limits(settings: Mapping[str, Any]) -> tuple[int, int]:
     size = settings["size"]
-    least = settings.get("min_pixels") or size["shortest_edge"]
-    return least, settings.get("max_pixels") or size["longest_edge"]
+    min_pixels = settings.get("min_pixels") or size["shortest_edge"]
+    return min_pixels, settings.get("max_pixels") or size["longest_edge"]
 
 
-def _qwen(
-    frames: Sequence[Pictures.Image],
+def encode_qwen_video(
+    frames: Sequence[PILImage.Image],
     settings: Mapping[str, Any],
-    shape: Callable[[int, int, int], tuple[int, int]],
+    fit_size: Callable[[int, int, int], tuple[int, int]],
 ) -> dict[str, Tensor]:
-    video = stacked(frames)
+    video = stack_frames(frames)
     if settings.get("do_resize", True):
-        high, wide = shape(len(video), video.shape[2], video.shape[3])
-        video = resized(video, high, wide, settings.get("resample", 3))
-    rows, grid = patches(
-        normalised(video, settings), settings["patch_size"], settings["merge_size"],
+        new_height, new_width = fit_size(len(video), video.shape[2], video.shape[3])
+        video = resize_frames(video, new_height, new_width, settings.get("resample", 3))
+    rows, grid = patchify(
+        normalize_frames(video, settings),
+        settings["patch_size"],
+        settings["merge_size"],
         settings["temporal_patch_size"],
-    )  # fmt: skip
+    )
     return {"pixel_values_videos": rows, "video_grid_thw": torch.tensor([grid])}
 
 
 def qwen2_frames(
-    frames: Sequence[Pictures.Image], settings: Mapping[str, Any]
+    frames: Sequence[PILImage.Image], settings: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Qwen2-VL and Qwen2.5-VL: each frame fitted by itself into the range of pixels."""
     factor = settings["patch_size"] * settings["merge_size"]
-    least, most = _limits(settings)
+    min_pixels, max_pixels = pixel_limits(settings)
 
-    def shape(count: int, height: int, width: int) -> tuple[int, int]:
-        limit = most
+    def fit_size(num_frames: int, height: int, width: int) -> tuple[int, int]:
+        frame_limit = max_pixels
         if settings.get("cap_pixels_per_frame"):
             budget = int(settings.get("max_video_tokens", 128_000) * factor * factor * 0.9)
-            share = budget * settings["temporal_patch_size"] // count
-            limit = max(min(most, share), int(least * 1.05))
-        return fit(height, width, factor, least, limit)
+            share = budget * settings["temporal_patch_size"] // num_frames
+            frame_limit = max(min(max_pixels, share), int(min_pixels * 1.05))
+        return fit_to_pixels(height, width, factor, min_pixels, frame_limit)
 
-    return _qwen(frames, settings, shape)
+    return encode_qwen_video(frames, settings, fit_size)
 
 
 def qwen3_frames(
-    frames: Sequence[Pictures.Image], settings: Mapping[str, Any]
+    frames: Sequence[PILImage.Image], settings: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Qwen3-VL: the whole video fitted into the range of pixels; two frames at least."""
     factor = settings["patch_size"] * settings["merge_size"]
-    least, most = _limits(settings)
+    min_pixels, max_pixels = pixel_limits(settings)
     if len(frames) < settings["temporal_patch_size"]:
-        raise BadInput(
+        raise InvalidInputError(
             f"a video for Qwen3-VL must have at least {settings['temporal_patch_size']} frames, "
             f"got {len(frames)}: pass a single frame as a picture."
         )
 
-    def shape(count: int, height: int, width: int) -> tuple[int, int]:
-        limit = most
+    def fit_size(num_frames: int, height: int, width: int) -> tuple[int, int]:
+        limit = max_pixels
         if settings.get("cap_pixels_per_frame"):
             cap = settings.get("max_video_tokens", 768) * factor * factor
-            limit = max(min(cap, most // count), int(least * 1.05)) * count
+            limit = max(min(cap, max_pixels // num_frames), int(min_pixels * 1.05)) * num_frames
         if min(height, width) < factor:
             scale = max(factor / height, factor / width)
             height, width = int(height * scale), int(width * scale)
         step = settings["temporal_patch_size"]
-        return fit(height, width, factor, least, limit, count, round(count / step) * step)
+        return fit_to_pixels(
+            height, width, factor, min_pixels, limit, num_frames, round(num_frames / step) * step
+        )
 
-    return _qwen(frames, settings, shape)
+    return encode_qwen_video(frames, settings, fit_size)
 
 
 def onevision_frames(
-    frames: Sequence[Pictures.Image], settings: Mapping[str, Any]
+    frames: Sequence[PILImage.Image], settings: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """LLaVA-OneVision: every frame squeezed to the tower's own size [1 F C H W]."""
-    video = stacked(frames)
+    video = stack_frames(frames)
     if settings.get("do_resize", True):
         size = settings["size"]
-        high = size.get("height") or size["shortest_edge"]
-        wide = size.get("width") or size["shortest_edge"]
-        video = resized(video, high, wide, settings.get("resample", 3))
-    return {"pixel_values_videos": normalised(video, settings)[None]}
+        new_height = size.get("height") or size["shortest_edge"]
+        new_width = size.get("width") or size["shortest_edge"]
+        video = resize_frames(video, new_height, new_width, settings.get("resample", 3))
+    return {"pixel_values_videos": normalize_frames(video, settings)[None]}

@@ -16,56 +16,76 @@ from PIL import Image
 from torch import Tensor, nn
 
 from errata.functional import Batch, Inputs, Params, Query
-from errata.functional.errors import ErrataError, ModelUnsupported
-from errata.functional.rows import concat, earlier, later, pad, take
+from errata.functional.errors import ErrataError, UnsupportedModelError
+from errata.functional.rows import concat_batches, pad_batch, take_rows, tokens_before, tokens_from
 
-from .anatomy import HUGGING_FACE
+from .anatomy import HF_ERRORS
 from .family import Family
-from .plan import Sizes
-from .probe import tokens
-from .skeleton import EXPLICIT, Skeletons
+from .plan import ProbeShape
+from .probe import synthetic_tokens
+from .skeleton import EXPLICIT_ATTENTION, ThreadReplicas
 from .structure import text_config
 
-__all__ = ["ATTENTIONS", "Proof", "arguments", "generic", "prove", "proven", "samples"]
+__all__ = [
+    "ATTENTIONS",
+    "VerificationReport",
+    "forward_arguments",
+    "generic",
+    "verify",
+    "first_verified",
+    "sample_inputs",
+]
 
-ATTENTIONS = (EXPLICIT, "eager")
+ATTENTIONS = (EXPLICIT_ATTENTION, "eager")
 """How the decoder may attend, in order of preference; eager for models with caps or sinks."""
 
-_LENGTHS = Sizes(rows=3, query=9, keys=9)
+_SAMPLE_SHAPE = ProbeShape(num_rows=3, query_length=9, key_length=9)
 
 
-class Proof(NamedTuple):
+class VerificationReport(NamedTuple):
     """Largest differences of logits, in units of the largest logit of the whole forward."""
 
     attention: str
-    whole: float  # whole decode against the module's own forward
-    cut: float  # cut at 0, 1, middle, last against whole decode
-    causal: float  # logits before a token that was changed
-    company: float  # rows alone against rows padded and together
-    thin: float | None  # thinned against whole; None where it can not be done
-    past: float | None  # cut in time, and going on from a past, against whole; None likewise
+    full_forward: float  # whole decode against the module's own forward
+    layer_cut: float  # cut at 0, 1, middle, last against whole decode
+    causality: float  # logits before a token that was changed
+    batch_invariance: float  # rows alone against rows padded and together
+    scored_only: float | None  # thinned against whole; None where it can not be done
+    kv_cache: float | None  # cut in time, and going on from a past, against whole; None likewise
 
 
-def arguments(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
+def forward_arguments(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
     """Ids, mask and pixels; token types where the forward takes them and nobody gave any."""
-    kwargs: dict[str, Any] = {"input_ids": inputs.ids, "attention_mask": inputs.mask.long()}
-    taken = inspect.signature(module.forward).parameters
-    if "mm_token_type_ids" in taken and inputs.image.any():
+    kwargs: dict[str, Any] = {
+        "input_ids": inputs.input_ids,
+        "attention_mask": inputs.attention_mask.long(),
+    }
+    parameters = inspect.signature(module.forward).parameters
+    if "mm_token_type_ids" in parameters and inputs.image_mask.any():
         config: Any = module.config
         video = getattr(config, "video_token_id", None)
-        kinds = inputs.image.int()
-        kwargs["mm_token_type_ids"] = kinds + (inputs.ids == video).int() if video else kinds
-    pixels = {name: value for name, value in inputs.pixels.items() if name != "labels"}
-    return {**kwargs, **pixels}
+        token_types = inputs.image_mask.int()
+        kwargs["mm_token_type_ids"] = (
+            token_types + (inputs.input_ids == video).int() if video else token_types
+        )
+    vision_inputs = {
+        name: value for name, value in inputs.vision_inputs.items() if name != "labels"
+    }
+    return {**kwargs, **vision_inputs}
 
 
 def generic(model_type: str) -> Family:
     """The family of a model type that has no line of its own."""
-    return Family(model_type, arguments=arguments, positions=None, explicit=False)
+    return Family(
+        model_type, forward_arguments=forward_arguments, position_ids=None, verified=False
+    )
 
 
-def proven(
-    module: nn.Module, decoder: str, samples: Sequence[Inputs], make: Callable[[str], Any]
+def first_verified(
+    module: nn.Module,
+    decoder_path: str,
+    inputs: Sequence[Inputs],
+    make_decoder: Callable[[str], Any],
 ) -> Any:
     """The first of `make(attention)` that proves itself on every sample.
 
@@ -74,165 +94,232 @@ def proven(
     reasons = []
     for attention in ATTENTIONS:
         try:
-            made = make(attention)
-            made.proofs = tuple(prove(module, decoder, made, given) for given in samples)
-            return made
+            decoder = make_decoder(attention)
+            decoder.verification = tuple(
+                verify(module, decoder_path, decoder, given) for given in inputs
+            )
+            return decoder
         except ErrataError as error:
             reasons.append(str(error))
-        except HUGGING_FACE as error:
+        except HF_ERRORS as error:
             reasons.append(f"{type(module).__name__} fails when it is run ({_first_line(error)}).")
-    raise ModelUnsupported(" ".join(dict.fromkeys(reasons)))
+    raise UnsupportedModelError(" ".join(dict.fromkeys(reasons)))
 
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
 
 
-def samples(card: Any, module: nn.Module, read: Callable | None) -> list[Inputs]:
+def sample_inputs(card: Any, module: nn.Module, preprocess: Callable | None) -> list[Inputs]:
     """What to prove a model on: synthetic text, and a picture read by its processor if there is."""
-    text = tokens(card, module, _LENGTHS)
-    given = [text._replace(mask=_ragged(text.mask))]
-    if read is not None and card.images:
-        shade = Image.linear_gradient("L").resize((56, 56)).convert("RGB")
-        given.append(read([Query("What is this?", "a shade", (shade,))]))
-    return given
+    text = synthetic_tokens(card, module, _SAMPLE_SHAPE)
+    inputs = [text._replace(attention_mask=_vary_lengths(text.attention_mask))]
+    if preprocess is not None and card.takes_images:
+        gradient = Image.linear_gradient("L").resize((56, 56)).convert("RGB")
+        inputs.append(preprocess([Query("What is this?", "a shade", (gradient,))]))
+    return inputs
 
 
-def prove(module: nn.Module, decoder: str, made: Any, given: Inputs) -> Proof:
+def verify(
+    module: nn.Module, decoder_path: str, decoder: Any, inputs: Inputs
+) -> VerificationReport:
     """Measure a decoder against its module on one input; raise ModelUnsupported if it is wrong."""
     params = {name: tensor.detach() for name, tensor in module.named_parameters()}
     with torch.no_grad():
-        base = Skeletons(module, decoder, None).get()
-        wanted = made.body.family.enter(base, made.body.arguments(base, given)[0]).logits
-        batch = made.embed(params, given)
-        whole = made.decode(params, batch, at="all")
-        measure = _Measure(wanted, whole, given.mask, type(module).__name__)
-        last = made.card.num_layers - 1
-        proof = Proof(
-            attention=made.attention_name,
-            whole=measure.must("a cut forward must be the whole forward", whole, wanted),
-            cut=max(_cut(made, params, batch, depth, measure) for depth in {0, 1, last // 2, last}),
-            causal=_causal(made, params, given, whole, measure),
-            company=_company(made, params, given, whole, measure),
-            thin=_thin(made, params, batch, whole, measure),
-            past=_past(made, params, batch, given.ids, whole, measure),
+        replica = ThreadReplicas(module, decoder_path, None).get()
+        reference = decoder.runner.family.enter(
+            replica, decoder.runner.forward_arguments(replica, inputs)[0]
+        ).logits
+        batch = decoder.embed(params, inputs)
+        full_logits = decoder.decode(params, batch, logit_positions="all")
+        comparison = _LogitComparison(
+            reference, full_logits, inputs.attention_mask, type(module).__name__
         )
-    return proof
+        last = decoder.card.num_layers - 1
+        report = VerificationReport(
+            attention=decoder.attention_name,
+            full_forward=comparison.require_equal(
+                "a cut forward must be the whole forward", full_logits, reference
+            ),
+            layer_cut=max(
+                _measure_layer_cut(decoder, params, batch, depth, comparison)
+                for depth in {0, 1, last // 2, last}
+            ),
+            causality=_measure_causality(decoder, params, inputs, full_logits, comparison),
+            batch_invariance=_measure_batch_invariance(
+                decoder, params, inputs, full_logits, comparison
+            ),
+            scored_only=_measure_scored_only(decoder, params, batch, full_logits, comparison),
+            kv_cache=_measure_kv_cache(
+                decoder, params, batch, inputs.input_ids, full_logits, comparison
+            ),
+        )
+    return report
 
 
-class _Measure(NamedTuple):
-    wanted: Tensor
-    whole: Tensor
-    mask: Tensor
-    name: str
+class _LogitComparison(NamedTuple):
+    reference: Tensor
+    full_logits: Tensor
+    attention_mask: Tensor
+    module_name: str
 
-    def difference(self, got: Tensor, want: Tensor, mask: Tensor | None = None) -> float:
-        mask = self.mask if mask is None else mask
-        apart = (got.float() - want.float())[mask].abs().max()
-        return float(apart / self.wanted.float()[self.mask].abs().max())
+    def difference(self, actual: Tensor, expected: Tensor, mask: Tensor | None = None) -> float:
+        mask = self.attention_mask if mask is None else mask
+        max_difference = (actual.float() - expected.float())[mask].abs().max()
+        return float(max_difference / self.reference.float()[self.attention_mask].abs().max())
 
-    def bound(self) -> float:
-        return 1e-4 if self.wanted.dtype in (torch.float32, torch.float64) else 5e-2
+    def tolerance(self) -> float:
+        return 1e-4 if self.reference.dtype in (torch.float32, torch.float64) else 5e-2
 
-    def must(self, law: str, got: Tensor, want: Tensor, mask: Tensor | None = None) -> float:
-        apart = self.difference(got, want, mask)
-        if not apart <= self.bound():
-            raise ModelUnsupported(
-                f"{law}; for {self.name} logits differ by {apart:.1e} of the largest."
+    def require_equal(
+        self, rule: str, actual: Tensor, expected: Tensor, mask: Tensor | None = None
+    ) -> float:
+        difference = self.difference(actual, expected, mask)
+        if not difference <= self.tolerance():
+            raise UnsupportedModelError(
+                f"{rule}; for {self.module_name} logits differ by {difference:.1e} of the largest."
             )
-        return apart
+        return difference
 
 
-def _cut(made: Any, params: Params, batch: Batch, depth: int, measure: _Measure) -> float:
-    half = made.decode(params, batch, stop=depth)
-    got = made.decode(params, half, at="all")
-    return measure.must(f"a cut at layer {depth} must change nothing", got, measure.whole)
+def _measure_layer_cut(
+    decoder: Any, params: Params, batch: Batch, depth: int, comparison: _LogitComparison
+) -> float:
+    prefix = decoder.decode(params, batch, stop=depth)
+    actual = decoder.decode(params, prefix, logit_positions="all")
+    return comparison.require_equal(
+        f"a cut at layer {depth} must change nothing", actual, comparison.full_logits
+    )
 
 
-def _causal(made: Any, params: Params, given: Inputs, whole: Tensor, measure: _Measure) -> float:
+def _measure_causality(
+    decoder: Any, params: Params, inputs: Inputs, full_logits: Tensor, comparison: _LogitComparison
+) -> float:
     """Change each row's last real token: what comes before must not notice."""
-    last = given.mask.sum(1, keepdim=True) - 1
-    other = given.ids.roll(1, 0) if len(given.ids) > 1 else given.ids.roll(1, 1)
-    other = torch.where(given.image.gather(1, last), given.ids, other)
-    changed = given.ids.scatter(1, last, other.gather(1, last))
-    changed = torch.where(given.image.gather(1, last), given.ids, changed)
-    got = made.decode(params, made.embed(params, given._replace(ids=changed)), at="all")
-    before = given.mask.scatter(1, last, False)
-    return measure.must("attention must be causal, or answers leak", got, whole, before)
+    last = inputs.attention_mask.sum(1, keepdim=True) - 1
+    other_ids = (
+        inputs.input_ids.roll(1, 0) if len(inputs.input_ids) > 1 else inputs.input_ids.roll(1, 1)
+    )
+    other_ids = torch.where(inputs.image_mask.gather(1, last), inputs.input_ids, other_ids)
+    changed_ids = inputs.input_ids.scatter(1, last, other_ids.gather(1, last))
+    changed_ids = torch.where(inputs.image_mask.gather(1, last), inputs.input_ids, changed_ids)
+    actual = decoder.decode(
+        params, decoder.embed(params, inputs._replace(input_ids=changed_ids)), logit_positions="all"
+    )
+    earlier_mask = inputs.attention_mask.scatter(1, last, False)
+    return comparison.require_equal(
+        "attention must be causal, or answers leak", actual, full_logits, earlier_mask
+    )
 
 
-def _company(made: Any, params: Params, given: Inputs, whole: Tensor, measure: _Measure) -> float:
+def _measure_batch_invariance(
+    decoder: Any, params: Params, inputs: Inputs, full_logits: Tensor, comparison: _LogitComparison
+) -> float:
     """Rows alone, of their own length, joined again in another order."""
-    law = "rows must not depend on company or padding"
-    if given.pixels:  # pixels are not by rows: only the padding can change
-        batch = pad(made.embed(params, given), whole.shape[1] + 3)
-        got = made.decode(params, batch, at="all")[:, : whole.shape[1]]
-        return measure.must(law, got, whole)
-    alone = []
-    for row, real in enumerate(given.mask):
-        cut = slice(0, int(real.sum()))
-        ids, mask, image, labels, at = (value[row : row + 1] for value in given[:5])
-        one = Inputs(ids, mask, image, labels, at)
-        alone.append(
-            made.embed(
+    rule = "rows must not depend on company or padding"
+    if inputs.vision_inputs:  # pixels are not by rows: only the padding can change
+        batch = pad_batch(decoder.embed(params, inputs), full_logits.shape[1] + 3)
+        actual = decoder.decode(params, batch, logit_positions="all")[:, : full_logits.shape[1]]
+        return comparison.require_equal(rule, actual, full_logits)
+    single_rows = []
+    for row, real in enumerate(inputs.attention_mask):
+        token_slice = slice(0, int(real.sum()))
+        input_ids, attention_mask, image_mask, labels, logit_positions = (
+            value[row : row + 1] for value in inputs[:5]
+        )
+        row_inputs = Inputs(input_ids, attention_mask, image_mask, labels, logit_positions)
+        single_rows.append(
+            decoder.embed(
                 params,
-                one._replace(ids=one.ids[:, cut], mask=one.mask[:, cut], image=one.image[:, cut]),
+                row_inputs._replace(
+                    input_ids=row_inputs.input_ids[:, token_slice],
+                    attention_mask=row_inputs.attention_mask[:, token_slice],
+                    image_mask=row_inputs.image_mask[:, token_slice],
+                ),
             )
         )
-    order = torch.arange(len(alone) - 1, -1, -1)
-    joined = made.decode(params, take(concat(alone), order), at="all")
-    return measure.must(law, joined[order], whole)
+    order = torch.arange(len(single_rows) - 1, -1, -1)
+    reordered = decoder.decode(
+        params, take_rows(concat_batches(single_rows), order), logit_positions="all"
+    )
+    return comparison.require_equal(rule, reordered[order], full_logits)
 
 
-def _thin(
-    made: Any, params: Params, batch: Batch, whole: Tensor, measure: _Measure
+def _measure_scored_only(
+    decoder: Any, params: Params, batch: Batch, full_logits: Tensor, comparison: _LogitComparison
 ) -> float | None:
-    last = made.card.num_layers - 1
-    at = torch.stack([torch.zeros_like(batch.mask[:, 0]).long(), batch.mask.sum(1) - 1], 1)
-    half = made.decode(params, batch._replace(at=at, labels=torch.zeros_like(at)), stop=last)
-    want = whole.gather(1, at[..., None].expand(-1, -1, whole.shape[-1]))
-    everywhere = torch.ones_like(at, dtype=torch.bool)
+    last = decoder.card.num_layers - 1
+    logit_positions = torch.stack(
+        [torch.zeros_like(batch.attention_mask[:, 0]).long(), batch.attention_mask.sum(1) - 1], 1
+    )
+    prefix = decoder.decode(
+        params,
+        batch._replace(logit_positions=logit_positions, labels=torch.zeros_like(logit_positions)),
+        stop=last,
+    )
+    expected = full_logits.gather(
+        1, logit_positions[..., None].expand(-1, -1, full_logits.shape[-1])
+    )
+    all_positions = torch.ones_like(logit_positions, dtype=torch.bool)
     try:
-        got = made.decode(params, made.thin(params, half))
-    except (ErrataError, *HUGGING_FACE):
-        made.no_thin("its last layer does not run with a saved attention")
-    if made.unthinnable:
+        actual = decoder.decode(params, decoder.select_scored(params, prefix))
+    except (ErrataError, *HF_ERRORS):
+        decoder.disable_select_scored("its last layer does not run with a saved attention")
+    if decoder.select_refusal:
         return None
-    apart = measure.difference(got, want, everywhere)
-    if not apart <= measure.bound():
-        made.no_thin(f"its last layer is not position-wise behind attention ({apart:.1e})")
+    difference = comparison.difference(actual, expected, all_positions)
+    if not difference <= comparison.tolerance():
+        decoder.disable_select_scored(
+            f"its last layer is not position-wise behind attention ({difference:.1e})"
+        )
         return None
-    return apart
+    return difference
 
 
-def _past(
-    made: Any, params: Params, batch: Batch, ids: Tensor, whole: Tensor, measure: _Measure
+def _measure_kv_cache(
+    decoder: Any,
+    params: Params,
+    batch: Batch,
+    input_ids: Tensor,
+    full_logits: Tensor,
+    comparison: _LogitComparison,
 ) -> float | None:
-    if made.body.plan.cached is None:
+    if decoder.runner.layout.cached_templates is None:
         return None
-    if made.attention_name == "eager" and getattr(text_config(made.config), "sliding_window", None):
-        made.no_past("its sliding window counts padding under its own attention")
+    if decoder.attention_name == "eager" and getattr(
+        text_config(decoder.config), "sliding_window", None
+    ):
+        decoder.disable_cache("its sliding window counts padding under its own attention")
         return None
-    t = max(1, int(batch.mask.sum(1).min()) - 2)
-    if batch.image[:, t:].any():
+    t = max(1, int(batch.attention_mask.sum(1).min()) - 2)
+    if batch.image_mask[:, t:].any():
         return None
     try:
-        _, past = made.decode(params, earlier(batch, t), keep=True)
-        got = made.decode(params, later(batch, t), past=past, at="all")
-        step = made.extend(params, ids[:, t:], past)
-        grown = made.decode(params, step, past=past, at="all")
-    except (ErrataError, *HUGGING_FACE) as error:
-        made.no_past(f"it fails with keys and values of earlier tokens ({_first_line(error)})")
+        _, kv_cache = decoder.decode(params, tokens_before(batch, t), return_cache=True)
+        actual = decoder.decode(
+            params, tokens_from(batch, t), kv_cache=kv_cache, logit_positions="all"
+        )
+        next_batch = decoder.embed_next(params, input_ids[:, t:], kv_cache)
+        next_logits = decoder.decode(params, next_batch, kv_cache=kv_cache, logit_positions="all")
+    except (ErrataError, *HF_ERRORS) as error:
+        decoder.disable_cache(
+            f"it fails with keys and values of earlier tokens ({_first_line(error)})"
+        )
         return None
-    keep = batch.mask[:, t:]
-    apart = max(measure.difference(logits, whole[:, t:], keep) for logits in (got, grown))
-    if not apart <= measure.bound():
-        made.no_past(f"its layers do not go on exactly from keys and values ({apart:.1e})")
+    later_mask = batch.attention_mask[:, t:]
+    difference = max(
+        comparison.difference(logits, full_logits[:, t:], later_mask)
+        for logits in (actual, next_logits)
+    )
+    if not difference <= comparison.tolerance():
+        decoder.disable_cache(
+            f"its layers do not go on exactly from keys and values ({difference:.1e})"
+        )
         return None
-    return apart
+    return difference
 
 
-def _ragged(mask: Tensor) -> Tensor:
+def _vary_lengths(mask: Tensor) -> Tensor:
     """Rows of different lengths, all at least half as long."""
     lengths = mask.shape[1] - torch.arange(len(mask), device=mask.device) % (mask.shape[1] // 2)
     return torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]

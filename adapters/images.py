@@ -1,6 +1,6 @@
 """Pictures from anything a query may hold: opened safely, turned to RGB, named by content.
 
-An image is a PIL image, a path, or a lazy object with `.load() -> PIL.Image` and `.key: str`.
+An image is a PIL image, a path, or a lazy object with `.load() -> PIL.Image` and `.content_id: str`.
 Decoding follows Hugging Face's `load_image`: the camera's orientation is applied, then the picture
 is converted to RGB.
 """
@@ -17,82 +17,84 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image as Pictures
+from PIL import Image as PILImage
 from PIL import ImageOps, UnidentifiedImageError
 
 from errata.functional import prompts
-from errata.functional.errors import BadInput
+from errata.functional.errors import InvalidInputError
 from errata.functional.types import Image
 
-__all__ = ["FORMATS", "Cache", "key", "picture"]
+__all__ = ["ALLOWED_FORMATS", "LRUCache", "content_id", "open_image"]
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+ALLOWED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 """What is opened. Pillow knows more; some of those run other programs."""
 
 
-def _rgb(image: Pictures.Image) -> Pictures.Image:
+def _to_rgb(image: PILImage.Image) -> PILImage.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns on the direct way
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _open(path: str | os.PathLike[str]) -> Pictures.Image:
+def _open_file(path: str | os.PathLike[str]) -> PILImage.Image:
     name = os.fspath(path)
     try:
-        with Pictures.open(path, formats=FORMATS) as file:
-            limit = Pictures.MAX_IMAGE_PIXELS or 2**63
+        with PILImage.open(path, formats=ALLOWED_FORMATS) as file:
+            limit = PILImage.MAX_IMAGE_PIXELS or 2**63
             if file.width * file.height > limit:
-                raise BadInput(
+                raise InvalidInputError(
                     f"image {name!r} must have at most {limit:,} pixels, and claims "
                     f"{file.width} x {file.height}: shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS "
                     "if you trust the file."
                 )
-            return _rgb(file)
+            return _to_rgb(file)
     except FileNotFoundError as error:
-        raise BadInput(f"image {name!r} must exist: check the path or the image root.") from error
+        raise InvalidInputError(
+            f"image {name!r} must exist: check the path or the image root."
+        ) from error
     except IsADirectoryError as error:
-        raise BadInput(f"image {name!r} must be a file, and is a folder.") from error
-    except (Pictures.DecompressionBombError, Pictures.DecompressionBombWarning) as error:
-        raise BadInput(
-            f"image {name!r} must have at most {Pictures.MAX_IMAGE_PIXELS:,} pixels: {error}"
+        raise InvalidInputError(f"image {name!r} must be a file, and is a folder.") from error
+    except (PILImage.DecompressionBombError, PILImage.DecompressionBombWarning) as error:
+        raise InvalidInputError(
+            f"image {name!r} must have at most {PILImage.MAX_IMAGE_PIXELS:,} pixels: {error}"
         ) from error
     except UnidentifiedImageError as error:
-        raise BadInput(
-            f"image {name!r} must be a picture ({', '.join(FORMATS)}), and its content is none: "
+        raise InvalidInputError(
+            f"image {name!r} must be a picture ({', '.join(ALLOWED_FORMATS)}), and its content is none: "
             "convert it or take it out."
         ) from error
     except PermissionError as error:
-        raise BadInput(
+        raise InvalidInputError(
             f"image {name!r} must be open to you, and is not ({error.strerror}): change its "
             "permissions."
         ) from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise BadInput(
+        raise InvalidInputError(
             f"image {name!r} must be a whole picture, and can not be decoded ({error}): "
             "fetch the file again."
         ) from error
 
 
-def picture(image: Image) -> Pictures.Image:
+def open_image(image: Image) -> PILImage.Image:
     """The picture itself, upright and in RGB.
 
     Raises BadInput that names the file: missing, truncated, no picture, or so large that it may be
     a decompression bomb.
     """
-    if isinstance(image, Pictures.Image):
-        return _rgb(image)
+    if isinstance(image, PILImage.Image):
+        return _to_rgb(image)
     if isinstance(image, (str, os.PathLike)):
-        return _open(image)
-    if hasattr(image, "load") and hasattr(image, "key"):
+        return _open_file(image)
+    if hasattr(image, "load") and hasattr(image, "content_id"):
         loaded = image.load()
-        if isinstance(loaded, Pictures.Image):
-            return _rgb(loaded)
-        raise BadInput(
-            f"image {image.key!r} must load as a PIL image, and gave a {type(loaded).__name__}."
+        if isinstance(loaded, PILImage.Image):
+            return _to_rgb(loaded)
+        raise InvalidInputError(
+            f"image {image.content_id!r} must load as a PIL image, and gave a {type(loaded).__name__}."
         )
-    raise BadInput(
-        "an image must be a PIL image, a path, or an object with .load() and .key; "
+    raise InvalidInputError(
+        "an image must be a PIL image, a path, or an object with .load() and .content_id; "
         f"got a {type(image).__name__}."
     )
 
@@ -107,17 +109,17 @@ def _digest(path: str, changed: int, size: int) -> str:
     return digest.hexdigest()
 
 
-def key(image: Image) -> str:
+def content_id(image: Image) -> str:
     """A name for the content: sha256 of a file's bytes, or of a PIL image's RGB pixels and size.
 
     A lazy image brings its own. Raises BadInput for a file that can not be read.
 
     >>> from PIL import Image
-    >>> key(Image.new("RGB", (2, 2))) == key(Image.new("RGB", (2, 2)))
+    >>> content_id(Image.new("RGB", (2, 2))) == content_id(Image.new("RGB", (2, 2)))
     True
     """
-    if isinstance(image, Pictures.Image):
-        upright = _rgb(image)
+    if isinstance(image, PILImage.Image):
+        upright = _to_rgb(image)
         digest = hashlib.sha256(f"{upright.width}x{upright.height}:".encode())
         digest.update(upright.tobytes())
         return digest.hexdigest()
@@ -127,77 +129,83 @@ def key(image: Image) -> str:
             state = path.stat()
             return _digest(str(path), state.st_mtime_ns, state.st_size)
         except OSError as error:
-            raise BadInput(
+            raise InvalidInputError(
                 f"image {os.fspath(image)!r} must be a file that can be read ({error.strerror}): "
                 "check the path or the image root."
             ) from error
-    name = getattr(image, "key", None)
+    name = getattr(image, "content_id", None)
     if not isinstance(name, str) or not name:
-        raise BadInput(
-            "an image must be a PIL image, a path, or an object with .load() and .key: str; "
+        raise InvalidInputError(
+            "an image must be a PIL image, a path, or an object with .load() and .content_id: str; "
             f"got a {type(image).__name__}."
         )
     return name
 
 
-def _size(value: Any) -> int:
+def _num_bytes(value: Any) -> int:
     if hasattr(value, "nbytes"):
         return int(value.nbytes)
     if isinstance(value, dict):
-        return sum(map(_size, value.values()))
+        return sum(map(_num_bytes, value.values()))
     if isinstance(value, (tuple, list)):
-        return sum(map(_size, value))
+        return sum(map(_num_bytes, value))
     return 0
 
 
-class Cache:
+class LRUCache:
     """Values by key, the least recently used dropped when their tensors outgrow `limit` bytes.
 
     Several threads may share one; two that miss the same key at once both compute it.
     """
 
-    def __init__(self, limit: int = 256 << 20):
-        self.limit = limit
-        self.held = 0
+    def __init__(self, max_bytes: int = 256 << 20):
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
         self._values: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, name: Hashable, make: Callable[[], Any]) -> Any:
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """The value under `name`, made now if it is not there."""
         with self._lock:
-            if name in self._values:
-                self._values.move_to_end(name)
-                return self._values[name]
+            if key in self._values:
+                self._values.move_to_end(key)
+                return self._values[key]
         value = make()
-        size = _size(value)
+        size = _num_bytes(value)
         with self._lock:
-            if name not in self._values and size <= self.limit:
-                self._values[name] = value
-                self.held += size
-                while self.held > self.limit:
-                    self.held -= _size(self._values.popitem(last=False)[1])
+            if key not in self._values and size <= self.max_bytes:
+                self._values[key] = value
+                self.num_bytes += size
+                while self.num_bytes > self.max_bytes:
+                    self.num_bytes -= _num_bytes(self._values.popitem(last=False)[1])
         return value
 
     def __len__(self) -> int:
         return len(self._values)
 
 
-def _written(image: Image) -> bytes:
+def _encode_png(image: Image) -> bytes:
     """A picture as the bytes of a PNG file: what delta files hold of pictures."""
     data = io.BytesIO()
-    picture(image).save(data, "PNG")
+    open_image(image).save(data, "PNG")
     return data.getvalue()
 
 
-def _read(data: bytes) -> Pictures.Image:
+def _decode_png(data: bytes) -> PILImage.Image:
     try:
-        with Pictures.open(io.BytesIO(data), formats=("PNG",)) as file:
-            return _rgb(file)
+        with PILImage.open(io.BytesIO(data), formats=("PNG",)) as file:
+            return _to_rgb(file)
     except (
-        OSError, SyntaxError, ValueError, EOFError,
-        Pictures.DecompressionBombError, Pictures.DecompressionBombWarning,
-    ) as error:  # fmt: skip
-        raise BadInput(f"a picture in a delta must be a PNG file, and is none: {error}") from error
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        PILImage.DecompressionBombError,
+        PILImage.DecompressionBombWarning,
+    ) as error:
+        raise InvalidInputError(
+            f"a picture in a delta must be a PNG file, and is none: {error}"
+        ) from error
 
 
-prompts.open_pngs(_written, _read)
+prompts.open_pngs(_encode_png, _decode_png)

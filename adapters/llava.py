@@ -10,7 +10,7 @@ __all__ = ["family"]
 
 family = Family(
     "llava",
-    vision="model.vision_tower",
-    projector="model.multi_modal_projector",
-    features="model",
+    vision_path="model.vision_tower",
+    projector_path="model.multi_modal_projector",
+    vision_features_path="model",
 )

@@ -10,10 +10,10 @@ __all__ = ["family"]
 
 family = Family(
     "llava_onevision",
-    vision="model.vision_tower",
-    projector="model.multi_modal_projector",
-    features="model",
-    videos=True,
-    known=frozenset({"use_image_newline_parameter"}),
-    values={"use_image_newline_parameter": (None, True)},
+    vision_path="model.vision_tower",
+    projector_path="model.multi_modal_projector",
+    vision_features_path="model",
+    takes_videos=True,
+    known_attributes=frozenset({"use_image_newline_parameter"}),
+    required_values={"use_image_newline_parameter": (None, True)},
 )

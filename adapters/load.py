@@ -16,26 +16,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata.functional.errors import BadInput, BadSettings, ErrataError, ModelUnsupported, listed
+from errata.functional.errors import (
+    ErrataError,
+    InvalidInputError,
+    InvalidSettingsError,
+    UnsupportedModelError,
+    join_messages,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from errata.functional import Model
 
-    from .text import Template
+    from .text import PromptTemplate
 
-__all__ = ["adapt", "load", "load_parts", "load_processor"]
+__all__ = ["from_module", "from_pretrained", "load_parts", "load_processor"]
 
 VIDEO_FILES = ("video_preprocessor_config.json",)
 PROCESSOR_FILE = "processor_config.json"
 
 
-def adapt(
+def from_module(
     module: Any,
     processor: Any,
     *,
-    template: str | Template = "default",
+    template: str | PromptTemplate = "default",
     id: str = "",
     revision: str = "",
     cache: int = 256 << 20,
@@ -47,43 +53,43 @@ def adapt(
     ModelUnsupported with the reason, BadSettings for an unknown template.
 
     >>> from errata import adapters
-    >>> model = adapters.adapt(*adapters.tiny("llava"))
+    >>> model = adapters.from_module(*adapters.tiny_model("llava"))
     >>> model.card.family, model.card.num_layers
     ('llava', 3)
     """
     from . import core
     from .families import family_of
-    from .read import reader, writer
-    from .structure import describe
+    from .read import make_detokenizer, make_processor
+    from .structure import describe_module
 
-    refuse(module.config)
+    refuse_encoder_decoder(module.config)
     family = family_of(module.config.model_type)
-    card = describe(module, family, id=id, revision=revision)
-    read = reader(processor, module.config, card, template, cache)
+    card = describe_module(module, family, id=id, revision=revision)
+    preprocess = make_processor(processor, module.config, card, template, cache)
     tokenizer = getattr(processor, "tokenizer", processor)
-    return core.build(card, module, read, writer(tokenizer), family)
+    return core.functionalize(card, module, preprocess, make_detokenizer(tokenizer), family)
 
 
-def refuse(config: Any) -> None:
+def refuse_encoder_decoder(config: Any) -> None:
     """Raise ModelUnsupported for an encoder-decoder, whose layers can not be cut."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for part in (config, getattr(config, "text_config", None), text):
         if getattr(part, "is_encoder_decoder", False):
             kind = getattr(getattr(config, "text_config", None), "model_type", config.model_type)
-            raise ModelUnsupported(
+            raise UnsupportedModelError(
                 f"a model must answer with a decoder alone; {config.model_type!r} over {kind!r} is "
                 "an encoder-decoder, whose layers read an encoder's states beside the stream. Take "
                 "a checkpoint with a decoder-only text model (for BLIP-2: one of the OPT ones)."
             )
 
 
-def load(
+def from_pretrained(
     id_or_path: str | os.PathLike[str],
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     device_map: Any = None,
-    template: str | Template = "default",
+    template: str | PromptTemplate = "default",
     revision: str | None = None,
     check: bool = True,
     cache: int = 256 << 20,
@@ -97,12 +103,16 @@ def load(
     weights, offline), ModelUnsupported, BadSettings.
     """
     module, processor, commit = load_parts(
-        id_or_path, dtype=dtype, device=device, device_map=device_map, revision=revision,
+        id_or_path,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        revision=revision,
         check=check,
-    )  # fmt: skip
+    )
     name = os.fspath(id_or_path)
     id = Path(name).resolve().name if os.path.isdir(name) else name
-    return adapt(module, processor, template=template, id=id, revision=commit, cache=cache)
+    return from_module(module, processor, template=template, id=id, revision=commit, cache=cache)
 
 
 def load_parts(
@@ -116,13 +126,15 @@ def load_parts(
 ) -> tuple[Any, Any, str]:
     """The module, the processor and the commit (empty for a plain folder) of a checkpoint."""
     name = os.fspath(id_or_path)
-    config = _config(name, revision)
-    refuse(config)
-    commit = _commit(name, revision)
+    config = _load_config(name, revision)
+    refuse_encoder_decoder(config)
+    commit = _find_commit(name, revision)
     if os.path.isdir(name):
         _check_files(Path(name))
     processor = load_processor(name, config, revision=commit or revision)
-    module = _module(name, config, _dtype(dtype), device, device_map, commit or revision)
+    module = _load_module(
+        name, config, _resolve_dtype(dtype), device, device_map, commit or revision
+    )
     if check:
         _check_finite(module, name)
     module.requires_grad_(False)
@@ -132,7 +144,7 @@ def load_parts(
 # ---- config and files
 
 
-def _config(name: str, revision: str | None) -> Any:
+def _load_config(name: str, revision: str | None) -> Any:
     from transformers import AutoConfig
 
     from . import minigpt4
@@ -142,33 +154,33 @@ def _config(name: str, revision: str | None) -> Any:
     if not local and (
         os.path.exists(name) or name.startswith((".", "/", "~")) or os.sep * 2 in name
     ):
-        what = "a file" if os.path.exists(name) else "not there"
-        raise BadInput(f"model {name!r} must be a folder or a hub id, and is {what}.")
+        problem = "a file" if os.path.exists(name) else "not there"
+        raise InvalidInputError(f"model {name!r} must be a folder or a hub id, and is {problem}.")
     if local and not os.path.isfile(os.path.join(name, "config.json")):
-        raise BadInput(
+        raise InvalidInputError(
             f"model folder {name!r} must hold config.json, as save_pretrained writes it; it has "
-            f"{listed(sorted(os.listdir(name))) or 'nothing'}."
+            f"{join_messages(sorted(os.listdir(name))) or 'nothing'}."
         )
     try:
         return AutoConfig.from_pretrained(name, revision=revision)
     except OSError as error:
-        raise BadInput(
+        raise InvalidInputError(
             f"model {name!r} must be a folder, or a hub id in the cache or within reach: {error}"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelUnsupported(
+        raise UnsupportedModelError(
             f"the config of {name!r} must be one that the installed transformers knows: {error}"
         ) from error
 
 
-def _commit(name: str, revision: str | None) -> str:
+def _find_commit(name: str, revision: str | None) -> str:
     """The commit of a hub snapshot, from the cache's own layout; empty for a plain folder."""
     if os.path.isdir(name):
         return ""
-    found = re.search(
-        r"[\\/]snapshots[\\/]([0-9a-f]{40})[\\/]", _file(name, "config.json", revision)
+    match = re.search(
+        r"[\\/]snapshots[\\/]([0-9a-f]{40})[\\/]", _find_file(name, "config.json", revision)
     )
-    return found.group(1) if found else ""
+    return match.group(1) if match else ""
 
 
 def _check_files(folder: Path) -> None:
@@ -180,19 +192,19 @@ def _check_files(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            wanted = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+            indexed_files = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise BadInput(
+            raise InvalidInputError(
                 f"{index} must map weights to files, and can not be read: {error}"
             ) from error
-        missing = sorted(wanted - {file.name for file in files})
+        missing = sorted(indexed_files - {file.name for file in files})
         wrong += [f"{name} is named in the index and not there" for name in missing]
-        files = [file for file in files if file.name in wanted]
+        files = [file for file in files if file.name in indexed_files]
     if not files and not wrong:
         other = sorted(
             p.name for p in folder.iterdir() if p.suffix in (".bin", ".pth", ".pt", ".h5")
         )
-        raise BadInput(
+        raise InvalidInputError(
             f"model folder {os.fspath(folder)!r} must hold *.safetensors, and has "
             f"{', '.join(other[:4]) or 'no weights'}: save the model again with save_pretrained."
         )
@@ -203,15 +215,15 @@ def _check_files(folder: Path) -> None:
         except (SafetensorError, OSError, ValueError) as error:
             wrong.append(f"{file.name} is truncated or no safetensors file ({error})")
     if wrong:
-        raise BadInput(
-            f"the weights in {os.fspath(folder)!r} must be whole: {listed(wrong)}. Fetch them anew."
+        raise InvalidInputError(
+            f"the weights in {os.fspath(folder)!r} must be whole: {join_messages(wrong)}. Fetch them anew."
         )
 
 
 # ---- weights
 
 
-def _dtype(dtype: Any) -> Any:
+def _resolve_dtype(dtype: Any) -> Any:
     import torch
 
     if dtype is None:
@@ -219,28 +231,28 @@ def _dtype(dtype: Any) -> Any:
     if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
         return dtype
     short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-    found = getattr(torch, short.get(str(dtype), str(dtype)), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise BadSettings(
+    resolved = getattr(torch, short.get(str(dtype), str(dtype)), None)
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise InvalidSettingsError(
             f"dtype must be float32, bfloat16, float16 or float64, or left out; got {dtype!r}."
         )
-    return found
+    return resolved
 
 
-def _class(config: Any) -> Any:
+def _auto_class(config: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
         if type(config) in auto._model_mapping:
             return auto
-    raise ModelUnsupported(
+    raise UnsupportedModelError(
         f"a model must be an image-text-to-text or causal language model of Hugging Face; "
         f"{config.model_type!r} is neither."
     )
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet_transformers() -> Iterator[None]:
     """No progress bars and no table of missing keys: what is wrong is raised."""
     from transformers.utils import logging
 
@@ -255,28 +267,34 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _module(
+def _load_module(
     name: str, config: Any, dtype: Any, device: Any, device_map: Any, revision: str | None
 ) -> Any:
     from safetensors import SafetensorError
 
-    places = {"device_map": device_map} if device_map is not None else {}
+    device_options = {"device_map": device_map} if device_map is not None else {}
     try:
-        with _quiet():
-            module, info = _class(config).from_pretrained(
-                name, config=config, dtype=dtype, use_safetensors=True, revision=revision,
-                output_loading_info=True, ignore_mismatched_sizes=True, **places,
-            )  # fmt: skip
+        with _quiet_transformers():
+            module, info = _auto_class(config).from_pretrained(
+                name,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                revision=revision,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **device_options,
+            )
     except ErrataError:
         raise
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise BadInput(f"the weights of {name!r} can not be loaded: {error}") from error
+        raise InvalidInputError(f"the weights of {name!r} can not be loaded: {error}") from error
     wrong = [f"{key} is missing" for key in sorted(info.get("missing_keys", []))]
     for key, have, want in sorted(info.get("mismatched_keys", [])):
         wrong.append(f"{key} must have shape {tuple(want)}, has {tuple(have)}")
     if wrong:
-        raise BadInput(
-            f"the weights of {name!r} must be those of a {type(module).__name__}: {listed(wrong)}."
+        raise InvalidInputError(
+            f"the weights of {name!r} must be those of a {type(module).__name__}: {join_messages(wrong)}."
         )
     return module if device is None else module.to(device)
 
@@ -292,8 +310,8 @@ def _check_finite(module: Any, name: str) -> None:
                 count = int((~torch.isfinite(tensor)).sum())
                 bad.append(f"{path} ({count} of {tensor.numel()} values)")
     if bad:
-        raise BadInput(
-            f"the weights of {name!r} must be finite numbers; NaN or infinite in {listed(bad)}. "
+        raise InvalidInputError(
+            f"the weights of {name!r} must be finite numbers; NaN or infinite in {join_messages(bad)}. "
             "Fetch the checkpoint again, or pass check=False if it is meant so."
         )
 
@@ -311,70 +329,79 @@ def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
     """
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    from .processors import OURS, stock
+    from .processors import OURS, build_hf_processor
 
-    where = {"revision": revision} if revision else {}
+    hub_options = {"revision": revision} if revision else {}
     try:
-        with _quiet():
+        with _quiet_transformers():
             if config.model_type in OURS:
-                settings = _json(name, PROCESSOR_FILE, revision)
-                tokenizer = AutoTokenizer.from_pretrained(name, **where)
-                images = AutoImageProcessor.from_pretrained(name, backend="pil", **where)
+                settings = _read_json(name, PROCESSOR_FILE, revision)
+                tokenizer = AutoTokenizer.from_pretrained(name, **hub_options)
+                images = AutoImageProcessor.from_pretrained(name, backend="pil", **hub_options)
                 processor = OURS[config.model_type](
-                    image_processor=images, tokenizer=tokenizer, **_plain(settings),
-                    chat_template=_chat(name, tokenizer, revision),
-                )  # fmt: skip
-                processor.video_settings = _video(name, settings, revision)
+                    image_processor=images,
+                    tokenizer=tokenizer,
+                    **_own_settings(settings),
+                    chat_template=_read_chat_template(name, tokenizer, revision),
+                )
+                processor.video_settings = _read_video_settings(name, settings, revision)
                 return processor
             if not hasattr(config, "vision_config"):
-                return AutoTokenizer.from_pretrained(name, **where)
-            settings = _plain(_json(name, PROCESSOR_FILE, revision))
-            template = _chat(name, None, revision)
-            return stock(name, config, settings | {"chat_template": template}, **where)
+                return AutoTokenizer.from_pretrained(name, **hub_options)
+            settings = _own_settings(_read_json(name, PROCESSOR_FILE, revision))
+            template = _read_chat_template(name, None, revision)
+            return build_hf_processor(
+                name, config, settings | {"chat_template": template}, **hub_options
+            )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise BadInput(
+        raise InvalidInputError(
             f"the processor of {name!r} must load (tokenizer and image processor files): {error}"
         ) from error
 
 
-def _file(name: str, file: str, revision: str | None) -> str:
+def _find_file(name: str, file: str, revision: str | None) -> str:
     """Where a checkpoint's file is on this disk; empty where it has none."""
     from transformers.utils.hub import cached_file
 
     path = cached_file(
-        name, file, revision=revision, _raise_exceptions_for_missing_entries=False,
+        name,
+        file,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
-    )  # fmt: skip
+    )
     return path or ""
 
 
-def _json(name: str, file: str, revision: str | None) -> dict[str, Any]:
-    path = _file(name, file, revision)
+def _read_json(name: str, file: str, revision: str | None) -> dict[str, Any]:
+    path = _find_file(name, file, revision)
     return json.loads(Path(path).read_text("utf-8")) if path else {}
 
 
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+def _own_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The processor's own settings, without those of its parts."""
     nested = {"image_processor", "video_processor", "tokenizer", "feature_extractor"}
     other = nested | {"processor_class", "chat_template"}
     return {name: value for name, value in settings.items() if name not in other}
 
 
-def _chat(name: str, tokenizer: Any, revision: str | None) -> str | None:
+def _read_chat_template(name: str, tokenizer: Any, revision: str | None) -> str | None:
     """A chat template of its own file, in the new or the old spelling, or a tokenizer's."""
-    path = _file(name, "chat_template.jinja", revision)
+    path = _find_file(name, "chat_template.jinja", revision)
     if path:
         return Path(path).read_text("utf-8")
-    old = _json(name, "chat_template.json", revision).get("chat_template")
+    old = _read_json(name, "chat_template.json", revision).get("chat_template")
     return old or getattr(tokenizer, "chat_template", None)
 
 
-def _video(name: str, settings: dict[str, Any], revision: str | None) -> dict[str, Any] | None:
+def _read_video_settings(
+    name: str, settings: dict[str, Any], revision: str | None
+) -> dict[str, Any] | None:
     """Settings of the video processor; None where the checkpoint has none of its own."""
     if "video_processor" in settings:
         return settings["video_processor"]
     for file in VIDEO_FILES:
-        found = _json(name, file, revision)
-        if found:
-            return found
+        settings_of_file = _read_json(name, file, revision)
+        if settings_of_file:
+            return settings_of_file
     return None

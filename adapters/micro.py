@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from errata.functional.errors import BadInput
+from errata.functional.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from errata.functional import Model
 
-    from .text import Template
+    from .text import PromptTemplate
 
-__all__ = ["families", "micro", "micros"]
+__all__ = ["list_families", "load_micro", "micro_names"]
 
-_FAMILIES = {
+_FAMILY_DESCRIPTIONS = {
     "blip-2": "BLIP-2 over a decoder (OPT, Llama)",
     "minigpt4": "MiniGPT-4: BLIP-2's vision over Llama/Vicuna",
     "llava": "LLaVA-1.5",
@@ -29,37 +29,37 @@ _FAMILIES = {
 }
 
 
-def families() -> dict[str, str]:
+def list_families() -> dict[str, str]:
     """`config.model_type` of each family with an adapter of its own, and what it is.
 
     Other image-text-to-text models and decoders of Hugging Face are found by structure.
     """
-    return dict(_FAMILIES)
+    return dict(_FAMILY_DESCRIPTIONS)
 
 
-def micros() -> tuple[str, ...]:
+def micro_names() -> tuple[str, ...]:
     """The names that `micro` takes."""
     from . import zoo
 
     return zoo.micro_names()
 
 
-def micro(name: str, template: str | Template = "default") -> Model:
+def load_micro(name: str, template: str | PromptTemplate = "default") -> Model:
     """A small trained model of the drawn world, as shipped: offline, in well under a second.
 
     Raises BadInput with the names there are.
 
     >>> from errata import adapters
-    >>> adapters.micro("llava").card.family
+    >>> adapters.load_micro("llava").card.family
     'llava'
     """
-    if name not in micros():
-        raise BadInput(
-            f"a micro model must be one of {', '.join(micros()) or '(none is installed)'}; "
+    if name not in micro_names():
+        raise InvalidInputError(
+            f"a micro model must be one of {', '.join(micro_names()) or '(none is installed)'}; "
             f"got {name!r}."
         )
     from . import zoo
-    from .load import adapt
+    from .load import from_module
 
-    module, processor = zoo.micro_parts(name)
-    return adapt(module, processor, template=template, id=f"micro/{name}")
+    module, processor = zoo.load_micro_parts(name)
+    return from_module(module, processor, template=template, id=f"micro/{name}")

@@ -32,12 +32,12 @@ class MiniGPT4Config(Blip2Config):
 
     model_type = "minigpt4"
 
-    def __init__(self, text_config: Any = None, image_token_index: int = 0, **more: Any):
+    def __init__(self, text_config: Any = None, image_token_index: int = 0, **kwargs: Any):
         if text_config is None:
             text_config = LlamaConfig()
         elif isinstance(text_config, dict):
             text_config = LlamaConfig(**text_config)
-        super().__init__(text_config=text_config, image_token_index=image_token_index, **more)
+        super().__init__(text_config=text_config, image_token_index=image_token_index, **kwargs)
 
 
 class MiniGPT4ForConditionalGeneration(Blip2ForConditionalGeneration):

@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.functional.errors import BadInput, listed
+from errata.functional.errors import InvalidInputError, join_messages
 
-__all__ = ["convert", "renamed"]
+__all__ = ["convert_minigpt4", "rename_state_dict"]
 
 _RENAMES = (
     (r"^(visual_encoder\.)?cls_token$", "vision_model.embeddings.class_embedding"),
@@ -59,23 +59,25 @@ _UNUSED = (
 )
 
 
-def renamed(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+def rename_state_dict(
+    state_dict: Mapping[str, Tensor], num_vision_layers: int
+) -> dict[str, Tensor]:
     """Original names to those of `MiniGPT4ForConditionalGeneration`.
 
     The vision tower's separate biases of queries and values become the one of its fused map:
     qkv.bias = [q_bias, 0, v_bias]. Blocks from `depth` on are left out, as LAVIS does.
 
-    >>> list(renamed({"ln_vision.weight": torch.ones(2), "t5_proj.bias": torch.ones(2)}, 39))
+    >>> list(rename_state_dict({"ln_vision.weight": torch.ones(2), "t5_proj.bias": torch.ones(2)}, 39))
     ['vision_model.post_layernorm.weight']
     """
     named: dict[str, Tensor] = {}
-    for name, tensor in state.items():
+    for name, tensor in state_dict.items():
         if any(re.search(pattern, name) for pattern in _UNUSED):
             continue
         for pattern, new in _RENAMES:
             name = re.sub(pattern, new, name)
         block = re.match(r"vision_model\.encoder\.layers\.(\d+)\.", name)
-        if block is None or int(block.group(1)) < depth:
+        if block is None or int(block.group(1)) < num_vision_layers:
             named[name] = tensor
     for name in [name for name in named if name.endswith(".self_attn.q_bias")]:
         stem = name.removesuffix("q_bias")
@@ -84,51 +86,53 @@ def renamed(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
     return named
 
 
-def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def _read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a `.pth` file, out of its `model` entry where it has one."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError as error:
-        raise BadInput(f"checkpoint {os.fspath(path)!r} must exist.") from error
+        raise InvalidInputError(f"checkpoint {os.fspath(path)!r} must exist.") from error
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
-        raise BadInput(
+        raise InvalidInputError(
             f"checkpoint {os.fspath(path)!r} must be a torch file of plain tensors: {error}"
         ) from error
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise BadInput(f"checkpoint {os.fspath(path)!r} must map names to tensors.")
+        raise InvalidInputError(f"checkpoint {os.fspath(path)!r} must map names to tensors.")
     return state
 
 
-def _matched(module: Any, named: Mapping[str, Tensor], ours: Iterable[str]) -> list[str]:
-    want = {name: tensor.shape for name, tensor in module.named_parameters() if name in set(ours)}
-    wrong = [f"{name} is missing" for name in want if name not in named]
-    wrong += [f"{name} has no place in the model" for name in named if name not in want]
+def _find_mismatches(module: Any, named: Mapping[str, Tensor], names: Iterable[str]) -> list[str]:
+    expected = {
+        name: tensor.shape for name, tensor in module.named_parameters() if name in set(names)
+    }
+    wrong = [f"{name} is missing" for name in expected if name not in named]
+    wrong += [f"{name} has no place in the model" for name in named if name not in expected]
     return wrong + [
-        f"{name} must have shape {tuple(want[name])}, has {tuple(tensor.shape)}"
+        f"{name} must have shape {tuple(expected[name])}, has {tuple(tensor.shape)}"
         for name, tensor in named.items()
-        if name in want and tensor.shape != want[name]
+        if name in expected and tensor.shape != expected[name]
     ]
 
 
-def _place(module: Any, name: str, tensor: Tensor) -> None:
+def _set_parameter(module: Any, name: str, tensor: Tensor) -> None:
     path, _, last = name.rpartition(".")
     setattr(module.get_submodule(path), last, torch.nn.Parameter(tensor, requires_grad=False))
 
 
-def convert(
+def convert_minigpt4(
     vision: str | os.PathLike[str],
     qformer: str | os.PathLike[str],
     minigpt4: str | os.PathLike[str],
     llama: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
     *,
     vision_config: Mapping[str, Any] | None = None,
     qformer_config: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> Path:
-    """Write a folder that `adapters.load` reads; returns it.
+    """Write a folder that `adapters.from_pretrained` reads; returns it.
 
     The default configs are those of the released model: EVA-CLIP-g of 39 blocks at 224 pixels and a
     BERT-base Q-Former of 32 queries, both sizes Hugging Face's own defaults. Q-Former and queries
@@ -140,31 +144,37 @@ def convert(
 
     from .minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Processor
 
-    target = Path(out)
+    target = Path(output_dir)
     if target.exists():
-        raise BadInput(f"output folder {os.fspath(out)!r} must not exist yet.")
-    state = {**_read(vision), **_read(qformer), **_read(minigpt4)}
+        raise InvalidInputError(f"output folder {os.fspath(output_dir)!r} must not exist yet.")
+    state_dict = {
+        **_read_state_dict(vision),
+        **_read_state_dict(qformer),
+        **_read_state_dict(minigpt4),
+    }
     text = hf.LlamaForCausalLM.from_pretrained(llama, dtype=dtype, use_safetensors=True)
     tower = hf.Blip2VisionConfig(**(vision_config or {}))
     config = MiniGPT4Config(
         vision_config=tower.to_dict(),
         qformer_config=hf.Blip2QFormerConfig(**(qformer_config or {})).to_dict(),
         text_config=text.config.to_dict(),
-        num_query_tokens=state["query_tokens"].shape[1] if "query_tokens" in state else 32,
+        num_query_tokens=state_dict["query_tokens"].shape[1]
+        if "query_tokens" in state_dict
+        else 32,
     )
-    named = renamed(state, tower.num_hidden_layers)
+    named = rename_state_dict(state_dict, tower.num_hidden_layers)
     with torch.device("meta"):
         module = MiniGPT4ForConditionalGeneration(config)
-    ours = [n for n, _ in module.named_parameters() if not n.startswith("language_model.")]
-    wrong = _matched(module, named, ours)
+    names = [n for n, _ in module.named_parameters() if not n.startswith("language_model.")]
+    wrong = _find_mismatches(module, named, names)
     if wrong:
-        raise BadInput(
+        raise InvalidInputError(
             "the checkpoint files must hold MiniGPT-4's vision tower, Q-Former and projection: "
-            f"{listed(wrong)}."
+            f"{join_messages(wrong)}."
         )
     for name, tensor in named.items():
         exact = name == "query_tokens" or name.startswith("qformer.")
-        _place(module, name, tensor.to(torch.float32 if exact else dtype))
+        _set_parameter(module, name, tensor.to(torch.float32 if exact else dtype))
     module.language_model = text
     side: Any = tower.image_size
     size = {"height": side, "width": side}
@@ -173,11 +183,11 @@ def convert(
         tokenizer=hf.AutoTokenizer.from_pretrained(llama),
     )
     module.config.dtype = dtype
-    half = target.with_name(target.name + ".part")
+    partial_folder = target.with_name(target.name + ".part")
     try:
-        module.save_pretrained(half)
-        processor.save_pretrained(half)
-        half.rename(target)
+        module.save_pretrained(partial_folder)
+        processor.save_pretrained(partial_folder)
+        partial_folder.rename(target)
     finally:
-        shutil.rmtree(half, ignore_errors=True)
+        shutil.rmtree(partial_folder, ignore_errors=True)
     return target

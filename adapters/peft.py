@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from errata.functional import Delta, LowRank
-from errata.functional.atomic import whole_folder
-from errata.functional.errors import BadInput, KindUnsupported, listed
-from errata.functional.io import NAMES, as_bytes, digest
-from errata.functional.peek import text_of
-from errata.functional.safe import layout
+from errata.functional.atomic import atomic_folder
+from errata.functional.errors import InvalidInputError, UnsupportedKindError, join_messages
+from errata.functional.io import NAME_BY_DTYPE, digest, tensor_bytes
+from errata.functional.peek import encode_header
+from errata.functional.safe import build_header
 
-from .peft_read import CONFIG, PREFIX, RECORD, WEIGHTS, from_peft
+from .peft_read import CONFIG_FILE, DELTA_FILE, PEFT_PREFIX, WEIGHTS_FILE, import_peft
 
-__all__ = ["SERVED", "Export", "from_peft", "to_peft"]
+__all__ = ["SERVABLE_RANKS", "PeftExport", "import_peft", "export_peft"]
 
-SERVED = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+SERVABLE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that vLLM serves."""
 
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -35,22 +35,22 @@ _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "shared")
 _OUTSIDE = re.compile(r"(^|[._])(vision|visual|projector|merger|qformer|language_projection)")
 
 
-class Export(NamedTuple):
+class PeftExport(NamedTuple):
     """A written adapter: where, PEFT's argument that computes the same, and what is inexact."""
 
     folder: Path
     autocast_adapter_dtype: bool
-    notes: tuple[str, ...]
+    inexact: tuple[str, ...]
 
 
-def to_peft(
+def export_peft(
     delta: Delta,
     folder: str | os.PathLike[str],
     profile: Literal["peft", "serving"] = "peft",
     *,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     dtype: torch.dtype = torch.bfloat16,
-) -> Export:
+) -> PeftExport:
     """Write a low-rank delta as a PEFT LoRA folder; `folder` must not exist yet.
 
     "peft": exact. Every scale is 1 (alpha = rank), modules are named by their full path, so that a
@@ -68,30 +68,32 @@ def to_peft(
     """
     refusals = list(_refusals(delta, profile))
     if refusals:
-        raise KindUnsupported(f"the delta can not be written as a LoRA: {listed(refusals)}.")
+        raise UnsupportedKindError(
+            f"the delta can not be written as a LoRA: {join_messages(refusals)}."
+        )
     factors = _factors(delta)
-    notes: list[str] = []
+    inexact: list[str] = []
     if profile == "serving":
-        factors, notes = _served(delta, factors, shapes or {}, dtype)
+        factors, inexact = _serving_factors(delta, factors, shapes or {}, dtype)
     config = _config(delta, factors, profile)
     tensors = {
-        f"{PREFIX}{path}.lora_{letter}.weight": x
+        f"{PEFT_PREFIX}{path}.lora_{letter}.weight": x
         for path, pair in factors.items()
         for letter, x in zip("AB", pair, strict=True)
     }
-    autocast = delta.header.form != "act" or profile == "serving"
-    with whole_folder(folder) as part:
-        table = {name: (NAMES[x.dtype], tuple(x.shape)) for name, x in tensors.items()}
-        head, order = layout({"format": "pt"}, table)
-        with (part / WEIGHTS).open("wb") as file:
+    autocast = delta.header.arithmetic != "act" or profile == "serving"
+    with atomic_folder(folder) as part:
+        table = {name: (NAME_BY_DTYPE[x.dtype], tuple(x.shape)) for name, x in tensors.items()}
+        head, order = build_header({"format": "pt"}, table)
+        with (part / WEIGHTS_FILE).open("wb") as file:
             file.write(head)
             for name in order:
-                file.write(as_bytes(tensors[name]))
-        (part / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        (part / "README.md").write_text(_readme(delta, profile, autocast, notes))
+                file.write(tensor_bytes(tensors[name]))
+        (part / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (part / "README.md").write_text(_readme(delta, profile, autocast, inexact))
         if profile == "peft":
-            (part / RECORD).write_text(text_of(delta.header, digest(delta)))
-    return Export(Path(folder), autocast, tuple(notes))
+            (part / DELTA_FILE).write_text(encode_header(delta.header, digest(delta)))
+    return PeftExport(Path(folder), autocast, tuple(inexact))
 
 
 def _refusals(delta: Delta, profile: str) -> Iterator[str]:
@@ -99,7 +101,7 @@ def _refusals(delta: Delta, profile: str) -> Iterator[str]:
     if profile not in ("peft", "serving"):
         yield f"the profile must be 'peft' or 'serving', is {profile!r}"
     if header.stack:
-        yield "it is stacked: export each of `stacks.unstack(delta)`"
+        yield "it is stacked: export each of `stacking.unstack(delta)`"
     if not header.entries:
         yield "it changes nothing"
     for entry in header.entries:
@@ -107,7 +109,7 @@ def _refusals(delta: Delta, profile: str) -> Iterator[str]:
         if kind == "dense":
             yield (
                 f"{entry.name} is a dense change: `compress` it to a rank first (the loss is "
-                "reported), or `fold` it into a checkpoint"
+                "reported), or `fuse` it into a checkpoint"
             )
         elif not isinstance(entry, LowRank):
             yield (
@@ -115,18 +117,18 @@ def _refusals(delta: Delta, profile: str) -> Iterator[str]:
                 "with `bind`"
             )
         elif not entry.name.endswith(".weight"):
-            yield f"{entry.name} is not the weight of a module: `fold` it into a checkpoint"
+            yield f"{entry.name} is not the weight of a module: `fuse` it into a checkpoint"
         elif entry.name.split(".")[-2] in _EMBEDDINGS:
-            yield f"{entry.name} is an embedding, no linear map: `fold` it into a checkpoint"
-        elif entry.transposed and header.form == "weight" and profile == "peft":
+            yield f"{entry.name} is an embedding, no linear map: `fuse` it into a checkpoint"
+        elif entry.transposed and header.arithmetic == "weight" and profile == "peft":
             yield (
                 f"{entry.name} is stored transposed, where PEFT's target_parameters do not go: "
-                "give the delta form 'act', or `fold` it"
+                "give the delta arithmetic 'act', or `fuse` it"
             )
         elif profile == "serving" and _OUTSIDE.search(entry.name):
-            yield f"{entry.name} is outside the decoder, which servers drop: `fold` it"
-        elif profile == "serving" and entry.rank > SERVED[-1]:
-            yield f"{entry.name} has rank {entry.rank}, servers take {SERVED[-1]}: `compress` it"
+            yield f"{entry.name} is outside the decoder, which servers drop: `fuse` it"
+        elif profile == "serving" and entry.rank > SERVABLE_RANKS[-1]:
+            yield f"{entry.name} has rank {entry.rank}, servers take {SERVABLE_RANKS[-1]}: `compress` it"
 
 
 def _factors(delta: Delta) -> dict[str, tuple[Tensor, Tensor]]:
@@ -139,57 +141,64 @@ def _factors(delta: Delta) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-def _served(
+def _serving_factors(
     delta: Delta,
     factors: Mapping[str, tuple[Tensor, Tensor]],
     shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
     """One rank, one dtype, no lone siblings; and what of it is inexact."""
-    most = max(down.shape[0] for down, _ in factors.values())
-    rank = next(served for served in SERVED if served >= most)
+    max_rank = max(down.shape[0] for down, _ in factors.values())
+    rank = next(served for served in SERVABLE_RANKS if served >= max_rank)
     sizes = {path: (up.shape[0], down.shape[1]) for path, (down, up) in factors.items()}
-    sizes |= _siblings(delta, shapes)
-    notes = []
-    if delta.header.form == "weight" or any(x.dtype != dtype for p in factors.values() for x in p):
-        notes.append(
+    sizes |= _sibling_shapes(delta, shapes)
+    inexact = []
+    if delta.header.arithmetic == "weight" or any(
+        x.dtype != dtype for p in factors.values() for x in p
+    ):
+        inexact.append(
             f"servers add the change in activation form with {str(dtype).removeprefix('torch.')} "
-            f"factors; the delta's form is {delta.header.form!r}, so logits differ by rounding"
+            f"factors; the delta's arithmetic is {delta.header.arithmetic!r}, so logits differ by rounding"
         )
-    out = {}
-    for path, (wide, inner) in sizes.items():
-        down, up = torch.zeros(rank, inner, dtype=dtype), torch.zeros(wide, rank, dtype=dtype)
+    padded = {}
+    for path, (out_features, in_features) in sizes.items():
+        down, up = (
+            torch.zeros(rank, in_features, dtype=dtype),
+            torch.zeros(out_features, rank, dtype=dtype),
+        )
         if path in factors:
             count = factors[path][0].shape[0]
             down[:count], up[:, :count] = factors[path][0].to(dtype), factors[path][1].to(dtype)
-        out[path] = (down, up)
-    return dict(sorted(out.items())), notes
+        padded[path] = (down, up)
+    return dict(sorted(padded.items())), inexact
 
 
-def _siblings(delta: Delta, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
-    have = {entry.name for entry in delta.header.entries}
-    found, unknown = {}, []
+def _sibling_shapes(
+    delta: Delta, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, int]]:
+    edited_names = {entry.name for entry in delta.header.entries}
+    sibling_shapes, unknown = {}, []
     for entry in delta.header.entries:
         last = entry.name.split(".")[-2]
         for group in (group for group in _SIBLINGS if last in group):
             for other in group:
-                name, stored = (
+                name, checkpoint_name = (
                     text.replace(f".{last}.weight", f".{other}.weight")
-                    for text in (entry.name, entry.checkpoint)
+                    for text in (entry.name, entry.checkpoint_name)
                 )
-                shape = shapes.get(name) or shapes.get(stored)
-                if name in have:
+                shape = shapes.get(name) or shapes.get(checkpoint_name)
+                if name in edited_names:
                     continue
                 if shape is None or len(shape) != 2:
                     unknown.append(name)
                 else:
-                    found[name.removesuffix(".weight")] = (shape[0], shape[1])
+                    sibling_shapes[name.removesuffix(".weight")] = (shape[0], shape[1])
     if unknown:
-        raise BadInput(
+        raise InvalidInputError(
             "servers stack q, k, v and gate, up, so a lone one needs zeros for its siblings: pass "
-            f"`shapes` (`--base` on the command line) with those of {listed(sorted(set(unknown)))}."
+            f"`shapes` (`--base` on the command line) with those of {join_messages(sorted(set(unknown)))}."
         )
-    return found
+    return sibling_shapes
 
 
 def _config(
@@ -200,7 +209,7 @@ def _config(
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": None,
-        "auto_mapping": _auto(header.base.family),
+        "auto_mapping": _auto_mapping(header.base.family),
         "base_model_name_or_path": header.base.id,
         "revision": header.base.revision or None,
         "inference_mode": True,
@@ -216,7 +225,7 @@ def _config(
     if profile == "serving":
         names = sorted({path.rpartition(".")[2] for path in factors})
         return {**config, "target_modules": names}
-    weight = header.form == "weight"
+    weight = header.arithmetic == "weight"
     named = {f"{path}.weight" if weight else path: rank for path, rank in ranks.items()}
     pattern = {"^" + re.escape(name): rank for name, rank in named.items()}
     config |= {"rank_pattern": pattern, "alpha_pattern": pattern}
@@ -225,7 +234,7 @@ def _config(
     return {**config, "target_modules": "|".join(re.escape(path) for path in sorted(named))}
 
 
-def _auto(family: str) -> dict[str, str] | None:
+def _auto_mapping(family: str) -> dict[str, str] | None:
     """The class AutoPeftModel is to load, where transformers knows the family."""
     from transformers.models.auto import modeling_auto as auto
 
@@ -239,7 +248,7 @@ def _auto(family: str) -> dict[str, str] | None:
     return None
 
 
-def _readme(delta: Delta, profile: str, autocast: bool, notes: list[str]) -> str:
+def _readme(delta: Delta, profile: str, autocast: bool, inexact: list[str]) -> str:
     header = delta.header
     edits = f"{len(header.edits)} edit(s) by {header.editor or 'an unnamed editor'}"
     lines = [
@@ -250,7 +259,7 @@ def _readme(delta: Delta, profile: str, autocast: bool, notes: list[str]) -> str
         "tags: [lora, errata, model-editing]",
         "---",
         "",
-        f"A knowledge edit of {header.base.id} as a LoRA: {edits}, form `{header.form}`,",
+        f"A knowledge edit of {header.base.id} as a LoRA: {edits}, arithmetic `{header.arithmetic}`,",
         f"profile `{profile}`, digest `{digest(delta)}`.",
         "",
     ]
@@ -261,4 +270,4 @@ def _readme(delta: Delta, profile: str, autocast: bool, notes: list[str]) -> str
             f"    PeftModel.from_pretrained(base, folder, autocast_adapter_dtype={autocast})",
             "",
         ]
-    return "\n".join(lines + [f"{note[0].upper()}{note[1:]}." for note in notes]) + "\n"
+    return "\n".join(lines + [f"{note[0].upper()}{note[1:]}." for note in inexact]) + "\n"

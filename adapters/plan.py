@@ -13,147 +13,182 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from errata.functional.errors import ModelUnsupported
+from errata.functional.errors import UnsupportedModelError
 
-from .capture import Capture, Handed
-from .skeleton import Ledger
+from .capture import CapturedForward, LayerCall
+from .skeleton import FunctionalKVCache
 
-__all__ = ["ATTENDED", "Leaf", "Plan", "Sizes", "Template", "added_key", "make_plan"]
+__all__ = [
+    "ATTENTION_OUTPUT",
+    "ArgumentSource",
+    "LayerInputLayout",
+    "ProbeShape",
+    "CallTemplate",
+    "added_input_key",
+    "infer_layout",
+]
 
-ATTENDED = "attended@bq_"
+ATTENTION_OUTPUT = "attention_output@bq_"
 """The extra of a thinned batch: what the last layer's attention gave at the scored positions."""
 
 
-class Sizes(NamedTuple):
+class ProbeShape(NamedTuple):
     """What a probe was made of; every number differs between the two probes."""
 
-    rows: int
-    query: int
-    keys: int
+    num_rows: int
+    query_length: int
+    key_length: int
 
 
-class Leaf(NamedTuple):
+class ArgumentSource(NamedTuple):
     """One argument of a layer: an extra, the cache, or a constant."""
 
     key: str = ""
-    cache: bool = False
+    is_cache: bool = False
     value: Any = None
 
 
-class Template(NamedTuple):
+class CallTemplate(NamedTuple):
     """A layer's arguments without the tensors."""
 
     spec: Any
-    leaves: tuple[Leaf, ...]
-    named: bool
+    sources: tuple[ArgumentSource, ...]
+    hidden_as_keyword: bool
 
-    def fill(self, plan: Plan, extras: Mapping[str, Tensor], ledger: Ledger | None) -> Handed:
+    def fill(
+        self,
+        layout: LayerInputLayout,
+        layer_inputs: Mapping[str, Tensor],
+        hf_cache: FunctionalKVCache | None,
+    ) -> LayerCall:
         leaves = [
-            plan.restore(leaf.key, extras[leaf.key])
-            if leaf.key in extras
-            else (ledger if leaf.cache else leaf.value)
-            for leaf in self.leaves
+            layout.restore(leaf.key, layer_inputs[leaf.key])
+            if leaf.key in layer_inputs
+            else (hf_cache if leaf.is_cache else leaf.value)
+            for leaf in self.sources
         ]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        return Handed(tuple(args), kwargs, self.named)
+        return LayerCall(tuple(args), kwargs, self.hidden_as_keyword)
 
 
-class Plan(NamedTuple):
+class LayerInputLayout(NamedTuple):
     """For each layer, where its arguments come from; for each extra, where its rows were."""
 
-    plain: tuple[Template, ...]
-    cached: tuple[Template, ...] | None  # None: the model keeps no key-value cache we can hand it
-    names: Mapping[tuple[int, str], str]  # (layer, argument) -> extra
-    rows: Mapping[str, int]  # extra -> its row dimension, -1 for none
-    refusal: str = ""  # why there is no cache
+    templates: tuple[CallTemplate, ...]
+    cached_templates: (
+        tuple[CallTemplate, ...] | None
+    )  # None: the model keeps no key-value cache we can hand it
+    input_keys: Mapping[tuple[int, str], str]  # (layer, argument) -> extra
+    row_dims: Mapping[str, int]  # extra -> its row dimension, -1 for none
+    cache_refusal: str = ""  # why there is no cache
 
-    def pack(self, seen: Capture) -> dict[str, Tensor]:
+    def pack(self, captured: CapturedForward) -> dict[str, Tensor]:
         """The extras of a batch, from what its layers were handed."""
-        count = seen.hidden.shape[0]
-        extras: dict[str, Tensor] = {}
+        num_rows = captured.hidden_states.shape[0]
+        layer_inputs: dict[str, Tensor] = {}
         source: dict[str, Tensor] = {}
-        for number, handed in enumerate(seen.handed):
-            for name, value in _named_leaves(handed)[0]:
+        for number, call in enumerate(captured.layer_calls):
+            for name, value in _named_leaves(call)[0]:
                 if not isinstance(value, Tensor):
                     continue
-                key = self.names.get((number, name))
+                key = self.input_keys.get((number, name))
                 if key is None:
-                    raise ModelUnsupported(
+                    raise UnsupportedModelError(
                         f"layer {number} was handed a tensor {name!r} that no probe showed; the "
                         "adapter does not know its layout."
                     )
                 if key not in source:
                     source[key] = value
-                    extras[key] = _rows_first(value, self.rows[key], count)
+                    layer_inputs[key] = _move_rows_first(value, self.row_dims[key], num_rows)
                 elif source[key] is not value:
-                    raise ModelUnsupported(
+                    raise UnsupportedModelError(
                         f"layer {number} was handed its own {name!r}, where the probe showed one "
                         "tensor for several layers."
                     )
-        for number, value in seen.added.items():
-            extras[added_key(number)] = value
-        return extras
+        for number, value in captured.added.items():
+            layer_inputs[added_input_key(number)] = value
+        return layer_inputs
 
     def restore(self, key: str, value: Tensor) -> Tensor:
-        row = self.rows[key]
-        return value[0] if row < 0 else value.movedim(0, row)
+        row_dim = self.row_dims[key]
+        return value[0] if row_dim < 0 else value.movedim(0, row_dim)
 
 
-def added_key(number: int) -> str:
+def added_input_key(number: int) -> str:
     """The extra that the model adds to the residual stream after layer `number`."""
     return f"added.{number}@bq_"
 
 
-def make_plan(one: Capture, small: Sizes, two: Capture, large: Sizes, refusal: str = "") -> Plan:
+def infer_layout(
+    first: CapturedForward,
+    first_shape: ProbeShape,
+    second: CapturedForward,
+    second_shape: ProbeShape,
+    cache_refusal: str = "",
+) -> LayerInputLayout:
     """Compare two captures of different sizes; the second has a past unless `refusal` says why not.
 
     Raises ModelUnsupported for arguments whose layout can not be told.
     """
-    names: dict[tuple[int, str], str] = {}
-    rows: dict[str, int] = {}
-    other = [dict(_named_leaves(handed)[0]) for handed in two.handed]
-    groups: dict[str, dict[int, str]] = {}
-    for number, handed in enumerate(one.handed):
-        for name, value in _named_leaves(handed)[0]:
+    input_keys: dict[tuple[int, str], str] = {}
+    row_dims: dict[str, int] = {}
+    second_leaves = [dict(_named_leaves(handed)[0]) for handed in second.layer_calls]
+    keys_by_name: dict[str, dict[int, str]] = {}
+    for number, call in enumerate(first.layer_calls):
+        for name, value in _named_leaves(call)[0]:
             if not isinstance(value, Tensor):
                 continue
-            known = groups.setdefault(name, {})
-            if id(value) not in known:
-                twin = other[number].get(name)
-                if not isinstance(twin, Tensor):
-                    raise ModelUnsupported(
+            keys_by_id = keys_by_name.setdefault(name, {})
+            if id(value) not in keys_by_id:
+                second_value = second_leaves[number].get(name)
+                if not isinstance(second_value, Tensor):
+                    raise UnsupportedModelError(
                         f"layer {number} must always be handed the same arguments; {name!r} comes "
                         "only sometimes."
                     )
-                letters, row = _layout(name, value, small, twin, large)
-                mark = f"#{len(known)}" if known else ""
-                known[id(value)] = f"{name}{mark}@{letters}"
-                rows[known[id(value)]] = row
-            names[number, name] = known[id(value)]
-    plain = tuple(_template(handed, n, names) for n, handed in enumerate(one.handed))
-    cached = None
-    if not refusal:
-        cached = tuple(_template(handed, n, names) for n, handed in enumerate(two.handed))
-        if not all(any(leaf.cache for leaf in template.leaves) for template in cached):
-            cached, refusal = None, "its layers are not handed a key-value cache"
-    return Plan(plain, cached, names, rows, refusal)
+                letters, row_dim = _infer_dimensions(
+                    name, value, first_shape, second_value, second_shape
+                )
+                suffix = f"#{len(keys_by_id)}" if keys_by_id else ""
+                keys_by_id[id(value)] = f"{name}{suffix}@{letters}"
+                row_dims[keys_by_id[id(value)]] = row_dim
+            input_keys[number, name] = keys_by_id[id(value)]
+    templates = tuple(
+        _make_template(handed, n, input_keys) for n, handed in enumerate(first.layer_calls)
+    )
+    cached_templates = None
+    if not cache_refusal:
+        cached_templates = tuple(
+            _make_template(handed, n, input_keys) for n, handed in enumerate(second.layer_calls)
+        )
+        if not all(
+            any(leaf.is_cache for leaf in template.sources) for template in cached_templates
+        ):
+            cached_templates, cache_refusal = None, "its layers are not handed a key-value cache"
+    return LayerInputLayout(templates, cached_templates, input_keys, row_dims, cache_refusal)
 
 
-def _template(handed: Handed, number: int, names: Mapping[tuple[int, str], str]) -> Template:
-    named, spec = _named_leaves(handed)
-    leaves = []
+def _make_template(
+    call: LayerCall, number: int, input_keys: Mapping[tuple[int, str], str]
+) -> CallTemplate:
+    named, spec = _named_leaves(call)
+    sources = []
     for name, value in named:
         if isinstance(value, Tensor):
-            leaves.append(Leaf(key=names[number, name]) if (number, name) in names else Leaf())
-        elif isinstance(value, Ledger):
-            leaves.append(Leaf(cache=True))
+            sources.append(
+                ArgumentSource(key=input_keys[number, name])
+                if (number, name) in input_keys
+                else ArgumentSource()
+            )
+        elif isinstance(value, FunctionalKVCache):
+            sources.append(ArgumentSource(is_cache=True))
         else:
-            leaves.append(Leaf(value=value))
-    return Template(spec, tuple(leaves), handed.named)
+            sources.append(ArgumentSource(value=value))
+    return CallTemplate(spec, tuple(sources), call.hidden_as_keyword)
 
 
-def _named_leaves(handed: Handed) -> tuple[list[tuple[str, Any]], Any]:
-    flat, spec = pytree.tree_flatten_with_path((list(handed.args), handed.kwargs))
+def _named_leaves(call: LayerCall) -> tuple[list[tuple[str, Any]], Any]:
+    flat, spec = pytree.tree_flatten_with_path((list(call.args), call.kwargs))
     named = []
     for path, value in flat:
         where, *rest = (str(getattr(part, "key", getattr(part, "idx", part))) for part in path)
@@ -161,36 +196,49 @@ def _named_leaves(handed: Handed) -> tuple[list[tuple[str, Any]], Any]:
     return named, spec
 
 
-def _layout(name: str, value: Tensor, small: Sizes, twin: Tensor, large: Sizes) -> tuple[str, int]:
+def _infer_dimensions(
+    name: str,
+    value: Tensor,
+    first_shape: ProbeShape,
+    second_value: Tensor,
+    second_shape: ProbeShape,
+) -> tuple[str, int]:
     """Letters of the dimensions with rows first, and where the rows were (-1: nowhere)."""
     meaning = {
-        (small.rows, large.rows): "b",
-        (1, large.rows): "b",  # one table for all rows where positions are not given by row
-        (small.query, large.query): "q",
-        (small.keys, large.keys): "k",
+        (first_shape.num_rows, second_shape.num_rows): "b",
+        (
+            1,
+            second_shape.num_rows,
+        ): "b",  # one table for all rows where positions are not given by row
+        (first_shape.query_length, second_shape.query_length): "q",
+        (first_shape.key_length, second_shape.key_length): "k",
     }
     letters: list[str] = []
-    for pair in zip(value.shape, twin.shape, strict=False):
+    for pair in zip(value.shape, second_value.shape, strict=False):
         letter = "_" if pair[0] == pair[1] else meaning.get(pair, "?")
         # Without a past, queries and keys are as many: the first of two is the queries'.
-        if letter == "k" and small.query == small.keys and large.query == large.keys:
+        if (
+            letter == "k"
+            and first_shape.query_length == first_shape.key_length
+            and second_shape.query_length == second_shape.key_length
+        ):
             letter = "k" if "q" in letters else "q"
         letters.append(letter)
-    if value.ndim != twin.ndim or "?" in letters or letters.count("b") > 1:
-        raise ModelUnsupported(
+    if value.ndim != second_value.ndim or "?" in letters or letters.count("b") > 1:
+        raise UnsupportedModelError(
             f"the dimensions of {name!r} must be rows, tokens or fixed; they went from "
-            f"{tuple(value.shape)} to {tuple(twin.shape)} for {small} and {large}."
+            f"{tuple(value.shape)} to {tuple(second_value.shape)} for {first_shape} and {second_shape}."
         )
     if "b" in letters:
-        row = letters.index("b")
+        row_dim = letters.index("b")
     else:
         tokens = [i for i, letter in enumerate(letters) if letter != "_"]
         before = range(tokens[0] if tokens else 0)
-        row = next((i for i in before if value.shape[i] == 1), -1)
-    rest = letters if row < 0 else letters[:row] + letters[row + 1 :]
-    return "b" + "".join(rest), row
+        row_dim = next((i for i in before if value.shape[i] == 1), -1)
+    rest = letters if row_dim < 0 else letters[:row_dim] + letters[row_dim + 1 :]
+    return "b" + "".join(rest), row_dim
 
 
-def _rows_first(value: Tensor, row: int, count: int) -> Tensor:
-    value = value[None] if row < 0 else value.movedim(row, 0)
-    return value if value.shape[0] == count else value.expand(count, *value.shape[1:])
+def _move_rows_first(value: Tensor, row_dim: int, num_rows: int) -> Tensor:
+    value = value[None] if row_dim < 0 else value.movedim(row_dim, 0)
+    return value if value.shape[0] == num_rows else value.expand(num_rows, *value.shape[1:])

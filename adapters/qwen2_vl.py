@@ -16,47 +16,56 @@ from errata.functional import Inputs
 
 from .family import Family
 
-__all__ = ["arguments", "positions", "qwen2", "qwen2_5"]
+__all__ = ["forward_arguments", "mrope_positions", "qwen2", "qwen2_5"]
 
-_COMPUTED = ("mm_token_type_ids",)
+_POSITION_INPUTS = ("mm_token_type_ids",)
 
 
-def arguments(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
+def forward_arguments(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
     """Ids, mask and pixels; token types serve the positions only."""
     del module
-    pixels = {name: value for name, value in inputs.pixels.items() if name not in _COMPUTED}
-    return {"input_ids": inputs.ids, "attention_mask": inputs.mask.long(), **pixels}
+    vision_inputs = {
+        name: value for name, value in inputs.vision_inputs.items() if name not in _POSITION_INPUTS
+    }
+    return {
+        "input_ids": inputs.input_ids,
+        "attention_mask": inputs.attention_mask.long(),
+        **vision_inputs,
+    }
 
 
-def positions(module: Any, inputs: Inputs) -> Tensor:
+def mrope_positions(module: Any, inputs: Inputs) -> Tensor:
     """Positions in time, height and width [B 3 L], from the module's own `get_rope_index`."""
     config = module.config
-    kinds = torch.zeros_like(inputs.ids)
-    kinds = kinds.masked_fill(inputs.ids == config.image_token_id, 1)
-    kinds = kinds.masked_fill(inputs.ids == config.video_token_id, 2)
+    token_types = torch.zeros_like(inputs.input_ids)
+    token_types = token_types.masked_fill(inputs.input_ids == config.image_token_id, 1)
+    token_types = token_types.masked_fill(inputs.input_ids == config.video_token_id, 2)
     grids = {
-        name: inputs.pixels[name]
+        name: inputs.vision_inputs[name]
         for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
-        if name in inputs.pixels
+        if name in inputs.vision_inputs
     }
-    places, _ = module.model.get_rope_index(
-        inputs.ids, mm_token_type_ids=kinds, attention_mask=inputs.mask.long(), **grids
+    position_ids, _ = module.model.get_rope_index(
+        inputs.input_ids,
+        mm_token_type_ids=token_types,
+        attention_mask=inputs.attention_mask.long(),
+        **grids,
     )
-    return places.transpose(0, 1)
+    return position_ids.transpose(0, 1)
 
 
-def _family(model_type: str, **more: Any) -> Family:
+def _make_family(model_type: str, **fields: Any) -> Family:
     return Family(
         model_type,
-        arguments=arguments,
-        positions=positions,
-        vision="model.visual",
-        projector="model.visual.merger",
-        features="model",
-        videos=True,
-        **more,
+        forward_arguments=forward_arguments,
+        position_ids=mrope_positions,
+        vision_path="model.visual",
+        projector_path="model.visual.merger",
+        vision_features_path="model",
+        takes_videos=True,
+        **fields,
     )
 
 
-qwen2: Family = _family("qwen2_vl")
-qwen2_5: Family = _family("qwen2_5_vl")
+qwen2: Family = _make_family("qwen2_vl")
+qwen2_5: Family = _make_family("qwen2_5_vl")

@@ -5,16 +5,16 @@ is recorded by the capture as `added.*` extras, so that a cut inside them is exa
 """
 
 from .family import Family
-from .qwen2_vl import arguments, positions
+from .qwen2_vl import forward_arguments, mrope_positions
 
 __all__ = ["family"]
 
 family = Family(
     "qwen3_vl",
-    arguments=arguments,
-    positions=positions,
-    vision="model.visual",
-    projector="model.visual.merger",
-    features="model",
-    videos=True,
+    forward_arguments=forward_arguments,
+    position_ids=mrope_positions,
+    vision_path="model.visual",
+    projector_path="model.visual.merger",
+    vision_features_path="model",
+    takes_videos=True,
 )

@@ -18,50 +18,69 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from errata.functional import Inputs, ModelCard, Query
-from errata.functional.errors import BadInput, BadSettings, ModelUnsupported, listed
+from errata.functional.errors import (
+    InvalidInputError,
+    InvalidSettingsError,
+    UnsupportedModelError,
+    join_messages,
+)
 
 from . import sentences as _sentences  # noqa: F401  (enrols itself)
-from .checks import checked, every, named, opened
-from .collate import Encoded, assemble, collated
-from .images import Cache, key
-from .pictures import READINGS, TEXT, Parts, Reading, Seen, parts
-from .templates import preset
-from .text import MARK, Segment, Template, gap, scored, segments
+from .checks import name_query, open_images, validate_all, validate_query
+from .collate import TokenRow, collate, concat_pixels
+from .images import LRUCache, content_id
+from .pictures import (
+    READINGS,
+    TEXT_ONLY,
+    ProcessorParts,
+    VisionFormat,
+    VisionInputs,
+    split_processor,
+)
+from .templates import get_template
+from .text import (
+    IMAGE_PLACEHOLDER,
+    PromptSegment,
+    PromptTemplate,
+    answer_separator,
+    scored_tokens,
+    split_template,
+)
 
-__all__ = ["Reader", "Row", "ending", "reader", "writer"]
+__all__ = ["QueryProcessor", "PromptRow", "answer_suffix", "make_processor", "make_detokenizer"]
 
 
-class Row(NamedTuple):
+class PromptRow(NamedTuple):
     """A query, read but not tokenised."""
 
-    segments: list[Segment]  # texts, and numbers of placeholder tokens
+    segments: list[PromptSegment]  # texts, and numbers of placeholder tokens
     boundary: int  # characters of the last text that stand before the gap
-    gap: int  # characters between them and the target; -1 where there is no target
-    pixels: dict[str, Tensor]
-    keys: tuple[str, ...]
+    separator_length: int  # characters between them and the target; -1 where there is no target
+    vision_inputs: dict[str, Tensor]
+    content_ids: tuple[str, ...]
 
 
-def writer(tokenizer: Any) -> Callable[[Sequence[int]], str]:
+def make_detokenizer(tokenizer: Any) -> Callable[[Sequence[int]], str]:
     """Detokenise, special tokens dropped."""
 
-    def write(ids: Sequence[int]) -> str:
+    def detokenize(ids: Sequence[int]) -> str:
         return tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
 
-    return write
+    return detokenize
 
 
-def ending(template: Template, tokenizer: Any) -> str:
+def answer_suffix(template: PromptTemplate, tokenizer: Any) -> str:
     """What is appended to every answer: nothing, the tokenizer's end token, or a text."""
-    if isinstance(template.end, str):
-        return template.end
-    if template.end and tokenizer.eos_token is None:
-        raise BadSettings(
-            "template.end must be a text for a tokenizer without an end token; got true."
+    if isinstance(template.answer_suffix, str):
+        return template.answer_suffix
+    if template.answer_suffix and tokenizer.eos_token is None:
+        raise InvalidSettingsError(
+            "template.answer_suffix must be a text for a tokenizer without an end token; got true."
         )
-    return tokenizer.eos_token if template.end else ""
+    return tokenizer.eos_token if template.answer_suffix else ""
 
 
-class Reader:
+class QueryProcessor:
     """Reads queries for one model under one template; safe to share between threads.
 
     reader(queries, end=False, edit=None) -> Inputs, whatever `edit` says. Targets may be missing
@@ -71,141 +90,182 @@ class Reader:
     """
 
     def __init__(
-        self, found: Parts, reading: Reading, template: Template, card: ModelCard, limit: int
+        self,
+        parts: ProcessorParts,
+        vision_format: VisionFormat,
+        template: PromptTemplate,
+        card: ModelCard,
+        max_cache_bytes: int,
     ):
-        self.found, self.reading, self.template, self.card = found, reading, template, card
-        self.cache = Cache(limit)
-        tokenizer = found.tokenizer
+        self.parts, self.vision_format, self.template, self.card = (
+            parts,
+            vision_format,
+            template,
+            card,
+        )
+        self.image_cache = LRUCache(max_cache_bytes)
+        tokenizer = parts.tokenizer
         if not getattr(tokenizer, "is_fast", False):
-            raise ModelUnsupported(
+            raise UnsupportedModelError(
                 "the tokenizer must give character offsets, and "
                 f"{type(tokenizer).__name__} does not: load the model's fast tokenizer."
             )
-        self.specials = tuple(tokenizer.get_added_vocab())
-        start = tokenizer("").input_ids[:1]
-        self.start = start if start == [tokenizer.bos_token_id] else []
-        self.raw = template.raw or reading.raw
-        if not template.raw and template.picture == "{}":
-            self.template = replace(template, picture=reading.picture)
-        self.end = ending(template, tokenizer)
-        self.stop = self.end or tokenizer.eos_token or ""
+        self.special_tokens = tuple(tokenizer.get_added_vocab())
+        first_ids = tokenizer("").input_ids[:1]
+        self.bos_ids = first_ids if first_ids == [tokenizer.bos_token_id] else []
+        self.raw_template = template.raw_template or vision_format.raw_template
+        if not template.raw_template and template.image_wrapper == "{}":
+            self.template = replace(template, image_wrapper=vision_format.image_wrapper)
+        self.answer_suffix = answer_suffix(template, tokenizer)
+        self.eos_suffix = self.answer_suffix or tokenizer.eos_token or ""
 
     def __call__(
-        self, queries: Sequence[Query], *, end: bool = False, edit: Tensor | None = None
+        self,
+        queries: Sequence[Query],
+        *,
+        append_eos: bool = False,
+        edit_index: Tensor | None = None,
     ) -> Inputs:
         queries = list(queries)
-        behind = self.stop if end else self.end
-        rows = every(queries, lambda _, query: self._row(query, behind))
-        bare = [i for i, row in enumerate(rows) if row.gap < 0]
-        if bare and len(bare) < len(rows):
-            raise BadInput(
+        suffix = self.eos_suffix if append_eos else self.answer_suffix
+        rows = validate_all(queries, lambda _, query: self._make_prompt_row(query, suffix))
+        unscored = [i for i, row in enumerate(rows) if row.separator_length < 0]
+        if unscored and len(unscored) < len(rows):
+            raise InvalidInputError(
                 f"every query of a scored batch must have a target; empty: "
-                f"{listed(named(i, queries[i], BadInput('no target')) for i in bare)}."
+                f"{join_messages(name_query(i, queries[i], InvalidInputError('no target')) for i in unscored)}."
             )
-        encoded = self._encode(rows)
-        every(queries, lambda number, _: self._fits(encoded[number], rows[number]))
-        return self._inputs(rows, encoded)
+        token_rows = self._tokenize(rows)
+        validate_all(
+            queries, lambda number, _: self._validate_row(token_rows[number], rows[number])
+        )
+        return self._make_inputs(rows, token_rows)
 
     # ---- text and pictures of one query
 
-    def _row(self, query: Query, end: str) -> Row:
-        checked(query, self.card)
-        seen, keys = self._see(query)
-        if self.reading.place == "text":
-            row = self._expanded(
-                [self._chat(query)] if self._chats() else self._written(query), query, seen
+    def _make_prompt_row(self, query: Query, suffix: str) -> PromptRow:
+        validate_query(query, self.card)
+        vision, content_ids = self._encode_vision(query)
+        if self.vision_format.placement == "token":
+            row = self._expand_placeholders(
+                [self._fill_chat_template(query)]
+                if self._uses_chat_template()
+                else self._fill_raw_template(query),
+                query,
+                vision,
             )
-        elif self.reading.place == "lead":
+        elif self.vision_format.placement == "prefix":
             prompt = query.prompt
-            if query.images and prompt.count(MARK) == len(query.images):
-                prompt = prompt.replace(MARK, "")  # wherever it says, they come first here
-            bare = Query(prompt, query.target)
-            row = [*(seen.runs if seen else ()), *segments(self.template, self.raw, bare)]
+            if query.images and prompt.count(IMAGE_PLACEHOLDER) == len(query.images):
+                prompt = prompt.replace(
+                    IMAGE_PLACEHOLDER, ""
+                )  # wherever it says, they come first here
+            text_query = Query(prompt, query.target)
+            row = [
+                *(vision.placeholder_runs if vision else ()),
+                *split_template(self.template, self.raw_template, text_query),
+            ]
         else:
             row = [
-                seen.runs[part] if seen and isinstance(part, int) else part
-                for part in segments(self.template, self.raw, query)
+                vision.placeholder_runs[part] if vision and isinstance(part, int) else part
+                for part in split_template(self.template, self.raw_template, query)
             ]
         before = row.pop() if isinstance(row[-1], str) else ""
         boundary = len(str(before))
-        pixels = seen.pixels if seen else {}
+        vision_inputs = vision.tensors if vision else {}
         if not query.target:
-            return Row([*row, before], boundary, -1, pixels, keys)
-        between = gap(self.template, str(before), query.target, self.specials)
-        row.append(f"{before}{between}{query.target}{end}")
-        return Row(row, boundary, len(between), pixels, keys)
+            return PromptRow([*row, before], boundary, -1, vision_inputs, content_ids)
+        separator = answer_separator(self.template, str(before), query.target, self.special_tokens)
+        row.append(f"{before}{separator}{query.target}{suffix}")
+        return PromptRow(row, boundary, len(separator), vision_inputs, content_ids)
 
-    def _see(self, query: Query) -> tuple[Seen | None, tuple[str, ...]]:
+    def _encode_vision(self, query: Query) -> tuple[VisionInputs | None, tuple[str, ...]]:
         if not query.images:
             return None, ()
-        look = self.reading.frames if query.video else self.reading.pictures
-        if look is None:
-            raise BadInput(f"{self.card.id} takes no {'video' if query.video else 'images'}")
-        keys, wrong = [], []
+        encode = (
+            self.vision_format.encode_video if query.video else self.vision_format.encode_images
+        )
+        if encode is None:
+            raise InvalidInputError(
+                f"{self.card.id} takes no {'video' if query.video else 'images'}"
+            )
+        content_ids, wrong = [], []
         for image in query.images:
             try:
-                keys.append(key(image))
-            except BadInput as error:
+                content_ids.append(content_id(image))
+            except InvalidInputError as error:
                 wrong.append(str(error).rstrip("."))
         if wrong:
-            opened(query.images, wrong)
-        name = (tuple(keys), query.video)
-        return self.cache.get(name, lambda: look(self.found, opened(query.images, []))), name[0]
+            open_images(query.images, wrong)
+        cache_key = (tuple(content_ids), query.video)
+        return self.image_cache.get(
+            cache_key, lambda: encode(self.parts, open_images(query.images, []))
+        ), cache_key[0]
 
-    def _place(self, query: Query) -> str:
-        place = self.reading.video if query.video else self.reading.image
-        if place is None:
-            raise BadInput(f"{self.card.id} takes no {'video' if query.video else 'images'}")
-        return place(self.found)
+    def _placeholder(self, query: Query) -> str:
+        make_token = (
+            self.vision_format.video_token if query.video else self.vision_format.image_token
+        )
+        if make_token is None:
+            raise InvalidInputError(
+                f"{self.card.id} takes no {'video' if query.video else 'images'}"
+            )
+        return make_token(self.parts)
 
-    def _marked(self, query: Query) -> str:
+    def _wrapped_placeholder(self, query: Query) -> str:
         """The placeholder with the tokens that must stand around it, for texts we write."""
-        place = self._place(query)
-        before, _, after = self.reading.mark.partition("{}")
-        if place.startswith(before) and place.endswith(after):  # it brings its own
-            return place
-        return before + place + after
+        placeholder = self._placeholder(query)
+        before, _, after = self.vision_format.placeholder_wrapper.partition("{}")
+        if placeholder.startswith(before) and placeholder.endswith(after):  # it brings its own
+            return placeholder
+        return before + placeholder + after
 
-    def _chats(self) -> bool:
-        return self.template.chat and bool(self.found.chat)
+    def _uses_chat_template(self) -> bool:
+        return self.template.chat and bool(self.parts.chat_template)
 
-    def _written(self, query: Query) -> list[Segment]:
+    def _fill_raw_template(self, query: Query) -> list[PromptSegment]:
         """A raw template with the placeholder written where pictures stand: one text a piece."""
         if not query.images:
-            return segments(self.template, self.raw, query)
-        place = self._marked(query)
-        row: list[Segment] = []
-        for piece in self.raw:
-            found = segments(self.template, (piece,), query)
-            row.append("".join(place if isinstance(part, int) else part for part in found))
+            return split_template(self.template, self.raw_template, query)
+        placeholder = self._wrapped_placeholder(query)
+        row: list[PromptSegment] = []
+        for piece in self.raw_template:
+            segments_of_piece = split_template(self.template, (piece,), query)
+            row.append(
+                "".join(
+                    placeholder if isinstance(part, int) else part for part in segments_of_piece
+                )
+            )
         return row
 
-    def _chat(self, query: Query) -> str:
+    def _fill_chat_template(self, query: Query) -> str:
         """The checkpoint's chat template, up to where the answer begins."""
         prompt = self.template.prompt.replace("{prompt}", query.prompt)
-        if self.reading is TEXT:
-            return self._render(prompt)
+        if self.vision_format is TEXT_ONLY:
+            return self._render_chat(prompt)
         kind = "video" if query.video else "image"
-        ordered = segments(
-            Template(chat=False), ("{images}{prompt}",), query._replace(prompt=prompt)
+        ordered = split_template(
+            PromptTemplate(chat=False), ("{images}{prompt}",), query._replace(prompt=prompt)
         )
         content = [
             {"type": kind} if isinstance(part, int) else {"type": "text", "text": part}
             for part in ordered
         ]
-        text = self._render(content)
+        text = self._render_chat(content)
         if not query.images:
             return text
-        place = self._place(query)
+        placeholder = self._placeholder(query)
         count = 1 if query.video else len(query.images)
-        if text.count(place) != count:  # a template that knows no pictures: write them ourselves
-            marked = self._marked(query)
-            text = self._render(
-                "".join(marked if isinstance(part, int) else part for part in ordered)
+        if (
+            text.count(placeholder) != count
+        ):  # a template that knows no pictures: write them ourselves
+            wrapped_placeholder = self._wrapped_placeholder(query)
+            text = self._render_chat(
+                "".join(wrapped_placeholder if isinstance(part, int) else part for part in ordered)
             )
         return text
 
-    def _render(self, content: Any) -> str:
+    def _render_chat(self, content: Any) -> str:
         messages = [{"role": "user", "content": content}]
         if self.template.system:
             system = self.template.system
@@ -215,144 +275,166 @@ class Reader:
         from jinja2 import TemplateError
 
         try:
-            return self.found.tokenizer.apply_chat_template(
-                messages, chat_template=self.found.chat, tokenize=False, add_generation_prompt=True
+            return self.parts.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.parts.chat_template,
+                tokenize=False,
+                add_generation_prompt=True,
             )
         except TemplateError as error:
-            raise BadSettings(
+            raise InvalidSettingsError(
                 f"the checkpoint's chat template must take these messages and refuses ({error}): "
                 "choose template='plain', or leave the system message out."
             ) from error
 
-    def _expanded(self, row: list[Segment], query: Query, seen: Seen | None) -> list[Segment]:
+    def _expand_placeholders(
+        self, row: list[PromptSegment], query: Query, vision: VisionInputs | None
+    ) -> list[PromptSegment]:
         """Each placeholder replaced by its picture's run of tokens."""
-        processor = self.found.processor
+        processor = self.parts.processor
         tokens = [
             getattr(processor, f"{kind}_token")
             for kind in ("image", "video")
-            if getattr(self.reading, kind)
+            if getattr(self.vision_format, f"{kind}_token")
         ]
-        place = self._place(query) if seen else ""
-        runs = iter(seen.runs if seen else ())
-        want = len(seen.runs) if seen else 0
-        have = sum(str(part).count(token) for part in (*row, query.target) for token in tokens)
-        if have != want:
-            raise BadInput(
-                f"a row must hold one placeholder per picture, {want} in all, and has {have}: "
+        placeholder = self._placeholder(query) if vision else ""
+        runs = iter(vision.placeholder_runs if vision else ())
+        num_expected = len(vision.placeholder_runs) if vision else 0
+        num_found = sum(str(part).count(token) for part in (*row, query.target) for token in tokens)
+        if num_found != num_expected:
+            raise InvalidInputError(
+                f"a row must hold one placeholder per picture, {num_expected} in all, and has {num_found}: "
                 f"take {', '.join(map(repr, tokens))} out of the prompt and the target"
             )
-        if not seen:
+        if not vision:
             return row
-        swap = re.compile(re.escape(place))
-        return [swap.sub(lambda _: str(next(runs)), str(part)) for part in row]
+        pattern = re.compile(re.escape(placeholder))
+        return [pattern.sub(lambda _: str(next(runs)), str(part)) for part in row]
 
     # ---- tokens
 
-    def _encode(self, rows: Sequence[Row]) -> list[Encoded]:
+    def _tokenize(self, rows: Sequence[PromptRow]) -> list[TokenRow]:
         texts = [part for row in rows for part in row.segments if isinstance(part, str)]
-        tokenizer = self.found.tokenizer
-        coded = tokenizer(
-            texts, add_special_tokens=False, return_offsets_mapping=True, padding=False,
-            truncation=False, return_attention_mask=False, return_token_type_ids=False,
+        tokenizer = self.parts.tokenizer
+        tokenized = tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
             verbose=False,
-        )  # fmt: skip
-        codes = iter(zip(coded["input_ids"], coded["offset_mapping"]))
-        return [self._encoded(row, codes) for row in rows]
+        )
+        tokens_and_offsets = iter(zip(tokenized["input_ids"], tokenized["offset_mapping"]))
+        return [self._make_token_row(row, tokens_and_offsets) for row in rows]
 
-    def _encoded(self, row: Row, codes: Any) -> Encoded:
-        ids: list[int] = []
-        image: list[bool] = []
-        start = self._start(row)
-        place = self._fill()
-        where = range(0)
+    def _make_token_row(self, row: PromptRow, tokens_and_offsets: Any) -> TokenRow:
+        input_ids: list[int] = []
+        image_mask: list[bool] = []
+        bos_segment = self._bos_segment(row)
+        fill_id = self._image_fill_id()
+        scored_positions = range(0)
         for index, part in enumerate(row.segments):
-            if index == start:
-                ids += self.start
-                image += [False] * len(self.start)
+            if index == bos_segment:
+                input_ids += self.bos_ids
+                image_mask += [False] * len(self.bos_ids)
             if isinstance(part, int):
-                ids += [place] * part
-                image += [True] * part
+                input_ids += [fill_id] * part
+                image_mask += [True] * part
                 continue
-            tokens, offsets = next(codes)
-            if index == len(row.segments) - 1 and row.gap >= 0:
-                found = scored(offsets, row.boundary, row.gap)
-                where = range(len(ids) + found.start, len(ids) + found.stop)
-            ids += tokens
-            image += [False] * len(tokens)
-        if self.reading.place == "text":
-            shown = self._shown()
-            image = [token in shown for token in ids]
-        return Encoded(ids, image, where)
+            tokens, offsets = next(tokens_and_offsets)
+            if index == len(row.segments) - 1 and row.separator_length >= 0:
+                scored_range = scored_tokens(offsets, row.boundary, row.separator_length)
+                scored_positions = range(
+                    len(input_ids) + scored_range.start, len(input_ids) + scored_range.stop
+                )
+            input_ids += tokens
+            image_mask += [False] * len(tokens)
+        if self.vision_format.placement == "token":
+            placeholder_ids = self._placeholder_ids()
+            image_mask = [token in placeholder_ids for token in input_ids]
+        return TokenRow(input_ids, image_mask, scored_positions)
 
-    def _start(self, row: Row) -> int:
+    def _bos_segment(self, row: PromptRow) -> int:
         """Before which segment the start token stands; -1 for none."""
-        if not self.template.bos or not self.start:
+        if not self.template.add_bos or not self.bos_ids:
             return -1
         first = next(i for i, part in enumerate(row.segments) if isinstance(part, str))
-        bos = self.found.tokenizer.bos_token
+        bos = self.parts.tokenizer.bos_token
         if bos and str(row.segments[first]).startswith(bos):
             return -1  # the template wrote it
-        return first if self.reading.place == "lead" else 0
+        return first if self.vision_format.placement == "prefix" else 0
 
-    def _fill(self) -> int:
+    def _image_fill_id(self) -> int:
         """The id written at picture positions of families without a placeholder token."""
-        config = self.found.config
-        given = getattr(config, "image_token_id", None)
-        if given is None:
-            given = getattr(config, "image_token_index", None)
-        return 0 if given is None else given
+        config = self.parts.config
+        token_id = getattr(config, "image_token_id", None)
+        if token_id is None:
+            token_id = getattr(config, "image_token_index", None)
+        return 0 if token_id is None else token_id
 
-    def _shown(self) -> dict[int, int]:
+    def _placeholder_ids(self) -> dict[int, int]:
         """Placeholder id -> 1 for pictures, 2 for video."""
-        processor, reading = self.found.processor, self.reading
-        shown = {}
-        if reading.image is not None:
-            shown[processor.image_token_id] = 1
-        if reading.video is not None:
-            shown[processor.video_token_id] = 2
-        return shown
+        processor, vision_format = self.parts.processor, self.vision_format
+        placeholder_ids = {}
+        if vision_format.image_token is not None:
+            placeholder_ids[processor.image_token_id] = 1
+        if vision_format.video_token is not None:
+            placeholder_ids[processor.video_token_id] = 2
+        return placeholder_ids
 
-    def _fits(self, row: Encoded, raw: Row) -> None:
-        if len(row.ids) > self.card.context:
-            raise BadInput(
-                f"a row must have at most {self.card.context} tokens, and this has {len(row.ids)} "
-                f"({sum(row.image)} of them pictures): shorten the prompt or use fewer pictures"
+    def _validate_row(self, token_row: TokenRow, prompt_row: PromptRow) -> None:
+        if len(token_row.input_ids) > self.card.max_positions:
+            raise InvalidInputError(
+                f"a row must have at most {self.card.max_positions} tokens, and this has {len(token_row.input_ids)} "
+                f"({sum(token_row.image_mask)} of them pictures): shorten the prompt or use fewer pictures"
             )
-        if max(row.ids, default=0) >= self.card.vocab:
-            token = self.found.tokenizer.convert_ids_to_tokens(max(row.ids))
-            raise BadInput(
-                f"every token must be one of the model's {self.card.vocab}, and {token!r} is none: "
+        if max(token_row.input_ids, default=0) >= self.card.vocab_size:
+            token = self.parts.tokenizer.convert_ids_to_tokens(max(token_row.input_ids))
+            raise InvalidInputError(
+                f"every token must be one of the model's {self.card.vocab_size}, and {token!r} is none: "
                 "take it out of the text"
             )
-        if not row.ids:
-            raise BadInput("the prompt must hold something, and this row has no token at all")
-        if raw.gap >= 0 and not row.scored:
-            raise BadInput("the target must have a token of its own, and the tokenizer gives none")
-        if raw.gap >= 0 and row.scored.start == 0:
-            raise BadInput("the prompt must not be empty: nothing predicts the first target token")
+        if not token_row.input_ids:
+            raise InvalidInputError(
+                "the prompt must hold something, and this row has no token at all"
+            )
+        if prompt_row.separator_length >= 0 and not token_row.scored_tokens:
+            raise InvalidInputError(
+                "the target must have a token of its own, and the tokenizer gives none"
+            )
+        if prompt_row.separator_length >= 0 and token_row.scored_tokens.start == 0:
+            raise InvalidInputError(
+                "the prompt must not be empty: nothing predicts the first target token"
+            )
 
     # ---- tensors
 
-    def _inputs(self, rows: Sequence[Row], encoded: Sequence[Encoded]) -> Inputs:
-        pad = self.found.tokenizer.pad_token_id
-        if pad is None:
-            pad = self.found.tokenizer.eos_token_id or 0
-        keys = tuple(row.keys for row in rows)
-        pixels = assemble([row.pixels for row in rows])
-        inputs = collated(encoded, pad, keys, pixels)
-        if self.reading.types:
-            kinds = torch.zeros_like(inputs.ids)
-            for token, kind in self._shown().items():
-                kinds = torch.where((inputs.ids == token) & inputs.mask, kind, kinds)
-            inputs = inputs._replace(pixels={**pixels, "mm_token_type_ids": kinds})
+    def _make_inputs(self, rows: Sequence[PromptRow], token_rows: Sequence[TokenRow]) -> Inputs:
+        pad_id = self.parts.tokenizer.pad_token_id
+        if pad_id is None:
+            pad_id = self.parts.tokenizer.eos_token_id or 0
+        content_ids = tuple(row.content_ids for row in rows)
+        vision_inputs = concat_pixels([row.vision_inputs for row in rows])
+        inputs = collate(token_rows, pad_id, content_ids, vision_inputs)
+        if self.vision_format.needs_token_types:
+            token_types = torch.zeros_like(inputs.input_ids)
+            for token, token_type in self._placeholder_ids().items():
+                token_types = torch.where(
+                    (inputs.input_ids == token) & inputs.attention_mask, token_type, token_types
+                )
+            inputs = inputs._replace(
+                vision_inputs={**vision_inputs, "mm_token_type_ids": token_types}
+            )
         return inputs
 
 
-def reader(
+def make_processor(
     processor: Any,
     config: Any,
     card: ModelCard,
-    template: str | Template = "default",
+    template: str | PromptTemplate = "default",
     cache: int = 256 << 20,
 ) -> Callable[[Sequence[Query]], Inputs]:
     """What reads queries for a model: its processor (or tokenizer) under a prompt template.
@@ -361,18 +443,18 @@ def reader(
     processor (`whole.py`). `cache` bounds the preprocessed pictures that are kept, in bytes.
     Raises BadSettings for an unknown template, ModelUnsupported for a processor that can not serve.
     """
-    chosen = preset(template, config.model_type)
-    found = parts(processor, config)
-    reading = READINGS.get(config.model_type)
-    if found.processor is None or not card.images:
-        return Reader(found, TEXT, chosen, card, cache)
-    if reading is None:
-        from .whole import Whole
+    prompt_template = get_template(template, config.model_type)
+    parts = split_processor(processor, config)
+    vision_format = READINGS.get(config.model_type)
+    if parts.processor is None or not card.takes_images:
+        return QueryProcessor(parts, TEXT_ONLY, prompt_template, card, cache)
+    if vision_format is None:
+        from .whole import HFQueryProcessor
 
-        return Whole(found, chosen, card)
-    if found.images is None:
-        raise ModelUnsupported(
+        return HFQueryProcessor(parts, prompt_template, card)
+    if parts.image_processor is None:
+        raise UnsupportedModelError(
             f"a {config.model_type} must come with a processor that has an image processor; "
             f"{type(processor).__name__} has none."
         )
-    return Reader(found, reading, chosen, card, cache)
+    return QueryProcessor(parts, vision_format, prompt_template, card, cache)

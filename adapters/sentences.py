@@ -12,77 +12,80 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from errata.functional import encoders
-from errata.functional.errors import BadSettings
+from errata.functional.errors import InvalidSettingsError
 
-__all__ = ["place", "sentence"]
+__all__ = ["register_encoder_path", "load_sentence_encoder"]
 
-TOGETHER = 64  # texts at once
+BATCH_SIZE = 64  # texts at once
 
-_PLACES: dict[str, str] = {}
+_ENCODER_PATHS: dict[str, str] = {}
 
 
-def place(name: str, folder: str | Path) -> None:
+def register_encoder_path(name: str, folder: str | Path) -> None:
     """Say where on this machine the encoder of that name lies: delta files hold names, no paths.
 
-    >>> place("all-MiniLM-L6-v2", "/models/all-MiniLM-L6-v2")
+    >>> register_encoder_path("all-MiniLM-L6-v2", "/models/all-MiniLM-L6-v2")
     """
-    _PLACES[name] = str(folder)
-    sentence.cache_clear()
+    _ENCODER_PATHS[name] = str(folder)
+    load_sentence_encoder.cache_clear()
 
 
 @functools.lru_cache(maxsize=4)
-def sentence(name: str) -> Callable[[Sequence[str]], object]:
+def load_sentence_encoder(name: str) -> Callable[[Sequence[str]], object]:
     """Texts to unit keys [B d] by a sentence encoder.
 
     Raises BadSettings when it can not be loaded.
     """
-    where = _PLACES.get(name, name)
-    if not Path(where).is_dir() and "/" not in where:
-        where = f"sentence-transformers/{where}"
+    path = _ENCODER_PATHS.get(name, name)
+    if not Path(path).is_dir() and "/" not in path:
+        path = f"sentence-transformers/{path}"
     try:
-        return _library(where) or _plain(where)
+        return _load_with_library(path) or _load_with_transformers(path)
     except Exception as error:  # a hub has many ways to say no
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise BadSettings(
+        raise InvalidSettingsError(
             f"encoder 'sentence:{name}' must be a sentence-transformers model that can be loaded, "
-            f"and is not ({reason}): give a folder, name one by adapters.sentences.place, or use "
+            f"and is not ({reason}): give a folder, name one by adapters.register_encoder_path, or use "
             "'hashed' or 'base'."
         ) from error
 
 
-def _library(where: str) -> Callable[[Sequence[str]], object] | None:
+def _load_with_library(path: str) -> Callable[[Sequence[str]], object] | None:
     try:
         from sentence_transformers import SentenceTransformer  # type: ignore[import-not-found]
     except ImportError:
         return None
-    model = SentenceTransformer(where, device="cpu")
+    model = SentenceTransformer(path, device="cpu")
     return lambda texts: model.encode(
         list(texts), convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False
     ).float()
 
 
-def _plain(where: str) -> Callable[[Sequence[str]], object]:
+def _load_with_transformers(path: str) -> Callable[[Sequence[str]], object]:
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(where)
-    model = AutoModel.from_pretrained(where, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModel.from_pretrained(path, dtype=torch.float32).eval()
 
     def encode(texts: Sequence[str]) -> object:
-        parts = []
+        batches = []
         with torch.no_grad():
-            for begin in range(0, len(texts), TOGETHER):
-                coded = tokenizer(
-                    list(texts[begin : begin + TOGETHER]), padding=True, truncation=True,
-                    max_length=min(tokenizer.model_max_length, 512), return_tensors="pt",
-                )  # fmt: skip
-                rows = model(**coded).last_hidden_state.float()  # [b L d]
-                keep = coded["attention_mask"][..., None].float()
-                mean = (rows * keep).sum(1) / keep.sum(1).clamp_min(1)
-                parts.append(torch.nn.functional.normalize(mean, dim=-1))
-        return torch.cat(parts)
+            for begin in range(0, len(texts), BATCH_SIZE):
+                tokenized = tokenizer(
+                    list(texts[begin : begin + BATCH_SIZE]),
+                    padding=True,
+                    truncation=True,
+                    max_length=min(tokenizer.model_max_length, 512),
+                    return_tensors="pt",
+                )
+                hidden_states = model(**tokenized).last_hidden_state.float()  # [b L d]
+                attention_mask = tokenized["attention_mask"][..., None].float()
+                mean = (hidden_states * attention_mask).sum(1) / attention_mask.sum(1).clamp_min(1)
+                batches.append(torch.nn.functional.normalize(mean, dim=-1))
+        return torch.cat(batches)
 
     return encode
 
 
-encoders.enrol("sentence", sentence)  # type: ignore[arg-type]
+encoders.enrol("sentence", load_sentence_encoder)  # type: ignore[arg-type]

@@ -20,9 +20,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-__all__ = ["EXPLICIT", "Ledger", "Skeletons", "replaced"]
+__all__ = ["EXPLICIT_ATTENTION", "FunctionalKVCache", "ThreadReplicas", "replaced_forwards"]
 
-EXPLICIT = "errata_explicit"
+EXPLICIT_ATTENTION = "errata_explicit"
 """Attention by SDPA with a mask that is always written out."""
 
 
@@ -31,22 +31,24 @@ def _explicit_mask(
 ) -> Tensor | None:
     kwargs["allow_is_causal_skip"] = False
     if attention_mask is not None and kwargs.get("q_offset", 0):
-        mask_function = _by_place(attention_mask, mask_function)
+        mask_function = _by_token_position(attention_mask, mask_function)
     return sdpa_mask(*args, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
 
 
-def _by_place(attention_mask: Tensor, mask_function: Callable) -> Callable:
+def _by_token_position(attention_mask: Tensor, mask_function: Callable) -> Callable:
     """Let a mask pattern count real tokens instead of cache slots.
 
     Rows of different lengths are right-padded, so behind a padded past the slot of a token is not
     its place in the row; sliding windows and chunks are patterns over places.
     """
-    place = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    token_positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
-    def placed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return mask_function(batch, head, place[batch, query], place[batch, key])
+    def mask_by_position(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return mask_function(
+            batch, head, token_positions[batch, query], token_positions[batch, key]
+        )
 
-    return placed
+    return mask_by_position
 
 
 def _explicit_attention(
@@ -67,7 +69,7 @@ def _explicit_attention(
     take weight and give nothing (gpt-oss).
     """
     special = softcap is not None or s_aux is not None
-    if not special and not any(map(_batched, (query, key, value, attention_mask))):
+    if not special and not any(map(_is_vmapped, (query, key, value, attention_mask))):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
@@ -88,7 +90,7 @@ def _explicit_attention(
     return (weights @ value).transpose(1, 2).contiguous(), None
 
 
-def _batched(tensor: Tensor | None) -> bool:
+def _is_vmapped(tensor: Tensor | None) -> bool:
     while tensor is not None and _functorch.is_functorch_wrapped_tensor(tensor):
         if _functorch.is_batchedtensor(tensor):
             return True
@@ -96,38 +98,38 @@ def _batched(tensor: Tensor | None) -> bool:
     return False
 
 
-AttentionInterface.register(EXPLICIT, _explicit_attention)
-AttentionMaskInterface.register(EXPLICIT, _explicit_mask)
+AttentionInterface.register(EXPLICIT_ATTENTION, _explicit_attention)
+AttentionMaskInterface.register(EXPLICIT_ATTENTION, _explicit_mask)
 
 
-class Ledger(Cache):
+class FunctionalKVCache(Cache):
     """A key-value cache for one decode: joins what is new to a past it never writes."""
 
-    def __init__(self, num_layers: int, length: int = 0) -> None:
+    def __init__(self, num_layers: int, past_length: int = 0) -> None:
         super().__init__(layers=[])
-        self.length = length  # tokens of the past
-        self.past: tuple[Tensor, Tensor] | None = None  # of the layer that is running
-        self.joined: list[tuple[Tensor, Tensor]] = []  # of each layer that has run
+        self.past_length = past_length  # tokens of the past
+        self.past_states: tuple[Tensor, Tensor] | None = None  # of the layer that is running
+        self.layer_states: list[tuple[Tensor, Tensor]] = []  # of each layer that has run
         self._num_layers = num_layers
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        joined = (key_states, value_states)
-        if self.past is not None:
-            keys, values = self.past
-            joined = torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
-        self.joined.append(joined)
-        return joined
+        states = (key_states, value_states)
+        if self.past_states is not None:
+            keys, values = self.past_states
+            states = torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
+        self.layer_states.append(states)
+        return states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.length
+        return self.past_length
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.length
+        return self.past_length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        return self.past_length + query_length, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
@@ -148,7 +150,7 @@ class Ledger(Cache):
         return [False] * self._num_layers
 
 
-class Skeletons:
+class ThreadReplicas:
     """One skeleton of `module` per thread, made when a thread first asks.
 
     `attention` is set on the configs below `decoder` only, so that vision towers run as they
@@ -157,15 +159,15 @@ class Skeletons:
 
     def __init__(self, module: nn.Module, decoder: str, attention: str | None) -> None:
         self._shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
-        self._master = self._copy(module)
-        self._master.eval()
+        self._prototype = self._copy(module)
+        self._prototype.eval()
         if attention is not None:
-            set_attention(self._master.get_submodule(decoder), attention)
+            set_attention(self._prototype.get_submodule(decoder), attention)
         self._local = threading.local()
 
     def get(self) -> nn.Module:
         if not hasattr(self._local, "module"):
-            self._local.module = self._copy(self._master)
+            self._local.module = self._copy(self._prototype)
         return self._local.module
 
     def _copy(self, module: nn.Module) -> nn.Module:
@@ -183,16 +185,18 @@ def set_attention(decoder: nn.Module, attention: str) -> None:
 
 
 @contextmanager
-def replaced(modules: Sequence[nn.Module], forwards: Sequence[Callable]) -> Iterator[None]:
+def replaced_forwards(modules: Sequence[nn.Module], forwards: Sequence[Callable]) -> Iterator[None]:
     """Within the block, each module runs the forward given for it instead of its own."""
-    before = [vars(module).get("forward") for module in modules]  # accelerate keeps its own there
+    originals = [
+        vars(module).get("forward") for module in modules
+    ]  # accelerate keeps its own there
     try:
         for module, forward in zip(modules, forwards, strict=True):
             module.forward = forward
         yield
     finally:
-        for module, own in zip(modules, before):
-            if own is None:
+        for module, original in zip(modules, originals):
+            if original is None:
                 vars(module).pop("forward", None)
             else:
-                module.forward = own
+                module.forward = original

@@ -12,18 +12,18 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from errata.functional import ModelCard
-from errata.functional.errors import ModelUnsupported
+from errata.functional.errors import UnsupportedModelError
 
-from .checkpoint import checkpoint_names
+from .checkpoint import map_checkpoint_names
 from .family import Family
 
 __all__ = [
     "attention_path",
     "decoder_path",
-    "describe",
-    "fingerprint",
+    "describe_module",
+    "config_hash",
     "layers_path",
-    "path_of",
+    "module_path",
     "text_config",
 ]
 
@@ -49,10 +49,16 @@ _PARTS: Mapping[str, tuple[str, ...]] = {
 }
 """Neutral part of a layer -> where families keep it; `attn.` and `mlp.` stand for their modules."""
 
-_VOLATILE = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
+_IGNORED_CONFIG_KEYS = (
+    "transformers_version",
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+)
 """Config entries that name no property of the weights."""
 
-_VISION = (
+_VISION_NAMES = (
     "vision_tower",
     "visual",
     "vision_model",
@@ -61,7 +67,7 @@ _VISION = (
     "image_encoder",
     "vqmodel",
 )
-_PROJECTOR = (
+_PROJECTOR_NAMES = (
     "multi_modal_projector",
     "mm_projector",
     "connector",
@@ -75,12 +81,12 @@ _PROJECTOR = (
 )
 
 
-def path_of(module: nn.Module, part: nn.Module) -> str:
+def module_path(module: nn.Module, part: nn.Module) -> str:
     """The dotted path of a submodule, "" for the module itself."""
     for path, other in module.named_modules():
         if other is part:
             return path
-    raise ModelUnsupported(f"{type(part).__name__} must be a part of {type(module).__name__}.")
+    raise UnsupportedModelError(f"{type(part).__name__} must be a part of {type(module).__name__}.")
 
 
 def text_config(config: Any) -> Any:
@@ -97,7 +103,7 @@ def decoder_path(module: Any) -> str:
         if inner is part or not isinstance(inner, nn.Module):
             break
         part = inner
-    return path_of(module, part)
+    return module_path(module, part)
 
 
 def layers_path(module: Any, decoder: str) -> str:
@@ -114,7 +120,7 @@ def layers_path(module: Any, decoder: str) -> str:
         if len(part) > size and all(isinstance(layer, nn.Module) for layer in part):
             best, size = path, len(part)
     if not size:
-        raise ModelUnsupported(
+        raise UnsupportedModelError(
             f"a decoder must keep its layers in a list; {type(module).__name__} has none below "
             f"{decoder!r}."
         )
@@ -123,16 +129,16 @@ def layers_path(module: Any, decoder: str) -> str:
 
 def attention_path(layer: nn.Module) -> str:
     """The path of a layer's one self-attention inside the layer, "" where there is not just one."""
-    found = [
+    paths = [
         name
         for name, part in layer.named_children()
         if "attn" in name.lower() or "attention" in name.lower()
         if any(True for _ in part.children())  # a norm beside it has no parts
     ]
-    return found[0] if len(found) == 1 else ""
+    return paths[0] if len(paths) == 1 else ""
 
 
-def describe(
+def describe_module(
     module: Any,
     family: Family,
     *,
@@ -146,7 +152,7 @@ def describe(
     config = module.config
     text = text_config(config)
     if getattr(text, "is_encoder_decoder", False) or getattr(config, "is_encoder_decoder", False):
-        raise ModelUnsupported(
+        raise UnsupportedModelError(
             "a model must be a decoder that can be cut between layers; the text model of "
             f"{type(module).__name__} ({text.model_type}) is an encoder-decoder, whose layers read "
             "an encoder's states beside the stream. Take a decoder-only text model."
@@ -156,78 +162,84 @@ def describe(
     stack: Any = module.get_submodule(layers)
     head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
     if head is None:
-        raise ModelUnsupported(
+        raise UnsupportedModelError(
             f"a model must have a language-model head; {type(module).__name__} has none. Load the "
             "class with a head (…ForConditionalGeneration or …ForCausalLM)."
         )
-    tokens = path_of(module, module.get_input_embeddings())
-    linears, transposed = _linears(module)
-    vision = family.vision or (_named(module, _VISION, decoder) if family.images else "")
-    projector = family.projector or (_named(module, _PROJECTOR, decoder) if family.images else "")
-    images = family.images if family.explicit else bool(vision or projector)
+    token_embedding = module_path(module, module.get_input_embeddings())
+    linears, transposed = _find_linears(module)
+    vision_tower = family.vision_path or (
+        _find_named(module, _VISION_NAMES, decoder) if family.takes_images else ""
+    )
+    projector = family.projector_path or (
+        _find_named(module, _PROJECTOR_NAMES, decoder) if family.takes_images else ""
+    )
+    takes_images = family.takes_images if family.verified else bool(vision_tower or projector)
     return ModelCard(
         family=family.model_type or config.model_type,
-        id=id or _name(config) or config.model_type,
+        id=id or _model_id(config) or config.model_type,
         revision=revision or getattr(config, "_commit_hash", None) or "",
-        config=fingerprint(config),
+        config_hash=config_hash(config),
         num_layers=len(stack),
-        width=text.hidden_size,
-        vocab=head.weight.shape[0],
-        context=_context(text),
-        activation=_activation(text),
+        hidden_size=text.hidden_size,
+        vocab_size=head.weight.shape[0],
+        max_positions=_max_positions(text),
+        activation=_activation_name(text),
         layers=layers,
-        head=path_of(module, head),
-        tokens=tokens,
-        vision=vision,
-        vision_depth=_vision_depth(config),
+        head=module_path(module, head),
+        token_embedding=token_embedding,
+        vision_tower=vision_tower,
+        num_vision_layers=_num_vision_layers(config),
         projector=projector,
-        parts=_parts(stack),
-        linears=linears,
+        part_names=_find_parts(stack),
+        linear_shapes=linears,
         transposed=transposed,
-        ties=_ties(module),
-        checkpoint=checkpoint_names(module),
-        images=images,
-        several=images and family.several,
-        videos=family.videos,
-        stop=_stop(module, text),
+        tied=_find_tied(module),
+        checkpoint_names=map_checkpoint_names(module),
+        takes_images=takes_images,
+        takes_several_images=takes_images and family.takes_several_images,
+        takes_videos=family.takes_videos,
+        stop_ids=_stop_ids(module, text),
     )
 
 
-def _name(config: Any) -> str:
+def _model_id(config: Any) -> str:
     """What the model was loaded from; of a folder only its name, for deltas carry it around."""
     name = getattr(config, "_name_or_path", "")
     return os.path.basename(os.path.normpath(name)) if os.path.isabs(name) else name
 
 
-def fingerprint(config: Any) -> str:
+def config_hash(config: Any) -> str:
     """sha256 of a config's canonical JSON, without entries that say nothing about the weights."""
-    plain = _plain(config.to_dict())
+    plain = _drop_ignored_keys(config.to_dict())
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def _drop_ignored_keys(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items() if k not in _VOLATILE}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+        return {
+            str(k): _drop_ignored_keys(v) for k, v in value.items() if k not in _IGNORED_CONFIG_KEYS
+        }
+    return [_drop_ignored_keys(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def _stop(module: nn.Module, text: Any) -> tuple[int, ...]:
+def _stop_ids(module: nn.Module, text: Any) -> tuple[int, ...]:
     """The token ids that end an answer: as the generation config has it, else the decoder's."""
     for config in (getattr(module, "generation_config", None), text):
-        found = getattr(config, "eos_token_id", None)
-        if found is not None:
-            return tuple(found) if isinstance(found, list | tuple) else (found,)
+        token_ids = getattr(config, "eos_token_id", None)
+        if token_ids is not None:
+            return tuple(token_ids) if isinstance(token_ids, list | tuple) else (token_ids,)
     return ()
 
 
-def _activation(text: Any) -> str:
+def _activation_name(text: Any) -> str:
     names = ("hidden_act", "hidden_activation", "activation_function")
     found = [getattr(text, name, None) for name in names]
     return next((name for name in found if isinstance(name, str)), "")
 
 
-def _context(text: Any) -> int:
+def _max_positions(text: Any) -> int:
     for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
         value = getattr(text, name, None)
         if isinstance(value, int):
@@ -235,7 +247,7 @@ def _context(text: Any) -> int:
     return 2048
 
 
-def _vision_depth(config: Any) -> int:
+def _num_vision_layers(config: Any) -> int:
     """How many vision blocks the features are read through: LLaVA leaves the last ones out.
 
     0 where the config does not say. State k of a tower is what block k - 1 gave.
@@ -248,7 +260,7 @@ def _vision_depth(config: Any) -> int:
     return max(k + blocks + 1 if k < 0 else k for k in states)
 
 
-def _linears(module: nn.Module) -> tuple[dict[str, tuple[int, int]], frozenset[str]]:
+def _find_linears(module: nn.Module) -> tuple[dict[str, tuple[int, int]], frozenset[str]]:
     sizes, transposed = {}, set()
     for path, part in module.named_modules():
         if isinstance(part, nn.Linear):
@@ -259,33 +271,37 @@ def _linears(module: nn.Module) -> tuple[dict[str, tuple[int, int]], frozenset[s
     return sizes, frozenset(transposed)
 
 
-def _parts(stack: Iterable[nn.Module]) -> dict[str, str]:
+def _find_parts(stack: Iterable[nn.Module]) -> dict[str, str]:
     """Neutral names that mean the same path in every layer."""
     common: dict[str, str] | None = None
     for layer in stack:
         paths = {path for path, _ in layer.named_modules()}
-        places = {part: _first(_PARTS[part], paths) for part in ("attn", "mlp")}
-        found = {}
+        module_names = {part: _first_existing(_PARTS[part], paths) for part in ("attn", "mlp")}
+        part_names = {}
         for part, tries in _PARTS.items():
-            if part not in places:
-                tries = tuple(_expand(t, places) for t in tries)
-            path = _first(tries, paths)
+            if part not in module_names:
+                tries = tuple(_expand_name(t, module_names) for t in tries)
+            path = _first_existing(tries, paths)
             if path:
-                found[part] = path
-        common = found if common is None else {k: v for k, v in common.items() if found.get(k) == v}
+                part_names[part] = path
+        common = (
+            part_names
+            if common is None
+            else {k: v for k, v in common.items() if part_names.get(k) == v}
+        )
     return common or {}
 
 
-def _expand(path: str, places: Mapping[str, str]) -> str:
+def _expand_name(path: str, module_names: Mapping[str, str]) -> str:
     head, dot, rest = path.partition(".")
-    return f"{places[head] or head}{dot}{rest}" if head in places else path
+    return f"{module_names[head] or head}{dot}{rest}" if head in module_names else path
 
 
-def _first(tries: Iterable[str], paths: set[str]) -> str:
+def _first_existing(tries: Iterable[str], paths: set[str]) -> str:
     return next((path for path in tries if path in paths), "")
 
 
-def _named(module: nn.Module, names: Iterable[str], decoder: str) -> str:
+def _find_named(module: nn.Module, names: Iterable[str], decoder: str) -> str:
     """The outermost submodule with one of `names`, outside the decoder's layers."""
     outside = [p for p, _ in module.named_modules() if not decoder or not p.startswith(decoder)]
     for name in names:
@@ -295,13 +311,13 @@ def _named(module: nn.Module, names: Iterable[str], decoder: str) -> str:
     return ""
 
 
-def _ties(module: nn.Module) -> dict[str, str]:
+def _find_tied(module: nn.Module) -> dict[str, str]:
     """Every further name of a parameter -> the name under which `named_parameters` has it."""
     first: dict[int, str] = {}
-    ties = {}
+    tied = {}
     for name, tensor in module.named_parameters(remove_duplicate=False):
         if id(tensor) in first:
-            ties[name] = first[id(tensor)]
+            tied[name] = first[id(tensor)]
         else:
             first[id(tensor)] = name
-    return ties
+    return tied

@@ -14,57 +14,70 @@ import difflib
 
 from msgspec.structs import replace
 
-from errata.functional.errors import BadSettings
+from errata.functional.errors import InvalidSettingsError
 
-from .text import Template
+from .text import PromptTemplate
 
-__all__ = ["PRESETS", "preset"]
+__all__ = ["TEMPLATES", "get_template"]
 
-_LAVIS = Template(chat=False, raw=("{prompt}",), gap=" ", bos=False)
-_WRAPPED = Template(
+_LAVIS = PromptTemplate(chat=False, raw_template=("{prompt}",), answer_separator=" ", add_bos=False)
+_WRAPPED = PromptTemplate(
     # prompt_wrap tokenises what stands before and behind the picture apart from the question
-    chat=False, raw=("{images}", "{prompt}"), picture="###Human: <Img>{}</Img> ", gap=" ",
-    bos=False,
-)  # fmt: skip
-_BARE = Template(
+    chat=False,
+    raw_template=("{images}", "{prompt}"),
+    image_wrapper="###Human: <Img>{}</Img> ",
+    answer_separator=" ",
+    add_bos=False,
+)
+_BARE = PromptTemplate(
     # the picture is spliced in behind <s>, question and answer are one text behind it
-    chat=False, raw=("{images}", "{prompt}"), gap=" ",
-)  # fmt: skip
-_LINE = Template(chat=False, raw=("{images}{prompt}",), picture="{}\n")
+    chat=False,
+    raw_template=("{images}", "{prompt}"),
+    answer_separator=" ",
+)
+_LINE = PromptTemplate(chat=False, raw_template=("{images}{prompt}",), image_wrapper="{}\n")
 
-PRESETS: dict[str, dict[str, Template]] = {
+TEMPLATES: dict[str, dict[str, PromptTemplate]] = {
     # the family's own way: its chat template, or the prompt its makers publish
-    "default": {"*": Template()},
+    "default": {"*": PromptTemplate()},
     # no template at all: pictures, question, answer
-    "plain": {"*": Template(chat=False, raw=("{images}{prompt}",))},
+    "plain": {"*": PromptTemplate(chat=False, raw_template=("{images}{prompt}",))},
     # EasyEdit's editor: chat template and answer, nothing between; BLIP-2 and MiniGPT-4 bare
-    "easyedit": {"blip-2": _LAVIS, "minigpt4": _WRAPPED, "*": Template(gap="")},
+    "easyedit": {"blip-2": _LAVIS, "minigpt4": _WRAPPED, "*": PromptTemplate(answer_separator="")},
     # EasyEdit's trainer and its datasets put a space before every answer
-    "easyedit-trainer": {"blip-2": _LAVIS, "minigpt4": _WRAPPED, "*": Template(gap=" ")},
+    "easyedit-trainer": {
+        "blip-2": _LAVIS,
+        "minigpt4": _WRAPPED,
+        "*": PromptTemplate(answer_separator=" "),
+    },
     # f"{question} {answer}" without chat words; LLaVA too
     "vlkeb": {"blip-2": _LAVIS, "minigpt4": _WRAPPED, "*": _BARE},
     "mmke": {"blip-2": _LAVIS, "minigpt4": _WRAPPED, "*": _BARE},
     # no chat words; a space unless one is there; BLIP-2's pictures come before its </s>
-    "liveedit": {"blip-2": Template(chat=False, raw=("{prompt}",)), "*": _LINE},
+    "liveedit": {"blip-2": PromptTemplate(chat=False, raw_template=("{prompt}",)), "*": _LINE},
     # text models, bare
-    "ice": {"*": Template(chat=False, raw=("{images}{prompt}",), gap=" ")},
+    "ice": {
+        "*": PromptTemplate(chat=False, raw_template=("{images}{prompt}",), answer_separator=" ")
+    },
 }
 
 
-def preset(name: str | Template, family: str) -> Template:
+def get_template(name: str | PromptTemplate, family: str) -> PromptTemplate:
     """The template called `name` for a family (`config.model_type`); a Template is itself.
 
     Raises BadSettings with the names that exist.
 
-    >>> preset("easyedit", "blip-2").gap, preset("easyedit", "qwen2_vl").gap
+    >>> get_template("easyedit", "blip-2").answer_separator, get_template("easyedit", "qwen2_vl").answer_separator
     (' ', '')
     """
-    if isinstance(name, Template):
+    if isinstance(name, PromptTemplate):
         return name
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise BadSettings(f"template must be one of {', '.join(PRESETS)}; got {name!r}.{hint}")
-    table = PRESETS[name]
+    if name not in TEMPLATES:
+        suggestions = difflib.get_close_matches(name, TEMPLATES, n=1)
+        hint = f" Did you mean {suggestions[0]!r}?" if suggestions else ""
+        raise InvalidSettingsError(
+            f"template must be one of {', '.join(TEMPLATES)}; got {name!r}.{hint}"
+        )
+    table = TEMPLATES[name]
     chosen = table.get(family, table["*"])
     return replace(chosen, name=name)

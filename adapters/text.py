@@ -13,15 +13,22 @@ from collections.abc import Sequence
 import msgspec
 
 from errata.functional import Query
-from errata.functional.queries import MARK
+from errata.functional.queries import IMAGE_PLACEHOLDER
 
-__all__ = ["MARK", "Segment", "Template", "gap", "scored", "segments"]
+__all__ = [
+    "IMAGE_PLACEHOLDER",
+    "PromptSegment",
+    "PromptTemplate",
+    "answer_separator",
+    "scored_tokens",
+    "split_template",
+]
 
-Segment = str | int
+PromptSegment = str | int
 """A text, or the number of a picture."""
 
 
-class Template(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class PromptTemplate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a question is put to a model; `templates.py` has the presets.
 
     With `chat`, the checkpoint's own chat template is used where it has one, with the generation
@@ -41,50 +48,54 @@ class Template(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     chat: bool = True
     system: str = ""
     prompt: str = "{prompt}"  # what is made of the question before anything else
-    raw: tuple[str, ...] = ()
-    picture: str = "{}"  # in raw text, what is written around each picture
-    gap: str | None = None
-    bos: bool = True  # begin with what the tokenizer puts before a text
-    end: bool | str = False
+    raw_template: tuple[str, ...] = ()
+    image_wrapper: str = "{}"  # in raw text, what is written around each picture
+    answer_separator: str | None = None
+    add_bos: bool = True  # begin with what the tokenizer puts before a text
+    answer_suffix: bool | str = False
 
 
-def gap(template: Template, text: str, target: str, specials: tuple[str, ...]) -> str:
+def answer_separator(
+    template: PromptTemplate, text: str, target: str, special_tokens: tuple[str, ...]
+) -> str:
     """What stands between the end of `text` and the target.
 
-    >>> gap(Template(), "Answer:", "cat", ("<|im_end|>",)), gap(Template(), "USER:\\n", "cat", ())
+    >>> answer_separator(PromptTemplate(), "Answer:", "cat", ("<|im_end|>",)), answer_separator(PromptTemplate(), "USER:\\n", "cat", ())
     (' ', '')
     """
-    if template.gap is not None:
-        return template.gap
+    if template.answer_separator is not None:
+        return template.answer_separator
     if not text or text[-1].isspace() or target[:1].isspace():
         return ""
-    return "" if specials and text.endswith(specials) else " "
+    return "" if special_tokens and text.endswith(special_tokens) else " "
 
 
-def segments(template: Template, raw: Sequence[str], query: Query) -> list[Segment]:
+def split_template(
+    template: PromptTemplate, raw_template: Sequence[str], query: Query
+) -> list[PromptSegment]:
     """A query under a raw template: texts and picture numbers, in order.
 
     Pictures stand, with the template's `picture` around them, where it has `{images}`; or, if the
     prompt says `<image>` exactly as often as it has pictures, there.
 
-    >>> template = Template(picture="<Img>{}</Img> ")
-    >>> segments(template, ("Q: {images}{prompt}",), Query("Who?", "", ("cat.png",)))
+    >>> template = PromptTemplate(image_wrapper="<Img>{}</Img> ")
+    >>> split_template(template, ("Q: {images}{prompt}",), Query("Who?", "", ("cat.png",)))
     ['Q: <Img>', 0, '</Img> Who?']
     """
     prompt = template.prompt.replace("{prompt}", query.prompt)
-    count = 1 if query.video else len(query.images)
-    inline = count > 0 and prompt.count(MARK) == count
-    before, _, after = template.picture.partition("{}")
-    row: list[Segment] = []
-    for piece in raw:
+    num_images = 1 if query.video else len(query.images)
+    inline = num_images > 0 and prompt.count(IMAGE_PLACEHOLDER) == num_images
+    before, _, after = template.image_wrapper.partition("{}")
+    row: list[PromptSegment] = []
+    for piece in raw_template:
         text = ""
         for part in re.split(r"(\{images\}|\{prompt\})", piece):
             if part == "{images}":
-                for number in () if inline else range(count):
+                for number in () if inline else range(num_images):
                     row += [text + before, number]
                     text = after
             elif part == "{prompt}":
-                first, *rest = prompt.split(MARK) if inline else (prompt,)
+                first, *rest = prompt.split(IMAGE_PLACEHOLDER) if inline else (prompt,)
                 text += first
                 for number, words in enumerate(rest):
                     row += [text + before, number]
@@ -95,7 +106,9 @@ def segments(template: Template, raw: Sequence[str], query: Query) -> list[Segme
     return [part for part in row if part != ""] or [""]
 
 
-def scored(offsets: Sequence[tuple[int, int]], boundary: int, gap: int = 0) -> range:
+def scored_tokens(
+    offsets: Sequence[tuple[int, int]], boundary: int, separator_length: int = 0
+) -> range:
     """Which tokens of the last text are the answer's.
 
     offsets: the characters [start, end) of each token; boundary: the length of the text before the
@@ -104,12 +117,12 @@ def scored(offsets: Sequence[tuple[int, int]], boundary: int, gap: int = 0) -> r
     no more than the gap. Tokens without characters (specials) at the end do not. A tokenizer that
     trims spaces off its offsets leaves a lone space the empty span (end, end), and is read rightly.
 
-    >>> scored([(0, 4), (4, 6), (6, 7), (0, 0)], 5), scored([(0, 4), (4, 6), (6, 9)], 5, gap=1)
+    >>> scored_tokens([(0, 4), (4, 6), (6, 7), (0, 0)], 5), scored_tokens([(0, 4), (4, 6), (6, 9)], 5, separator_length=1)
     (range(1, 3), range(2, 3))
     """
     hits = [
         index
         for index, (start, end) in enumerate(offsets)
-        if end > boundary and (start >= boundary or end > boundary + gap)
+        if end > boundary and (start >= boundary or end > boundary + separator_length)
     ]
     return range(hits[0], hits[-1] + 1) if hits else range(0)

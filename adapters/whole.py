@@ -14,109 +14,134 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.functional import IGNORE, Inputs, ModelCard, Query
-from errata.functional.errors import BadInput, ModelUnsupported, listed
+from errata.functional import IGNORE_INDEX, Inputs, ModelCard, Query
+from errata.functional.errors import InvalidInputError, UnsupportedModelError, join_messages
 
-from .checks import checked, every
-from .images import key, picture
-from .pictures import Parts
-from .read import ending
-from .text import Template, gap, scored, segments
+from .checks import validate_all, validate_query
+from .images import content_id, open_image
+from .pictures import ProcessorParts
+from .read import answer_suffix
+from .text import PromptTemplate, answer_separator, scored_tokens, split_template
 
-__all__ = ["Whole"]
+__all__ = ["HFQueryProcessor"]
 
 
-class Whole:
+class HFQueryProcessor:
     """Reads queries for one model through its processor."""
 
-    def __init__(self, found: Parts, template: Template, card: ModelCard):
-        self.found, self.template, self.card = found, template, card
-        tokenizer = found.tokenizer
+    def __init__(self, parts: ProcessorParts, template: PromptTemplate, card: ModelCard):
+        self.parts, self.template, self.card = parts, template, card
+        tokenizer = parts.tokenizer
         if not getattr(tokenizer, "is_fast", False):
-            raise ModelUnsupported(
+            raise UnsupportedModelError(
                 "the tokenizer must give character offsets, and "
                 f"{type(tokenizer).__name__} does not: load the model's fast tokenizer."
             )
         self.lock = threading.Lock()
-        self.specials = tuple(tokenizer.get_added_vocab())
-        self.end = ending(template, tokenizer)
-        self.stop = self.end or tokenizer.eos_token or ""
+        self.special_tokens = tuple(tokenizer.get_added_vocab())
+        self.answer_suffix = answer_suffix(template, tokenizer)
+        self.eos_suffix = self.answer_suffix or tokenizer.eos_token or ""
 
     def __call__(
-        self, queries: Sequence[Query], *, end: bool = False, edit: torch.Tensor | None = None
+        self,
+        queries: Sequence[Query],
+        *,
+        append_eos: bool = False,
+        edit_index: torch.Tensor | None = None,
     ) -> Inputs:
         queries = list(queries)
-        behind = self.stop if end else self.end
-        seen = every(queries, lambda _, query: self._see(query))
-        texts = [self._text(query) for query in queries]
-        gaps = [
-            gap(self.template, text, query.target, self.specials) if query.target else ""
+        suffix = self.eos_suffix if append_eos else self.answer_suffix
+        opened_images = validate_all(queries, lambda _, query: self._open_images(query))
+        texts = [self._format_prompt(query) for query in queries]
+        separators = [
+            answer_separator(self.template, text, query.target, self.special_tokens)
+            if query.target
+            else ""
             for text, query in zip(texts, queries)
         ]
-        tails = [
-            between + query.target + behind if query.target else ""
-            for between, query in zip(gaps, queries)
+        answers = [
+            between + query.target + suffix if query.target else ""
+            for between, query in zip(separators, queries)
         ]
-        if any(tails) and not all(tails):
-            raise BadInput("every query of a scored batch must have a target; some are empty.")
-        out = self._processed([a + b for a, b in zip(texts, tails)], queries, seen)
-        ids, mask = out.pop("input_ids"), out.pop("attention_mask").bool()
-        offsets = out.pop("offset_mapping")
-        if offsets.shape[:2] != ids.shape:
-            raise ModelUnsupported(
-                f"{type(self.found.processor).__name__} must give the offsets of every token it "
-                f"gives; got {tuple(offsets.shape)} for {tuple(ids.shape)}."
+        if any(answers) and not all(answers):
+            raise InvalidInputError(
+                "every query of a scored batch must have a target; some are empty."
             )
-        every(queries, lambda row, _: self._fits(int(mask[row].sum())))
-        labels, at = self._labels(ids, mask, offsets, gaps, tails, queries)
-        keys = tuple(tuple(map(key, query.images)) for query in queries)
-        return Inputs(ids, mask, self._image(ids, mask), labels, at, out, keys)
+        vision_inputs = self._run_processor(
+            [a + b for a, b in zip(texts, answers)], queries, opened_images
+        )
+        input_ids, attention_mask = (
+            vision_inputs.pop("input_ids"),
+            vision_inputs.pop("attention_mask").bool(),
+        )
+        offsets = vision_inputs.pop("offset_mapping")
+        if offsets.shape[:2] != input_ids.shape:
+            raise UnsupportedModelError(
+                f"{type(self.parts.processor).__name__} must give the offsets of every token it "
+                f"gives; got {tuple(offsets.shape)} for {tuple(input_ids.shape)}."
+            )
+        validate_all(queries, lambda row, _: self._validate_length(int(attention_mask[row].sum())))
+        labels, logit_positions = self._make_labels(
+            input_ids, attention_mask, offsets, separators, answers, queries
+        )
+        content_ids = tuple(tuple(map(content_id, query.images)) for query in queries)
+        return Inputs(
+            input_ids,
+            attention_mask,
+            self._image_mask(input_ids, attention_mask),
+            labels,
+            logit_positions,
+            vision_inputs,
+            content_ids,
+        )
 
-    def _see(self, query: Query) -> list[Any]:
-        checked(query, self.card)
-        return [picture(image) for image in query.images]
+    def _open_images(self, query: Query) -> list[Any]:
+        validate_query(query, self.card)
+        return [open_image(image) for image in query.images]
 
-    def _fits(self, length: int) -> None:
-        if length > self.card.context:
-            raise BadInput(
-                f"a row must have at most {self.card.context} tokens, and this has {length}: "
+    def _validate_length(self, length: int) -> None:
+        if length > self.card.max_positions:
+            raise InvalidInputError(
+                f"a row must have at most {self.card.max_positions} tokens, and this has {length}: "
                 "shorten the prompt or use fewer pictures"
             )
 
     # ---- text
 
-    def _place(self, video: bool) -> str:
+    def _placeholder(self, video: bool) -> str:
         kind = "video" if video else "image"
-        token = getattr(self.found.processor, f"{kind}_token", None)
-        token = token or getattr(self.found.tokenizer, f"{kind}_token", None)
+        token = getattr(self.parts.processor, f"{kind}_token", None)
+        token = token or getattr(self.parts.tokenizer, f"{kind}_token", None)
         if token is None:
-            number = self._ids().get(kind)
-            token = self.found.tokenizer.convert_ids_to_tokens(number) if number else None
+            number = self._placeholder_ids().get(kind)
+            token = self.parts.tokenizer.convert_ids_to_tokens(number) if number else None
         if token is None:
-            raise ModelUnsupported(
-                f"{type(self.found.processor).__name__} must name its {kind} token, and does not."
+            raise UnsupportedModelError(
+                f"{type(self.parts.processor).__name__} must name its {kind} token, and does not."
             )
         return getattr(token, "content", token)
 
-    def _ids(self) -> dict[str, int]:
-        config, found = self.found.config, {}
+    def _placeholder_ids(self) -> dict[str, int]:
+        config, ids_by_kind = self.parts.config, {}
         for kind in ("image", "video"):
             for name in (f"{kind}_token_id", f"{kind}_token_index"):
                 number = getattr(config, name, None)
                 if number is not None:
-                    found[kind] = number
+                    ids_by_kind[kind] = number
                     break
-        return found
+        return ids_by_kind
 
-    def _text(self, query: Query) -> str:
+    def _format_prompt(self, query: Query) -> str:
         template = self.template
-        if not (template.chat and self.found.chat):
-            raw = template.raw or ("{images}{prompt}",)
-            place = self._place(query.video) if query.images else ""
-            row = segments(template, raw, query)
-            return "".join(place if isinstance(part, int) else part for part in row)
+        if not (template.chat and self.parts.chat_template):
+            raw_template = template.raw_template or ("{images}{prompt}",)
+            placeholder = self._placeholder(query.video) if query.images else ""
+            row = split_template(template, raw_template, query)
+            return "".join(placeholder if isinstance(part, int) else part for part in row)
         prompt = template.prompt.replace("{prompt}", query.prompt)
-        row = segments(Template(chat=False), ("{images}{prompt}",), query._replace(prompt=prompt))
+        row = split_template(
+            PromptTemplate(chat=False), ("{images}{prompt}",), query._replace(prompt=prompt)
+        )
         kind = "video" if query.video else "image"
         content = [
             {"type": kind} if isinstance(part, int) else {"type": "text", "text": part}
@@ -126,83 +151,102 @@ class Whole:
         if template.system:
             words = [{"type": "text", "text": template.system}]
             messages.insert(0, {"role": "system", "content": words})
-        return self.found.tokenizer.apply_chat_template(
-            messages, chat_template=self.found.chat, tokenize=False, add_generation_prompt=True
+        return self.parts.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.parts.chat_template,
+            tokenize=False,
+            add_generation_prompt=True,
         )
 
     # ---- tensors
 
-    def _processed(
-        self, texts: list[str], queries: Sequence[Query], seen: Sequence[list[Any]]
+    def _run_processor(
+        self, texts: list[str], queries: Sequence[Query], opened_images: Sequence[list[Any]]
     ) -> dict[str, Tensor]:
-        given: dict[str, Any] = {}
-        pictures = [[] if query.video else images for query, images in zip(queries, seen)]
-        if any(pictures):
-            given["images"] = pictures
-        videos = [images for query, images in zip(queries, seen) if query.video]
+        vision_arguments: dict[str, Any] = {}
+        image_rows = [
+            [] if query.video else images for query, images in zip(queries, opened_images)
+        ]
+        if any(image_rows):
+            vision_arguments["images"] = image_rows
+        videos = [images for query, images in zip(queries, opened_images) if query.video]
         if videos:
-            given["videos"] = videos
-        bos = self.found.tokenizer.bos_token
+            vision_arguments["videos"] = videos
+        bos = self.parts.tokenizer.bos_token
         starts = not (bos and all(text.startswith(bos) for text in texts))
         try:
             with self.lock:  # a tokenizer's padding is state of its own
-                out = self.found.processor(
-                    text=texts, padding=True, padding_side="right", return_tensors="pt",
-                    return_offsets_mapping=True, add_special_tokens=starts and self.template.bos,
-                    **given,
-                )  # fmt: skip
+                out = self.parts.processor(
+                    text=texts,
+                    padding=True,
+                    padding_side="right",
+                    return_tensors="pt",
+                    return_offsets_mapping=True,
+                    add_special_tokens=starts and self.template.add_bos,
+                    **vision_arguments,
+                )
         except (ValueError, TypeError, IndexError, KeyError, NotImplementedError) as error:
-            raise BadInput(
-                f"{type(self.found.processor).__name__} must take this batch and refuses: {error}. "
+            raise InvalidInputError(
+                f"{type(self.parts.processor).__name__} must take this batch and refuses: {error}. "
                 "If some rows have pictures and some none, read them apart."
             ) from error
-        lacking = {"input_ids", "attention_mask", "offset_mapping"} - set(out)
-        if lacking:
-            raise ModelUnsupported(
-                f"{type(self.found.processor).__name__} must give {', '.join(sorted(lacking))}."
+        missing = {"input_ids", "attention_mask", "offset_mapping"} - set(out)
+        if missing:
+            raise UnsupportedModelError(
+                f"{type(self.parts.processor).__name__} must give {', '.join(sorted(missing))}."
             )
         return {name: value for name, value in out.items() if isinstance(value, Tensor)}
 
-    def _image(self, ids: Tensor, mask: Tensor) -> Tensor:
-        image = torch.zeros_like(mask)
-        for number in self._ids().values():
-            image |= ids == number
-        return image & mask
+    def _image_mask(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        image_mask = torch.zeros_like(attention_mask)
+        for number in self._placeholder_ids().values():
+            image_mask |= input_ids == number
+        return image_mask & attention_mask
 
-    def _labels(
+    def _make_labels(
         self,
-        ids: Tensor,
-        mask: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
         offsets: Tensor,
-        gaps: Sequence[str],
-        tails: Sequence[str],
+        separators: Sequence[str],
+        answers: Sequence[str],
         queries: Sequence[Query],
     ) -> tuple[Tensor, Tensor]:
-        found = []
-        for row, tail in enumerate(tails):
-            spans = [tuple(span) for span in offsets[row][mask[row]].tolist()]
+        scored_ranges = []
+        for row, answer in enumerate(answers):
+            spans = [tuple(span) for span in offsets[row][attention_mask[row]].tolist()]
             end = max((stop for _, stop in spans), default=0)
-            first = int(mask[row].int().argmax())
-            where = scored(spans, end - len(tail), len(gaps[row])) if tail else range(0)
-            found.append(range(first + where.start, first + where.stop))
-        self._spell(ids, found, queries)
-        labels = torch.full((len(tails), max(map(len, found))), IGNORE, dtype=torch.int64)
-        at = torch.zeros_like(labels)
-        for row, where in enumerate(found):
-            index = torch.arange(where.start, where.stop)
-            labels[row, : len(index)] = ids[row, index]
-            at[row, : len(index)] = index - 1
-        return labels, at
+            first = int(attention_mask[row].int().argmax())
+            scored_range = (
+                scored_tokens(spans, end - len(answer), len(separators[row]))
+                if answer
+                else range(0)
+            )
+            scored_ranges.append(range(first + scored_range.start, first + scored_range.stop))
+        self._verify_labels(input_ids, scored_ranges, queries)
+        labels = torch.full(
+            (len(answers), max(map(len, scored_ranges))), IGNORE_INDEX, dtype=torch.int64
+        )
+        logit_positions = torch.zeros_like(labels)
+        for row, scored_range in enumerate(scored_ranges):
+            index = torch.arange(scored_range.start, scored_range.stop)
+            labels[row, : len(index)] = input_ids[row, index]
+            logit_positions[row, : len(index)] = index - 1
+        return labels, logit_positions
 
-    def _spell(self, ids: Tensor, found: Sequence[range], queries: Sequence[Query]) -> None:
+    def _verify_labels(
+        self, input_ids: Tensor, scored_ranges: Sequence[range], queries: Sequence[Query]
+    ) -> None:
         wrong = []
         for row, query in enumerate(queries):
-            tokens = ids[row, found[row].start : found[row].stop].tolist()
-            said = self.found.tokenizer.decode(tokens, skip_special_tokens=True)
-            if query.target.strip() not in said or (query.target and found[row].start == 0):
-                wrong.append(f"query {row + 1}: {said!r} for {query.target!r}")
+            tokens = input_ids[row, scored_ranges[row].start : scored_ranges[row].stop].tolist()
+            decoded = self.parts.tokenizer.decode(tokens, skip_special_tokens=True)
+            if query.target.strip() not in decoded or (
+                query.target and scored_ranges[row].start == 0
+            ):
+                wrong.append(f"query {row + 1}: {decoded!r} for {query.target!r}")
         if wrong:
-            raise ModelUnsupported(
-                f"the labels must spell the answers, and {type(self.found.processor).__name__} "
-                f"changes the text behind them: {listed(wrong)}."
+            raise UnsupportedModelError(
+                f"the labels must spell the answers, and {type(self.parts.processor).__name__} "
+                f"changes the text behind them: {join_messages(wrong)}."
             )

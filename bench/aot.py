@@ -1,6 +1,6 @@
 """Compile every Triton kernel ahead of time, without a GPU: registers, spills, shared memory.
 
-    python -m errata.bench.aot [report.json [dtype ...]]
+    python -m errata.bench.perf.ahead_of_time [report.json [dtype ...]]
 
 One row per kernel, launch configuration and architecture, in a JSON report and a table beside it.
 These are facts about machine code, not about speed.
@@ -81,7 +81,7 @@ def codebook_cases(dtypes: Sequence[str]) -> Iterator[Case]:
         yield Case(
             codebook.rescan,
             {"query": f"*{dtype}", "keys": f"*{dtype}", "index": "*i64", "unit": "fp32"}
-            | dict.fromkeys(("norms", "reach", "minima", "longest", "distance"), "*fp32"),
+            | dict.fromkeys(("norms", "max_distance", "minima", "longest", "distance"), "*fp32"),
             {"KEYS": codebook.KEYS, "WIDTH": codebook.SCAN, "TILES": codebook.TILES},
             codebook.SCAN_WARPS,
             label=dtype,
@@ -94,13 +94,13 @@ def routing_cases(dtypes: Sequence[str]) -> Iterator[Case]:
         yield Case(
             lora_moe.score_experts,
             dict.fromkeys(features, f"*{dtype}")
-            | {"threshold": "*fp32", "alive": "*u8", "scores": "*fp32", "scale": "fp32"},
+            | {"threshold": "*fp32", "is_active": "*u8", "scores": "*fp32", "scale": "fp32"},
             {"EXPERTS": lora_moe.EXPERTS, "ROWS": lora_moe.ROWS, "WIDTH": lora_moe.WIDTH},
             label=dtype,
         )
         yield Case(
             lora_moe.row_moments,
-            {"hidden": f"*{dtype}", "moments": "*fp32", "eps": "fp32"},
+            {"hidden_states": f"*{dtype}", "moments": "*fp32", "eps": "fp32"},
             {"WIDTH": 8192},
             num_warps=8,
             label=f"{dtype}, 8192 wide",

@@ -22,121 +22,128 @@ from safetensors.torch import save
 from torch import Tensor
 
 from errata.functional import Delta
-from errata.functional.atomic import whole_file
+from errata.functional.atomic import atomic_write
 
-__all__ = ["Mark", "Marks", "keep", "recall"]
+__all__ = ["SequenceCheckpoint", "CheckpointFile", "save_checkpoint", "load_checkpoint"]
 
-KEY = "errata.checkpoint"
+METADATA_KEY = "errata.checkpoint"
 
 
-class Mark(NamedTuple):
+class SequenceCheckpoint(NamedTuple):
     """After `edits` edits of a group: the state the next one starts from, and the delta so far."""
 
-    edits: int
+    num_edits: int
     state: Any
     delta: Delta
 
 
-class Marks:
+class CheckpointFile:
     """One file that is written over now and then, at most every `every` seconds."""
 
-    def __init__(self, path: Path, about: str, every: float = 60.0) -> None:
-        self._path, self._about, self._every = path, about, every
-        self._last = time.monotonic()
+    def __init__(self, path: Path, identity: str, every: float = 60.0) -> None:
+        self._path, self._identity, self._every = path, identity, every
+        self._last_saved = time.monotonic()
 
-    def keep(self, group: int, mark: Mark) -> None:
+    def save(self, sequence: int, checkpoint: SequenceCheckpoint) -> None:
         """Write a mark if it is time; a state that can not be written is left to be made again."""
-        if time.monotonic() - self._last >= self._every:
+        if time.monotonic() - self._last_saved >= self._every:
             with contextlib.suppress(TypeError):
-                keep(self._path, f"{self._about}/{group}", mark)
-            self._last = time.monotonic()
+                save_checkpoint(self._path, f"{self._identity}/{sequence}", checkpoint)
+            self._last_saved = time.monotonic()
 
-    def recall(self, group: int, device: torch.device) -> Mark | None:
+    def load(self, sequence: int, device: torch.device) -> SequenceCheckpoint | None:
         """The last mark of this group, or None."""
-        return recall(self._path, f"{self._about}/{group}", device)
+        return load_checkpoint(self._path, f"{self._identity}/{sequence}", device)
 
-    def drop(self) -> None:
+    def delete(self) -> None:
         """Remove the file: its run is over."""
         self._path.unlink(missing_ok=True)
 
 
-def keep(path: Path, about: str, mark: Mark) -> None:
+def save_checkpoint(path: Path, identity: str, checkpoint: SequenceCheckpoint) -> None:
     """Write a mark, whole or not at all; `about` says which run and group it belongs to.
 
     Raises TypeError for a state that holds something other than the values named above.
     """
     tensors: dict[str, Tensor] = {}
-    plan = {"about": about, "edits": mark.edits, "tree": _plan(mark[1:], tensors)}
-    data = save(tensors, {KEY: msgspec.json.encode(plan).decode()})
-    with whole_file(path) as file:
+    plan = {
+        "identity": identity,
+        "num_edits": checkpoint.num_edits,
+        "tree": _encode(checkpoint[1:], tensors),
+    }
+    data = save(tensors, {METADATA_KEY: msgspec.json.encode(plan).decode()})
+    with atomic_write(path) as file:
         file.write(data)
 
 
-def recall(path: Path, about: str, device: torch.device) -> Mark | None:
+def load_checkpoint(path: Path, identity: str, device: torch.device) -> SequenceCheckpoint | None:
     """The mark in a file, or None where there is none of this run and group."""
     try:
         with safe_open(path, "pt", device=str(device)) as file:
-            plan = msgspec.json.decode((file.metadata() or {}).get(KEY, "null"))
-            if not isinstance(plan, dict) or plan.get("about") != about:
+            plan = msgspec.json.decode((file.metadata() or {}).get(METADATA_KEY, "null"))
+            if not isinstance(plan, dict) or plan.get("identity") != identity:
                 return None
             # cloned: memory of one's own, aligned as if it had just been computed
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        return Mark(plan["edits"], *_built(plan["tree"], tensors))
+        return SequenceCheckpoint(plan["num_edits"], *_decode(plan["tree"], tensors))
     except (OSError, SafetensorError, msgspec.DecodeError, KeyError, TypeError, ValueError):
         return None  # of another version, or not whole: the edits are made again
 
 
-def _plan(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
     """What a value looks like as JSON; its tensors are put aside under a number each."""
     if isinstance(value, Tensor):
         tensors[str(len(tensors))] = value.detach().contiguous().clone()
         return {"tensor": str(len(tensors) - 1)}
     if isinstance(value, msgspec.Struct):
-        return {"struct": _name(type(value)), "value": msgspec.to_builtins(value)}
+        return {"struct": _class_name(type(value)), "value": msgspec.to_builtins(value)}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return {"named": _name(type(value)), "items": [_plan(one, tensors) for one in value]}
+        return {
+            "named": _class_name(type(value)),
+            "items": [_encode(one, tensors) for one in value],
+        }
     if isinstance(value, tuple | list):
         kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [_plan(one, tensors) for one in value]}
+        return {kind: [_encode(one, tensors) for one in value]}
     if isinstance(value, dict) and all(isinstance(key, str | int) for key in value):
-        return {"dict": [[key, _plan(one, tensors)] for key, one in value.items()]}
-    if value is None or isinstance(value, bool | int | str) or _finite(value):
+        return {"dict": [[key, _encode(one, tensors)] for key, one in value.items()]}
+    if value is None or isinstance(value, bool | int | str) or _is_finite_float(value):
         return {"plain": value}
     raise TypeError(f"a state may not hold a {type(value).__name__}")
 
 
-def _built(plan: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
-    match plan:
+def _decode(encoded: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    match encoded:
         case {"tensor": name}:
             return tensors[name]
         case {"struct": name, "value": value}:
-            return msgspec.convert(value, _class(name))
+            return msgspec.convert(value, _load_class(name))
         case {"named": name, "items": items}:
-            return _class(name)(*(_built(one, tensors) for one in items))
+            return _load_class(name)(*(_decode(one, tensors) for one in items))
         case {"tuple": items}:
-            return tuple(_built(one, tensors) for one in items)
+            return tuple(_decode(one, tensors) for one in items)
         case {"list": items}:
-            return [_built(one, tensors) for one in items]
+            return [_decode(one, tensors) for one in items]
         case {"dict": items}:
-            return {key: _built(one, tensors) for key, one in items}
+            return {key: _decode(one, tensors) for key, one in items}
         case {"plain": value}:
             return value
-    raise ValueError(f"no value is written as {sorted(plan)}")
+    raise ValueError(f"no value is written as {sorted(encoded)}")
 
 
-def _finite(value: Any) -> bool:
+def _is_finite_float(value: Any) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
-def _name(kind: type) -> str:
-    if not _ours(kind.__module__) or "." in kind.__qualname__:
+def _class_name(kind: type) -> str:
+    if not _is_errata_module(kind.__module__) or "." in kind.__qualname__:
         raise TypeError(f"a state may not hold a {kind.__module__}.{kind.__qualname__}")
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
-def _class(name: str) -> type:
+def _load_class(name: str) -> type:
     module, _, attribute = name.partition(":")
-    if not _ours(module):
+    if not _is_errata_module(module):
         raise ValueError(f"{module} is not of errata")
     kind = getattr(sys.modules.get(module) or import_module(module), attribute, None)
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct | tuple):
@@ -144,5 +151,5 @@ def _class(name: str) -> type:
     raise ValueError(f"{name} is no NamedTuple and no Struct")
 
 
-def _ours(module: str) -> bool:
+def _is_errata_module(module: str) -> bool:
     return module.startswith(("errata.functional.", "errata.editors."))

@@ -1,4 +1,4 @@
-"""Verbs of the command line about data and results: `data check`, `report`, `compare`."""
+"""Verbs of the command line about data and results: `data verify`, `report`, `compare`."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from errata.functional.errors import BadInput
+from errata.functional.errors import InvalidInputError
 
 __all__ = ["register"]
 
 
-def register(verbs: Any) -> None:
+def register(subparsers: Any) -> None:
     """Add the verbs to the command line's subparsers."""
-    data = verbs.add_parser("data", help="look at benchmark data", description="Benchmark data.")
+    data = subparsers.add_parser(
+        "data", help="look at benchmark data", description="Benchmark data."
+    )
     kinds = data.add_subparsers(metavar="WHAT", required=True)
     check = kinds.add_parser(
-        "check",
+        "verify",
         help="what a folder or file holds: counts, missing images, oddities",
         description="Read annotation files once and say what they hold, lack and hide. Exit code "
         "1 when a record can not be read or an image is missing.",
@@ -25,9 +27,9 @@ def register(verbs: Any) -> None:
     check.add_argument("--images", default="", help="folder the image names start from")
     check.add_argument("--decode", action="store_true", help="open every image there is")
     check.add_argument("--json", action="store_true", help="print the report for machines")
-    check.set_defaults(verb=_check)
+    check.set_defaults(command=_verify)
 
-    report = verbs.add_parser(
+    report = subparsers.add_parser(
         "report",
         help="tables and the page of a finished or running run",
         description="Print a run's tables; write its page anew with --html.",
@@ -38,27 +40,27 @@ def register(verbs: Any) -> None:
     )
     report.add_argument("--html", type=Path, help="write the page to this file")
     report.add_argument("--title", default="", help="of the page")
-    report.set_defaults(verb=_report)
+    report.set_defaults(command=_report)
 
-    compare = verbs.add_parser(
+    compare = subparsers.add_parser(
         "compare",
         help="runs side by side, with paired significance",
         description="Compare runs on the cases they share; one run compares its editors.",
     )
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
-    compare.set_defaults(verb=_compare)
+    compare.set_defaults(command=_compare)
 
 
-def _check(options: argparse.Namespace) -> int:
+def _verify(options: argparse.Namespace) -> int:
     import msgspec
 
-    from .data.check import check, words
+    from .data.check import format_report, verify
 
-    reports = check(options.path, options.images, decode=options.decode)
+    reports = verify(options.path, options.images, decode=options.decode)
     if options.json:
         print(msgspec.json.format(msgspec.json.encode(reports)).decode())
     else:
-        print("\n\n".join(map(words, reports)))
+        print("\n\n".join(map(format_report, reports)))
     return 0 if all(report.usable for report in reports) else 1
 
 
@@ -70,14 +72,18 @@ def _report(options: argparse.Namespace) -> None:
 
     rows = read_rows(options.run)
     if not rows:
-        raise BadInput(f"{options.run} must hold results; its ledger is empty so far.")
+        raise InvalidInputError(
+            f"{options.run} must hold results; its results log is empty so far."
+        )
     if options.html:
         settings = options.run / "settings.toml"
         text = settings.read_text() if settings.is_file() else ""
-        report.html(rows, options.html, folder=options.run, settings=text, title=options.title)
+        report.write_page(
+            rows, options.html, folder=options.run, settings=text, title=options.title
+        )
         print(options.html)
     elif options.format == "json":
-        print(msgspec.json.format(msgspec.json.encode(report.summary(rows))).decode())
+        print(msgspec.json.format(msgspec.json.encode(report.summary_json(rows))).decode())
     else:
         print(report.table(rows, options.format))
 
@@ -90,6 +96,8 @@ def _compare(options: argparse.Namespace) -> None:
     short = [path.resolve().name for path in options.runs]
     labels = short if len(set(short)) == len(short) else names
     if len(set(labels)) < len(labels):
-        raise BadInput(f"runs to compare must be different folders; got {', '.join(names)}.")
+        raise InvalidInputError(
+            f"runs to compare must be different folders; got {', '.join(names)}."
+        )
     runs = {label: read_rows(path) for label, path in zip(labels, options.runs)}
     print(compare.table(runs))

@@ -13,24 +13,24 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 
-from errata.functional.errors import BadInput
-from errata.functional.intervals import Paired, paired
-from errata.functional.metrics import probe
+from errata.functional.errors import InvalidInputError
+from errata.functional.intervals import PairedTest, paired_test
+from errata.functional.metrics import get_probe
 
-from .ledger import Row
-from .report import Leg, ordered
+from .ledger import ResultRow
+from .report import TableKey, sort_probes
 
-__all__ = ["Difference", "Side", "compare", "sides", "table"]
+__all__ = ["Difference", "RunColumn", "compare", "columns", "table"]
 
 
-class Side(NamedTuple):
+class RunColumn(NamedTuple):
     """One column of a comparison: an editor on a model in one of the runs."""
 
     run: str
     model: str
     editor: str
 
-    def words(self, others: Sequence[Side]) -> str:
+    def label(self, others: Sequence[RunColumn]) -> str:
         """What tells this side apart from the others."""
         parts = [
             value
@@ -46,27 +46,29 @@ class Difference(msgspec.Struct, frozen=True):
     probe: str
     first: float
     second: float
-    paired: Paired
+    test: PairedTest
     p: float  # corrected over the probes of this comparison
 
 
-Values = Mapping[str, Mapping[str, float]]  # probe -> case -> value
+ProbeValues = Mapping[str, Mapping[str, float]]  # probe -> case -> value
 
 
-def sides(runs: Mapping[str, Iterable[Row]]) -> dict[Leg, dict[Side, dict[str, dict[str, float]]]]:
+def columns(
+    runs: Mapping[str, Iterable[ResultRow]],
+) -> dict[TableKey, dict[RunColumn, dict[str, dict[str, float]]]]:
     """Rows of several runs, by leg, side, probe and case; a case's value is the mean of its rows.
 
     Runs are compared under one protocol, moment, gap and scorer; the model may differ.
     """
-    sums: dict[Leg, dict[Side, dict[str, dict[str, list[float]]]]] = {}
+    sums: dict[TableKey, dict[RunColumn, dict[str, dict[str, list[float]]]]] = {}
     for name, rows in runs.items():
         for row in rows:
             if row.score is None:
                 continue
-            gap = 0 if row.moment == "end" else row.gap
-            leg = Leg("", row.protocol, row.moment, gap, row.scorer)
-            side = Side(name, row.model, row.editor)
-            cases = sums.setdefault(leg, {}).setdefault(side, {}).setdefault(row.probe, {})
+            gap = 0 if row.evaluated_at == "end" else row.gap
+            key = TableKey("", row.protocol, row.evaluated_at, gap, row.scorer)
+            column = RunColumn(name, row.model, row.editor)
+            cases = sums.setdefault(key, {}).setdefault(column, {}).setdefault(row.probe, {})
             cases.setdefault(row.case, []).append(row.score)
     return {
         leg: {
@@ -80,41 +82,43 @@ def sides(runs: Mapping[str, Iterable[Row]]) -> dict[Leg, dict[Side, dict[str, d
     }
 
 
-def compare(one: Values, two: Values, seed: int = 0) -> list[Difference]:
+def compare(first: ProbeValues, second: ProbeValues, seed: int = 0) -> list[Difference]:
     """Compare two sides on every probe and case both have.
 
     Raises `BadInput` when they share none.
     """
-    found = []
-    for name in ordered(set(one) & set(two)):
-        shared = [case for case in one[name] if case in two[name]]
+    tests = []
+    for name in sort_probes(set(first) & set(second)):
+        shared = [case for case in first[name] if case in second[name]]
         if shared:
-            a = torch.tensor([one[name][case] for case in shared])
-            b = torch.tensor([two[name][case] for case in shared])
-            found.append((name, float(a.mean()), float(b.mean()), paired(a, b, seed=seed)))
-    if not found:
-        raise BadInput("two runs must share at least one probe of one case; these share none.")
-    corrected = holm([last.p for *_, last in found])
-    return [Difference(name, a, b, gap, p) for (name, a, b, gap), p in zip(found, corrected)]
+            a = torch.tensor([first[name][case] for case in shared])
+            b = torch.tensor([second[name][case] for case in shared])
+            tests.append((name, float(a.mean()), float(b.mean()), paired_test(a, b, seed=seed)))
+    if not tests:
+        raise InvalidInputError(
+            "two runs must share at least one probe of one case; these share none."
+        )
+    corrected = holm_correction([last.p for *_, last in tests])
+    return [Difference(name, a, b, gap, p) for (name, a, b, gap), p in zip(tests, corrected)]
 
 
-def holm(ps: Sequence[float]) -> list[float]:
+def holm_correction(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction, in the order given.
 
-    >>> holm([0.01, 0.04, 0.03])
+    >>> holm_correction([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
     """
-    order = sorted(range(len(ps)), key=ps.__getitem__)
-    corrected, least = [0.0] * len(ps), 0.0
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    corrected, running_max = [0.0] * len(p_values), 0.0
     for rank, place in enumerate(order):
-        least = max(least, min(1.0, (len(ps) - rank) * ps[place]))
-        corrected[place] = least
+        running_max = max(running_max, min(1.0, (len(p_values) - rank) * p_values[place]))
+        corrected[place] = running_max
     return corrected
 
 
-def pairs(there: Mapping[Side, Any]) -> list[tuple[Side, Side]]:
+def column_pairs(values_by_column: Mapping[RunColumn, Any]) -> list[tuple[RunColumn, RunColumn]]:
     """The first side against every other one, an editor against itself where runs share it."""
-    known = list(there)
+    known = list(values_by_column)
     first = known[0]
     same = [
         (a, b)
@@ -125,18 +129,18 @@ def pairs(there: Mapping[Side, Any]) -> list[tuple[Side, Side]]:
     return same or [(first, other) for other in known[1:]]
 
 
-def table(runs: Mapping[str, Iterable[Row]]) -> str:
+def table(runs: Mapping[str, Iterable[ResultRow]]) -> str:
     """Every comparison as text: `*` p < 0.05, `**` p < 0.01, `***` p < 0.001, after correction.
 
     Raises `BadInput` when there are fewer than two sides, or two without a case in common.
     """
-    grouped = sides(runs)
+    grouped = columns(runs)
     blocks = []
     for leg, there in grouped.items():
-        for one, two in pairs(there) if len(there) > 1 else ():
-            blocks.append(_block(leg, one, two, compare(there[one], there[two])))
+        for one, two in column_pairs(there) if len(there) > 1 else ():
+            blocks.append(_comparison_block(leg, one, two, compare(there[one], there[two])))
     if not blocks:
-        raise BadInput(
+        raise InvalidInputError(
             "a comparison needs two editors or two runs under one protocol and scorer; got "
             f"{', '.join(runs)} with "
             f"{', '.join(sorted({side.editor for x in grouped.values() for side in x})) or 'none'}."
@@ -144,18 +148,26 @@ def table(runs: Mapping[str, Iterable[Row]]) -> str:
     return "\n\n".join(blocks)
 
 
-def _block(leg: Leg, one: Side, two: Side, found: Sequence[Difference]) -> str:
-    first, second = one.words([one, two]), two.words([one, two])
-    when = "" if leg.protocol == "single" else f", {leg.moment} {leg.gap or ''}".rstrip()
-    counts = sorted({each.paired.count for each in found})
+def _comparison_block(
+    key: TableKey,
+    first_column: RunColumn,
+    second_column: RunColumn,
+    differences: Sequence[Difference],
+) -> str:
+    first, second = (
+        first_column.label([first_column, second_column]),
+        second_column.label([first_column, second_column]),
+    )
+    when = "" if key.protocol == "single" else f", {key.evaluated_at} {key.gap or ''}".rstrip()
+    counts = sorted({each.test.count for each in differences})
     span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
-    head = f"{first}  →  {second}    {leg.protocol}{when} · scorer {leg.scorer} · {span} cases"
+    head = f"{first}  →  {second}    {key.protocol}{when} · scorer {key.scorer} · {span} cases"
     body = [["", first, second, "difference", "95% interval", "p (Holm)", ""]]
-    for each in found:
-        gap = each.paired
+    for each in differences:
+        gap = each.test
         body.append(
             [
-                probe(each.probe).title,
+                get_probe(each.probe).title,
                 f"{100 * each.first:.1f}",
                 f"{100 * each.second:.1f}",
                 f"{100 * gap.difference:+.1f}",

@@ -5,41 +5,44 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from errata.functional.errors import BadInput
+from errata.functional.errors import InvalidInputError
 from errata.functional.types import Case
 
-__all__ = ["WORLD", "corpus"]
+__all__ = ["DEFAULT_WORLD_CASES", "demonstration_cases"]
 
-WORLD = 64  # cases of the micro world, where the settings do not say how many
+DEFAULT_WORLD_CASES = 64  # cases of the micro world, where the settings do not say how many
 
 
-def corpus(config: Any) -> list[Case] | None:
-    """The cases that `config.demonstrations` names, at most `config.cases`; None for no name.
+def demonstration_cases(config: Any) -> list[Case] | None:
+    """The cases that `config.demonstration_source` names, at most `config.num_source_cases`; None for no name.
 
     "world": cases of the micro world's training split. Anything else is an annotation file of the
     field's benchmarks, whose pictures are looked for only where they are shown. Raises BadInput for
     a file that is not there or holds no case.
 
     >>> from errata.editors import IkeConfig
-    >>> len(corpus(IkeConfig(demonstrations="world", cases=3)))
+    >>> len(demonstration_cases(IkeConfig(demonstration_source="world", num_source_cases=3)))
     3
     """
-    named, most = getattr(config, "demonstrations", ""), getattr(config, "cases", 0)
-    if not named:
+    source, max_cases = (
+        getattr(config, "demonstration_source", ""),
+        getattr(config, "num_source_cases", 0),
+    )
+    if not source:
         return None
-    from .data import Options, open_cases
+    from .data import ReadOptions, open_cases
     from .data.world import cases
 
-    if named == "world":
-        return cases(most or WORLD, split="train")
-    path = Path(named)
+    if source == "world":
+        return cases(max_cases or DEFAULT_WORLD_CASES, split="train")
+    path = Path(source)
     if not path.is_file():
-        raise BadInput(
-            f"demonstrations must be 'world' or an annotation file; there is none at {path}."
+        raise InvalidInputError(
+            f"demonstration_source must be 'world' or an annotation file; there is none at {path}."
         )
-    shown = bool(getattr(config, "pictured", False))
-    options = Options(on_missing="error" if shown else "none", limit=most)
-    found = list(open_cases(path, options))
-    if not found:
-        raise BadInput(f"{path} must hold cases for demonstrations; it has none.")
-    return found
+    include_images = bool(getattr(config, "include_images", False))
+    options = ReadOptions(missing_images="error" if include_images else "none", limit=max_cases)
+    loaded_cases = list(open_cases(path, options))
+    if not loaded_cases:
+        raise InvalidInputError(f"{path} must hold cases for demonstrations; it has none.")
+    return loaded_cases

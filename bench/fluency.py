@@ -9,16 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from errata.functional import Inputs, Model, Query
-from errata.functional.answers import answers
-from errata.functional.generate import continue_rows
+from errata.functional.answers import read_out
+from errata.functional.generate import generate_ids
 from errata.functional.metrics import perplexity, perplexity_ratio
-from errata.functional.types import IGNORE
+from errata.functional.types import IGNORE_INDEX
 
-__all__ = ["continued"]
+__all__ = ["perplexity_ratios"]
 
 
-def continued(
-    model: Model, queries: Sequence[Query], num_tokens: int, edit: Tensor | None = None
+def perplexity_ratios(
+    model: Model, queries: Sequence[Query], num_tokens: int, edit_index: Tensor | None = None
 ) -> list[float]:
     """PPL_r = PPL(x | q, x*) / PPL(q, x*) per query, PPL(x) = exp(-1/T sum_i log p(x_i | x_<i)).
 
@@ -29,32 +29,39 @@ def continued(
 
     The formula of ICE (arXiv 2406.11194); see `metrics.perplexity_ratio` for what its code does.
 
-        continued(bind(model, delta), [query], 32)
+        perplexity_ratios(bind(model, delta), [query], 32)
     """
-    inputs = model.read(queries, edit=edit)
-    edit = edit if edit is None else edit.to(inputs.ids.device)
-    said = continue_rows(model, inputs, num_tokens, edit=edit)
-    longer, behind = _longer(inputs, said)
+    inputs = model.preprocess(queries, edit_index=edit_index)
+    edit_index = edit_index if edit_index is None else edit_index.to(inputs.input_ids.device)
+    generated_ids = generate_ids(model, inputs, num_tokens, edit_index=edit_index)
+    extended, is_generated = _append_ids(inputs, generated_ids)
     with torch.no_grad():
-        batch = model.embed(model.params, longer, edit=edit)
+        batch = model.embed(model.params, extended, edit_index=edit_index)
         # only now: edits that look for the end of the prompt must find it where it was
-        scored = longer.mask[:, 1:] & ~longer.image[:, 1:]
-        labels = torch.where(scored, longer.ids[:, 1:], IGNORE)  # [B L-1]
-        at = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
-        found = answers(model, batch._replace(labels=labels, at=at))
-        later = behind[:, 1:]
-        given = perplexity(found.nll, scored & ~later)
-        return perplexity_ratio(perplexity(found.nll, later), given).tolist()
+        scored = extended.attention_mask[:, 1:] & ~extended.image_mask[:, 1:]
+        labels = torch.where(scored, extended.input_ids[:, 1:], IGNORE_INDEX)  # [B L-1]
+        logit_positions = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
+        readout = read_out(model, batch._replace(labels=labels, logit_positions=logit_positions))
+        generated_mask = is_generated[:, 1:]
+        prompt_perplexity = perplexity(readout.nll, scored & ~generated_mask)
+        return perplexity_ratio(perplexity(readout.nll, generated_mask), prompt_perplexity).tolist()
 
 
-def _longer(inputs: Inputs, said: Sequence[Sequence[int]]) -> tuple[Inputs, Tensor]:
+def _append_ids(inputs: Inputs, generated_ids: Sequence[Sequence[int]]) -> tuple[Inputs, Tensor]:
     """The rows with what was said behind each, and where that stands [B L]."""
-    more = max(1, *map(len, said))
-    ids, mask = F.pad(inputs.ids, (0, more)), F.pad(inputs.mask, (0, more))
-    behind = torch.zeros_like(mask)
-    for row, (words, end) in enumerate(zip(said, inputs.mask.sum(-1).tolist())):
-        place = slice(end, end + len(words))
-        ids[row, place] = torch.tensor(list(words), dtype=ids.dtype, device=ids.device)
-        behind[row, place] = True
-    image = F.pad(inputs.image, (0, more))
-    return inputs._replace(ids=ids, mask=mask | behind, image=image), behind
+    max_generated = max(1, *map(len, generated_ids))
+    ids, mask = (
+        F.pad(inputs.input_ids, (0, max_generated)),
+        F.pad(inputs.attention_mask, (0, max_generated)),
+    )
+    is_generated = torch.zeros_like(mask)
+    for row, (row_ids, end) in enumerate(
+        zip(generated_ids, inputs.attention_mask.sum(-1).tolist())
+    ):
+        place = slice(end, end + len(row_ids))
+        ids[row, place] = torch.tensor(list(row_ids), dtype=ids.dtype, device=ids.device)
+        is_generated[row, place] = True
+    image = F.pad(inputs.image_mask, (0, max_generated))
+    return inputs._replace(
+        input_ids=ids, attention_mask=mask | is_generated, image_mask=image
+    ), is_generated

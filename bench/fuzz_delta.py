@@ -1,4 +1,4 @@
-"""Feed mutated delta files to `load`: `python -m errata.bench.fuzz_delta --files 100000`.
+"""Feed mutated delta files to `load`: `python -m errata.bench.robustness.fuzz_delta --files 100000`.
 
 Every file must either be refused with an ErrataError that names it, or load as a delta whose
 content is what its digest says. Each is held to one second and to an address space of file size +
@@ -21,15 +21,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from errata.functional import Delta, load, save
-from errata.functional.errors import BaseMismatch, ErrataError
+from errata.functional import Delta, load_delta, save_delta
+from errata.functional.errors import BaseMismatchError, ErrataError
 from errata.functional.io import digest
-from errata.functional.merge import same_base
-from errata.functional.peek import peek
+from errata.functional.merge import require_same_base
+from errata.functional.peek import inspect_delta
 
 from .hostile import MUTATIONS, mutate, sample
 
-__all__ = ["Outcome", "fuzz"]
+__all__ = ["FuzzReport", "fuzz"]
 
 FORBIDDEN = (
     "import",
@@ -49,21 +49,21 @@ FORBIDDEN = (
 )
 
 
-class Outcome(NamedTuple):
+class FuzzReport(NamedTuple):
     """What a run saw; `bad` is empty if the law held."""
 
     refused: Counter[str]
     loaded: Counter[str]
     slowest: float  # seconds of processor time
-    bad: list[str]
+    findings: list[str]
 
 
-def _watch(seen: list[str]) -> Callable[[str, tuple[Any, ...]], None]:
+def _make_audit_hook(events: list[str]) -> Callable[[str, tuple[Any, ...]], None]:
     def hook(event: str, args: tuple[Any, ...]) -> None:
         if _WATCHING[0] and event.startswith(FORBIDDEN):
-            seen.append(f"{event} {str(args)[:80]}")
+            events.append(f"{event} {str(args)[:80]}")
         if _WATCHING[0] and event == "open" and isinstance(args[1], str) and args[1][:1] in "wax+":
-            seen.append(f"open for writing {args[0]!r}")
+            events.append(f"open for writing {args[0]!r}")
 
     return hook
 
@@ -71,34 +71,36 @@ def _watch(seen: list[str]) -> Callable[[str, tuple[Any, ...]], None]:
 _WATCHING = [False]
 
 
-def fuzz(files: int, seed: int = 0, folder: Path | None = None, bound: bool = True) -> Outcome:
+def fuzz(
+    num_files: int, seed: int = 0, folder: Path | None = None, limit_memory: bool = True
+) -> FuzzReport:
     """Load `files` mutated files; `bound` also holds each to its share of address space."""
     draw = random.Random(seed)
     originals = []
-    outcome = Outcome(Counter(), Counter(), 0.0, [])
+    report = FuzzReport(Counter(), Counter(), 0.0, [])
     seen: list[str] = []
-    sys.addaudithook(_watch(seen))
+    sys.addaudithook(_make_audit_hook(seen))
     with tempfile.TemporaryDirectory(dir=folder) as place:
         path = Path(place) / "hostile.safetensors"
         for number in range(16):
             good = sample(seed * 1000 + number)
-            save(path, good)
+            save_delta(path, good)
             originals.append((good, path.read_bytes()))
-            load(path)
+            load_delta(path)
         slowest = 0.0
-        for number in range(files):
+        for number in range(num_files):
             good, raw = draw.choice(originals)
             kind, forged = mutate(raw, draw)
             path.write_bytes(forged)
             limits = resource.getrlimit(resource.RLIMIT_AS)
-            if bound:
+            if limit_memory:
                 pages = int(Path("/proc/self/statm").read_text().split()[0])
                 most = pages * resource.getpagesize() + len(forged) + (64 << 20)
                 resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
             _WATCHING[0] = True
             began, spent = time.perf_counter(), time.process_time()
             try:
-                fault = _judge(path, kind, good, outcome)
+                fault = _load_and_check(path, kind, good, report)
             finally:
                 _WATCHING[0] = False
                 seconds, wall = time.process_time() - spent, time.perf_counter() - began
@@ -107,17 +109,19 @@ def fuzz(files: int, seed: int = 0, folder: Path | None = None, bound: bool = Tr
             if seconds > 1 or wall > 20:  # a busy machine may stop us for a while
                 fault = f"took {seconds:.2f} s of processor time, {wall:.1f} s in all"
             if fault or seen:
-                outcome.bad.append(f"file {number} of seed {seed} ({kind}): {fault or seen[:3]}")
+                report.findings.append(
+                    f"file {number} of seed {seed} ({kind}): {fault or seen[:3]}"
+                )
                 seen.clear()
-    return outcome._replace(slowest=slowest)
+    return report._replace(slowest=slowest)
 
 
-def _judge(path: Path, kind: str, good: Delta, outcome: Outcome) -> str:
+def _load_and_check(path: Path, kind: str, original: Delta, report: FuzzReport) -> str:
     """Load a file; "" if it was refused properly or loaded as what it says it is."""
     try:
-        delta = load(path)
+        delta = load_delta(path)
     except ErrataError as error:
-        outcome.refused[kind] += 1
+        report.refused[kind] += 1
         text = str(error)
         if str(path) not in text:
             return f"the error does not name the file: {text[:200]}"
@@ -126,13 +130,13 @@ def _judge(path: Path, kind: str, good: Delta, outcome: Outcome) -> str:
         return f"{type(error).__name__}: {str(error)[:200]}"
     if kind == "another base":
         try:
-            same_base([good, delta])
-        except BaseMismatch:
-            outcome.refused[kind] += 1
+            require_same_base([original, delta])
+        except BaseMismatchError:
+            report.refused[kind] += 1
             return ""
         return "a delta for another base was taken for one of this base"
-    outcome.loaded[kind] += 1
-    if digest(delta) != peek(path).digest:
+    report.loaded[kind] += 1
+    if digest(delta) != inspect_delta(path).digest:
         return "the content is not what the digest says"
     if not all(bool(torch.isfinite(x).all()) for x in delta.tensors.values()):
         return "holds values that are not finite"
@@ -146,20 +150,20 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     began = time.perf_counter()
-    outcome = fuzz(args.files, args.seed)
+    report = fuzz(args.files, args.seed)
     seconds = time.perf_counter() - began
     write = sys.stdout.write
     for kind in MUTATIONS:
-        write(f"{kind:26} refused {outcome.refused[kind]:7} loaded {outcome.loaded[kind]:6}\n")
+        write(f"{kind:26} refused {report.refused[kind]:7} loaded {report.loaded[kind]:6}\n")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     write(
-        f"{args.files} files, {sum(outcome.refused.values())} refused, "
-        f"{sum(outcome.loaded.values())} loaded, {len(outcome.bad)} findings; slowest "
-        f"{outcome.slowest * 1e3:.0f} ms, {seconds:.0f} s in all, peak {peak} MB\n"
+        f"{args.files} files, {sum(report.refused.values())} refused, "
+        f"{sum(report.loaded.values())} loaded, {len(report.findings)} findings; slowest "
+        f"{report.slowest * 1e3:.0f} ms, {seconds:.0f} s in all, peak {peak} MB\n"
     )
-    for line in outcome.bad[:20]:
+    for line in report.findings[:20]:
         write(line + "\n")
-    return 1 if outcome.bad else 0
+    return 1 if report.findings else 0
 
 
 if __name__ == "__main__":

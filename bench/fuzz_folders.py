@@ -1,6 +1,6 @@
 """Feed mutated adapters and checkpoints to `from_peft` and `fold`: as `fuzz_delta`, for folders.
 
-`python -m errata.bench.fuzz_folders --files 20000`. Every folder must be refused with an
+`python -m errata.bench.robustness.fuzz_folders --files 20000`. Every folder must be refused with an
 ErrataError that names a file of it, or give a delta that can be saved, or a whole checkpoint.
 """
 
@@ -21,22 +21,22 @@ from typing import Any
 import msgspec
 import torch
 
-from errata.adapters.peft import from_peft, to_peft
-from errata.functional import save
+from errata.adapters.peft import export_peft, import_peft
+from errata.functional import save_delta
 from errata.functional.errors import ErrataError
-from errata.functional.fold import fold
+from errata.functional.fold import fuse
 
-from .fuzz_delta import Outcome
-from .hostile import NASTY, flip, sample
-from .kill_delta import checkpoint, edit
+from .fuzz_delta import FuzzReport
+from .hostile import MALICIOUS_VALUES, flip_bits, sample
+from .kill_delta import make_checkpoint, make_delta
 
 __all__ = ["fuzz_folders"]
 
 
-def _bytes(raw: bytes, draw: random.Random) -> bytes:
+def _mutate_bytes(raw: bytes, draw: random.Random) -> bytes:
     way = draw.randrange(5)
     if way == 0:
-        return flip(raw, draw)
+        return flip_bits(raw, draw)
     if way == 1:
         return raw[: draw.randrange(len(raw))]
     if way == 2:
@@ -47,7 +47,7 @@ def _bytes(raw: bytes, draw: random.Random) -> bytes:
     return draw.choice([b"", b"[" * 50_000, b"\x80\x04cposix\nsystem\n.", b"null", b"\xff" * 99])
 
 
-def _value(raw: bytes, draw: random.Random) -> bytes:
+def _mutate_json(raw: bytes, draw: random.Random) -> bytes:
     """A nasty value somewhere in a JSON file."""
     body = json.loads(raw)
     node: Any = body
@@ -58,11 +58,11 @@ def _value(raw: bytes, draw: random.Random) -> bytes:
         if isinstance(node[key], (dict, list)) and node[key] and draw.random() < 0.7:
             node = node[key]
             continue
-        node[key] = draw.choice(NASTY)
+        node[key] = draw.choice(MALICIOUS_VALUES)
         return json.dumps(body).encode("utf-8", "replace")
 
 
-def _table(raw: bytes, draw: random.Random) -> bytes:
+def _mutate_safetensors(raw: bytes, draw: random.Random) -> bytes:
     """A lie in a safetensors header, or NaN among the values."""
     size = struct.unpack("<Q", raw[:8])[0]
     if draw.random() < 0.3:
@@ -70,42 +70,42 @@ def _table(raw: bytes, draw: random.Random) -> bytes:
         at = 8 + size + 4 * draw.randrange((len(raw) - 8 - size) // 4)
         data[at : at + 4] = struct.pack("<f", draw.choice([float("nan"), float("inf")]))
         return bytes(data)
-    head = _value(raw[8 : 8 + size], draw)
+    head = _mutate_json(raw[8 : 8 + size], draw)
     head += b" " * (-len(head) % 8)
     return struct.pack("<Q", len(head)) + head + raw[8 + size :]
 
 
-def _mutated(path: Path, draw: random.Random) -> bytes:
+def _mutate_file(path: Path, draw: random.Random) -> bytes:
     raw = path.read_bytes()
     if draw.random() < 0.4:
-        return _bytes(raw, draw)
-    return (_table if path.suffix == ".safetensors" else _value)(raw, draw)
+        return _mutate_bytes(raw, draw)
+    return (_mutate_safetensors if path.suffix == ".safetensors" else _mutate_json)(raw, draw)
 
 
-def _import(place: Path, draw: random.Random) -> None:
-    save(place / "out.safetensors", from_peft(place / "case"))
+def _import_case(folder: Path, draw: random.Random) -> None:
+    save_delta(folder / "out.safetensors", import_peft(folder / "case"))
 
 
-def _fold(place: Path, draw: random.Random) -> None:
-    fold(edit(0), place / "case", place / "out")
-    names = {path.name for path in (place / "case").iterdir()}
-    assert {path.name for path in (place / "out").iterdir()} == names | {"errata.json"}
+def _fuse_case(folder: Path, draw: random.Random) -> None:
+    fuse(make_delta(0), folder / "case", folder / "out")
+    names = {path.name for path in (folder / "case").iterdir()}
+    assert {path.name for path in (folder / "out").iterdir()} == names | {"errata.json"}
 
 
-def fuzz_folders(files: int, seed: int = 0, folder: Path | None = None) -> Outcome:
+def fuzz_folders(num_folders: int, seed: int = 0, folder: Path | None = None) -> FuzzReport:
     """Import and fold `files` folders in each of which one file is mutated or missing."""
     draw = random.Random(seed)
-    outcome = Outcome(Counter(), Counter(), 0.0, [])
+    report = FuzzReport(Counter(), Counter(), 0.0, [])
     slowest = 0.0
     with tempfile.TemporaryDirectory(dir=folder) as name:
         place = Path(name)
         delta = sample(2)
         entries = tuple(e for e in delta.header.entries if e.name != "lm_head.bias")
-        header = msgspec.structs.replace(delta.header, entries=entries, form="act")
-        to_peft(delta._replace(header=header), place / "adapter")
-        checkpoint(place / "checkpoint")
-        for number in range(files):
-            kind, run = draw.choice([("adapter", _import), ("checkpoint", _fold)])
+        header = msgspec.structs.replace(delta.header, entries=entries, arithmetic="act")
+        export_peft(delta._replace(header=header), place / "adapter")
+        make_checkpoint(place / "checkpoint")
+        for number in range(num_folders):
+            kind, run = draw.choice([("adapter", _import_case), ("checkpoint", _fuse_case)])
             for old in ("case", "out"):
                 shutil.rmtree(place / old, ignore_errors=True)
             shutil.copytree(place / kind, place / "case")
@@ -115,23 +115,25 @@ def fuzz_folders(files: int, seed: int = 0, folder: Path | None = None) -> Outco
             if draw.random() < 0.05:
                 target.unlink()
             else:
-                target.write_bytes(_mutated(target, draw))
+                target.write_bytes(_mutate_file(target, draw))
             began = time.process_time()
             try:
                 run(place, draw)
-                outcome.loaded[kind] += 1
+                report.loaded[kind] += 1
             except ErrataError as error:
-                outcome.refused[kind] += 1
+                report.refused[kind] += 1
                 named = str(place / "case") in str(error) or "out" in str(error)
                 if not named or not str(error).isprintable():
-                    outcome.bad.append(f"{number} ({kind}, {target.name}): {str(error)[:200]!r}")
+                    report.findings.append(
+                        f"{number} ({kind}, {target.name}): {str(error)[:200]!r}"
+                    )
                 if (place / "out").exists():
-                    outcome.bad.append(f"{number} ({kind}): refused, but wrote a folder")
+                    report.findings.append(f"{number} ({kind}): refused, but wrote a folder")
             except BaseException as error:  # noqa: BLE001 - anything else is a finding
                 said = f"{type(error).__name__}: {str(error)[:200]}"
-                outcome.bad.append(f"{number} ({kind}, {target.name}): {said}")
+                report.findings.append(f"{number} ({kind}, {target.name}): {said}")
             slowest = max(slowest, time.process_time() - began)
-    return outcome._replace(slowest=slowest)
+    return report._replace(slowest=slowest)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -140,14 +142,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    outcome = fuzz_folders(args.files, args.seed)
+    report = fuzz_folders(args.files, args.seed)
     sys.stdout.write(
-        f"{args.files} folders, refused {dict(outcome.refused)}, taken {dict(outcome.loaded)}, "
-        f"{len(outcome.bad)} findings, slowest {outcome.slowest * 1e3:.0f} ms\n"
+        f"{args.files} folders, refused {dict(report.refused)}, taken {dict(report.loaded)}, "
+        f"{len(report.findings)} findings, slowest {report.slowest * 1e3:.0f} ms\n"
     )
-    for line in outcome.bad[:20]:
+    for line in report.findings[:20]:
         sys.stdout.write(line + "\n")
-    return 1 if outcome.bad else 0
+    return 1 if report.findings else 0
 
 
 if __name__ == "__main__":

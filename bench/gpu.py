@@ -1,6 +1,6 @@
 """The kernels on the device at hand: checks, then every suite, one JSON and one table.
 
-    python -m errata.bench.gpu bench/results/NAME.json [--cpu]
+    python -m errata.bench.perf.gpu bench/results/NAME.json [--cpu]
 
 Without `--cpu` it wants a GPU and says so when there is none; no figure is ever estimated. It stops
 taking up new cases after eight minutes and names what it left out.
@@ -17,7 +17,7 @@ import torch
 
 from errata.bench.perf import bench_codebook, bench_grouped_lora, bench_lora_moe, figures
 
-MINUTES = 8
+MAX_MINUTES = 8
 # The lookup last: the gigabyte it allocates leaves a warm heap, which speeds up whoever allocates.
 SUITES = {
     "experts and routing": bench_lora_moe.measure,
@@ -26,27 +26,27 @@ SUITES = {
 }
 
 
-def twins_agree(where: torch.device) -> dict[str, Any]:
+def compare_implementations(device: torch.device) -> dict[str, Any]:
     """Ours against the definitions on this device, bf16 included: the interpreter cannot."""
-    from errata.kernels import grouped_lora, nearest, square_norms
+    from errata.kernels import apply_grouped_lora, nearest_key, square_norms
     from errata.kernels.codebook import ref as codebook
     from errata.kernels.grouped_lora import ref as grouped
 
     result: dict[str, Any] = {}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        query = torch.randn(70, 333, device=where).to(dtype)
-        keys = torch.randn(3001, 333, device=where).to(dtype)
-        reach = torch.full((70,), float("inf"), device=where)
-        ours = nearest(query, keys)
-        index, distance = codebook.nearest(query, keys, square_norms(keys), reach)
-        again = nearest(query[:1], keys)
-        x, base = (torch.randn(6, 65, 96, device=where).to(dtype) for _ in range(2))
-        down = torch.randn(3, 5, 96, device=where).to(dtype)
-        up = torch.randn(3, 96, 5, device=where).to(dtype)
-        edit = torch.tensor([0, 2, -1, 1, 0, 2], device=where)
+        query = torch.randn(70, 333, device=device).to(dtype)
+        keys = torch.randn(3001, 333, device=device).to(dtype)
+        max_distance = torch.full((70,), float("inf"), device=device)
+        ours = nearest_key(query, keys)
+        index, distance = codebook.nearest(query, keys, square_norms(keys), max_distance)
+        again = nearest_key(query[:1], keys)
+        x, base = (torch.randn(6, 65, 96, device=device).to(dtype) for _ in range(2))
+        down = torch.randn(3, 5, 96, device=device).to(dtype)
+        up = torch.randn(3, 96, 5, device=device).to(dtype)
+        edit_index = torch.tensor([0, 2, -1, 1, 0, 2], device=device)
         with torch.no_grad():
-            change = grouped_lora(x, down, up, edit, base).float()
-        want = grouped.apply(x, down, up, edit, base).float()
+            change = apply_grouped_lora(x, down, up, edit_index, base).float()
+        want = grouped.grouped_lora_differentiable(x, down, up, edit_index, base).float()
         result[str(dtype).split(".")[1]] = {
             "nearest: wrong indices": int((ours.index != index).sum()),
             "nearest: largest distance error": float((ours.distance - distance).abs().max()),
@@ -58,26 +58,26 @@ def twins_agree(where: torch.device) -> dict[str, Any]:
     return result
 
 
-def run(path: Path, where: torch.device) -> None:
+def run(path: Path, device: torch.device) -> None:
     """All checks, then the suites in turn until the time is up."""
-    begun = time.monotonic()
+    start_time = time.monotonic()
     torch.manual_seed(0)
-    about: dict[str, Any] = figures.describe(where)
-    limits = figures.ceilings(where)
+    about: dict[str, Any] = figures.describe(device)
+    limits = figures.ceilings(device)
     checks: dict[str, Any] = {
-        "twins against their definitions": twins_agree(where),
-        "exactness against float64": bench_codebook.exactness(where),
+        "twins against their definitions": compare_implementations(device),
+        "exactness against float64": bench_codebook.exactness(device),
     }
     rows: list[figures.Figure] = []
     left_out = []
     for name, measure in SUITES.items():
-        for measured in measure(where, limits):
+        for measured in measure(device, limits):
             rows += measured
             figures.report(path, about, limits, checks, rows)  # a cut run keeps what it has
-            if time.monotonic() - begun > 60 * MINUTES:
+            if time.monotonic() - start_time > 60 * MAX_MINUTES:
                 left_out.append(f"the rest of {name}")
                 break
-    about |= {"minutes": round((time.monotonic() - begun) / 60, 1), "left out": left_out}
+    about |= {"minutes": round((time.monotonic() - start_time) / 60, 1), "left out": left_out}
     figures.report(path, about, limits, checks, rows)
 
 
@@ -85,10 +85,10 @@ def main(arguments: list[str]) -> None:
     paths = [argument for argument in arguments if argument != "--cpu"]
     if len(paths) != 1:
         raise SystemExit(__doc__)
-    where = torch.device("cpu") if "--cpu" in arguments else figures.device()
-    if where.type == "cpu" and "--cpu" not in arguments:
+    device = torch.device("cpu") if "--cpu" in arguments else figures.available_device()
+    if device.type == "cpu" and "--cpu" not in arguments:
         raise SystemExit("there is no GPU here: pass --cpu for the figures of the CPU.")
-    run(Path(paths[0]), where)
+    run(Path(paths[0]), device)
 
 
 if __name__ == "__main__":

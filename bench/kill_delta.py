@@ -1,4 +1,4 @@
-"""SIGKILL while saving, folding and exporting: `python -m errata.bench.kill_delta --times 50`.
+"""SIGKILL while saving, folding and exporting: `python -m errata.bench.robustness.crash_writes --times 50`.
 
 A child writes without pause; it is killed at a random moment; then every file or folder that bears
 a final name must be whole, and equal to one of the two things the child writes.
@@ -21,39 +21,40 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from errata.adapters.peft import from_peft, to_peft
-from errata.functional import Base, Delta, EditRecord, Header, LowRank, load, save
+from errata.adapters.peft import export_peft, import_peft
+from errata.functional import BaseModel, Delta, EditRecord, Header, LowRank, load_delta, save_delta
 from errata.functional.errors import ErrataError
-from errata.functional.fold import fold
+from errata.functional.fold import fuse
 from errata.functional.io import digest
 
-__all__ = ["VERBS", "checkpoint", "edit", "kill"]
+__all__ = ["OPERATIONS", "make_checkpoint", "make_delta", "crash"]
 
 NAMES = [f"model.layers.{n}.mlp.down_proj.weight" for n in range(4)]
 SHAPE = (256, 768)
-VERBS = ("save", "fold", "export")
+OPERATIONS = ("save", "fuse", "export")
 
 
-def edit(seed: int) -> Delta:
+def make_delta(seed: int) -> Delta:
     """A low-rank delta large enough that writing it takes a while."""
     generator = torch.Generator().manual_seed(seed)
     entries = tuple(
-        LowRank(name=name, checkpoint=name, shape=SHAPE, rank=64, rows=(64,)) for name in NAMES
+        LowRank(name=name, checkpoint_name=name, shape=SHAPE, rank=64, edit_ranks=(64,))
+        for name in NAMES
     )
     header = Header(
-        base=Base(id="someone/model"),
-        form="weight",
+        base=BaseModel(id="someone/model"),
+        arithmetic="weight",
         entries=entries,
         edits=(EditRecord(id=str(seed)),),
     )
     tensors = {
         name: torch.randn(shape, generator=generator)
-        for name, (_, shape) in header.tensors().items()
+        for name, (_, shape) in header.tensor_specs().items()
     }
     return Delta(header, tensors)
 
 
-def checkpoint(folder: Path) -> None:
+def make_checkpoint(folder: Path) -> None:
     """A checkpoint of two shards in Hugging Face layout."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(9)
@@ -69,17 +70,17 @@ def checkpoint(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "llama"}')
 
 
-def _write(verb: str, place: Path, number: int) -> None:
-    delta = edit(number % 2)
-    if verb == "save":
-        save(place / "edit.safetensors", delta)
-    elif verb == "fold":
-        fold(delta, place / "base", place / f"out-{number}")
+def _write(operation: str, folder: Path, number: int) -> None:
+    delta = make_delta(number % 2)
+    if operation == "save":
+        save_delta(folder / "edit.safetensors", delta)
+    elif operation == "fuse":
+        fuse(delta, folder / "base", folder / f"out-{number}")
     else:
-        to_peft(delta, place / f"out-{number}")
+        export_peft(delta, folder / f"out-{number}")
 
 
-def _child(verb: str, place: Path) -> int:
+def _start_child(operation: str, folder: Path) -> int:
     """A forked process that writes again and again; forked, so that nothing needs importing."""
     process = os.fork()
     if process:
@@ -87,68 +88,68 @@ def _child(verb: str, place: Path) -> int:
     number = 1000
     try:
         while True:
-            _write(verb, place, number)
+            _write(operation, folder, number)
             number += 1
     finally:
         os._exit(1)
 
 
-def _whole(verb: str, path: Path, wanted: list[object]) -> bool:
-    if verb == "save":
-        return digest(load(path)) in wanted
-    if verb == "export":
-        return digest(from_peft(path)) in wanted
-    return {file.name: file.read_bytes() for file in path.iterdir()} in wanted
+def _is_whole(operation: str, path: Path, expected: list[object]) -> bool:
+    if operation == "save":
+        return digest(load_delta(path)) in expected
+    if operation == "export":
+        return digest(import_peft(path)) in expected
+    return {file.name: file.read_bytes() for file in path.iterdir()} in expected
 
 
-def _finals(place: Path) -> list[Path]:
-    return [path for path in place.iterdir() if path.name.startswith(("edit.", "out-"))]
+def _final_paths(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name.startswith(("edit.", "out-"))]
 
 
-def kill(verb: str, times: int, seed: int = 0) -> Counter[str]:
+def crash(operation: str, times: int, seed: int = 0) -> Counter[str]:
     """Kill a child `times` times; count what lay there afterwards."""
     draw = random.Random(seed)
-    seen: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        checkpoint(place / "base")
-        wanted: list[object] = []
+        make_checkpoint(place / "base")
+        expected: list[object] = []
         for number in range(2):
-            _write(verb, place, number)
-            path = _finals(place)[0]
+            _write(operation, place, number)
+            path = _final_paths(place)[0]
             files = {p.name: p.read_bytes() for p in path.iterdir()} if path.is_dir() else {}
-            wanted.append(files if verb == "fold" else digest(edit(number)))
+            expected.append(files if operation == "fuse" else digest(make_delta(number)))
             _clear(place)
-        if verb == "save":
-            save(place / "edit.safetensors", edit(0))  # there is an old file to be kept
+        if operation == "save":
+            save_delta(place / "edit.safetensors", make_delta(0))  # there is an old file to be kept
         for _ in range(times):
-            _kill_one(verb, place, draw.uniform(0, 0.3))
-            finals = _finals(place)
+            _crash_once(operation, place, draw.uniform(0, 0.3))
+            finals = _final_paths(place)
             try:
-                fine = all(_whole(verb, path, wanted) for path in finals)
+                fine = all(_is_whole(operation, path, expected) for path in finals)
             except ErrataError:
                 fine = False
-            fine = fine and (verb != "save" or len(finals) == 1)
-            seen["broken" if not fine else "whole" if finals else "nothing yet"] += 1
-            seen["unfinished part beside it"] += any(
+            fine = fine and (operation != "save" or len(finals) == 1)
+            outcomes["broken" if not fine else "whole" if finals else "nothing yet"] += 1
+            outcomes["unfinished part beside it"] += any(
                 p.name.endswith(".part") for p in place.iterdir()
             )
-            _clear(place, keep="edit.")
-    return seen
+            _clear(place, keep_prefix="edit.")
+    return outcomes
 
 
-def _kill_one(verb: str, place: Path, pause: float) -> None:
-    process = _child(verb, place)
+def _crash_once(operation: str, folder: Path, pause: float) -> None:
+    process = _start_child(operation, folder)
     time.sleep(pause)
     os.kill(process, signal.SIGKILL)
     _, status = os.waitpid(process, 0)
-    assert os.WIFSIGNALED(status), f"{verb} ended by itself"
+    assert os.WIFSIGNALED(status), f"{operation} ended by itself"
 
 
-def _clear(place: Path, keep: str = "-") -> None:
-    for path in place.iterdir():
+def _clear(folder: Path, keep_prefix: str = "-") -> None:
+    for path in folder.iterdir():
         if path.name.startswith(("out-", ".")) or (
-            path.name.startswith("edit.") and not path.name.startswith(keep)
+            path.name.startswith("edit.") and not path.name.startswith(keep_prefix)
         ):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -159,10 +160,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     broken = 0
-    for verb in VERBS:
-        seen = kill(verb, args.times)
-        broken += seen["broken"]
-        sys.stdout.write(f"{verb}: {args.times} kills, {dict(seen)}\n")
+    for operation in OPERATIONS:
+        outcomes = crash(operation, args.times)
+        broken += outcomes["broken"]
+        sys.stdout.write(f"{operation}: {args.times} kills, {dict(outcomes)}\n")
     return 1 if broken else 0
 
 

@@ -10,23 +10,23 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Peak", "measured", "resident"]
+__all__ = ["PeakMemory", "measure_peak", "resident_bytes"]
 
 
-class Peak:
+class PeakMemory:
     """The most bytes seen while it was measured; 0 until the stretch is over."""
 
     bytes: int = 0
 
 
 @contextlib.contextmanager
-def measured(device: torch.device) -> Iterator[Peak]:
+def measure_peak(device: torch.device) -> Iterator[PeakMemory]:
     """Measure the peak of what runs inside: device memory of `device`, else resident memory.
 
     On Linux the process' high-water mark is reset first where the system lets it; elsewhere the
     mark is of the whole process so far.
     """
-    peak = Peak()
+    peak = PeakMemory()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield peak
@@ -35,15 +35,15 @@ def measured(device: torch.device) -> Iterator[Peak]:
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # "reset the peak resident set size"
     yield peak
-    peak.bytes = _resident_peak()
+    peak.bytes = _peak_resident_bytes()
 
 
-def resident() -> int:
+def resident_bytes() -> int:
     """Bytes of memory the process has now, 0 where the system does not say."""
-    return _status("VmRSS:")
+    return _process_status_bytes("VmRSS:")
 
 
-def _status(field: str) -> int:
+def _process_status_bytes(field: str) -> int:
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(field):
@@ -51,8 +51,8 @@ def _status(field: str) -> int:
     return 0
 
 
-def _resident_peak() -> int:
-    if found := _status("VmHWM:"):
+def _peak_resident_bytes() -> int:
+    if found := _process_status_bytes("VmHWM:"):
         return found
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024

@@ -15,365 +15,498 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from errata.functional import Inputs, Model, Query, prefix, rows
-from errata.functional.answers import answers, join
-from errata.functional.errors import BadInput, ErrataError
+from errata.functional.answers import concat_readouts, read_out
+from errata.functional.errors import ErrataError, InvalidInputError
 from errata.functional.generate import generate
 from errata.functional.metrics import (
-    Reading,
+    Readout,
     Scorer,
     exact_match,
+    get_probe,
     mean_nll,
-    probe,
-    score,
+    score_probe,
     token_accuracy,
 )
-from errata.functional.prefix import Reach
-from errata.functional.records import image_key
-from errata.functional.types import IGNORE
-from errata.functional.words import first_line, matches, ngram_entropy, tokens
+from errata.functional.prefix import EditDepth
+from errata.functional.records import content_id
+from errata.functional.types import IGNORE_INDEX
+from errata.functional.words import first_line, matches_answer, ngram_entropy, tokenize_words
 
-from .clock import part
-from .fluency import continued
-from .ledger import Answer
+from .clock import section
+from .fluency import perplexity_ratios
+from .ledger import ProbeAnswer
 
-__all__ = ["Ask", "Measured", "Terms", "batches", "check_finite", "key_of", "measure", "row_bytes"]
+__all__ = [
+    "ProbeQuestion",
+    "ProbeResult",
+    "EvaluationConfig",
+    "make_batches",
+    "check_finite",
+    "query_key",
+    "evaluate",
+    "row_num_bytes",
+]
 
-MOST_ROWS = 64  # read and embedded together, whatever the budget
+MAX_ROWS = 64  # read and embedded together, whatever the budget
 
 
-class Ask(NamedTuple):
+class ProbeQuestion(NamedTuple):
     """One question to one edit."""
 
     probe: str
     query: Query
-    edit: int = 0  # number in the stacked delta; 0 where only one edit is bound
+    edit_index: int = 0  # number in the stacked delta; 0 where only one edit is bound
 
 
-class Terms(NamedTuple):
+class EvaluationConfig(NamedTuple):
     """How answers are measured."""
 
     scorers: tuple[Scorer, ...]
-    generate: int = 0  # tokens of free generation; 0: none
-    generate_for: Literal["every", "success"] = "every"  # probe, or all but localities
-    ppl_r: int = 0  # tokens an edited model goes on for behind the edit's target; 0: no PPL_r
-    budget: int = 1 << 30  # bytes a batch may take beside the model
+    max_new_tokens: int = 0  # tokens of free generation; 0: none
+    generate_probes: Literal["all", "success"] = "all"  # probe, or all but localities
+    ppl_r_tokens: int = (
+        0  # tokens an edited model goes on for behind the edit's target; 0: no PPL_r
+    )
+    memory_bytes: int = 1 << 30  # bytes a batch may take beside the model
 
     @property
-    def ranks(self) -> int:
-        return max(one.ranks for one in self.scorers)
+    def num_ranks(self) -> int:
+        return max(one.num_ranks for one in self.scorers)
 
     @property
-    def everywhere(self) -> bool:
-        return any(one.whole for one in self.scorers)
+    def needs_all_positions(self) -> bool:
+        return any(one.needs_all_positions for one in self.scorers)
 
 
-class Measured(NamedTuple):
+class ProbeResult(NamedTuple):
     """What came of one ask: both answers, and (base success, score) by scorer name."""
 
-    before: Answer
-    after: Answer
+    before: ProbeAnswer
+    after: ProbeAnswer
     scores: dict[str, tuple[float | None, float | None]]
     kl: float | None = None  # KL(base || edited) at the answer, nats per token
-    same: bool | None = None  # localities: both say the same when left to talk
+    generation_unchanged: bool | None = None  # localities: both say the same when left to talk
     ppl_r: float | None = None  # of edits
 
 
-def key_of(query: Query) -> tuple:
+def query_key(query: Query) -> tuple:
     """What makes two questions the same: words, target, and what the pictures show."""
-    return query.prompt, query.target, tuple(map(image_key, query.images)), query.video
+    return query.prompt, query.target, tuple(map(content_id, query.images)), query.video
 
 
-def measure(
-    model: Model, bound: Model, asks: Sequence[Ask], reach: Reach, terms: Terms
-) -> list[Measured]:
+def evaluate(
+    model: Model,
+    edited_model: Model,
+    questions: Sequence[ProbeQuestion],
+    depth: EditDepth,
+    evaluation_config: EvaluationConfig,
+) -> list[ProbeResult]:
     """Answers of the base and of the edit each ask names, in the order of the asks.
 
     `bound` is `model` with one delta, plain or stacked, whose entries lie within `reach`. Raises
     BadInput for a question that can not be read and for a base that computes NaN.
     """
     unique: dict[tuple, int] = {}
-    home = [unique.setdefault(key_of(ask.query), len(unique)) for ask in asks]  # A -> unique
+    query_numbers = [
+        unique.setdefault(query_key(ask.query), len(unique)) for ask in questions
+    ]  # A -> unique
     queries: list[Query] = [None] * len(unique)  # type: ignore[list-item]
-    for ask, number in zip(asks, home):
+    for ask, number in zip(questions, query_numbers):
         queries[number] = ask.query
-    if terms.everywhere:
-        reach = reach._replace(scored=False)  # a thinned batch has no other positions
-    found: list[Measured | None] = [None] * len(asks)
-    for batch in batches(model, queries, terms.budget):
-        place = {number: row for row, number in enumerate(batch)}
-        here = [a for a, number in enumerate(home) if number in place]
-        index = torch.tensor([place[home[a]] for a in here])
-        part = _measure_batch(
-            model, bound, [queries[n] for n in batch], [asks[a] for a in here], index, reach, terms
+    if evaluation_config.needs_all_positions:
+        depth = depth._replace(scored_only=False)  # a thinned batch has no other positions
+    results: list[ProbeResult | None] = [None] * len(questions)
+    for batch in make_batches(model, queries, evaluation_config.memory_bytes):
+        row_by_query = {number: row for row, number in enumerate(batch)}
+        question_indices = [a for a, number in enumerate(query_numbers) if number in row_by_query]
+        query_index = torch.tensor([row_by_query[query_numbers[a]] for a in question_indices])
+        batch_results = _evaluate_batch(
+            model,
+            edited_model,
+            [queries[n] for n in batch],
+            [questions[a] for a in question_indices],
+            query_index,
+            depth,
+            evaluation_config,
         )
-        for a, one in zip(here, part):
-            found[a] = one
-    return [one for one in found if one is not None]
+        for a, one in zip(question_indices, batch_results):
+            results[a] = one
+    return [one for one in results if one is not None]
 
 
-def _measure_batch(
+def _evaluate_batch(
     model: Model,
-    bound: Model,
+    edited_model: Model,
     queries: Sequence[Query],
-    asks: Sequence[Ask],
-    index: Tensor,
-    reach: Reach,
-    terms: Terms,
-) -> list[Measured]:
+    questions: Sequence[ProbeQuestion],
+    query_index: Tensor,
+    depth: EditDepth,
+    evaluation_config: EvaluationConfig,
+) -> list[ProbeResult]:
     """`index` [A]: which of the queries each ask is about."""
-    inputs = model.read(queries)
-    source = prefix.cut(model, inputs, reach)
-    options = {"k": terms.ranks, "everywhere": terms.everywhere}
-    given = model.known.said(inputs) if model.known and model.known.serves(model) else None
-    with part("base, per editor"):
-        before = answers(model, source, logits=True, given=given, narrow=True, **options)
-    logits, before = before.logits, _on_cpu(before._replace(logits=None))
+    inputs = model.preprocess(queries)
+    source = prefix.run_prefix(model, inputs, depth)
+    options = {
+        "k": evaluation_config.num_ranks,
+        "all_positions": evaluation_config.needs_all_positions,
+    }
+    known_logits = (
+        model.prefix_cache.lookup_logits(inputs)
+        if model.prefix_cache and model.prefix_cache.serves(model)
+        else None
+    )
+    with section("base, per editor"):
+        before = read_out(
+            model,
+            source,
+            return_logits=True,
+            known_logits=known_logits,
+            scored_only=True,
+            **options,
+        )
+    logits, before = before.logits, _to_cpu(before._replace(logits=None))
     check_finite(model, before)
-    edit = torch.tensor([ask.edit for ask in asks])
-    with part("edited answers"):
-        after = _edited(bound, source, asks, index, edit, {**options, "base": logits}, terms.budget)
+    edit_index = torch.tensor([ask.edit_index for ask in questions])
+    with section("edited answers"):
+        after = _edited_readouts(
+            edited_model,
+            source,
+            questions,
+            query_index,
+            edit_index,
+            {**options, "base_logits": logits},
+            evaluation_config.memory_bytes,
+        )
     del logits
-    with part("generation"):
-        said = _said(model, bound, queries, asks, index, edit, terms)
-    base = _rows(before, index)
+    with section("generation"):
+        generations = _generate_answers(
+            model, edited_model, queries, questions, query_index, edit_index, evaluation_config
+        )
+    base_readouts = _select_rows(before, query_index)
     assert after.kl is not None
-    with part("generation"):
-        ratios = _ratios(bound, asks, edit, len(queries), terms.ppl_r)
-    with part("scoring"):
+    with section("generation"):
+        ppl_ratios = _ppl_ratios(
+            edited_model, questions, edit_index, len(queries), evaluation_config.ppl_r_tokens
+        )
+    with section("scoring"):
         return [
-            Measured(*found)
+            ProbeResult(*found)
             for found in zip(
-                _answers(model, base, said[0], asks),
-                _answers(model, after, said[1], asks),
-                _scores(asks, base, after, terms),
-                map(_number, after.kl.tolist()),
-                _same(asks, *said),
-                ratios,
+                _probe_answers(model, base_readouts, generations[0], questions),
+                _probe_answers(model, after, generations[1], questions),
+                _scores(questions, base_readouts, after, evaluation_config),
+                map(_round_finite, after.kl.tolist()),
+                _unchanged_generations(questions, *generations),
+                ppl_ratios,
                 strict=True,
             )
         ]
 
 
-def _edited(
-    bound: Model,
+def _edited_readouts(
+    edited_model: Model,
     source,
-    asks: Sequence[Ask],
-    index: Tensor,
-    edit: Tensor,
+    questions: Sequence[ProbeQuestion],
+    query_index: Tensor,
+    edit_index: Tensor,
     options: dict,
-    budget: int,
-) -> Reading:
+    memory_bytes: int,
+) -> Readout:
     """The edited models' readings, a few rows at a time."""
     if isinstance(source, Inputs):
-        return _reread(bound, asks, index, edit, options, budget, source.labels.shape[1])
-    device = source.edit.device
-    few = all(prefix.narrows(bound.card, delta.header) for delta in bound.deltas)
-    parts = []
-    for begin in range(0, len(asks), source.rows):
-        some = slice(begin, begin + source.rows)
-        here = index[some].to(device)
-        mine = {**options, "base": options["base"][here]}
-        batch = rows.take(source, here)
-        parts.append(_on_cpu(answers(bound, batch, edit=edit[some].to(device), narrow=few, **mine)))
-    return join(parts)
+        return _readouts_from_queries(
+            edited_model,
+            questions,
+            query_index,
+            edit_index,
+            options,
+            memory_bytes,
+            source.labels.shape[1],
+        )
+    device = source.edit_index.device
+    scored_only = all(
+        prefix.can_decode_scored(edited_model.card, delta.header) for delta in edited_model.deltas
+    )
+    readouts = []
+    for begin in range(0, len(questions), source.num_rows):
+        span = slice(begin, begin + source.num_rows)
+        row_index = query_index[span].to(device)
+        batch_options = {**options, "base_logits": options["base_logits"][row_index]}
+        batch = rows.take_rows(source, row_index)
+        readouts.append(
+            _to_cpu(
+                read_out(
+                    edited_model,
+                    batch,
+                    edit_index=edit_index[span].to(device),
+                    scored_only=scored_only,
+                    **batch_options,
+                )
+            )
+        )
+    return concat_readouts(readouts)
 
 
-def _reread(
-    bound: Model,
-    asks: Sequence[Ask],
-    index: Tensor,
-    edit: Tensor,
+def _readouts_from_queries(
+    edited_model: Model,
+    questions: Sequence[ProbeQuestion],
+    query_index: Tensor,
+    edit_index: Tensor,
     options: dict,
-    budget: int,
-    scored: int,
-) -> Reading:
+    memory_bytes: int,
+    num_scored: int,
+) -> Readout:
     """Readings where edits act before the decoder: pixels have no row axis to take, so rows are
     read anew, as many as fit the budget; an edit may have made them much longer than the base's.
     """
-    parts, begin, size = [], 0, min(len(asks), MOST_ROWS)
-    while begin < len(asks):
-        some = slice(begin, begin + size)
-        inputs = bound.read([ask.query for ask in asks[some]], edit=edit[some])
-        length = inputs.ids.shape[1]
-        each = row_bytes(bound, length) + 4 * inputs.labels.shape[1] * bound.card.vocab
-        fits = max(1, budget // each)
-        if fits < len(inputs.ids):
-            size = fits
+    readouts, begin, size = [], 0, min(len(questions), MAX_ROWS)
+    while begin < len(questions):
+        span = slice(begin, begin + size)
+        inputs = edited_model.preprocess(
+            [ask.query for ask in questions[span]], edit_index=edit_index[span]
+        )
+        length = inputs.input_ids.shape[1]
+        bytes_per_row = (
+            row_num_bytes(edited_model, length)
+            + 4 * inputs.labels.shape[1] * edited_model.card.vocab_size
+        )
+        max_rows = max(1, memory_bytes // bytes_per_row)
+        if max_rows < len(inputs.input_ids):
+            size = max_rows
             continue
-        device = inputs.ids.device
-        mine = {**options, "base": options["base"][index[some].to(device)]}
-        parts.append(_on_cpu(answers(bound, inputs, edit=edit[some].to(device), **mine)))
+        device = inputs.input_ids.device
+        batch_options = {
+            **options,
+            "base_logits": options["base_logits"][query_index[span].to(device)],
+        }
+        readouts.append(
+            _to_cpu(
+                read_out(
+                    edited_model, inputs, edit_index=edit_index[span].to(device), **batch_options
+                )
+            )
+        )
         begin += size
-    length = max((part.whole.shape[1] for part in parts if part.whole is not None), default=0)
-    return join([_widened(part, scored, length) for part in parts])
+    length = max(
+        (part.all_top_ids.shape[1] for part in readouts if part.all_top_ids is not None), default=0
+    )
+    return concat_readouts([_pad_readout(part, num_scored, length) for part in readouts])
 
 
-def _widened(part: Reading, scored: int, length: int) -> Reading:
+def _pad_readout(readout: Readout, num_scored: int, length: int) -> Readout:
     """A reading padded to so many scored positions, and so many tokens of a row."""
-    more = scored - part.labels.shape[1]
-    whole = part.whole
-    if whole is not None:
-        whole = F.pad(whole, (0, 0, 0, length - whole.shape[1]), value=-1)
-    return part._replace(
-        labels=F.pad(part.labels, (0, more), value=IGNORE),
-        top=F.pad(part.top, (0, 0, 0, more)),
-        nll=F.pad(part.nll, (0, more)),
-        whole=whole,
+    num_missing = num_scored - readout.labels.shape[1]
+    all_top_ids = readout.all_top_ids
+    if all_top_ids is not None:
+        all_top_ids = F.pad(all_top_ids, (0, 0, 0, length - all_top_ids.shape[1]), value=-1)
+    return readout._replace(
+        labels=F.pad(readout.labels, (0, num_missing), value=IGNORE_INDEX),
+        top_ids=F.pad(readout.top_ids, (0, 0, 0, num_missing)),
+        nll=F.pad(readout.nll, (0, num_missing)),
+        all_top_ids=all_top_ids,
     )
 
 
-def _said(
+def _generate_answers(
     model: Model,
-    bound: Model,
+    edited_model: Model,
     queries: Sequence[Query],
-    asks: Sequence[Ask],
-    index: Tensor,
-    edit: Tensor,
-    terms: Terms,
+    questions: Sequence[ProbeQuestion],
+    query_index: Tensor,
+    edit_index: Tensor,
+    evaluation_config: EvaluationConfig,
 ) -> tuple[list[str | None], list[str | None]]:
     """What both models say when they are left to talk, per ask: the base once per question."""
-    tokens = terms.generate
-    before: list[str | None] = [None] * len(asks)
-    after: list[str | None] = [None] * len(asks)
-    every = terms.generate_for == "every"
-    wanted = [a for a, ask in enumerate(asks) if every or probe(ask.probe).kind == "success"]
-    if not (tokens and wanted):
+    max_new_tokens = evaluation_config.max_new_tokens
+    before: list[str | None] = [None] * len(questions)
+    after: list[str | None] = [None] * len(questions)
+    all_probes = evaluation_config.generate_probes == "all"
+    generated_indices = [
+        a for a, ask in enumerate(questions) if all_probes or get_probe(ask.probe).kind == "success"
+    ]
+    if not (max_new_tokens and generated_indices):
         return before, after
-    rows_asked = sorted({int(index[a]) for a in wanted})
-    said = dict(zip(rows_asked, _spoken(model, [queries[r] for r in rows_asked], tokens)))
+    query_rows = sorted({int(query_index[a]) for a in generated_indices})
+    base_texts = dict(
+        zip(query_rows, _generate_base(model, [queries[r] for r in query_rows], max_new_tokens))
+    )
     device = next(iter(model.params.values())).device
-    for begin in range(0, len(wanted), len(queries)):
-        some = wanted[begin : begin + len(queries)]
-        asked = [asks[a].query for a in some]
-        for a, text in zip(some, generate(bound, asked, tokens, edit=edit[some].to(device))):
-            before[a], after[a] = said[int(index[a])], text
+    for begin in range(0, len(generated_indices), len(queries)):
+        chunk = generated_indices[begin : begin + len(queries)]
+        chunk_queries = [questions[a].query for a in chunk]
+        for a, text in zip(
+            chunk,
+            generate(
+                edited_model, chunk_queries, max_new_tokens, edit_index=edit_index[chunk].to(device)
+            ),
+        ):
+            before[a], after[a] = base_texts[int(query_index[a])], text
     return before, after
 
 
-def _spoken(model: Model, queries: Sequence[Query], tokens: int) -> list[str]:
+def _generate_base(model: Model, queries: Sequence[Query], max_new_tokens: int) -> list[str]:
     """What the base says; what it has said already is not asked again."""
-    texts = model.known.texts if model.known and model.known.serves(model) else {}
-    if all(key_of(query) in texts for query in queries):
-        return [texts[key_of(query)] for query in queries]
-    return generate(model, queries, tokens)
+    texts = (
+        model.prefix_cache.generations
+        if model.prefix_cache and model.prefix_cache.serves(model)
+        else {}
+    )
+    if all(query_key(query) in texts for query in queries):
+        return [texts[query_key(query)] for query in queries]
+    return generate(model, queries, max_new_tokens)
 
 
-def _same(
-    asks: Sequence[Ask], before: Sequence[str | None], after: Sequence[str | None]
+def _unchanged_generations(
+    questions: Sequence[ProbeQuestion], before: Sequence[str | None], after: Sequence[str | None]
 ) -> Iterator[bool | None]:
-    for ask, one, two in zip(asks, before, after):
-        if one is None or two is None or probe(ask.probe).kind != "locality":
+    for ask, one, two in zip(questions, before, after):
+        if one is None or two is None or get_probe(ask.probe).kind != "locality":
             yield None
         else:
-            yield matches(two, first_line(one))
+            yield matches_answer(two, first_line(one))
 
 
-def _ratios(
-    bound: Model, asks: Sequence[Ask], edit: Tensor, size: int, tokens: int
+def _ppl_ratios(
+    edited_model: Model,
+    questions: Sequence[ProbeQuestion],
+    edit_index: Tensor,
+    batch_size: int,
+    num_tokens: int,
 ) -> list[float | None]:
     """PPL_r of the asks that are edits."""
-    found: list[float | None] = [None] * len(asks)
-    wanted = [a for a, ask in enumerate(asks) if tokens and ask.probe == "reliability"]
-    for begin in range(0, len(wanted), size):
-        some = wanted[begin : begin + size]
-        ratios = continued(bound, [asks[a].query for a in some], tokens, edit[some])
-        for a, ratio in zip(some, ratios):
-            found[a] = _number(ratio)
-    return found
-
-
-def _scores(asks: Sequence[Ask], base: Reading, after: Reading, terms: Terms) -> list[dict]:
-    found: list[dict] = [{} for _ in asks]
-    for name in dict.fromkeys(ask.probe for ask in asks):
-        here = [a for a, ask in enumerate(asks) if ask.probe == name]
-        chosen = torch.tensor(here)
-        pair = _rows(base, chosen), _rows(after, chosen)
-        for rule in terms.scorers:
-            got = score(rule, name, *pair)
-            kept = got.after if got.agreement is None else got.agreement
-            for a, one, two in zip(here, got.before.tolist(), kept.tolist()):
-                found[a][rule.name] = (_number(one), _number(two))
-    return found
-
-
-def _answers(
-    model: Model, found: Reading, said: Sequence[str | None], asks: Sequence[Ask]
-) -> Iterator[Answer]:
-    ids = found.top[..., 0]  # [A T]
-    accuracy = token_accuracy(ids, found.labels).tolist()
-    exact = exact_match(ids, found.labels).tolist()
-    nll = mean_nll(found.nll, found.labels).tolist()
-    for a, ask in enumerate(asks):
-        text = model.write(ids[a][found.labels[a] != IGNORE].tolist()).strip()
-        answer = Answer(
-            text=text, accuracy=round(accuracy[a], 4), exact=exact[a] == 1, nll=_number(nll[a])
+    results: list[float | None] = [None] * len(questions)
+    edit_indices = [
+        a for a, ask in enumerate(questions) if num_tokens and ask.probe == "reliability"
+    ]
+    for begin in range(0, len(edit_indices), batch_size):
+        chunk = edit_indices[begin : begin + batch_size]
+        ratios = perplexity_ratios(
+            edited_model, [questions[a].query for a in chunk], num_tokens, edit_index[chunk]
         )
-        free = said[a]
-        if free is not None:
-            spoken = tokens(free)
-            answer = Answer(
-                text=answer.text, accuracy=answer.accuracy, exact=answer.exact, nll=answer.nll,
-                said=first_line(free), match=matches(free, (ask.query.target, *ask.query.aliases)),
-                entropy=_number(ngram_entropy(spoken)) if len(spoken) > 2 else None,
-            )  # fmt: skip
+        for a, ratio in zip(chunk, ratios):
+            results[a] = _round_finite(ratio)
+    return results
+
+
+def _scores(
+    questions: Sequence[ProbeQuestion],
+    base: Readout,
+    after: Readout,
+    evaluation_config: EvaluationConfig,
+) -> list[dict]:
+    scores: list[dict] = [{} for _ in questions]
+    for name in dict.fromkeys(ask.probe for ask in questions):
+        question_indices = [a for a, ask in enumerate(questions) if ask.probe == name]
+        row_index = torch.tensor(question_indices)
+        pair = _select_rows(base, row_index), _select_rows(after, row_index)
+        for rule in evaluation_config.scorers:
+            probe_score = score_probe(rule, name, *pair)
+            edited_values = (
+                probe_score.after if probe_score.agreement is None else probe_score.agreement
+            )
+            for a, one, two in zip(
+                question_indices, probe_score.before.tolist(), edited_values.tolist()
+            ):
+                scores[a][rule.name] = (_round_finite(one), _round_finite(two))
+    return scores
+
+
+def _probe_answers(
+    model: Model,
+    readout: Readout,
+    generations: Sequence[str | None],
+    questions: Sequence[ProbeQuestion],
+) -> Iterator[ProbeAnswer]:
+    ids = readout.top_ids[..., 0]  # [A T]
+    accuracy = token_accuracy(ids, readout.labels).tolist()
+    exact = exact_match(ids, readout.labels).tolist()
+    nll = mean_nll(readout.nll, readout.labels).tolist()
+    for a, ask in enumerate(questions):
+        text = model.detokenize(ids[a][readout.labels[a] != IGNORE_INDEX].tolist()).strip()
+        answer = ProbeAnswer(
+            text=text,
+            accuracy=round(accuracy[a], 4),
+            exact_match=exact[a] == 1,
+            nll=_round_finite(nll[a]),
+        )
+        generation = generations[a]
+        if generation is not None:
+            generated_words = tokenize_words(generation)
+            answer = ProbeAnswer(
+                text=answer.text,
+                accuracy=answer.accuracy,
+                exact_match=answer.exact_match,
+                nll=answer.nll,
+                generation=first_line(generation),
+                generation_match=matches_answer(generation, (ask.query.target, *ask.query.aliases)),
+                ngram_entropy=_round_finite(ngram_entropy(generated_words))
+                if len(generated_words) > 2
+                else None,
+            )
         yield answer
 
 
-def _number(value: float) -> float | None:
+def _round_finite(value: float) -> float | None:
     return round(value, 4) + 0.0 if math.isfinite(value) else None
 
 
-def _rows(found: Reading, index: Tensor) -> Reading:
-    return Reading(*(None if t is None else t[index] for t in found))  # type: ignore[misc]
+def _select_rows(readout: Readout, row_index: Tensor) -> Readout:
+    return Readout(*(None if t is None else t[row_index] for t in readout))  # type: ignore[misc]
 
 
-def _on_cpu(found: Reading) -> Reading:
-    return Reading(*(None if t is None else t.cpu() for t in found))  # type: ignore[misc]
+def _to_cpu(readout: Readout) -> Readout:
+    return Readout(*(None if t is None else t.cpu() for t in readout))  # type: ignore[misc]
 
 
-def check_finite(model: Model, found: Reading) -> None:
+def check_finite(model: Model, readout: Readout) -> None:
     """Raise BadInput, naming parameters, when the base model's own scores are not numbers."""
-    if bool(found.nll.isfinite().all()):
+    if bool(readout.nll.isfinite().all()):
         return
     broken = [n for n, t in model.params.items() if not bool(torch.isfinite(t).all())]
-    where = f"{len(broken)} parameter(s) hold NaN or infinity, e.g. {broken[0]}" if broken else (
-        f"its parameters are finite, so it overflows in {next(iter(model.params.values())).dtype}"
-    )  # fmt: skip
-    raise BadInput(
+    where = (
+        f"{len(broken)} parameter(s) hold NaN or infinity, e.g. {broken[0]}"
+        if broken
+        else (
+            f"its parameters are finite, so it overflows in {next(iter(model.params.values())).dtype}"
+        )
+    )
+    raise InvalidInputError(
         f"a model must give finite scores, and {model.card.id} does not: {where}. "
         "Get the checkpoint again, or load it with another dtype."
     )
 
 
-def row_bytes(model: Model, tokens: int) -> int:
+def row_num_bytes(model: Model, num_tokens: int) -> int:
     """What one row takes while it is decoded without gradients, roughly and from above.
 
     Sixteen values of model width per token (residual stream, attention, feed-forward), and two
     attention maps per head of some 64 channels.
     """
     card = model.card
-    heads = max(1, card.width // 64)
-    return 4 * (16 * tokens * card.width + 2 * heads * tokens * tokens)
+    heads = max(1, card.hidden_size // 64)
+    return 4 * (16 * num_tokens * card.hidden_size + 2 * heads * num_tokens * num_tokens)
 
 
-def batches(model: Model, queries: Sequence[Query], budget: int) -> Iterator[list[int]]:
+def make_batches(model: Model, queries: Sequence[Query], memory_bytes: int) -> Iterator[list[int]]:
     """Numbers of the queries, alike in pictures and length, as many together as fit the budget."""
     groups: dict[tuple, list[int]] = {}
     for number, query in enumerate(queries):
         groups.setdefault((len(query.images), query.video), []).append(number)
     for numbers in groups.values():
         numbers.sort(key=lambda n: (-len(queries[n].prompt) - len(queries[n].target), n))
-        longest, scored = _read_one(model, queries[numbers[0]])
-        each = row_bytes(model, longest) + 4 * scored * model.card.vocab  # and the base's logits
-        size = max(1, min(MOST_ROWS, budget // each))
+        longest, scored = _query_lengths(model, queries[numbers[0]])
+        bytes_per_row = (
+            row_num_bytes(model, longest) + 4 * scored * model.card.vocab_size
+        )  # and the base's logits
+        size = max(1, min(MAX_ROWS, memory_bytes // bytes_per_row))
         for begin in range(0, len(numbers), size):
             yield numbers[begin : begin + size]
 
 
-def _read_one(model: Model, query: Query) -> tuple[int, int]:
+def _query_lengths(model: Model, query: Query) -> tuple[int, int]:
     """Tokens of a question with its answer, and of the answer alone."""
     try:
-        inputs = model.read([query])
-        return inputs.ids.shape[1], inputs.labels.shape[1]
+        inputs = model.preprocess([query])
+        return inputs.input_ids.shape[1], inputs.labels.shape[1]
     except ErrataError as fault:
         raise type(fault)(f"{fault} (asked: {query.prompt[:60]!r})") from fault

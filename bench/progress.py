@@ -28,56 +28,58 @@ class Progress:
 
     def __init__(self, stream: TextIO | None = None, every: float = 10.0) -> None:
         self._stream = stream or sys.stderr
-        self._live = self._stream.isatty()
-        self._every = 0.1 if self._live else every
-        self._shown = 0.0
+        self._is_terminal = self._stream.isatty()
+        self._every = 0.1 if self._is_terminal else every
+        self._last_shown_time = 0.0
         self._width = 0
-        self._said = -1  # steps done when the last line was shown
-        self._label, self._total, self._done, self._fresh = "", 0, 0, 0
-        self._began = time.monotonic()
+        self._last_shown_count = -1  # steps done when the last line was shown
+        self._label, self._total, self._num_done, self._num_new = "", 0, 0, 0
+        self._start_time = time.monotonic()
 
-    def start(self, label: str, total: int, done: int = 0) -> None:
+    def start(self, label: str, total: int, num_completed: int = 0) -> None:
         """Begin a stretch of `total` steps, of which `done` were finished in an earlier run."""
-        self._label, self._total, self._done, self._fresh = label, total, done, 0
-        self._began = self._shown = time.monotonic()
-        self._said = -1
-        if self._live:
+        self._label, self._total, self._num_done, self._num_new = label, total, num_completed, 0
+        self._start_time = self._last_shown_time = time.monotonic()
+        self._last_shown_count = -1
+        if self._is_terminal:
             self._show()
 
     def step(self, count: int = 1) -> None:
         """Count finished steps."""
-        self._done += count
-        self._fresh += count
-        if time.monotonic() - self._shown >= self._every:
+        self._num_done += count
+        self._num_new += count
+        if time.monotonic() - self._last_shown_time >= self._every:
             self._show()
 
     def stop(self) -> None:
         """End the stretch: its last line stays."""
-        if self._live or self._said != self._done:
+        if self._is_terminal or self._last_shown_count != self._num_done:
             self._show()
-        if self._live:
+        if self._is_terminal:
             self._stream.write("\n")
             self._stream.flush()
         self._width = 0
 
     def note(self, text: str) -> None:
         """A line of its own."""
-        self._stream.write(("\r" + " " * self._width + "\r" if self._live else "") + text + "\n")
+        self._stream.write(
+            ("\r" + " " * self._width + "\r" if self._is_terminal else "") + text + "\n"
+        )
         self._stream.flush()
 
     def _show(self) -> None:
-        self._shown = now = time.monotonic()
-        self._said = self._done
-        spent = now - self._began
-        words = f"{self._label}  {self._done}/{self._total} edits"
-        if self._fresh and spent > 0:
-            rate = self._fresh / spent
+        self._last_shown_time = now = time.monotonic()
+        self._last_shown_count = self._num_done
+        spent = now - self._start_time
+        words = f"{self._label}  {self._num_done}/{self._total} edits"
+        if self._num_new and spent > 0:
+            rate = self._num_new / spent
             speed = f"{rate:.1f} edits/s" if rate >= 1 else f"{1 / rate:.1f} s/edit"
-            left = (self._total - self._done) / rate
+            left = (self._total - self._num_done) / rate
             words += f"  {speed}  " + (
                 f"{duration(left)} left" if left else f"in {duration(spent)}"
             )
-        if self._live:
+        if self._is_terminal:
             self._stream.write("\r" + words + " " * max(0, self._width - len(words)))
             self._width = len(words)
         else:

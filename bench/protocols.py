@@ -23,40 +23,40 @@ from errata.functional.bind import bind
 from errata.functional.errors import ErrataError
 from errata.functional.stacks import unstack
 
-from .checkpoint import Mark, Marks
-from .clock import part
-from .ledger import Answer
-from .memory import measured
-from .probes import Ask, Measured, Terms, measure, row_bytes
-from .shared import Shared
-from .sources import queries_of
+from .checkpoint import CheckpointFile, SequenceCheckpoint
+from .clock import section
+from .ledger import ProbeAnswer
+from .memory import measure_peak
+from .probes import EvaluationConfig, ProbeQuestion, ProbeResult, evaluate, row_num_bytes
+from .shared import SharedBasePass
+from .sources import questions_of
 
-__all__ = ["Result", "Step", "lifelong", "reach_of", "sequential", "single"]
+__all__ = ["Result", "Step", "run_lifelong", "delta_depth", "run_sequential", "run_single"]
 
-Moment = Literal["edit", "gap", "end", "length"]
+EvaluatedAt = Literal["after_edit", "after_gap", "end", "after_length"]
 
-MOST_EDITS = 64  # side by side, whatever the budget
-TRAINED = 5  # a delta, its gradient, two moments, and the copy it is written to
-KEPT = 34  # values of model width per token that autograd keeps of a layer
+MAX_PARALLEL_EDITS = 64  # side by side, whatever the budget
+OPTIMIZER_COPIES = 5  # a delta, its gradient, two moments, and the copy it is written to
+ACTIVATIONS_PER_TOKEN = 34  # values of model width per token that autograd keeps of a layer
 
 
 class Result(NamedTuple):
     """One probe under one scorer."""
 
-    number: int  # of the case
+    case_number: int  # of the case
     case: Case
     probe: str
     index: int
     query: Query
-    moment: Moment
+    evaluated_at: EvaluatedAt
     gap: int
     scorer: str
     base: float | None
     score: float | None
-    before: Answer
-    after: Answer
+    before: ProbeAnswer
+    after: ProbeAnswer
     kl: float | None = None
-    same: bool | None = None
+    generation_unchanged: bool | None = None
     ppl_r: float | None = None
 
 
@@ -64,7 +64,7 @@ class Step(NamedTuple):
     """What is finished together: results, the deltas that were made, and what it cost."""
 
     number: int
-    of: int
+    num_units: int
     cases: int  # edits made
     results: list[Result]
     deltas: dict[str, Delta]  # by a name fit for a file
@@ -73,17 +73,17 @@ class Step(NamedTuple):
     peak_bytes: int
 
 
-class _About(NamedTuple):
+class _EvaluatedCase(NamedTuple):
     """A case whose probes are asked, and when."""
 
-    number: int
+    case_number: int
     case: Case
-    moment: Moment = "edit"
+    evaluated_at: EvaluatedAt = "after_edit"
     gap: int = 0
-    edit: int = 0  # number in a stacked delta
+    edit_index: int = 0  # number in a stacked delta
 
 
-class _Clock:
+class _Stopwatch:
     """Seconds of stretches of work, waiting for the device at their ends."""
 
     def __init__(self, device: torch.device) -> None:
@@ -101,16 +101,16 @@ class _Clock:
         return spent
 
 
-def single(
+def run_single(
     model: Model,
     editor: Editor,
     cases: Sequence[Case],
-    terms: Terms,
+    evaluation_config: EvaluationConfig,
     *,
     seed: int = 0,
-    together: int = 0,
-    done: Collection[int] = (),
-    shared: Shared | None = None,
+    batch_size: int = 0,
+    completed: Collection[int] = (),
+    base_pass: SharedBasePass | None = None,
 ) -> Iterator[Step]:
     """n independent edits, each from the base; probes before and after.
 
@@ -122,54 +122,66 @@ def single(
     the cut on one pass of the base per question and one of the edited model per ask.
     """
     device = _device(model)
-    model = shared.model if shared else model
+    model = base_pass.model if base_pass else model
     state = editor.init(model, torch.Generator().manual_seed(seed))
-    if together:
-        chunks = [slice(i, i + together) for i in range(0, len(cases), together)]
+    if batch_size:
+        chunks = [slice(i, i + batch_size) for i in range(0, len(cases), batch_size)]
     else:
         chunks = [slice(0, 1)]
     number = 0
     while number < len(chunks):
         chunk = cases[chunks[number]]
-        wanted = number not in done
-        sizing = number == 0 and not together and len(cases) > 1
-        if not (wanted or sizing):
+        is_pending = number not in completed
+        is_sizing = number == 0 and not batch_size and len(cases) > 1
+        if not (is_pending or is_sizing):
             number += 1
             continue
-        clock = _Clock(device)
-        with measured(device) as peak:
+        stopwatch = _Stopwatch(device)
+        with measure_peak(device) as peak:
             first = chunks[number].start
-            with _naming(model, chunk):
-                _open(shared, range(first, first + len(chunk)))
-                with part("edit"):
-                    delta = editor.each(model, state, [case.edit for case in chunk])
-            edit_seconds = clock.lap()
-            if sizing:
-                size = _fitting(model, delta, cases, terms.budget, shared)
+            with _name_failing_case(model, chunk):
+                _load_base_rows(base_pass, range(first, first + len(chunk)))
+                with section("edit"):
+                    delta = editor.edit_each(model, state, [case.edit for case in chunk])
+            edit_seconds = stopwatch.lap()
+            if is_sizing:
+                size = _num_parallel_edits(
+                    model, delta, cases, evaluation_config.memory_bytes, base_pass
+                )
                 chunks += [slice(i, i + size) for i in range(1, len(cases), size)]
             results = []
-            if wanted:
-                asked = [_About(first + e, case, edit=e) for e, case in enumerate(chunk)]
-                results = _ask(model, delta, asked, terms, shared)
-        if wanted:
-            files = {f"case-{first + e:05d}": one for e, one in enumerate(unstack(delta))}
-            yield Step(number, len(chunks), len(chunk), results, files, edit_seconds, clock.lap(),
-                       peak.bytes)  # fmt: skip
+            if is_pending:
+                evaluated = [
+                    _EvaluatedCase(first + e, case, edit_index=e) for e, case in enumerate(chunk)
+                ]
+                results = _evaluate_cases(model, delta, evaluated, evaluation_config, base_pass)
+        if is_pending:
+            named_deltas = {f"case-{first + e:05d}": one for e, one in enumerate(unstack(delta))}
+            yield Step(
+                number,
+                len(chunks),
+                len(chunk),
+                results,
+                named_deltas,
+                edit_seconds,
+                stopwatch.lap(),
+                peak.bytes,
+            )
         number += 1
 
 
-def sequential(
+def run_sequential(
     model: Model,
     editor: Editor,
     cases: Sequence[Case],
-    terms: Terms,
+    evaluation_config: EvaluationConfig,
     *,
     seed: int = 0,
-    group: int = 0,
+    sequence_length: int = 0,
     gaps: Sequence[int] = (),
-    done: Collection[int] = (),
-    marks: Marks | None = None,
-    shared: Shared | None = None,
+    completed: Collection[int] = (),
+    checkpoint: CheckpointFile | None = None,
+    base_pass: SharedBasePass | None = None,
 ) -> Iterator[Step]:
     """Edits one after another on the same model; each group of `group` starts from the base.
 
@@ -178,158 +190,207 @@ def sequential(
     finished steps that a later step builds on are taken from `marks`; those made since the last
     mark are made again, and come out the same.
     """
-    group = group or len(cases)
-    starts = range(0, len(cases), group)
-    of = len(cases) + len(starts)
+    sequence_length = sequence_length or len(cases)
+    starts = range(0, len(cases), sequence_length)
+    num_units = len(cases) + len(starts)
     device = _device(model)
-    model = shared.model if shared else model
-    for turn, start in enumerate(starts):
-        members = cases[start : start + group]
-        first, last = start + turn, start + turn + len(members)  # steps: its first edit, its end
-        made = next((k for k in range(len(members) + 1) if first + k not in done), None)
-        if made is None:
+    model = base_pass.model if base_pass else model
+    for group_number, start in enumerate(starts):
+        members = cases[start : start + sequence_length]
+        first, last = (
+            start + group_number,
+            start + group_number + len(members),
+        )  # steps: its first edit, its end
+        first_pending = next(
+            (k for k in range(len(members) + 1) if first + k not in completed), None
+        )
+        if first_pending is None:
             continue
         state, delta, begin = editor.init(model, torch.Generator().manual_seed(seed)), None, 0
-        mark = marks.recall(start, device) if marks and made else None
-        if mark and mark.edits <= made:
-            begin, state, delta = mark
+        saved = checkpoint.load(start, device) if checkpoint and first_pending else None
+        if saved and saved.num_edits <= first_pending:
+            begin, state, delta = saved
         for k in range(begin, len(members)):
-            clock = _Clock(device)
-            with measured(device) as peak:
-                with _naming(model, members[k : k + 1]):
-                    _open(shared, [start + k])
-                    with part("edit"):
+            stopwatch = _Stopwatch(device)
+            with measure_peak(device) as peak:
+                with _name_failing_case(model, members[k : k + 1]):
+                    _load_base_rows(base_pass, [start + k])
+                    with section("edit"):
                         delta, state = editor.edit(model, state, [members[k].edit])
-                edit_seconds = clock.lap()
-                if k < made:
+                edit_seconds = stopwatch.lap()
+                if k < first_pending:
                     continue
-                about = [_About(start + k, members[k])]
-                about += [_About(start + k - g, members[k - g], "gap", g) for g in gaps if g <= k]
-                results = _ask(model, delta, about, terms, shared)
-            yield Step(first + k, of, 1, results, {}, edit_seconds, clock.lap(), peak.bytes)
-            if marks:  # only now: whoever asks for more has kept the step
-                marks.keep(start, Mark(k + 1, state, delta))
+                evaluated = [_EvaluatedCase(start + k, members[k])]
+                evaluated += [
+                    _EvaluatedCase(start + k - g, members[k - g], "after_gap", g)
+                    for g in gaps
+                    if g <= k
+                ]
+                results = _evaluate_cases(model, delta, evaluated, evaluation_config, base_pass)
+            yield Step(
+                first + k, num_units, 1, results, {}, edit_seconds, stopwatch.lap(), peak.bytes
+            )
+            if checkpoint:  # only now: whoever asks for more has kept the step
+                checkpoint.save(start, SequenceCheckpoint(k + 1, state, delta))
         if delta is not None:
-            clock = _Clock(device)
-            with measured(device) as peak:
-                late = len(members) - 1
-                about = [_About(start + k, c, "end", late - k) for k, c in enumerate(members)]
-                results = _ask(model, delta, about, terms, shared)
-            files = {f"group-{turn:04d}": delta}
-            yield Step(last, of, 0, results, files, 0.0, clock.lap(), peak.bytes)
+            stopwatch = _Stopwatch(device)
+            with measure_peak(device) as peak:
+                last_index = len(members) - 1
+                evaluated = [
+                    _EvaluatedCase(start + k, c, "end", last_index - k)
+                    for k, c in enumerate(members)
+                ]
+                results = _evaluate_cases(model, delta, evaluated, evaluation_config, base_pass)
+            named_deltas = {f"group-{group_number:04d}": delta}
+            yield Step(last, num_units, 0, results, named_deltas, 0.0, stopwatch.lap(), peak.bytes)
 
 
-def lifelong(
+def run_lifelong(
     model: Model,
     editor: Editor,
     cases: Sequence[Case],
-    terms: Terms,
+    evaluation_config: EvaluationConfig,
     *,
-    lengths: Sequence[int],
-    asked: int = 0,
+    eval_after: Sequence[int],
+    max_evaluated: int = 0,
     seed: int = 0,
-    done: Collection[int] = (),
-    marks: Marks | None = None,
-    shared: Shared | None = None,
+    completed: Collection[int] = (),
+    checkpoint: CheckpointFile | None = None,
+    base_pass: SharedBasePass | None = None,
 ) -> Iterator[Step]:
     """Edits one after another; after n of them, n in `lengths` and at the end, all n are asked.
 
     With `asked` at most so many of the n, evenly spread, the first and the last among them. A
-    result's gap is n: moment "length" with gap 100 is the model after 100 edits, asked about these.
+    result's gap is n: `evaluated_at` "after_length" with gap 100 is the model after 100 edits, asked about these.
     Every edit is a step; steps go on from `marks` as those of `sequential` do.
     """
-    device, of = _device(model), len(cases)
-    ends = {*lengths, of}
-    made = next((k for k in range(of) if k not in done), of)
-    if made == of:
+    device, num_units = _device(model), len(cases)
+    evaluated_counts = {*eval_after, num_units}
+    first_pending = next((k for k in range(num_units) if k not in completed), num_units)
+    if first_pending == num_units:
         return
-    model = shared.model if shared else model
+    model = base_pass.model if base_pass else model
     state, delta, begin = editor.init(model, torch.Generator().manual_seed(seed)), None, 0
-    mark = marks.recall(0, device) if marks and made else None
-    if mark and mark.edits <= made:
-        begin, state, delta = mark
-    for k in range(begin, of):
-        clock = _Clock(device)
-        with measured(device) as peak:
-            with _naming(model, cases[k : k + 1]):
-                _open(shared, [k])
-                with part("edit"):
+    saved = checkpoint.load(0, device) if checkpoint and first_pending else None
+    if saved and saved.num_edits <= first_pending:
+        begin, state, delta = saved
+    for k in range(begin, num_units):
+        stopwatch = _Stopwatch(device)
+        with measure_peak(device) as peak:
+            with _name_failing_case(model, cases[k : k + 1]):
+                _load_base_rows(base_pass, [k])
+                with section("edit"):
                     delta, state = editor.edit(model, state, [cases[k].edit])
-            edit_seconds = clock.lap()
-            if k < made:
+            edit_seconds = stopwatch.lap()
+            if k < first_pending:
                 continue
             results = []
-            if k + 1 in ends:
-                chosen = _spread(k + 1, asked)
-                about = [_About(n, cases[n], "length", k + 1) for n in chosen]
-                results = _ask(model, delta, about, terms, shared)
-        files = {f"edits-{k + 1:05d}": delta} if k + 1 in ends else {}
-        yield Step(k, of, 1, results, files, edit_seconds, clock.lap(), peak.bytes)
-        if marks:  # only now: whoever asks for more has kept the step
-            marks.keep(0, Mark(k + 1, state, delta))
+            if k + 1 in evaluated_counts:
+                chosen = _evenly_spaced(k + 1, max_evaluated)
+                evaluated = [_EvaluatedCase(n, cases[n], "after_length", k + 1) for n in chosen]
+                results = _evaluate_cases(model, delta, evaluated, evaluation_config, base_pass)
+        named_deltas = {f"edits-{k + 1:05d}": delta} if k + 1 in evaluated_counts else {}
+        yield Step(
+            k, num_units, 1, results, named_deltas, edit_seconds, stopwatch.lap(), peak.bytes
+        )
+        if checkpoint:  # only now: whoever asks for more has kept the step
+            checkpoint.save(0, SequenceCheckpoint(k + 1, state, delta))
 
 
-def _spread(count: int, most: int) -> list[int]:
+def _evenly_spaced(count: int, max_count: int) -> list[int]:
     """At most `most` of the numbers below `count`, evenly spread; all with 0."""
-    if not most or count <= most:
+    if not max_count or count <= max_count:
         return list(range(count))
-    return sorted({round(k * (count - 1) / max(1, most - 1)) for k in range(most)})
+    return sorted({round(k * (count - 1) / max(1, max_count - 1)) for k in range(max_count)})
 
 
-def _open(shared: Shared | None, numbers: Collection[int]) -> None:
-    if shared:
-        shared.open(numbers)
+def _load_base_rows(base_pass: SharedBasePass | None, numbers: Collection[int]) -> None:
+    if base_pass:
+        base_pass.load(numbers)
 
 
-def _ask(
-    model: Model, delta: Delta, about: Sequence[_About], terms: Terms, shared: Shared | None
+def _evaluate_cases(
+    model: Model,
+    delta: Delta,
+    evaluated: Sequence[_EvaluatedCase],
+    evaluation_config: EvaluationConfig,
+    base_pass: SharedBasePass | None,
 ) -> list[Result]:
     """All probes of these cases, in order: case, probe, index, scorer."""
-    bound, reach = bind(model, delta), reach_of(model, delta)
-    found: list[tuple[tuple[_About, str, int, Query], Measured]] = []
-    numbers = [one.number for one in about]
-    for some in shared.slices(numbers) if shared else [slice(None)]:
-        asked = [(one, *probe) for one in about[some] for probe in queries_of(one.case)]
-        asks = [Ask(probe, query, one.edit) for one, probe, _, query in asked]
-        with _naming(model, [one.case for one in about[some]]):
-            _open(shared, numbers[some])
-            found += zip(asked, measure(model, bound, asks, reach, terms))
+    edited_model, depth = bind(model, delta), delta_depth(model, delta)
+    pairs: list[tuple[tuple[_EvaluatedCase, str, int, Query], ProbeResult]] = []
+    numbers = [one.case_number for one in evaluated]
+    for span in base_pass.block_slices(numbers) if base_pass else [slice(None)]:
+        labeled_queries = [
+            (one, *probe) for one in evaluated[span] for probe in questions_of(one.case)
+        ]
+        questions = [
+            ProbeQuestion(probe, query, one.edit_index) for one, probe, _, query in labeled_queries
+        ]
+        with _name_failing_case(model, [one.case for one in evaluated[span]]):
+            _load_base_rows(base_pass, numbers[span])
+            pairs += zip(
+                labeled_queries, evaluate(model, edited_model, questions, depth, evaluation_config)
+            )
     return [
-        Result(one.number, one.case, probe, index, query, one.moment, one.gap, scorer,
-               *got.scores[scorer], got.before, got.after, got.kl, got.same, got.ppl_r)
-        for (one, probe, index, query), got in found
+        Result(
+            one.case_number,
+            one.case,
+            probe,
+            index,
+            query,
+            one.evaluated_at,
+            one.gap,
+            scorer,
+            *got.scores[scorer],
+            got.before,
+            got.after,
+            got.kl,
+            got.generation_unchanged,
+            got.ppl_r,
+        )
+        for (one, probe, index, query), got in pairs
         for scorer in got.scores
-    ]  # fmt: skip
+    ]
 
 
-def reach_of(model: Model, delta: Delta) -> prefix.Reach:
+def delta_depth(model: Model, delta: Delta) -> prefix.EditDepth:
     """The lowest place a delta acts on."""
-    begins = {entry.begins() for entry in delta.header.entries}
-    if "read" in begins:
-        return prefix.Reach(embed=True)
-    if "rows" in begins:
-        return prefix.Reach()
-    reach = prefix.reach(model.card, [entry.name for entry in delta.header.entries])
-    whole = any(entry.whole() for entry in delta.header.entries)
-    return reach._replace(scored=reach.scored and not whole)
+    acts_on = {entry.acts_on() for entry in delta.header.entries}
+    if "prompt" in acts_on:
+        return prefix.EditDepth(before_decoder=True)
+    if "embeddings" in acts_on:
+        return prefix.EditDepth()
+    depth = prefix.edit_depth(model.card, [entry.name for entry in delta.header.entries])
+    needs_all_tokens = any(entry.needs_all_tokens() for entry in delta.header.entries)
+    return depth._replace(scored_only=depth.scored_only and not needs_all_tokens)
 
 
-def _fitting(
-    model: Model, delta: Delta, cases: Sequence[Case], budget: int, shared: Shared | None
+def _num_parallel_edits(
+    model: Model,
+    delta: Delta,
+    cases: Sequence[Case],
+    memory_bytes: int,
+    base_pass: SharedBasePass | None,
 ) -> int:
     """How many edits like this one may run side by side: its optimiser, and what autograd keeps."""
-    card, reach = model.card, reach_of(model, delta)
-    own = sum(t.numel() * t.element_size() for t in delta.tensors.values()) // delta.header.stack
+    card, depth = model.card, delta_depth(model, delta)
+    delta_bytes = (
+        sum(t.numel() * t.element_size() for t in delta.tensors.values()) // delta.header.stack
+    )
     longest = max(cases, key=lambda case: len(case.edit.prompt) + len(case.edit.target)).edit
-    with _naming(model, cases):
-        inputs = model.read([longest])
-    scored, tokens = inputs.labels.shape[1], inputs.ids.shape[1]
-    kept = scored if reach.scored else tokens
-    layers = max(1, card.num_layers - reach.layer)
-    graph = 4 * (KEPT * layers * kept * card.width + 3 * scored * card.vocab)
-    each = TRAINED * own + graph + row_bytes(model, tokens)
-    each += shared.case_bytes if shared else 0
-    return max(1, min(MOST_EDITS, budget // each))
+    with _name_failing_case(model, cases):
+        inputs = model.preprocess([longest])
+    scored, tokens = inputs.labels.shape[1], inputs.input_ids.shape[1]
+    num_kept_tokens = scored if depth.scored_only else tokens
+    layers = max(1, card.num_layers - depth.layer)
+    graph_bytes = 4 * (
+        ACTIVATIONS_PER_TOKEN * layers * num_kept_tokens * card.hidden_size
+        + 3 * scored * card.vocab_size
+    )
+    bytes_per_edit = OPTIMIZER_COPIES * delta_bytes + graph_bytes + row_num_bytes(model, tokens)
+    bytes_per_edit += base_pass.bytes_per_case if base_pass else 0
+    return max(1, min(MAX_PARALLEL_EDITS, memory_bytes // bytes_per_edit))
 
 
 def _device(model: Model) -> torch.device:
@@ -337,14 +398,14 @@ def _device(model: Model) -> torch.device:
 
 
 @contextlib.contextmanager
-def _naming(model: Model, cases: Sequence[Case]) -> Iterator[None]:
+def _name_failing_case(model: Model, cases: Sequence[Case]) -> Iterator[None]:
     """Say which case a fault is about: the first whose questions can not be read, else all."""
     try:
         yield
     except ErrataError as fault:
         for case in cases:
             try:
-                model.read([query for _, _, query in queries_of(case)])
+                model.preprocess([query for _, _, query in questions_of(case)])
             except ErrataError as own:
                 raise type(own)(f"case {case.id!r}: {own}") from own
         if len(cases) == 1:

@@ -8,25 +8,25 @@ from importlib import resources
 
 import msgspec
 
-__all__ = ["Quoted", "here", "quoted"]
+__all__ = ["PublishedResult", "matching_results", "published_results"]
 
 
-class Quoted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class PublishedResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One row of a paper's table; values are percents, by probe."""
 
     benchmark: str
     models: tuple[str, ...]  # names a user may have given the same model, the first the paper's
     method: str
     scorer: str
-    templates: tuple[str, ...]  # `Options.template`s that put the same words before the model
+    templates: tuple[str, ...]  # `ReadOptions.template`s that put the same words before the model
     protocol: str
     source: str
     values: Mapping[str, float]
-    exact: Mapping[str, float] = {}  # the first of an EM/Acc pair
+    exact_match: Mapping[str, float] = {}  # the first of an EM/Acc pair
 
 
 @lru_cache(maxsize=1)
-def quoted() -> tuple[Quoted, ...]:
+def published_results() -> tuple[PublishedResult, ...]:
     """Every row of `published.toml`: a table gives its setting once, its rows the numbers."""
     text = resources.files("errata.bench").joinpath("published.toml").read_text(encoding="utf-8")
     rows = []
@@ -39,36 +39,38 @@ def quoted() -> tuple[Quoted, ...]:
                 **setting,
                 "method": method,
                 "source": table["source"],
-                "values": {name: _last(value) for name, value in values.items() if value != []},
-                "exact": {name: one[0] for name, one in values.items() if _pair(one)},
+                "values": {
+                    name: _last_value(value) for name, value in values.items() if value != []
+                },
+                "exact_match": {name: one[0] for name, one in values.items() if _is_pair(one)},
             }
-            rows.append(msgspec.convert(row, Quoted))
+            rows.append(msgspec.convert(row, PublishedResult))
     return tuple(rows)
 
 
-def _pair(value: float | list[float]) -> bool:
+def _is_pair(value: float | list[float]) -> bool:
     return isinstance(value, list) and len(value) == 2
 
 
-def _last(value: float | list[float]) -> float:
+def _last_value(value: float | list[float]) -> float:
     return value[-1] if isinstance(value, list) else value
 
 
-def _plain(name: str) -> str:
+def _normalize_name(name: str) -> str:
     return "".join(char for char in name.rsplit("/", 1)[-1].lower() if char.isalnum())
 
 
-def here(benchmark: str, template: str, model: str) -> list[Quoted]:
+def matching_results(benchmark: str, template: str, model: str) -> list[PublishedResult]:
     """The quoted rows of a benchmark, its prompts and a model, however the model is spelled.
 
-    >>> [row.method for row in here("mmedit-vqa", "easyedit", "Salesforce/blip2-opt-2.7b")][-1]
+    >>> [row.method for row in matching_results("mmedit-vqa", "easyedit", "Salesforce/blip2-opt-2.7b")][-1]
     'MEND'
     """
-    name = _plain(model)
+    name = _normalize_name(model)
     return [
         row
-        for row in quoted()
+        for row in published_results()
         if row.benchmark == benchmark
         and template in row.templates
-        and name in {_plain(one) for one in row.models}
+        and name in {_normalize_name(one) for one in row.models}
     ]

@@ -25,40 +25,40 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import torch
 
-from errata.functional.errors import BadInput
-from errata.functional.intervals import Interval, interval
-from errata.functional.metrics import PROBES, SCORERS, probe
+from errata.functional.errors import InvalidInputError
+from errata.functional.intervals import Interval, bootstrap_interval
+from errata.functional.metrics import PROBES, SCORERS, get_probe
 
-from .ledger import Row
+from .ledger import ResultRow
 
 __all__ = [
-    "Cell",
-    "Leg",
-    "Line",
-    "by_case",
-    "html",
-    "ordered",
+    "ProbeSummary",
+    "TableKey",
+    "EditorSummary",
+    "mean_per_case",
+    "write_page",
+    "sort_probes",
     "read_profile",
-    "shares",
-    "summarise",
-    "summary",
+    "timing_table",
+    "summarize",
+    "summary_json",
     "table",
 ]
 
 Style = Literal["terminal", "markdown", "latex"]
 
 
-class Leg(NamedTuple):
+class TableKey(NamedTuple):
     """What a table's numbers share."""
 
     model: str
     protocol: str
-    moment: str
+    evaluated_at: str
     gap: int
     scorer: str
 
 
-class Cell(msgspec.Struct, frozen=True):
+class ProbeSummary(msgspec.Struct, frozen=True):
     """One probe of one editor: means with their intervals, None where nothing was had.
 
     All lie in 0..1 down to `said_before`.
@@ -66,10 +66,10 @@ class Cell(msgspec.Struct, frozen=True):
 
     score: Interval
     base: Interval | None
-    exact: Interval | None = None
-    said: Interval | None = None
-    exact_before: Interval | None = None
-    said_before: Interval | None = None
+    exact_match: Interval | None = None
+    generation_match: Interval | None = None
+    exact_match_before: Interval | None = None
+    generation_match_before: Interval | None = None
     kl: Interval | None = None  # nats per token
     ppl: Interval | None = None  # exp of the mean -log p of the target
     ppl_before: Interval | None = None
@@ -78,15 +78,15 @@ class Cell(msgspec.Struct, frozen=True):
     fluency_before: Interval | None = None
 
 
-class Line(msgspec.Struct, frozen=True):
+class EditorSummary(msgspec.Struct, frozen=True):
     """One editor under one leg."""
 
     editor: str
     cases: int
-    cells: Mapping[str, Cell]
+    probes: Mapping[str, ProbeSummary]
 
 
-def ordered(names: Iterable[str]) -> list[str]:
+def sort_probes(names: Iterable[str]) -> list[str]:
     """Probe names in the order of the papers' tables; ones of your own come last."""
     rank = {name: place for place, name in enumerate(PROBES)}
 
@@ -97,68 +97,78 @@ def ordered(names: Iterable[str]) -> list[str]:
     return sorted(set(names), key=place)
 
 
-def summarise(rows: Iterable[Row], draws: int = 1000) -> dict[Leg, list[Line]]:
+def summarize(rows: Iterable[ResultRow], draws: int = 1000) -> dict[TableKey, list[EditorSummary]]:
     """Rows to lines: per leg, one line per editor, in the order in which the rows name them.
 
     The gaps of a sequential run after the last edit differ from case to case; at the moment "end"
     they are taken together.
     """
-    grouped: dict[Leg, dict[str, dict[str, list[Row]]]] = {}
+    grouped: dict[TableKey, dict[str, dict[str, list[ResultRow]]]] = {}
     for row in rows:
-        gap = 0 if row.moment == "end" else row.gap
-        leg = Leg(row.model, row.protocol, row.moment, gap, row.scorer)
-        editors = grouped.setdefault(leg, {})
-        editors.setdefault(row.editor, defaultdict(list))[_pooled(row)].append(row)
+        gap = 0 if row.evaluated_at == "end" else row.gap
+        key = TableKey(row.model, row.protocol, row.evaluated_at, gap, row.scorer)
+        editors = grouped.setdefault(key, {})
+        editors.setdefault(row.editor, defaultdict(list))[_pooled_probe(row)].append(row)
     return {
-        leg: [_line(editor, probes, draws) for editor, probes in editors.items()]
+        leg: [_summarize_editor(editor, probes, draws) for editor, probes in editors.items()]
         for leg, editors in grouped.items()
     }
 
 
-def _pooled(row: Row) -> str:
+def _pooled_probe(row: ResultRow) -> str:
     """A row's probe; scorers that pool a family's kinds over a case put them under one name."""
-    if row.scorer in SCORERS and SCORERS[row.scorer].pooled:
+    if row.scorer in SCORERS and SCORERS[row.scorer].pools_kinds:
         for stem in ("portability", "text_locality"):
             if row.probe.startswith(stem):
                 return stem
     return row.probe
 
 
-def _line(editor: str, probes: Mapping[str, Sequence[Row]], draws: int) -> Line:
-    cells = {name: _cell(name, probes[name], draws) for name in ordered(probes)}
-    return Line(editor, len({row.case for rows in probes.values() for row in rows}), cells)
+def _summarize_editor(
+    editor: str, probes: Mapping[str, Sequence[ResultRow]], draws: int
+) -> EditorSummary:
+    cells = {name: _summarize_probe(name, probes[name], draws) for name in sort_probes(probes)}
+    return EditorSummary(editor, len({row.case for rows in probes.values() for row in rows}), cells)
 
 
-def _cell(name: str, rows: Sequence[Row], draws: int) -> Cell:
+def _summarize_probe(name: str, rows: Sequence[ResultRow], draws: int) -> ProbeSummary:
     def mean(values: Iterable[tuple[str, float | bool | None]]) -> Interval | None:
-        found = by_case(values)
-        return interval(torch.tensor(found), draws=draws) if found else None
+        found = mean_per_case(values)
+        return bootstrap_interval(torch.tensor(found), draws=draws) if found else None
 
-    score = interval(torch.tensor(by_case((r.case, r.score) for r in rows)), draws=draws)
+    score = bootstrap_interval(
+        torch.tensor(mean_per_case((r.case, r.score) for r in rows)), draws=draws
+    )
     base = mean((r.case, r.base) for r in rows)
     kl = mean((r.case, r.kl) for r in rows)
-    talk = {
-        "fluency": mean((r.case, r.after.entropy) for r in rows),
-        "fluency_before": mean((r.case, r.before.entropy) for r in rows),
+    fluency = {
+        "fluency": mean((r.case, r.after.ngram_entropy) for r in rows),
+        "fluency_before": mean((r.case, r.before.ngram_entropy) for r in rows),
     }
-    if probe(name).kind == "locality":
-        return Cell(score, base, said=mean((r.case, r.same) for r in rows), kl=kl, **talk)
-    return Cell(
+    if get_probe(name).kind == "locality":
+        return ProbeSummary(
+            score,
+            base,
+            generation_match=mean((r.case, r.generation_unchanged) for r in rows),
+            kl=kl,
+            **fluency,
+        )
+    return ProbeSummary(
         score,
         base,
-        exact=mean((r.case, r.after.exact) for r in rows),
-        said=mean((r.case, r.after.match) for r in rows),
-        exact_before=mean((r.case, r.before.exact) for r in rows),
-        said_before=mean((r.case, r.before.match) for r in rows),
+        exact_match=mean((r.case, r.after.exact_match) for r in rows),
+        generation_match=mean((r.case, r.after.generation_match) for r in rows),
+        exact_match_before=mean((r.case, r.before.exact_match) for r in rows),
+        generation_match_before=mean((r.case, r.before.generation_match) for r in rows),
         kl=kl,
-        ppl=_exp(mean((r.case, r.after.nll) for r in rows)),
-        ppl_before=_exp(mean((r.case, r.before.nll) for r in rows)),
+        ppl=_perplexity(mean((r.case, r.after.nll) for r in rows)),
+        ppl_before=_perplexity(mean((r.case, r.before.nll) for r in rows)),
         ppl_r=mean((r.case, r.ppl_r) for r in rows),
-        **talk,
+        **fluency,
     )
 
 
-def _exp(nll: Interval | None) -> Interval | None:
+def _perplexity(nll: Interval | None) -> Interval | None:
     """Perplexity: of the mean, for a mean of perplexities is one case's."""
     if nll is None:
         return None
@@ -166,16 +176,16 @@ def _exp(nll: Interval | None) -> Interval | None:
     return Interval(mean, low, high, nll.count)
 
 
-def by_case(values: Iterable[tuple[str, float | bool | None]]) -> list[float]:
+def mean_per_case(values: Iterable[tuple[str, float | bool | None]]) -> list[float]:
     """One value per case, the mean of its queries, in order of first sight; None is left out."""
-    cases: dict[str, list[float]] = {}
+    values_by_case: dict[str, list[float]] = {}
     for case, value in values:
         if value is not None:
-            cases.setdefault(case, []).append(float(value))
-    return [sum(found) / len(found) for found in cases.values()]
+            values_by_case.setdefault(case, []).append(float(value))
+    return [sum(found) / len(found) for found in values_by_case.values()]
 
 
-def summary(rows: Iterable[Row]) -> dict[str, Any]:
+def summary_json(rows: Iterable[ResultRow]) -> dict[str, Any]:
     """The summary as plain JSON values: a list of legs, each with its editors and their cells."""
     return {
         "legs": [
@@ -185,28 +195,28 @@ def summary(rows: Iterable[Row]) -> dict[str, Any]:
                     {
                         "editor": line.editor,
                         "cases": line.cases,
-                        "probes": {name: _plain(cell) for name, cell in line.cells.items()},
+                        "probes": {name: _probe_json(cell) for name, cell in line.probes.items()},
                     }
                     for line in lines
                 ],
             }
-            for leg, lines in summarise(rows).items()
+            for leg, lines in summarize(rows).items()
         ]
     }
 
 
-def _plain(cell: Cell) -> dict[str, Any]:
+def _probe_json(summary: ProbeSummary) -> dict[str, Any]:
     """An interval as an object; its mean is null where there was nothing to average."""
     plain = {}
-    for name in cell.__struct_fields__:
-        found = getattr(cell, name)
+    for name in summary.__struct_fields__:
+        found = getattr(summary, name)
         if found is not None:
-            nothing = dict.fromkeys(("mean", "low", "high")) if found.count == 0 else {}
-            plain[name] = {**found._asdict(), **nothing}
+            empty = dict.fromkeys(("mean", "low", "high")) if found.count == 0 else {}
+            plain[name] = {**found._asdict(), **empty}
     return plain
 
 
-def table(rows: Iterable[Row], style: Style = "terminal") -> str:
+def table(rows: Iterable[ResultRow], style: Style = "terminal") -> str:
     """Every leg as a table: a base line, a line per editor, a column per probe, values times 100.
 
     The terminal shows intervals; Markdown and LaTeX print EM/Acc pairs for success probes, as
@@ -215,15 +225,17 @@ def table(rows: Iterable[Row], style: Style = "terminal") -> str:
     Raises `BadInput` for an unknown style or no rows.
     """
     if style not in _STYLES:
-        raise BadInput(f"a table's style must be one of {', '.join(_STYLES)}; got {style!r}.")
-    legs = summarise(rows)
-    if not legs:
-        raise BadInput("a table needs at least one row; the ledger has none.")
-    return "\n\n".join(_STYLES[style](leg, lines) for leg, lines in legs.items())
+        raise InvalidInputError(
+            f"a table's style must be one of {', '.join(_STYLES)}; got {style!r}."
+        )
+    tables = summarize(rows)
+    if not tables:
+        raise InvalidInputError("a table needs at least one row; the ledger has none.")
+    return "\n\n".join(_STYLES[style](leg, lines) for leg, lines in tables.items())
 
 
-def html(
-    rows: Iterable[Row],
+def write_page(
+    rows: Iterable[ResultRow],
     path: str | Path,
     *,
     folder: str | Path | None = None,
@@ -241,52 +253,56 @@ def html(
     report_html.write(list(rows), Path(path), Path(folder) if folder else None, settings, title)
 
 
-def heading(leg: Leg, lines: Sequence[Line]) -> str:
+def heading(key: TableKey, editors: Sequence[EditorSummary]) -> str:
     """What a table's numbers are of, in words."""
-    moments = {
-        "edit": "right after each edit",
-        "gap": f"{leg.gap} edits later",
+    evaluated_at_words = {
+        "after_edit": "right after each edit",
+        "after_gap": f"{key.gap} edits later",
         "end": "after all edits",
-        "length": f"after {leg.gap} edit{'s' * (leg.gap != 1)}, asked about these",
+        "after_length": f"after {key.gap} edit{'s' * (key.gap != 1)}, asked about these",
     }
-    counts = sorted({line.cases for line in lines})
+    counts = sorted({line.cases for line in editors})
     cases = str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
-    when = "" if leg.protocol == "single" else f", {moments.get(leg.moment, leg.moment)}"
-    return f"{leg.model} · {leg.protocol}{when} · scorer {leg.scorer} · {cases} cases"
+    when = (
+        ""
+        if key.protocol == "single"
+        else f", {evaluated_at_words.get(key.evaluated_at, key.evaluated_at)}"
+    )
+    return f"{key.model} · {key.protocol}{when} · scorer {key.scorer} · {cases} cases"
 
 
-def _columns(lines: Sequence[Line]) -> list[str]:
-    return ordered(name for line in lines for name in line.cells)
+def _probe_columns(editors: Sequence[EditorSummary]) -> list[str]:
+    return sort_probes(name for line in editors for name in line.probes)
 
 
-def _percent(value: float | None, places: int = 1) -> str:
+def _format_percent(value: float | None, places: int = 1) -> str:
     return "–" if value is None or value != value else f"{100 * value:.{places}f}"
 
 
-def _base(lines: Sequence[Line], name: str) -> float | None:
+def _base_success(editors: Sequence[EditorSummary], name: str) -> float | None:
     """The unedited model's success, 1 for a locality: it agrees with itself."""
-    cells = [line.cells[name] for line in lines if name in line.cells]
-    return 1.0 if probe(name).kind == "locality" else _mean(cells[0].base)
+    cells = [line.probes[name] for line in editors if name in line.probes]
+    return 1.0 if get_probe(name).kind == "locality" else _mean_or_none(cells[0].base)
 
 
-def _mean(value: Interval | None) -> float | None:
+def _mean_or_none(value: Interval | None) -> float | None:
     return value and value.mean
 
 
-def _terminal(leg: Leg, lines: Sequence[Line]) -> str:
-    names = _columns(lines)
-    body = [["", *(probe(name).short for name in names)]]
-    body.append(["base", *(_percent(_base(lines, name)) for name in names)])
-    for line in lines:
-        cells = [line.cells.get(name) for name in names]
-        body.append([line.editor, *(_ranged(cell) for cell in cells)])
-        for label, field in (("exact", "exact"), ("said", "said")):
-            values = [cell and _mean(getattr(cell, field)) for cell in cells]
+def _terminal_table(key: TableKey, editors: Sequence[EditorSummary]) -> str:
+    names = _probe_columns(editors)
+    body = [["", *(get_probe(name).column for name in names)]]
+    body.append(["base", *(_format_percent(_base_success(editors, name)) for name in names)])
+    for line in editors:
+        cells = [line.probes.get(name) for name in names]
+        body.append([line.editor, *(_format_interval(cell) for cell in cells)])
+        for label, field in (("exact", "exact_match"), ("said", "generation_match")):
+            values = [cell and _mean_or_none(getattr(cell, field)) for cell in cells]
             if any(value is not None for value in values):
-                marks = (_percent(v) if v is not None else "" for v in values)
+                marks = (_format_percent(v) if v is not None else "" for v in values)
                 body.append([f"  {label}", *marks])
     widths = [max(len(row[i]) for row in body) for i in range(len(body[0]))]
-    text = [heading(leg, lines)]
+    text = [heading(key, editors)]
     for row in body:
         first, *rest = (
             cell.ljust(width) if i == 0 else cell.rjust(width)
@@ -296,57 +312,65 @@ def _terminal(leg: Leg, lines: Sequence[Line]) -> str:
     return "\n".join(text)
 
 
-def _ranged(cell: Cell | None) -> str:
-    if cell is None or cell.score.count == 0:
+def _format_interval(summary: ProbeSummary | None) -> str:
+    if summary is None or summary.score.count == 0:
         return "–"
-    mean, low, high, _ = cell.score
-    return f"{_percent(mean)} [{_percent(low)} {_percent(high)}]"
+    mean, low, high, _ = summary.score
+    return f"{_format_percent(mean)} [{_format_percent(low)} {_format_percent(high)}]"
 
 
-def _paired(cell: Cell | None, plus: str) -> str:
+def _format_pair(summary: ProbeSummary | None, plus: str) -> str:
     """`EM/Acc ± half width` of a success, `value ± half width` of a locality."""
-    if cell is None or cell.score.count == 0:
+    if summary is None or summary.score.count == 0:
         return "–"
-    mean, low, high, _ = cell.score
-    front = "" if cell.exact is None else f"{_percent(cell.exact.mean, 2)}/"
-    return f"{front}{_percent(mean, 2)} {plus} {_percent((high - low) / 2)}"
+    mean, low, high, _ = summary.score
+    front = (
+        "" if summary.exact_match is None else f"{_format_percent(summary.exact_match.mean, 2)}/"
+    )
+    return f"{front}{_format_percent(mean, 2)} {plus} {_format_percent((high - low) / 2)}"
 
 
-def _grid(lines: Sequence[Line], plus: str) -> tuple[list[str], list[list[str]]]:
-    names = _columns(lines)
-    head = ["Method", *(probe(name).short for name in names)]
+def _table_grid(editors: Sequence[EditorSummary], plus: str) -> tuple[list[str], list[list[str]]]:
+    names = _probe_columns(editors)
+    head = ["Method", *(get_probe(name).column for name in names)]
     base = ["Base"]
     for name in names:
-        before = next((x.cells[name].exact_before for x in lines if name in x.cells), None)
-        front = "" if before is None else f"{_percent(before.mean, 2)}/"
-        base.append(f"{front}{_percent(_base(lines, name), 2)}")
-    body = [[x.editor, *(_paired(x.cells.get(name), plus) for name in names)] for x in lines]
+        before = next(
+            (x.probes[name].exact_match_before for x in editors if name in x.probes), None
+        )
+        front = "" if before is None else f"{_format_percent(before.mean, 2)}/"
+        base.append(f"{front}{_format_percent(_base_success(editors, name), 2)}")
+    body = [
+        [x.editor, *(_format_pair(x.probes.get(name), plus) for name in names)] for x in editors
+    ]
     return head, [base, *body]
 
 
-def _markdown(leg: Leg, lines: Sequence[Line]) -> str:
-    head, body = _grid(lines, "±")
+def _markdown_table(key: TableKey, editors: Sequence[EditorSummary]) -> str:
+    head, body = _table_grid(editors, "±")
     rows = [head, ["---", *["---:"] * (len(head) - 1)], *body]
     text = "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows)
-    return f"{heading(leg, lines)}\n\n{text}\n\n{_NOTE}"
+    return f"{heading(key, editors)}\n\n{text}\n\n{_NOTE}"
 
 
 _NOTE = "Values times 100; success probes as exact match/score; ± half a 95% interval over cases."
-_SPECIAL = str.maketrans(
+_LATEX_ESCAPES = str.maketrans(
     {c: f"\\{c}" for c in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     | {"–": "--", "±": r"$\pm$", "·": r"$\cdot$"}
 )
 
 
-def _latex(leg: Leg, lines: Sequence[Line]) -> str:
-    head, body = _grid(lines, "±")
-    rows = [" & ".join(cell.translate(_SPECIAL) for cell in row) + r" \\" for row in (head, *body)]
+def _latex_table(key: TableKey, editors: Sequence[EditorSummary]) -> str:
+    head, body = _table_grid(editors, "±")
+    rows = [
+        " & ".join(cell.translate(_LATEX_ESCAPES) for cell in row) + r" \\" for row in (head, *body)
+    ]
     return "\n".join(
         [
             r"\begin{table}",
             r"\centering",
-            rf"\caption{{{heading(leg, lines).translate(_SPECIAL)}. {_NOTE.translate(_SPECIAL)}}}",
+            rf"\caption{{{heading(key, editors).translate(_LATEX_ESCAPES)}. {_NOTE.translate(_LATEX_ESCAPES)}}}",
             rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
             r"\toprule",
             rows[0],
@@ -359,7 +383,7 @@ def _latex(leg: Leg, lines: Sequence[Line]) -> str:
     )
 
 
-_STYLES = {"terminal": _terminal, "markdown": _markdown, "latex": _latex}
+_STYLES = {"terminal": _terminal_table, "markdown": _markdown_table, "latex": _latex_table}
 
 
 def read_profile(folder: Path) -> dict[str, dict[str, tuple[float, float]]]:
@@ -374,7 +398,7 @@ def read_profile(folder: Path) -> dict[str, dict[str, tuple[float, float]]]:
     }
 
 
-def shares(folder: Path) -> str:
+def timing_table(folder: Path) -> str:
     """The same as a table of text: a line per stretch, under its leg."""
     lines = []
     for leg, parts in read_profile(folder).items():

@@ -22,42 +22,44 @@ import msgspec
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from errata.functional.atomic import whole_file
-from errata.functional.errors import BadInput
-from errata.functional.intervals import interval
-from errata.functional.metrics import SCORERS, probe
+from errata.functional.atomic import atomic_write
+from errata.functional.errors import InvalidInputError
+from errata.functional.intervals import bootstrap_interval
+from errata.functional.metrics import SCORERS, get_probe
 
 from .data import BENCHMARKS, detect
-from .ledger import PROGRESS, Row, Unit
-from .published import Quoted, here
-from .report import by_case, ordered, read_profile, summary
+from .ledger import PROGRESS, ResultRow, UnitRecord
+from .published import PublishedResult, matching_results
+from .report import mean_per_case, read_profile, sort_probes, summary_json
 
-__all__ = ["curves", "page", "write"]
+__all__ = ["compute_curves", "render_page", "write"]
 
-MOST_ROWS = 150_000
-MOST_PICTURES = 12_000_000  # characters of data URIs
-SIDE = 192  # pixels of a picture's longer side
-_BINS = 10
+MAX_ROWS = 150_000
+MAX_IMAGE_CHARS = 12_000_000  # characters of data URIs
+MAX_IMAGE_SIDE = 192  # pixels of a picture's longer side
+_NUM_BINS = 10
 
-Pictures = Path | Mapping[str, Path]
+ImageSource = Path | Mapping[str, Path]
 
 
-def write(rows: Sequence[Row], path: Path, folder: Path | None, settings: str, title: str) -> None:
+def write(
+    rows: Sequence[ResultRow], path: Path, folder: Path | None, settings: str, title: str
+) -> None:
     """Write the page of a run's rows, whole or not at all; see `report.html`."""
-    asked, benchmark, template = _cases(settings)
-    whole = page(
+    asked, benchmark, template = _describe_cases(settings)
+    whole = render_page(
         rows,
-        folder and folder / "pictures",
+        folder and folder / "thumbnails",
         title=title or tomllib.loads(settings).get("title") or asked or "errata",
         setting=(benchmark, template),
         facts=[asked] if asked else [],
-        costs=_costs(folder) if folder else [],
+        costs=_edit_costs(folder) if folder else [],
     )
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(whole.encode())
 
 
-def _cases(settings: str) -> tuple[str, str, str]:
+def _describe_cases(settings: str) -> tuple[str, str, str]:
     """What a run's settings say was asked, in words; the benchmark's name and the template's.
 
     No benchmark for a run that may have had other images than the benchmark's: its numbers are not
@@ -69,38 +71,38 @@ def _cases(settings: str) -> tuple[str, str, str]:
     path, name = cases.get("path", ""), cases.get("benchmark", "")
     try:
         known = BENCHMARKS[name] if name else detect(path)
-    except BadInput:  # the file has gone since: the page can do without its name
+    except InvalidInputError:  # the file has gone since: the page can do without its name
         return Path(path).name, "", ""
     words = f"{known.title}, {Path(path).name}"
-    stand_in = {"draw": "missing images drawn", "none": "missing images left out"}
-    if how := stand_in.get(cases.get("on_missing", "error")):
+    stand_in = {"placeholder": "missing images drawn", "none": "missing images left out"}
+    if how := stand_in.get(cases.get("missing_images", "error")):
         return f"{words}, {how}", "", ""
     return words, known.name, cases.get("template", "raw")
 
 
-def _costs(folder: Path) -> list[dict[str, Any]]:
+def _edit_costs(folder: Path) -> list[dict[str, Any]]:
     """Seconds per edit and most memory of each leg, from the run's units."""
-    legs: dict[tuple[str, str, str], list[Unit]] = defaultdict(list)
+    legs: dict[tuple[str, str, str], list[UnitRecord]] = defaultdict(list)
     path = folder / PROGRESS
     if path.is_file():
         for line in path.read_bytes().split(b"\n")[:-1]:
-            unit = msgspec.json.decode(line, type=Unit)
-            legs[unit.part.model, unit.part.editor, unit.part.protocol].append(unit)
-    costs, where = [], read_profile(folder)
+            unit = msgspec.json.decode(line, type=UnitRecord)
+            legs[unit.unit.model, unit.unit.editor, unit.unit.protocol].append(unit)
+    costs, profile = [], read_profile(folder)
     for (model, editor, protocol), units in legs.items():
         edits = sum(unit.cases for unit in units)
         seconds = sum(unit.edit_seconds for unit in units)
         cost = {"model": model, "editor": editor, "protocol": protocol}
         peak = max(unit.peak_bytes for unit in units)
-        if parts := where.get(f"{model}/{editor}/{protocol}"):
+        if parts := profile.get(f"{model}/{editor}/{protocol}"):
             cost["where"] = ", ".join(f"{name} {share:.0%}" for name, (_, share) in parts.items())
         costs.append({**cost, "seconds": seconds / edits if edits else None, "peak": peak})
     return costs
 
 
-def page(
-    rows: Sequence[Row],
-    pictures: Pictures | None = None,
+def render_page(
+    rows: Sequence[ResultRow],
+    image_source: ImageSource | None = None,
     *,
     title: str = "errata",
     setting: tuple[str, str] = ("", ""),
@@ -112,23 +114,23 @@ def page(
     `pictures` is the folder of a run's pictures, or content names to files; `setting` (benchmark
     and template) puts published numbers beside ours; `costs` are seconds and bytes by leg.
     """
-    data = {**_data(rows, pictures, setting, facts), "costs": list(costs)}
+    data = {**_page_data(rows, image_source, setting, facts), "costs": list(costs)}
     parts = {
         "title": markup.escape(title),
         # "<" never appears as such inside the script element, whatever a dataset's text holds
         "data": msgspec.json.encode(data).decode().replace("<", "\\u003c"),
-        "css": _text("page.css"),
-        "script": _text("page.js"),
+        "css": _read_asset("page.css"),
+        "script": _read_asset("page.js"),
     }
     # in one pass: what stands in a place must not be looked at again
-    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], _text("page.html"))
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], _read_asset("page.html"))
 
 
-def _text(name: str) -> str:
+def _read_asset(name: str) -> str:
     return resources.files("errata.bench").joinpath("page", name).read_text(encoding="utf-8")
 
 
-class _Table:
+class _ValueTable:
     """Values by number, in order of first sight."""
 
     def __init__(self, values: Iterable[Any] = ()) -> None:
@@ -142,52 +144,59 @@ class _Table:
         return list(self.numbers)
 
 
-def _data(
-    rows: Sequence[Row], pictures: Pictures | None, setting: tuple[str, str], facts: Sequence[str]
+def _page_data(
+    rows: Sequence[ResultRow],
+    image_source: ImageSource | None,
+    setting: tuple[str, str],
+    facts: Sequence[str],
 ) -> dict[str, Any]:
-    kept, left_out = _within(rows)
-    probes = ordered(row.probe for row in rows) + sorted(_pooled_names(rows))
+    kept_rows, left_out = _limit_rows(rows)
+    probes = sort_probes(row.probe for row in rows) + sorted(_pooled_probes(rows))
     probes = list(dict.fromkeys(probes))
     tables = {
-        name: _Table(dict.fromkeys(getattr(row, name) for row in rows))
-        for name in ("model", "editor", "protocol", "moment", "scorer", "case")
+        name: _ValueTable(dict.fromkeys(getattr(row, name) for row in rows))
+        for name in ("model", "editor", "protocol", "evaluated_at", "scorer", "case")
     }
-    columns, strings, images = _columns(kept, tables, _Table(probes))
-    shown, missing = _embedded(images.values, pictures)
+    columns, strings, images = _columns(kept_rows, tables, _ValueTable(probes))
+    image_uris, missing = _embed_images(images.values, image_source)
     models = tables["model"].values
     return {
         "models": models,
         "editors": tables["editor"].values,
         "protocols": tables["protocol"].values,
-        "moments": tables["moment"].values,
+        "evaluated_at_values": tables["evaluated_at"].values,
         "scorers": tables["scorer"].values,
         "cases": tables["case"].values,
-        "probes": [{"key": name, **msgspec.to_builtins(probe(name))} for name in probes],
+        "probes": [{"key": name, **msgspec.to_builtins(get_probe(name))} for name in probes],
         "strings": strings.values,
-        "pictures": shown,
+        "images": image_uris,
         "rows": columns,
-        "legs": _rounded(summary(rows)["legs"]),
-        "curves": curves(rows),
-        "published": [_quoted(one, model) for model in models for one in here(*setting, model)],
+        "legs": _round_floats(summary_json(rows)["legs"]),
+        "curves": compute_curves(rows),
+        "published": [
+            _published_json(one, model)
+            for model in models
+            for one in matching_results(*setting, model)
+        ],
         "facts": list(facts),
         "footer": _footer(rows, left_out, missing),
     }
 
 
-def _quoted(one: Quoted, model: str) -> dict[str, Any]:
-    return {**msgspec.to_builtins(one), "here": model}
+def _published_json(result: PublishedResult, model: str) -> dict[str, Any]:
+    return {**msgspec.to_builtins(result), "here": model}
 
 
-def _pooled_names(rows: Sequence[Row]) -> set[str]:
+def _pooled_probes(rows: Sequence[ResultRow]) -> set[str]:
     """Columns that only a pooling scorer has."""
-    pooling = {row.scorer for row in rows} & {n for n, rule in SCORERS.items() if rule.pooled}
+    pooling = {row.scorer for row in rows} & {n for n, rule in SCORERS.items() if rule.pools_kinds}
     stems = ("portability", "text_locality")
     return {s for s in stems for row in rows if pooling and row.probe.startswith(s)}
 
 
-def _within(rows: Sequence[Row]) -> tuple[list[Row], int]:
+def _limit_rows(rows: Sequence[ResultRow]) -> tuple[list[ResultRow], int]:
     """Rows of as many whole cases as the page takes, and how many cases were left out."""
-    if len(rows) <= MOST_ROWS:
+    if len(rows) <= MAX_ROWS:
         return list(rows), 0
     sizes: dict[str, int] = defaultdict(int)
     for row in rows:
@@ -195,26 +204,26 @@ def _within(rows: Sequence[Row]) -> tuple[list[Row], int]:
     kept, total = set(), 0
     for case, size in sizes.items():
         total += size
-        if kept and total > MOST_ROWS:
+        if kept and total > MAX_ROWS:
             break
         kept.add(case)
     return [row for row in rows if row.case in kept], len(sizes) - len(kept)
 
 
 def _columns(
-    rows: Sequence[Row], tables: Mapping[str, _Table], probes: _Table
-) -> tuple[dict[str, list[Any]], _Table, _Table]:
+    rows: Sequence[ResultRow], tables: Mapping[str, _ValueTable], probes: _ValueTable
+) -> tuple[dict[str, list[Any]], _ValueTable, _ValueTable]:
     """One entry per question and editor; the scorers' values of it stand in one list."""
-    strings, images = _Table([""]), _Table()
+    strings, images = _ValueTable([""]), _ValueTable()
     columns: dict[str, list[Any]] = defaultdict(list)
     places: dict[tuple[Any, ...], int] = {}
     num_scorers = len(tables["scorer"].values)
     for row in rows:
-        key = (row.model, row.editor, row.protocol, row.moment, row.gap, row.seed, row.case)
+        key = (row.model, row.editor, row.protocol, row.evaluated_at, row.gap, row.seed, row.case)
         key = (*key, row.probe, row.index)
         place = places.setdefault(key, len(places))
         if place == len(columns["case"]):
-            for name in ("model", "editor", "protocol", "moment", "case"):
+            for name in ("model", "editor", "protocol", "evaluated_at", "case"):
                 columns[name].append(tables[name][getattr(row, name)])
             for name in ("gap", "seed", "index"):
                 columns[name].append(getattr(row, name))
@@ -224,8 +233,8 @@ def _columns(
             columns["images"].append([images[name] for name in row.images])
             for letter, answer in (("b", row.before), ("a", row.after)):
                 columns[f"{letter}text"].append(strings[answer.text])
-                columns[f"{letter}exact"].append(int(answer.exact))
-                said = -1 if answer.said is None else strings[answer.said]
+                columns[f"{letter}exact"].append(int(answer.exact_match))
+                said = -1 if answer.generation is None else strings[answer.generation]
                 columns[f"{letter}said"].append(said)
             columns["scores"].append([None] * num_scorers)
         value = None if row.score is None else round(row.score * 10_000)
@@ -233,72 +242,74 @@ def _columns(
     return dict(columns), strings, images
 
 
-def _rounded(value: Any) -> Any:
+def _round_floats(value: Any) -> Any:
     """Floats to five places: what a page needs, at a third of the size."""
     if isinstance(value, float):
         return round(value, 5)
     if isinstance(value, dict):
-        return {key: _rounded(one) for key, one in value.items()}
-    return [_rounded(one) for one in value] if isinstance(value, list) else value
+        return {key: _round_floats(one) for key, one in value.items()}
+    return [_round_floats(one) for one in value] if isinstance(value, list) else value
 
 
-def _embedded(names: Sequence[str], pictures: Pictures | None) -> tuple[list[str | None], int]:
+def _embed_images(
+    names: Sequence[str], image_source: ImageSource | None
+) -> tuple[list[str | None], int]:
     """Data URIs in the order of the names, None for one that is not kept or no longer fits."""
-    found: list[str | None] = []
+    uris: list[str | None] = []
     total = missing = 0
     for name in names:
-        uri = _uri(_file(name, pictures))
-        if uri is None or total + len(uri) > MOST_PICTURES:
+        uri = _data_uri(_image_file(name, image_source))
+        if uri is None or total + len(uri) > MAX_IMAGE_CHARS:
             missing += 1
-            found.append(None)
+            uris.append(None)
         else:
             total += len(uri)
-            found.append(uri)
-    return found, missing
+            uris.append(uri)
+    return uris, missing
 
 
-def _file(name: str, pictures: Pictures | None) -> Path | None:
-    if isinstance(pictures, Mapping):
-        return pictures.get(name)
+def _image_file(name: str, image_source: ImageSource | None) -> Path | None:
+    if isinstance(image_source, Mapping):
+        return image_source.get(name)
     # a content name from a ledger must not lead out of the folder
-    if pictures is None or Path(name).name != name:
+    if image_source is None or Path(name).name != name:
         return None
-    return pictures / f"{name}.png"
+    return image_source / f"{name}.png"
 
 
-def _uri(file: Path | None) -> str | None:
+def _data_uri(file: Path | None) -> str | None:
     if file is None or not file.is_file():
         return None
     try:
         with Image.open(file) as opened:
-            picture = opened.convert("RGB")
+            image = opened.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
         return None  # a broken picture is a missing one: the numbers do not hang on it
-    picture.thumbnail((SIDE, SIDE))
-    small = max(picture.size) <= 96  # drawings of the micro world: PNG is smaller, and exact
+    image.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
+    small = max(image.size) <= 96  # drawings of the micro world: PNG is smaller, and exact
     data = io.BytesIO()
-    picture.save(data, "PNG") if small else picture.save(data, "JPEG", quality=80)
+    image.save(data, "PNG") if small else image.save(data, "JPEG", quality=80)
     kind = "png" if small else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
 # ------------------------------------------------------------------ lives of edits
-_FAMILIES = {
+_PROBE_FAMILIES = {
     "reliability": ("reliability", "text_reliability", "image_reliability"),
     "generality": ("rephrase", "image_rephrase"),
 }
 
 
-def _family(name: str) -> str | None:
-    for family, names in _FAMILIES.items():
+def _probe_family(name: str) -> str | None:
+    for family, names in _PROBE_FAMILIES.items():
         if name in names:
             return family
     if name.startswith("portability"):
         return "portability"
-    return "locality" if probe(name).kind == "locality" else None
+    return "locality" if get_probe(name).kind == "locality" else None
 
 
-def curves(rows: Iterable[Row]) -> list[dict[str, Any]]:
+def compute_curves(rows: Iterable[ResultRow]) -> list[dict[str, Any]]:
     """What sequential editing does to scores: by an edit's position in its life, and by its age.
 
     position   asked right after the edit, against the number of edits made by then
@@ -308,53 +319,57 @@ def curves(rows: Iterable[Row]) -> list[dict[str, Any]]:
     Each is a list of points (edits, mean, low, high, cases) per model, editor, scorer and family
     of probes; more than ten abscissae are put into ten bins, each at its mean.
     """
-    rows = [row for row in rows if row.protocol != "single" and _family(row.probe)]
-    groups = _groups(rows)
-    found: dict[tuple[str, ...], list[tuple[int, Row]]] = defaultdict(list)
+    rows = [row for row in rows if row.protocol != "single" and _probe_family(row.probe)]
+    groups = _group_sizes(rows)
+    points_by_key: dict[tuple[str, ...], list[tuple[int, ResultRow]]] = defaultdict(list)
     for row in rows:
-        key = (row.model, row.editor, row.protocol, row.scorer, str(_family(row.probe)))
-        found[*key, "length" if row.moment == "length" else "age"].append((row.gap, row))
-        if row.moment == "edit":
+        key = (row.model, row.editor, row.protocol, row.scorer, str(_probe_family(row.probe)))
+        points_by_key[*key, "length" if row.evaluated_at == "after_length" else "age"].append(
+            (row.gap, row)
+        )
+        if row.evaluated_at == "after_edit":
             size = groups.get((row.model, row.protocol), 0)
-            found[*key, "position"].append((row.number % size + 1 if size else row.number + 1, row))
+            points_by_key[*key, "position"].append(
+                (row.case_number % size + 1 if size else row.case_number + 1, row)
+            )
     names = ("model", "editor", "protocol", "scorer", "family", "axis")
-    made = []
-    for key, points in found.items():
-        binned = _binned(points)
+    curves_json = []
+    for key, points in points_by_key.items():
+        binned = _bin_points(points)
         if len(binned) > 1 or key[-1] == "length":
-            made.append({**dict(zip(names, key)), "points": binned})
-    return made
+            curves_json.append({**dict(zip(names, key)), "points": binned})
+    return curves_json
 
 
-def _groups(rows: Iterable[Row]) -> dict[tuple[str, str], int]:
+def _group_sizes(rows: Iterable[ResultRow]) -> dict[tuple[str, str], int]:
     """Edits in a row before the base is back: the first of a group is asked that many later."""
     sizes: dict[tuple[str, str], int] = {}
     for row in rows:
-        if row.moment == "end":
+        if row.evaluated_at == "end":
             key = (row.model, row.protocol)
             sizes[key] = max(sizes.get(key, 0), row.gap + 1)
     return sizes
 
 
-def _binned(points: Sequence[tuple[int, Row]]) -> list[list[float]]:
+def _bin_points(points: Sequence[tuple[int, ResultRow]]) -> list[list[float]]:
     xs = sorted({x for x, _ in points})
-    cut = len(xs) > _BINS
-    place = {x: i * _BINS // len(xs) if cut else i for i, x in enumerate(xs)}
-    bins: dict[int, list[tuple[int, Row]]] = defaultdict(list)
+    is_binned = len(xs) > _NUM_BINS
+    bin_of = {x: i * _NUM_BINS // len(xs) if is_binned else i for i, x in enumerate(xs)}
+    bins: dict[int, list[tuple[int, ResultRow]]] = defaultdict(list)
     for x, row in points:
-        bins[place[x]].append((x, row))
-    made = []
+        bins[bin_of[x]].append((x, row))
+    binned = []
     for _, inside in sorted(bins.items()):
-        values = by_case((f"{row.case} {row.gap}", row.score) for _, row in inside)
+        values = mean_per_case((f"{row.case} {row.gap}", row.score) for _, row in inside)
         if not values:
             continue
-        mean, low, high, count = interval(torch.tensor(values), draws=400)
+        mean, low, high, count = bootstrap_interval(torch.tensor(values), draws=400)
         at = round(sum(x for x, _ in inside) / len(inside))
-        made.append([at, round(mean, 4), round(low, 4), round(high, 4), count])
-    return made
+        binned.append([at, round(mean, 4), round(low, 4), round(high, 4), count])
+    return binned
 
 
-def _footer(rows: Sequence[Row], left_out: int, missing: int) -> str:
+def _footer(rows: Sequence[ResultRow], left_out: int, missing: int) -> str:
     runs = ", ".join(sorted({row.run for row in rows}))
     versions = "; ".join(sorted({row.versions for row in rows}))
     words = [f"Run {runs}. {versions}. {len(rows):,} rows."]

@@ -1,10 +1,10 @@
 """What a run is, as data: a TOML file read into frozen Structs, every fault named at once.
 
-    out = "out/demo"
+    output_dir = "out/demo"
 
     [cases]
     source = "world"
-    count = 20
+    num_cases = 20
 
     [[models]]
     id = "micro/llava"
@@ -33,19 +33,31 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from errata.functional.errors import BadSettings
+from errata.functional.errors import InvalidSettingsError
 
 __all__ = [
-    "Cases", "Dtype", "EditorChoice", "File", "ModelChoice", "Protocol", "RunSettings",
-    "Sequential", "Single", "World", "parse", "read_settings", "size_in_bytes", "unknown",
-]  # fmt: skip
+    "CaseSource",
+    "Dtype",
+    "EditorSettings",
+    "BenchmarkCases",
+    "ModelSettings",
+    "Protocol",
+    "RunSettings",
+    "SequentialSettings",
+    "SingleSettings",
+    "WorldCases",
+    "parse_settings",
+    "read_settings",
+    "parse_size",
+    "unknown_name",
+]
 
-_SIZE = re.compile(r"^(\d+(?:\.\d+)?) ?(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)$")
+_SIZE_PATTERN = re.compile(r"^(\d+(?:\.\d+)?) ?(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)$")
 
 Count = Annotated[int, Meta(ge=1)]
 Natural = Annotated[int, Meta(ge=0)]
 Text = Annotated[str, Meta(min_length=1)]
-Size = Annotated[str, Meta(pattern=_SIZE.pattern)]
+Size = Annotated[str, Meta(pattern=_SIZE_PATTERN.pattern)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._+-]{0,63}$")]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -54,7 +66,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _UNITS = {"B": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
-class World(
+class WorldCases(
     msgspec.Struct,
     frozen=True,
     kw_only=True,
@@ -64,7 +76,7 @@ class World(
 ):
     """Cases of the micro world (`bench.data.world`), drawn on demand."""
 
-    count: Count = 20
+    num_cases: Count = 20
     seed: int = 0
     skip: Natural = 0  # cases left out at the front
     split: Literal["train", "test"] = "test"
@@ -72,7 +84,7 @@ class World(
     relations: tuple[str, ...] = ("name", "home", "food", "keeper")
 
 
-class File(
+class BenchmarkCases(
     msgspec.Struct,
     frozen=True,
     kw_only=True,
@@ -84,24 +96,24 @@ class File(
 
     path: Text
     benchmark: str = ""  # its name, where the first record should not decide
-    count: Natural = 0  # 0: all
+    num_cases: Natural = 0  # 0: all
     skip: Natural = 0
-    images: str = ""  # folder the image names start from; "": beside the file and above it
-    on_missing: Literal["error", "skip", "none", "draw"] = "error"
-    on_fault: Literal["error", "skip"] = "error"
+    image_root: str = ""  # folder the image names start from; "": beside the file and above it
+    missing_images: Literal["error", "skip", "none", "placeholder"] = "error"
+    invalid_records: Literal["error", "skip"] = "error"
     template: str = "raw"
-    clean: bool = False
-    strip: bool = False
-    repair: bool = False
+    clean_rephrases: bool = False
+    strip_whitespace: bool = False
+    fix_encoding: bool = False
     hop: Natural = 0
-    neighbours: Natural = 0  # ComprehendEdit: how many of an edit's neighbours are asked
-    neighbour_answers: str = "answer"  # and whose answers they should keep
+    num_neighbors: Natural = 0  # ComprehendEdit: how many of an edit's neighbours are asked
+    neighbor_answers: str = "answer"  # and whose answers they should keep
 
 
-Cases = World | File
+CaseSource = WorldCases | BenchmarkCases
 
 
-class ModelChoice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One model: `micro/NAME`, `tiny/NAME`, a folder, or a hub id."""
 
     id: Text
@@ -109,14 +121,14 @@ class ModelChoice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     dtype: Dtype = "auto"
     device: Text = "cpu"
     revision: str = ""
-    template: Text = "default"  # `errata.adapters.PRESETS`
+    template: Text = "default"  # `errata.adapters.TEMPLATES`
 
     @property
     def label(self) -> str:
         return self.name or self.id.rstrip("/").rsplit("/", 1)[-1]
 
 
-class EditorChoice(msgspec.Struct, frozen=True, kw_only=True):
+class EditorSettings(msgspec.Struct, frozen=True, kw_only=True):
     """One editor: its type, a preset, and settings of its own over it."""
 
     type: Text
@@ -130,75 +142,79 @@ class EditorChoice(msgspec.Struct, frozen=True, kw_only=True):
         return self.name or self.type
 
 
-class Single(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="single"):
+class SingleSettings(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="single"
+):
     """Independent edits, each from the base, run side by side."""
 
-    together: Natural = 0  # edits in one batch; 0: as many as the memory budget allows
+    batch_size: Natural = 0  # edits in one batch; 0: as many as the memory budget allows
 
 
-class Sequential(
+class SequentialSettings(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="sequential"
 ):
     """Edits one after another; the base is back before each group."""
 
-    group: Natural = 0  # edits in a row; 0: all of them
+    sequence_length: Natural = 0  # edits in a row; 0: all of them
     gaps: tuple[Count, ...] = ()  # also probe a case this many edits after its own
 
 
-class Lifelong(
+class LifelongSettings(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="lifelong"
 ):
     """Edits one after another; after so many of them, all edits so far are asked."""
 
-    lengths: Annotated[tuple[Count, ...], Meta(min_length=1)] = (1, 10, 100, 1000)
-    asked: Natural = 0  # of the edits so far, at most so many, evenly spread; 0: all
+    eval_after: Annotated[tuple[Count, ...], Meta(min_length=1)] = (1, 10, 100, 1000)
+    max_evaluated: Natural = 0  # of the edits so far, at most so many, evenly spread; 0: all
 
 
-Protocol = Single | Sequential | Lifelong
+Protocol = SingleSettings | SequentialSettings | LifelongSettings
 
 
 class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything about a run."""
 
-    out: Text
+    output_dir: Text
     title: str = ""
     seed: int = 0
     scorers: Annotated[tuple[str, ...], Meta(min_length=1)] = ("errata",)
-    generate: Natural = 0  # tokens of free generation beside teacher forcing; 0: none
-    generate_for: Literal["every", "success"] = "every"  # probe, or all but localities
-    ppl_r: Natural = 0  # tokens an edited model goes on for behind its target; 0: no PPL_r
-    memory: Size = "1 GiB"  # what a batch of edits or probes may take beside the model
-    threads: Natural = 0  # of torch; 0: as it comes
-    deltas: bool = True  # write one file per edit (single) or group (sequential)
-    pictures: Natural = 24  # cases whose pictures are kept for the report
-    cases: Cases = World()
-    models: Annotated[tuple[ModelChoice, ...], Meta(min_length=1)]
-    editors: Annotated[tuple[EditorChoice, ...], Meta(min_length=1)]
-    protocols: Annotated[tuple[Protocol, ...], Meta(min_length=1)] = (Single(),)
+    max_new_tokens: Natural = 0  # tokens of free generation beside teacher forcing; 0: none
+    generate_probes: Literal["all", "success"] = "all"  # probe, or all but localities
+    ppl_r_tokens: Natural = 0  # tokens an edited model goes on for behind its target; 0: no PPL_r
+    memory_budget: Size = "1 GiB"  # what a batch of edits or probes may take beside the model
+    num_threads: Natural = 0  # of torch; 0: as it comes
+    save_deltas: bool = True  # write one file per edit (single) or group (sequential)
+    num_thumbnails: Natural = 24  # cases whose pictures are kept for the report
+    cases: CaseSource = WorldCases()
+    models: Annotated[tuple[ModelSettings, ...], Meta(min_length=1)]
+    editors: Annotated[tuple[EditorSettings, ...], Meta(min_length=1)]
+    protocols: Annotated[tuple[Protocol, ...], Meta(min_length=1)] = (SingleSettings(),)
 
     @property
-    def budget(self) -> int:
+    def memory_bytes(self) -> int:
         """The memory budget in bytes."""
-        return size_in_bytes(self.memory)
+        return parse_size(self.memory_budget)
 
     def digest(self, *more: str) -> str:
         """A short hash of what decides the results: not of `out`, the title or the pictures."""
-        plain = {**msgspec.to_builtins(self), "out": "", "title": "", "pictures": 0}
+        plain = {**msgspec.to_builtins(self), "output_dir": "", "title": "", "num_thumbnails": 0}
         data = msgspec.json.encode([plain, *more], order="sorted")
         return hashlib.sha256(data).hexdigest()[:12]
 
 
-def size_in_bytes(text: str) -> int:
+def parse_size(text: str) -> int:
     """A size as people write it, in bytes.
 
-    >>> size_in_bytes("1.5 GiB"), size_in_bytes("200 MB")
+    >>> parse_size("1.5 GiB"), parse_size("200 MB")
     (1610612736, 200000000)
     """
-    found = _SIZE.match(text)
-    if not found:
-        raise BadSettings(f"a size must be a number and a unit, e.g. '2 GiB'; got {text!r}.")
-    base = 1024 if "i" in found[2] else 1000
-    return int(float(found[1]) * base ** _UNITS[found[2][0]])
+    match = _SIZE_PATTERN.match(text)
+    if not match:
+        raise InvalidSettingsError(
+            f"a size must be a number and a unit, e.g. '2 GiB'; got {text!r}."
+        )
+    base = 1024 if "i" in match[2] else 1000
+    return int(float(match[1]) * base ** _UNITS[match[2][0]])
 
 
 def read_settings(path: str | Path) -> RunSettings:
@@ -206,52 +222,52 @@ def read_settings(path: str | Path) -> RunSettings:
     try:
         text = Path(path).read_bytes().decode()
     except UnicodeDecodeError as fault:
-        raise BadSettings(f"{path} must be UTF-8 text: {fault.reason}.") from None
-    return parse(text, str(path))
+        raise InvalidSettingsError(f"{path} must be UTF-8 text: {fault.reason}.") from None
+    return parse_settings(text, str(path))
 
 
-def parse(text: str, where: str = "settings") -> RunSettings:
+def parse_settings(text: str, source_name: str = "settings") -> RunSettings:
     """Settings from TOML text.
 
     Raises BadSettings naming every unknown key (with the nearest known one), every value that can
     not be, and every name used twice; of a faulty file also every name that is of nothing here.
 
-    >>> parse('out="o"\\n[[models]]\\nid="micro/llava"\\n[[editors]]\\ntype="lora"').models[0].label
+    >>> parse_settings('output_dir="o"\\n[[models]]\\nid="micro/llava"\\n[[editors]]\\ntype="lora"').models[0].label
     'llava'
     """
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as fault:
-        raise BadSettings(f"{where} must be TOML: {fault}.") from None
-    from .sources import unknown_names
+        raise InvalidSettingsError(f"{source_name} must be TOML: {fault}.") from None
+    from .sources import find_unknown_names
 
     faults: list[str] = []
     editors = raw.get("editors")
     if isinstance(editors, list):
-        raw["editors"] = [_gather_editor(one) for one in editors]
+        raw["editors"] = [_split_editor_settings(one) for one in editors]
     settings = _convert(raw, RunSettings, "", faults)
-    faults += _editor_faults(raw.get("editors"))
+    faults += _editor_errors(raw.get("editors"))
     if settings is not None:
-        faults += _clashes(settings)
+        faults += _duplicate_names(settings)
     if faults:  # alone they are no fault of the file: another machine may have them
-        faults += unknown_names(raw)
+        faults += find_unknown_names(raw)
     if faults or settings is None:
-        raise BadSettings(f"{where}: " + "; ".join(faults) + ".")
+        raise InvalidSettingsError(f"{source_name}: " + "; ".join(faults) + ".")
     return settings
 
 
-def _gather_editor(raw: Any) -> Any:
+def _split_editor_settings(raw: Any) -> Any:
     """An editor's own settings lie flat in TOML; here they are set apart, checked by its config."""
     if not isinstance(raw, dict):
         return raw
-    own = {f.name for f in msgspec.structs.fields(EditorChoice)} - {"settings"}
+    own_fields = {f.name for f in msgspec.structs.fields(EditorSettings)} - {"settings"}
     return {
-        **{key: value for key, value in raw.items() if key in own},
-        "settings": {key: value for key, value in raw.items() if key not in own},
+        **{key: value for key, value in raw.items() if key in own_fields},
+        "settings": {key: value for key, value in raw.items() if key not in own_fields},
     }
 
 
-def _editor_faults(raw: Any) -> list[str]:
+def _editor_errors(raw: Any) -> list[str]:
     """What the editors' own configs say of their settings."""
     from errata import editors
 
@@ -262,12 +278,12 @@ def _editor_faults(raw: Any) -> list[str]:
             continue  # said already
         try:
             editors.configure(kind, one.get("preset", ""), **one["settings"])
-        except BadSettings as fault:
+        except InvalidSettingsError as fault:
             faults.append(f"editors[{number}]: {str(fault).rstrip('.')}")
     return faults
 
 
-def _clashes(settings: RunSettings) -> list[str]:
+def _duplicate_names(settings: RunSettings) -> list[str]:
     faults = []
     for what, labels in (
         ("models", [m.label for m in settings.models]),
@@ -278,11 +294,11 @@ def _clashes(settings: RunSettings) -> list[str]:
     known = [m.label for m in settings.models]
     for number, editor in enumerate(settings.editors):
         faults += [
-            f"editors[{number}].models: {unknown(label, known)}"
+            f"editors[{number}].models: {unknown_name(label, known)}"
             for label in editor.models
             if label not in known
         ]
-    kinds = [type(p).__name__.lower() for p in settings.protocols]
+    kinds = [str(p.__struct_config__.tag) for p in settings.protocols]
     faults += [
         f"protocols: {kind!r} must be given once"
         for kind in sorted(set(kinds))
@@ -291,10 +307,10 @@ def _clashes(settings: RunSettings) -> list[str]:
     return faults
 
 
-def unknown(name: str, known: typing.Iterable[str]) -> str:
+def unknown_name(name: str, known: typing.Iterable[str]) -> str:
     """The words for a name that is not among the known ones, with the nearest.
 
-    >>> unknown("cuont", ["count", "seed"])
+    >>> unknown_name("cuont", ["count", "seed"])
     "'cuont' is unknown; did you mean 'count'?"
     """
     known = list(known)
@@ -306,10 +322,10 @@ def unknown(name: str, known: typing.Iterable[str]) -> str:
 def _convert(raw: Any, kind: Any, path: str, faults: list[str]) -> Any:
     """Like `msgspec.convert`, but goes on after a fault, so that all are listed; None on faults."""
     origin, inside = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Annotated and _structs(inside[0]):
-        return _converted_list(raw, inside[0], path, faults)
+    if origin is Annotated and _is_struct_tuple(inside[0]):
+        return _convert_list(raw, inside[0], path, faults)
     if _is_struct(kind):
-        return _converted_struct(raw, kind, path, faults)
+        return _convert_struct(raw, kind, path, faults)
     if origin in (types.UnionType, typing.Union) and all(map(_is_struct, inside)):
         tags = {one.__struct_config__.tag: one for one in inside}
         field = inside[0].__struct_config__.tag_field
@@ -318,15 +334,15 @@ def _convert(raw: Any, kind: Any, path: str, faults: list[str]) -> Any:
             faults.append(f"{path}.{field} must be one of {', '.join(tags)}; got {tag!r}")
             return None
         rest = {key: value for key, value in raw.items() if key != field}
-        return _converted_struct(rest, tags[tag], path, faults)
+        return _convert_struct(rest, tags[tag], path, faults)
     try:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as fault:
-        faults.append(f"{path} {_wanted(fault, kind)}, got {raw!r}")
+        faults.append(f"{path} {_expectation(fault, kind)}, got {raw!r}")
         return None
 
 
-def _converted_list(raw: Any, kind: Any, path: str, faults: list[str]) -> Any:
+def _convert_list(raw: Any, kind: Any, path: str, faults: list[str]) -> Any:
     if not isinstance(raw, list) or not raw:
         faults.append(f"{path} must be a list of at least one table, written [[{path}]]")
         return None
@@ -334,7 +350,7 @@ def _converted_list(raw: Any, kind: Any, path: str, faults: list[str]) -> Any:
     return tuple(_convert(one, item, f"{path}[{i}]", faults) for i, one in enumerate(raw))
 
 
-def _converted_struct(raw: Any, kind: Any, path: str, faults: list[str]) -> Any:
+def _convert_struct(raw: Any, kind: Any, path: str, faults: list[str]) -> Any:
     if not isinstance(raw, dict):
         faults.append(f"{path or 'the file'} must be a table")
         return None
@@ -345,7 +361,7 @@ def _converted_struct(raw: Any, kind: Any, path: str, faults: list[str]) -> Any:
     values = {}
     for key, value in raw.items():
         if key not in fields:
-            faults.append(f"{dot}{key}: {unknown(key, fields)}")
+            faults.append(f"{dot}{key}: {unknown_name(key, fields)}")
         else:
             values[key] = _convert(value, hints[key], dot + key, faults)
     for name, field in fields.items():
@@ -358,7 +374,7 @@ def _is_struct(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
 
 
-def _structs(kind: Any) -> bool:
+def _is_struct_tuple(kind: Any) -> bool:
     """Whether a type is tuple[Struct, ...] or tuple[Union of Structs, ...]."""
     inside = typing.get_args(kind)
     if typing.get_origin(kind) is not tuple or not inside:
@@ -366,7 +382,7 @@ def _structs(kind: Any) -> bool:
     return _is_struct(inside[0]) or all(map(_is_struct, typing.get_args(inside[0]) or [None]))
 
 
-def _wanted(fault: msgspec.ValidationError, kind: Any) -> str:
+def _expectation(fault: msgspec.ValidationError, kind: Any) -> str:
     """What must hold, in the words of someone who writes TOML."""
     if typing.get_origin(kind) is Literal:
         return f"must be one of {', '.join(map(str, typing.get_args(kind)))}"

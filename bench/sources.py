@@ -11,24 +11,30 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from errata.functional.errors import BadInput, BadSettings, listed
-from errata.functional.records import image_key
+from errata.functional.errors import InvalidInputError, InvalidSettingsError, join_messages
+from errata.functional.records import content_id
 from errata.functional.types import Case, Query
 
-from .settings import File, ModelChoice, RunSettings, World, unknown
+from .settings import BenchmarkCases, ModelSettings, RunSettings, WorldCases, unknown_name
 
 if TYPE_CHECKING:
     from errata.functional import Model
 
 __all__ = [
-    "check_cases", "check_settings", "open_cases", "open_model", "picture_name", "picture_of",
-    "queries_of", "unknown_names",
-]  # fmt: skip
+    "validate_cases",
+    "validate_settings",
+    "open_cases",
+    "open_model",
+    "image_file_name",
+    "thumbnail",
+    "questions_of",
+    "find_unknown_names",
+]
 
-MICRO, TINY = "micro/", "tiny/"
+MICRO_PREFIX, TINY_PREFIX = "micro/", "tiny/"
 
 
-def open_model(choice: ModelChoice) -> Model:
+def open_model(settings: ModelSettings) -> Model:
     """The model a settings file or command line names.
 
     `micro/NAME` is a trained model of the micro zoo, `tiny/NAME` a random one; anything else is a
@@ -37,32 +43,37 @@ def open_model(choice: ModelChoice) -> Model:
     import torch
 
     from errata import adapters
-    from errata.adapters.zoo import micro_parts
+    from errata.adapters.zoo import load_micro_parts
 
-    dtype = None if choice.dtype == "auto" else getattr(torch, choice.dtype)
-    device = _device(choice.device)
-    for start, parts in ((MICRO, micro_parts), (TINY, adapters.tiny)):
-        if choice.id.startswith(start):
-            module, processor = parts(choice.id.removeprefix(start))
+    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    device = _parse_device(settings.device)
+    for start, parts in ((MICRO_PREFIX, load_micro_parts), (TINY_PREFIX, adapters.tiny_model)):
+        if settings.id.startswith(start):
+            module, processor = parts(settings.id.removeprefix(start))
             module = module.to(device=device, dtype=dtype)
-            return adapters.adapt(module, processor, template=choice.template, id=choice.id)
-    return adapters.load(
-        choice.id, dtype=dtype, device=device, revision=choice.revision or None,
-        template=choice.template,
-    )  # fmt: skip
+            return adapters.from_module(
+                module, processor, template=settings.template, id=settings.id
+            )
+    return adapters.from_pretrained(
+        settings.id,
+        dtype=dtype,
+        device=device,
+        revision=settings.revision or None,
+        template=settings.template,
+    )
 
 
-def check_settings(settings: RunSettings) -> None:
+def validate_settings(settings: RunSettings) -> None:
     """Refuse what can be known to be missing before anything is loaded, all of it at once.
 
     Raises BadSettings, see `unknown_names`.
     """
-    faults = unknown_names(msgspec.to_builtins(settings))
+    faults = find_unknown_names(msgspec.to_builtins(settings))
     if faults:
-        raise BadSettings(f"{listed(faults)}.")
+        raise InvalidSettingsError(f"{join_messages(faults)}.")
 
 
-def unknown_names(raw: Mapping[str, Any]) -> list[str]:
+def find_unknown_names(raw: Mapping[str, Any]) -> list[str]:
     """What a table of settings names that is not there, a sentence each.
 
     Looks for micro and tiny models by name, folders, templates, devices, scorers and relations;
@@ -74,52 +85,55 @@ def unknown_names(raw: Mapping[str, Any]) -> list[str]:
     from .data.world import FACTS
 
     faults = []
-    for number, choice in enumerate(_list(raw.get("models"))):
+    for number, choice in enumerate(_as_sequence(raw.get("models"))):
         if not isinstance(choice, Mapping):
             continue
         where = f"models[{number}]"
         if isinstance(id := choice.get("id"), str):
-            faults += [f"{where}.id{fault}" for fault in _absent(id)]
+            faults += [f"{where}.id{fault}" for fault in _missing_model(id)]
         template = choice.get("template", "default")
-        if isinstance(template, str) and template not in adapters.PRESETS:
-            faults.append(f"{where}.template: {unknown(template, adapters.PRESETS)}")
+        if isinstance(template, str) and template not in adapters.TEMPLATES:
+            faults.append(f"{where}.template: {unknown_name(template, adapters.TEMPLATES)}")
         if isinstance(device := choice.get("device", "cpu"), str):
             try:
-                _device(device)
-            except BadSettings as fault:
+                _parse_device(device)
+            except InvalidSettingsError as fault:
                 faults.append(f"{where}.{str(fault).rstrip('.')}")
     cases = raw.get("cases")
-    relations = _list(cases.get("relations")) if isinstance(cases, Mapping) else []
-    named = {"scorers": (_list(raw.get("scorers")), SCORERS), "cases.relations": (relations, FACTS)}
+    relations = _as_sequence(cases.get("relations")) if isinstance(cases, Mapping) else []
+    named = {
+        "scorers": (_as_sequence(raw.get("scorers")), SCORERS),
+        "cases.relations": (relations, FACTS),
+    }
     for where, (names, known) in named.items():
         faults += [
-            f"{where}: {unknown(name, known)}"
+            f"{where}: {unknown_name(name, known)}"
             for name in names
             if isinstance(name, str) and name not in known
         ]
     return faults
 
 
-def _absent(id: str) -> list[str]:
+def _missing_model(id: str) -> list[str]:
     """What is wrong with a model's id, as far as can be known without loading it."""
     from errata.adapters.tiny import TINY as tinies
     from errata.adapters.zoo import micro_names
 
     faults = []
-    for start, known in ((MICRO, micro_names()), (TINY, tuple(tinies))):
+    for start, known in ((MICRO_PREFIX, micro_names()), (TINY_PREFIX, tuple(tinies))):
         name = id.removeprefix(start)
         if id.startswith(start) and name not in known:
-            faults.append(f": {unknown(name, known)}")
+            faults.append(f": {unknown_name(name, known)}")
     if id.startswith((".", "/", "~")) and not Path(id).is_dir():
         faults.append(f" must be a folder or a hub id; {id} is no folder")
     return faults
 
 
-def _list(value: Any) -> Sequence[Any]:
+def _as_sequence(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list | tuple) else ()
 
 
-def _device(name: str) -> Any:
+def _parse_device(name: str) -> Any:
     import torch
 
     try:
@@ -127,45 +141,59 @@ def _device(name: str) -> Any:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as fault:
         reason = str(fault).strip().splitlines()[0]
-        raise BadSettings(
+        raise InvalidSettingsError(
             f"device must be one that torch can use here, e.g. 'cpu' or 'cuda:0'; got {name!r} "
             f"({reason})."
         ) from None
     return device
 
 
-def open_cases(choice: World | File) -> list[Case]:
+def open_cases(source: WorldCases | BenchmarkCases) -> list[Case]:
     """The cases a settings file asks for, in order.
 
     Raises BadInput when the source has fewer than `skip` + 1, or a file that can not be read.
     """
-    if isinstance(choice, World):
+    if isinstance(source, WorldCases):
         from .data.world import cases
 
-        made = cases(
-            choice.skip + choice.count, choice.seed, split=choice.split,
-            subjects=choice.subjects, relations=choice.relations,
-        )  # fmt: skip
-        return made[choice.skip :]
-    from .data import Options
+        world_cases = cases(
+            source.skip + source.num_cases,
+            source.seed,
+            split=source.split,
+            subjects=source.subjects,
+            relations=source.relations,
+        )
+        return world_cases[source.skip :]
+    from .data import ReadOptions
     from .data import open_cases as read
 
-    path = Path(choice.path)
+    path = Path(source.path)
     if not path.exists():
-        raise BadInput(f"cases.path must be an annotation file; there is none at {path}.")
-    options = Options(
-        images=choice.images, on_missing=choice.on_missing, on_fault=choice.on_fault,
-        template=choice.template, clean=choice.clean, strip=choice.strip, repair=choice.repair,
-        hop=choice.hop, neighbours=choice.neighbours,
-        neighbour_answers=choice.neighbour_answers, start=choice.skip,
-    )  # fmt: skip
-    found = list(islice(read(path, options, benchmark=choice.benchmark), choice.count or None))
-    if not found:
-        raise BadInput(f"{path} must hold cases after the first {choice.skip}; it has none.")
-    return found
+        raise InvalidInputError(f"cases.path must be an annotation file; there is none at {path}.")
+    options = ReadOptions(
+        image_root=source.image_root,
+        missing_images=source.missing_images,
+        invalid_records=source.invalid_records,
+        template=source.template,
+        clean_rephrases=source.clean_rephrases,
+        strip_whitespace=source.strip_whitespace,
+        fix_encoding=source.fix_encoding,
+        hop=source.hop,
+        num_neighbors=source.num_neighbors,
+        neighbor_answers=source.neighbor_answers,
+        start=source.skip,
+    )
+    loaded_cases = list(
+        islice(read(path, options, benchmark=source.benchmark), source.num_cases or None)
+    )
+    if not loaded_cases:
+        raise InvalidInputError(
+            f"{path} must hold cases after the first {source.skip}; it has none."
+        )
+    return loaded_cases
 
 
-def queries_of(case: Case) -> list[tuple[str, int, Query]]:
+def questions_of(case: Case) -> list[tuple[str, int, Query]]:
     """What is asked about a case, in the order of its rows: (probe, index, query).
 
     `reliability` is the edit itself where the case does not ask it otherwise.
@@ -174,7 +202,7 @@ def queries_of(case: Case) -> list[tuple[str, int, Query]]:
     return [(name, i, query) for name, asked in probes.items() for i, query in enumerate(asked)]
 
 
-def check_cases(cases: Sequence[Case]) -> None:
+def validate_cases(cases: Sequence[Case]) -> None:
     """Refuse cases that can not be edited or scored, all of them at once, before any work.
 
     Raises BadInput.
@@ -185,29 +213,31 @@ def check_cases(cases: Sequence[Case]) -> None:
         if case.id in seen:
             faults.append(f"case {case.id!r} comes twice")
         seen.add(case.id)
-        for probe, index, query in queries_of(case):
+        for probe, index, query in questions_of(case):
             if not query.target.strip():
                 faults.append(f"case {case.id!r}, {probe}[{index}]: the target is empty")
     if faults:
-        raise BadInput(f"every query must have a target and every case a name: {listed(faults)}.")
+        raise InvalidInputError(
+            f"every query must have a target and every case a name: {join_messages(faults)}."
+        )
 
 
-def picture_name(image: Any) -> str:
+def image_file_name(image: Any) -> str:
     """A short name of a picture's content, fit for a file.
 
     >>> class Dot:
-    ...     key = "dot"
-    >>> picture_name(Dot())
+    ...     content_id = "dot"
+    >>> image_file_name(Dot())
     'e392dad8b08599f7'
     """
-    return hashlib.sha256(image_key(image).encode()).hexdigest()[:16]
+    return hashlib.sha256(content_id(image).encode()).hexdigest()[:16]
 
 
-def picture_of(image: Any, side: int = 224) -> bytes:
+def thumbnail(image: Any, side: int = 224) -> bytes:
     """A picture as PNG, made small: what the report shows. Raises BadInput, see `picture`."""
-    from errata.adapters.images import picture
+    from errata.adapters.images import open_image
 
-    small = picture(image).copy()
+    small = open_image(image).copy()
     small.thumbnail((side, side))
     data = io.BytesIO()
     small.save(data, "PNG")

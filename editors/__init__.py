@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 import msgspec
 
 from errata.functional import Case, Editor
-from errata.functional.errors import BadSettings
+from errata.functional.errors import InvalidSettingsError
 
 from . import finetune as _finetune
 from . import grace as _grace
@@ -22,17 +22,17 @@ from . import lora as _lora
 from . import mend as _mend
 from . import serac as _serac
 from . import wise as _wise
-from .finetune import FinetuneConfig, finetune
-from .grace import GraceConfig, grace
-from .ike import IkeConfig, ike
-from .liveedit import LiveEditConfig, liveedit
-from .lora import LoraConfig, lora
-from .mend import MendConfig, mend
-from .serac import SeracConfig, serac
-from .wise import WiseConfig, wise
+from .finetune import FinetuneConfig, finetune_editor
+from .grace import GraceConfig, grace_editor
+from .ike import IkeConfig, ike_editor
+from .liveedit import LiveEditConfig, liveedit_editor
+from .lora import LoraConfig, lora_editor
+from .mend import MendConfig, mend_editor
+from .serac import SeracConfig, serac_editor
+from .wise import WiseConfig, wise_editor
 
 __all__ = [
-    "EDITORS",
+    "METHODS",
     "FinetuneConfig",
     "GraceConfig",
     "IkeConfig",
@@ -43,15 +43,15 @@ __all__ = [
     "SeracConfig",
     "WiseConfig",
     "configure",
-    "finetune",
-    "grace",
-    "ike",
-    "liveedit",
-    "lora",
-    "make",
-    "mend",
-    "serac",
-    "wise",
+    "finetune_editor",
+    "grace_editor",
+    "ike_editor",
+    "liveedit_editor",
+    "lora_editor",
+    "make_editor",
+    "mend_editor",
+    "serac_editor",
+    "wise_editor",
 ]
 
 
@@ -64,37 +64,46 @@ class Method(NamedTuple):
     summary: str
 
 
-EDITORS: dict[str, Method] = {
+METHODS: dict[str, Method] = {
     "finetune": Method(
-        FinetuneConfig, finetune, _finetune.PRESETS, "gradient descent on chosen parameters (FT)"
+        FinetuneConfig,
+        finetune_editor,
+        _finetune.PRESETS,
+        "gradient descent on chosen parameters (FT)",
     ),
     "grace": Method(
-        GraceConfig, grace, _grace.PRESETS, "a codebook of activations and their replacements"
+        GraceConfig,
+        grace_editor,
+        _grace.PRESETS,
+        "a codebook of activations and their replacements",
     ),
     "ike": Method(
-        IkeConfig, ike, _ike.PRESETS, "new facts said before the question, found in a memory"
+        IkeConfig, ike_editor, _ike.PRESETS, "new facts said before the question, found in a memory"
     ),
     "liveedit": Method(
         LiveEditConfig,
-        liveedit,
+        liveedit_editor,
         _liveedit.PRESETS,
         "trained networks make an expert of each edit, and choose among them by picture and words",
     ),
-    "lora": Method(LoraConfig, lora, _lora.PRESETS, "a low-rank change trained on the edit"),
+    "lora": Method(LoraConfig, lora_editor, _lora.PRESETS, "a low-rank change trained on the edit"),
     "mend": Method(
         MendConfig,
-        mend,
+        mend_editor,
         _mend.PRESETS,
         "a trained network turns a gradient into an edit",
     ),
     "serac": Method(
         SeracConfig,
-        serac,
+        serac_editor,
         _serac.PRESETS,
         "edits in a memory, a trained classifier of their scope, a small model of what they say",
     ),
     "wise": Method(
-        WiseConfig, wise, _wise.PRESETS, "gated side memories of one map, trained on the edits"
+        WiseConfig,
+        wise_editor,
+        _wise.PRESETS,
+        "gated side memories of one map, trained on the edits",
     ),
 }
 
@@ -107,51 +116,55 @@ def configure(name: str, preset: str = "", **settings: Any) -> msgspec.Struct:
     >>> configure("lora", rank=4).rank
     4
     """
-    if name not in EDITORS:
-        raise BadSettings(_unknown("editor", name, EDITORS))
-    method = EDITORS[name]
+    if name not in METHODS:
+        raise InvalidSettingsError(unknown_name("editor", name, METHODS))
+    method = METHODS[name]
     faults = []
     if preset and preset not in method.presets:
-        faults.append(_unknown(f"preset of {name}", preset, method.presets).rstrip("."))
+        faults.append(unknown_name(f"preset of {name}", preset, method.presets).rstrip("."))
         preset = ""
     base = msgspec.to_builtins(method.presets[preset]) if preset else {"type": name}
     fields = {field.name: field.type for field in msgspec.structs.fields(method.config)}
     for key in sorted(settings, key=lambda key: (key in fields, key)):
         if key not in fields:
-            faults.append(_unknown(f"setting of {name}", key, fields).rstrip("."))
+            faults.append(unknown_name(f"setting of {name}", key, fields).rstrip("."))
             continue
         try:
             msgspec.convert({"type": name, key: settings[key]}, method.config)
         except msgspec.ValidationError as fault:
-            faults.append(f"{name}.{key} {_wanted(fault, fields[key])}; got {settings[key]!r}")
+            faults.append(
+                f"{name}.{key} {_expected_values(fault, fields[key])}; got {settings[key]!r}"
+            )
     if faults:
-        raise BadSettings("; ".join(faults) + ".")
+        raise InvalidSettingsError("; ".join(faults) + ".")
     return msgspec.convert({**base, **settings}, method.config)
 
 
-def _wanted(fault: msgspec.ValidationError, kind: Any) -> str:
+def _expected_values(error: msgspec.ValidationError, field_type: Any) -> str:
     """What must hold: the choices there are, or msgspec's words without backquotes and path."""
-    if get_origin(kind) is Literal:
-        return f"must be one of {', '.join(map(str, get_args(kind)))}"
-    text = str(fault).split(" - at ")[0].partition(", got")[0].replace("`", "")
+    if get_origin(field_type) is Literal:
+        return f"must be one of {', '.join(map(str, get_args(field_type)))}"
+    text = str(error).split(" - at ")[0].partition(", got")[0].replace("`", "")
     return text.replace("Expected", "must be")
 
 
-def make(config: msgspec.Struct, cases: Sequence[Case] | None = None) -> Editor:
+def make_editor(config: msgspec.Struct, cases: Sequence[Case] | None = None) -> Editor:
     """The editor with these settings; `cases` are for a method that shows training cases (IKE).
 
-    >>> make(FinetuneConfig(num_steps=10)).name
+    >>> make_editor(FinetuneConfig(num_steps=10)).name
     'finetune'
     """
-    for method in EDITORS.values():
+    for method in METHODS.values():
         if type(config) is method.config:
-            given = {"cases": cases} if cases is not None and method.factory is ike else {}
-            return method.factory(config, **given)
-    known = ", ".join(method.config.__name__ for method in EDITORS.values())
-    raise BadSettings(f"settings must be one of {known}; got {type(config).__name__}.")
+            extra_arguments = (
+                {"cases": cases} if cases is not None and method.factory is ike_editor else {}
+            )
+            return method.factory(config, **extra_arguments)
+    known = ", ".join(method.config.__name__ for method in METHODS.values())
+    raise InvalidSettingsError(f"settings must be one of {known}; got {type(config).__name__}.")
 
 
-def _unknown(what: str, name: str, known) -> str:
+def unknown_name(what: str, name: str, known) -> str:
     near = difflib.get_close_matches(name, list(known), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"{what} must be one of {', '.join(known)}; got {name!r}.{hint}"

@@ -25,72 +25,72 @@ from errata.functional import (
     prefix,
 )
 from errata.functional.bind import bind
-from errata.functional.errors import BadInput, BadSettings
-from errata.functional.factors import unformed_gradients
+from errata.functional.errors import InvalidInputError, InvalidSettingsError
+from errata.functional.factors import factored_gradients
 from errata.functional.losses import nll
-from errata.functional.stacks import per_edit
+from errata.functional.stacks import mean_per_edit
 
 __all__ = [
     "Objective",
-    "Rule",
+    "DescentConfig",
     "Step",
-    "Trained",
-    "descend",
+    "DescentState",
+    "run_descent",
     "descend_each",
     "descend_jointly",
 ]
 
-Objective = Literal["target", "last"]
+Objective = Literal["target_tokens", "last_prompt_token"]
 
 Tensors = Mapping[str, Tensor]
-Describe = Callable[[Sequence[Query], int], Header]
-Express = Callable[[Tensors], Tensors]
+MakeHeader = Callable[[Sequence[Query], int], Header]
+ToDeltaTensors = Callable[[Tensors], Tensors]
 Step = Callable[[Tensors], tuple[Any, Tensor]]  # tensors -> gradients, losses [E]
 
 
-class Trained(NamedTuple):
+class DescentState(NamedTuple):
     """State of a descending editor: where the next edit starts, and the edits so far."""
 
     tensors: dict[str, Tensor]
     edits: tuple[EditRecord, ...] = ()
 
 
-def fresh(state: Trained) -> Trained:
+def require_no_edits(state: DescentState) -> DescentState:
     """The state, if no edit has been made from it: what edits side by side must start from.
 
     Raises BadInput otherwise: a stacked delta lists one edit each, and could not tell of earlier.
     """
     if state.edits:
-        raise BadInput(
+        raise InvalidInputError(
             f"edits side by side must start from a fresh state, and this one holds "
             f"{len(state.edits)}: take `editor.init(model, generator)`, or `editor.edit` to go on."
         )
     return state
 
 
-class Rule(NamedTuple):
+class DescentConfig(NamedTuple):
     """How to descend: the settings that gradient-based editors share."""
 
     optimizer: Literal["adamw", "adam", "sgd"]
     lr: float
     num_steps: int
     weight_decay: float = 0.0
-    gamma: float = 1.0  # the learning rate of step t is lr * gamma**t
+    lr_decay: float = 1.0  # the learning rate of step t is lr * gamma**t
     stop_loss: float = 0.0
-    clamp: float | None = None
-    objective: Objective = "target"
-    end: bool = False  # the target is followed by the token that ends an answer
+    norm_constraint: float | None = None
+    objective: Objective = "target_tokens"
+    append_eos: bool = False  # the target is followed by the token that ends an answer
 
 
 def descend_each(
     model: Model,
-    describe: Describe,
-    start: Tensors,
+    make_header: MakeHeader,
+    initial_tensors: Tensors,
     queries: Sequence[Query],
-    rule: Rule,
+    config: DescentConfig,
     *,
-    express: Express = dict,
-    anchor: Params | None = None,
+    to_delta_tensors: ToDeltaTensors = dict,
+    decay_reference: Params | None = None,
 ) -> dict[str, Tensor]:
     """Train one independent delta per query, side by side: tensors with a leading edit axis.
 
@@ -98,108 +98,160 @@ def descend_each(
     the tensors of the delta; `anchor` holds the parameters that weight decay pulls to zero together
     with their change (AdamW acts on W + d, not on d).
     """
-    header = describe(queries, len(queries))
-    reach = prefix.reach(model.card, [entry.name for entry in header.entries])
-    if reach.embed:
+    header = make_header(queries, len(queries))
+    depth = prefix.edit_depth(model.card, [entry.name for entry in header.entries])
+    if depth.before_decoder:
         # Changes below the decoder act on pixels, where rows of one image have no edit axis.
-        alone = [
-            descend_jointly(model, describe, start, [query], rule, express=express, anchor=anchor)
+        single_edits = [
+            descend_jointly(
+                model,
+                make_header,
+                initial_tensors,
+                [query],
+                config,
+                to_delta_tensors=to_delta_tensors,
+                decay_reference=decay_reference,
+            )
             for query in queries
         ]
-        return {name: torch.stack([tensors[name] for tensors in alone]) for name in start}
-    stacked = {name: t.expand(len(queries), *t.shape) for name, t in start.items()}
-    batch = cast(Batch, prefix.cut(model, _read(model, queries, rule), reach))
-    batch = batch._replace(edit=torch.arange(len(queries), device=batch.edit.device))
-    step = _stacked_step(model, header, batch, rule, express)
-    return descend(step, stacked, rule, anchor)
+        return {
+            name: torch.stack([tensors[name] for tensors in single_edits])
+            for name in initial_tensors
+        }
+    stacked_tensors = {
+        name: t.expand(len(queries), *t.shape) for name, t in initial_tensors.items()
+    }
+    batch = cast(Batch, prefix.run_prefix(model, _preprocess(model, queries, config), depth))
+    batch = batch._replace(edit_index=torch.arange(len(queries), device=batch.edit_index.device))
+    step = _make_stacked_step(model, header, batch, config, to_delta_tensors)
+    return run_descent(step, stacked_tensors, config, decay_reference)
 
 
 def descend_jointly(
     model: Model,
-    describe: Describe,
-    start: Tensors,
+    make_header: MakeHeader,
+    initial_tensors: Tensors,
     queries: Sequence[Query],
-    rule: Rule,
+    config: DescentConfig,
     *,
-    express: Express = dict,
-    anchor: Params | None = None,
+    to_delta_tensors: ToDeltaTensors = dict,
+    decay_reference: Params | None = None,
 ) -> dict[str, Tensor]:
     """Train one delta on all queries at once: the loss is the mean over queries."""
-    inputs = _read(model, queries, rule)
-    header = describe(queries[:1], 1)
-    reach = prefix.reach(model.card, [entry.name for entry in header.entries])
-    if reach.embed:
-        step = _embed_step(model, describe(queries, 0), inputs, rule, express)
+    inputs = _preprocess(model, queries, config)
+    header = make_header(queries[:1], 1)
+    depth = prefix.edit_depth(model.card, [entry.name for entry in header.entries])
+    if depth.before_decoder:
+        step = _make_embed_step(model, make_header(queries, 0), inputs, config, to_delta_tensors)
     else:
-        batch = cast(Batch, prefix.cut(model, inputs, reach))
-        batch = batch._replace(edit=torch.zeros_like(batch.edit))
-        step = _stacked_step(model, header, batch, rule, express)
-    alone = {name: tensor[None] for name, tensor in start.items()}
-    return {name: tensor[0] for name, tensor in descend(step, alone, rule, anchor).items()}
+        batch = cast(Batch, prefix.run_prefix(model, inputs, depth))
+        batch = batch._replace(edit_index=torch.zeros_like(batch.edit_index))
+        step = _make_stacked_step(model, header, batch, config, to_delta_tensors)
+    with_edit_axis = {name: tensor[None] for name, tensor in initial_tensors.items()}
+    return {
+        name: tensor[0]
+        for name, tensor in run_descent(step, with_edit_axis, config, decay_reference).items()
+    }
 
 
-def _read(model: Model, queries: Sequence[Query], rule: Rule) -> Inputs:
-    return model.read(queries, end=True) if rule.end else model.read(queries)
+def _preprocess(model: Model, queries: Sequence[Query], config: DescentConfig) -> Inputs:
+    return (
+        model.preprocess(queries, append_eos=True)
+        if config.append_eos
+        else model.preprocess(queries)
+    )
 
 
-def _stacked_step(model: Model, header: Header, batch: Batch, rule: Rule, express: Express) -> Step:
+def _make_stacked_step(
+    model: Model,
+    header: Header,
+    batch: Batch,
+    config: DescentConfig,
+    to_delta_tensors: ToDeltaTensors,
+) -> Step:
     """Gradients and losses [E] of a stacked delta: rows run under the edit they name."""
-    at = _positions(batch.at, rule.objective)
+    logit_positions = _select_positions(batch.logit_positions, config.objective)
 
     def loss(logits: Tensor):
-        each = per_edit(nll(logits, batch.labels), batch.edit, header.stack)
-        return each.sum(), each.detach()
+        edit_losses = mean_per_edit(nll(logits, batch.labels), batch.edit_index, header.stack)
+        return edit_losses.sum(), edit_losses.detach()
 
-    if express is dict:  # the tensors of the delta themselves: their gradients may stay in factors
-        return lambda tensors: unformed_gradients(model, Delta(header, tensors), batch, loss, at=at)
+    if (
+        to_delta_tensors is dict
+    ):  # the tensors of the delta themselves: their gradients may stay in factors
+        return lambda tensors: factored_gradients(
+            model, Delta(header, tensors), batch, loss, logit_positions=logit_positions
+        )
 
-    def total(tensors: Tensors):
-        bound = bind(model, Delta(header, express(tensors)), check=False)
-        return loss(bound.decode(bound.params, batch, at=at))
+    def total_loss(tensors: Tensors):
+        bound = bind(model, Delta(header, to_delta_tensors(tensors)), check=False)
+        return loss(bound.decode(bound.params, batch, logit_positions=logit_positions))
 
-    return torch.func.grad(total, has_aux=True)
+    return torch.func.grad(total_loss, has_aux=True)
 
 
-def _embed_step(model: Model, header: Header, inputs: Inputs, rule: Rule, express: Express) -> Step:
+def _make_embed_step(
+    model: Model,
+    header: Header,
+    inputs: Inputs,
+    config: DescentConfig,
+    to_delta_tensors: ToDeltaTensors,
+) -> Step:
     """The same, one edit, for changes below the decoder: the vision path runs in every step."""
 
-    def total(tensors: Tensors):
-        alone = express({name: tensor[0] for name, tensor in tensors.items()})
-        bound = bind(model, Delta(header, alone), check=False)
+    def total_loss(tensors: Tensors):
+        delta_tensors = to_delta_tensors({name: tensor[0] for name, tensor in tensors.items()})
+        bound = bind(model, Delta(header, delta_tensors), check=False)
         batch = bound.embed(bound.params, inputs)
-        logits = bound.decode(bound.params, batch, at=_positions(batch.at, rule.objective))
-        each = nll(logits, batch.labels).mean()[None]
-        return each.sum(), each.detach()
+        logits = bound.decode(
+            bound.params,
+            batch,
+            logit_positions=_select_positions(batch.logit_positions, config.objective),
+        )
+        edit_losses = nll(logits, batch.labels).mean()[None]
+        return edit_losses.sum(), edit_losses.detach()
 
-    return torch.func.grad(total, has_aux=True)
+    return torch.func.grad(total_loss, has_aux=True)
 
 
-def _positions(at: Tensor, objective: Objective) -> Tensor:
+def _select_positions(logit_positions: Tensor, objective: Objective) -> Tensor:
     """FT-L reads every target token off the last prompt position, FT-M off its own."""
-    return at[:, :1].expand_as(at) if objective == "last" else at
+    return (
+        logit_positions[:, :1].expand_as(logit_positions)
+        if objective == "last_prompt_token"
+        else logit_positions
+    )
 
 
-def descend(step: Step, start: Tensors, rule: Rule, anchor: Params | None) -> dict[str, Tensor]:
+def run_descent(
+    step: Step, initial_tensors: Tensors, config: DescentConfig, decay_reference: Params | None
+) -> dict[str, Tensor]:
     """Descend from `start` [E ...]; an edit whose loss is at most `stop_loss` stays as it is.
 
     The optimiser overwrites tensors made here, so that a step is one pass over memory.
     """
-    make = {"adamw": optim.adamw, "adam": optim.adam, "sgd": optim.sgd}[rule.optimizer]
-    rate = optim.exponential(rule.lr, rule.gamma)
-    optimizer = make(rate, weight_decay=rule.weight_decay, donate=True)
-    tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in start.items()}
-    memory = optimizer.init(tensors, num_edits=next(iter(tensors.values())).shape[0])
-    for number in range(rule.num_steps):
-        grads, each = step(tensors)
-        active = each > rule.stop_loss  # [E]
+    make_optimizer = {"adamw": optim.adamw, "adam": optim.adam, "sgd": optim.sgd}[config.optimizer]
+    lr_schedule = optim.exponential_schedule(config.lr, config.lr_decay)
+    optimizer = make_optimizer(lr_schedule, weight_decay=config.weight_decay, inplace=True)
+    tensors = {
+        name: tensor.to(torch.float32, copy=True) for name, tensor in initial_tensors.items()
+    }
+    optimizer_state = optimizer.init(tensors, num_edits=next(iter(tensors.values())).shape[0])
+    for step_number in range(config.num_steps):
+        grads, edit_losses = step(tensors)
+        active = edit_losses > config.stop_loss  # [E]
         if not bool(active.any()):
             break
-        tensors, memory = optimizer.update(grads, memory, tensors, mask=active, anchor=anchor)
-        if number == 0 and all(torch.equal(tensors[name], start[name]) for name in start):
-            raise BadSettings(
+        tensors, optimizer_state = optimizer.update(
+            grads, optimizer_state, tensors, mask=active, decay_reference=decay_reference
+        )
+        if step_number == 0 and all(
+            torch.equal(tensors[name], initial_tensors[name]) for name in initial_tensors
+        ):
+            raise InvalidSettingsError(
                 "what is trained must act on the answer, and the first step changed nothing: its "
                 "gradient is zero at every site. Name other sites (`errata models` lists families)."
             )
-        if rule.clamp is not None:
-            tensors = optim.clamp(tensors, rule.clamp, donate=True)
+        if config.norm_constraint is not None:
+            tensors = optim.clip_elements(tensors, config.norm_constraint, inplace=True)
     return tensors

@@ -26,12 +26,19 @@ import msgspec
 import torch
 
 from errata.functional import Delta, Dense, Editor, Model, Query
-from errata.functional.records import header_for
+from errata.functional.records import make_header
 
-from .descent import Objective, Rule, Trained, descend_each, descend_jointly, fresh
-from .sites import parameters
+from .descent import (
+    DescentConfig,
+    DescentState,
+    Objective,
+    descend_each,
+    descend_jointly,
+    require_no_edits,
+)
+from .sites import resolve_parameters
 
-__all__ = ["PRESETS", "FinetuneConfig", "finetune"]
+__all__ = ["PRESETS", "FinetuneConfig", "finetune_editor"]
 
 
 class FinetuneConfig(
@@ -40,18 +47,20 @@ class FinetuneConfig(
     """Settings of FT: by default the last feed-forward's output map, as LiveEdit's baseline."""
 
     sites: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)] = ("layers.-1.mlp.down",)
-    whole: bool = False  # every parameter below a site, not only the weights of linear maps
-    objective: Objective = "target"  # "target" is FT-M, "last" is FT-L
+    all_parameters: bool = (
+        False  # every parameter below a site, not only the weights of linear maps
+    )
+    objective: Objective = "target_tokens"  # "target_tokens" is FT-M, "last_prompt_token" is FT-L
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: Annotated[float, msgspec.Meta(gt=0)] = 1e-3
     weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     num_steps: Annotated[int, msgspec.Meta(ge=1)] = 25
     stop_loss: Annotated[float, msgspec.Meta(ge=0)] = 1e-2  # an edit stops below it; 0: never
-    clamp: Annotated[float, msgspec.Meta(gt=0)] | None = None  # bound on |d|, per element
-    end: bool = True  # teach the end of the answer too, so that free generation stops there
+    norm_constraint: Annotated[float, msgspec.Meta(gt=0)] | None = None  # bound on |d|, per element
+    append_eos: bool = True  # teach the end of the answer too, so that free generation stops there
 
 
-def finetune(config: FinetuneConfig = FinetuneConfig()) -> Editor:
+def finetune_editor(config: FinetuneConfig = FinetuneConfig()) -> Editor:
     """FT as an editor: the delta is a `dense` change of each parameter at the sites.
 
     State: the change so far, one tensor per parameter. Sequential edits start from it with a fresh
@@ -59,92 +68,119 @@ def finetune(config: FinetuneConfig = FinetuneConfig()) -> Editor:
 
     >>> from errata import adapters
     >>> model = adapters.adapt(*adapters.tiny("llava"))
-    >>> editor = finetune(FinetuneConfig(num_steps=2))
+    >>> editor = finetune_editor(FinetuneConfig(num_steps=2))
     >>> state = editor.init(model, torch.Generator().manual_seed(0))
     >>> delta, state = editor.edit(model, state, [Query("who is it?", "bo")])
     >>> [entry.name for entry in delta.header.entries]
     ['model.language_model.layers.2.mlp.down_proj.weight']
     """
-    rule = Rule(
+    descent_config = DescentConfig(
         optimizer=config.optimizer,
         lr=config.lr,
         weight_decay=config.weight_decay,
         num_steps=config.num_steps,
         stop_loss=config.stop_loss,
-        clamp=config.clamp,
+        norm_constraint=config.norm_constraint,
         objective=config.objective,
-        end=config.end,
+        append_eos=config.append_eos,
     )
 
-    def init(model: Model, generator: torch.Generator) -> Trained:
+    def init(model: Model, generator: torch.Generator) -> DescentState:
         del generator  # nothing is random
-        names = parameters(model, config.sites, everything=config.whole)
+        names = resolve_parameters(model, config.sites, all_parameters=config.all_parameters)
         zero = {n: torch.zeros_like(model.params[n], dtype=torch.float32) for n in names}
-        return Trained(zero)
+        return DescentState(zero)
 
-    def describe(model: Model, state: Trained, queries: Sequence[Query], stack: int):
+    def make_delta_header(model: Model, state: DescentState, queries: Sequence[Query], stack: int):
         entries = tuple(
             Dense(
                 name=name,
-                checkpoint=model.card.checkpoint.get(name, name),
+                checkpoint_name=model.card.checkpoint_names.get(name, name),
                 shape=tuple(model.params[name].shape),
             )
             for name in state.tensors
         )
         earlier = () if stack else state.edits
-        return header_for(
-            model, "finetune", config, entries, queries, earlier=earlier, stack=stack,
-            recursive=True,
-        )  # fmt: skip
+        return make_header(
+            model,
+            "finetune",
+            config,
+            entries,
+            queries,
+            earlier_edits=earlier,
+            stack=stack,
+            order_dependent=True,
+        )
 
-    def edit(model: Model, state: Trained, queries: Sequence[Query]):
-        header = partial(describe, model, state)
-        tensors = descend_jointly(model, header, state.tensors, queries, rule, anchor=model.params)
-        delta = Delta(header(queries, 0), tensors)
-        return delta, Trained(tensors, delta.header.edits)
+    def edit(model: Model, state: DescentState, queries: Sequence[Query]):
+        make_edit_header = partial(make_delta_header, model, state)
+        tensors = descend_jointly(
+            model,
+            make_edit_header,
+            state.tensors,
+            queries,
+            descent_config,
+            decay_reference=model.params,
+        )
+        delta = Delta(make_edit_header(queries, 0), tensors)
+        return delta, DescentState(tensors, delta.header.edits)
 
-    def each(model: Model, state: Trained, queries: Sequence[Query]) -> Delta:
-        header = partial(describe, model, fresh(state))
-        tensors = descend_each(model, header, state.tensors, queries, rule, anchor=model.params)
-        return Delta(header(queries, len(queries)), tensors)
+    def edit_each(model: Model, state: DescentState, queries: Sequence[Query]) -> Delta:
+        make_edit_header = partial(make_delta_header, model, require_no_edits(state))
+        tensors = descend_each(
+            model,
+            make_edit_header,
+            state.tensors,
+            queries,
+            descent_config,
+            decay_reference=model.params,
+        )
+        return Delta(make_edit_header(queries, len(queries)), tensors)
 
-    return Editor("finetune", config, init, edit, each)
+    return Editor("finetune", config, init, edit, edit_each)
 
 
-_LAST = ("layers.-1.mlp.up", "layers.-1.mlp.down")
+_LAST_MLP = ("layers.-1.mlp.up", "layers.-1.mlp.down")
 
 
-def _vlkeb(sites: tuple[str, ...], num_steps: int, lr: float, whole: bool) -> FinetuneConfig:
+def _vlkeb_config(
+    sites: tuple[str, ...], num_steps: int, lr: float, all_parameters: bool
+) -> FinetuneConfig:
     return FinetuneConfig(
-        sites=sites, whole=whole, num_steps=num_steps, lr=lr, weight_decay=0.01, stop_loss=0.0,
-        end=False,
-    )  # fmt: skip
+        sites=sites,
+        all_parameters=all_parameters,
+        num_steps=num_steps,
+        lr=lr,
+        weight_decay=0.01,
+        stop_loss=0.0,
+        append_eos=False,
+    )
 
 
 PRESETS: dict[str, FinetuneConfig] = {
-    "liveedit": FinetuneConfig(end=False),
-    "vlkeb-llm-blip2": _vlkeb(_LAST, 15, 2e-4, False),
-    "vlkeb-llm-minigpt4": _vlkeb(_LAST, 15, 1e-4, False),
-    "vlkeb-llm-llava": _vlkeb(_LAST, 10, 1e-4, False),
-    "vlkeb-alignment-blip2": _vlkeb(("projector",), 15, 2e-4, True),
-    "vlkeb-alignment-minigpt4": _vlkeb(("projector",), 15, 1e-4, True),
-    "vlkeb-alignment-llava": _vlkeb(("projector",), 10, 1e-4, True),
-    "vlkeb-vision": _vlkeb(("vision.layers.-1.mlp",), 25, 2e-3, False),
-    "mmke-llm": _vlkeb(_LAST, 40, 1e-4, False),
-    "mmke-alignment": _vlkeb(("projector",), 30, 1e-4, True),
+    "liveedit": FinetuneConfig(append_eos=False),
+    "vlkeb-llm-blip2": _vlkeb_config(_LAST_MLP, 15, 2e-4, False),
+    "vlkeb-llm-minigpt4": _vlkeb_config(_LAST_MLP, 15, 1e-4, False),
+    "vlkeb-llm-llava": _vlkeb_config(_LAST_MLP, 10, 1e-4, False),
+    "vlkeb-alignment-blip2": _vlkeb_config(("projector",), 15, 2e-4, True),
+    "vlkeb-alignment-minigpt4": _vlkeb_config(("projector",), 15, 1e-4, True),
+    "vlkeb-alignment-llava": _vlkeb_config(("projector",), 10, 1e-4, True),
+    "vlkeb-vision": _vlkeb_config(("vision.layers.-1.mlp",), 25, 2e-3, False),
+    "mmke-llm": _vlkeb_config(_LAST_MLP, 40, 1e-4, False),
+    "mmke-alignment": _vlkeb_config(("projector",), 30, 1e-4, True),
     "ice-ft-l": FinetuneConfig(
         sites=tuple(f"layers.{i}.mlp.down" for i in range(4, 9)),
-        objective="last",
+        objective="last_prompt_token",
         optimizer="adam",
         lr=7e-4,
-        clamp=5e-4,
-        end=False,
+        norm_constraint=5e-4,
+        append_eos=False,
     ),
     "ice-ft-m": FinetuneConfig(
         sites=tuple(f"layers.{i}.mlp.down" for i in range(4, 9)),
         optimizer="adam",
         lr=7e-4,
-        clamp=5e-4,
-        end=False,
+        norm_constraint=5e-4,
+        append_eos=False,
     ),
 }

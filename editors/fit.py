@@ -30,21 +30,29 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from errata.functional import Case, Model, optim, prefix
-from errata.functional.errors import BadInput
+from errata.functional.errors import InvalidInputError
 from errata.functional.losses import kl, nll
-from errata.functional.prefix import Reach
-from errata.functional.records import base_of
+from errata.functional.prefix import EditDepth
+from errata.functional.records import base_identity
 from errata.functional.types import Learner, State
 
 from . import statefile
-from .lessons import Lesson, Shelf
+from .lessons import PrefixDataset, TrainingBatch
 
 __all__ = [
-    "PUBLISHED", "Course", "Fit", "FitConfig", "Lesson", "Progress", "combined", "fit", "weighed",
-]  # fmt: skip
+    "MEND_LOSS_WEIGHTS",
+    "TrainableEditor",
+    "TrainingResult",
+    "TrainingConfig",
+    "TrainingBatch",
+    "TrainingProgress",
+    "combine_losses",
+    "train",
+    "batch_loss",
+]
 
 
-PUBLISHED = {
+MEND_LOSS_WEIGHTS = {
     "rephrase": 0.1,
     "image_rephrase": 0.1,
     "text_locality": 1.0,
@@ -53,7 +61,7 @@ PUBLISHED = {
 """MEND's weights, as EasyEdit has them for pictures."""
 
 
-class Course(NamedTuple):
+class TrainableEditor(NamedTuple):
     """How a `Learner` is trained.
 
     sites(model) -> paths of the modules it edits; all of them in decoder layers
@@ -66,262 +74,345 @@ class Course(NamedTuple):
 
     learner: Learner
     sites: Callable[[Model], Sequence[str]]
-    trained: Callable[[State], Any]
-    placed: Callable[[State, Any], State]
-    study: Callable[[Model, State, Lesson, bool], tuple[State, Any]]
-    end: bool = False
-    reach: Reach | None = None
+    parameters: Callable[[State], Any]
+    with_parameters: Callable[[State, Any], State]
+    prepare: Callable[[Model, State, TrainingBatch, bool], tuple[State, Any]]
+    append_eos: bool = False
+    edit_depth: EditDepth | None = None
 
 
-class FitConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of a training; a `weights` of "edit" asks the edit's own question too."""
 
     num_steps: Annotated[int, msgspec.Meta(ge=1)] = 1000
-    together: Annotated[int, msgspec.Meta(ge=1)] = 8  # cases of a lesson
-    accumulate: Annotated[int, msgspec.Meta(ge=1)] = 1  # lessons of a step
-    asks: Annotated[int, msgspec.Meta(ge=1)] = 1  # questions drawn of each probe of a case
+    batch_size: Annotated[int, msgspec.Meta(ge=1)] = 8  # cases of a lesson
+    gradient_accumulation_steps: Annotated[int, msgspec.Meta(ge=1)] = 1  # lessons of a step
+    questions_per_probe: Annotated[int, msgspec.Meta(ge=1)] = (
+        1  # questions drawn of each probe of a case
+    )
     lr: Annotated[float, msgspec.Meta(gt=0)] = 1e-4
-    lr_of: dict[str, float] = {}  # another rate for a field of what is trained
-    warmup: Annotated[int, msgspec.Meta(ge=0)] = 0
-    decay: bool = False  # linearly to zero at the last step
-    clip: Annotated[float, msgspec.Meta(gt=0)] = 100.0
-    weights: dict[str, float] = msgspec.field(default_factory=lambda: dict(PUBLISHED))
-    held: Annotated[int, msgspec.Meta(ge=0)] = 16  # cases kept out, to validate on
-    validate_every: Annotated[int, msgspec.Meta(ge=1)] = 100
-    patience: Annotated[int, msgspec.Meta(ge=1)] = 5  # validations without a better loss
+    lr_by_group: dict[str, float] = {}  # another rate for a field of what is trained
+    warmup_steps: Annotated[int, msgspec.Meta(ge=0)] = 0
+    linear_decay: bool = False  # linearly to zero at the last step
+    max_grad_norm: Annotated[float, msgspec.Meta(gt=0)] = 100.0
+    loss_weights: dict[str, float] = msgspec.field(default_factory=lambda: dict(MEND_LOSS_WEIGHTS))
+    num_validation_cases: Annotated[int, msgspec.Meta(ge=0)] = 16  # cases kept out, to validate on
+    eval_every: Annotated[int, msgspec.Meta(ge=1)] = 100
+    early_stopping_patience: Annotated[int, msgspec.Meta(ge=1)] = (
+        5  # validations without a better loss
+    )
     save_every: Annotated[int, msgspec.Meta(ge=1)] = 100
     seed: int = 0
-    memory: Annotated[int, msgspec.Meta(ge=0)] = 1 << 30  # bytes of prefixes in memory
-    disk: Annotated[int, msgspec.Meta(ge=0)] = 0  # bytes of prefixes on disk, in the folder
+    prefix_cache_bytes: Annotated[int, msgspec.Meta(ge=0)] = 1 << 30  # bytes of prefixes in memory
+    prefix_disk_bytes: Annotated[int, msgspec.Meta(ge=0)] = (
+        0  # bytes of prefixes on disk, in the folder
+    )
 
 
-class Progress(NamedTuple):
+class TrainingProgress(NamedTuple):
     """One step: its mean loss and terms, how fast it goes, and the last validation's loss."""
 
     step: int
-    of: int
+    num_steps: int
     loss: float
     terms: Mapping[str, float]
-    held: float | None
+    validation_loss: float | None
     cases_per_second: float
 
 
-class Fit(NamedTuple):
+class TrainingResult(NamedTuple):
     """A finished training: the best state, its validation loss, steps done, why it ended."""
 
     state: State
-    held: float | None
-    steps: int
+    validation_loss: float | None
+    num_steps: int
     stopped_early: bool
 
 
-class _Point(NamedTuple):
+class _TrainingState(NamedTuple):
     """Everything a training is, between two steps."""
 
     state: State
-    memory: dict[str, Any]  # of the optimiser
-    best: State
-    least: Tensor  # [] float64: the best validation loss
-    waited: Tensor  # [] int64: validations since
+    optimizer_state: dict[str, Any]  # of the optimiser
+    best_state: State
+    best_loss: Tensor  # [] float64: the best validation loss
+    num_stale_evaluations: Tensor  # [] int64: validations since
     step: Tensor  # [] int64
-    draws: Tensor  # state of the generator
+    generator_state: Tensor  # state of the generator
 
 
-def fit(
+def train(
     model: Model,
-    course: Course,
+    trainable: TrainableEditor,
     cases: Sequence[Case],
-    config: FitConfig = FitConfig(),
+    config: TrainingConfig = TrainingConfig(),
     *,
-    folder: str | Path | None = None,
-    progress: Callable[[Progress], None] | None = None,
-) -> Fit:
+    checkpoint_dir: str | Path | None = None,
+    progress: Callable[[TrainingProgress], None] | None = None,
+) -> TrainingResult:
     """Train an editor on cases; with a `folder`, go on from the checkpoint there.
 
     The last `config.held` cases are validated on, never trained on. A checkpoint is written whole
     or not at all and resumes to the same bits. Raises BadInput for a checkpoint of another
     training, too few cases, or cases that lack a probe that has a weight.
     """
-    learned, held = _parted(cases, config)
-    shelf = Shelf(model, course.sites(model), config, course.end, folder, course.reach)
-    rates = _rates(config, course, model)
-    about = _about(model, course, cases, config)
-    path = Path(folder) / "checkpoint.safetensors" if folder else None
-    point = _start(model, course, config, rates)
+    training_cases, validation_cases = _split_cases(cases, config)
+    dataset = PrefixDataset(
+        model,
+        trainable.sites(model),
+        config,
+        trainable.append_eos,
+        checkpoint_dir,
+        trainable.edit_depth,
+    )
+    field_optimizers = _make_optimizers(config, trainable, model)
+    compatibility = _compatibility(model, trainable, cases, config)
+    path = Path(checkpoint_dir) / "checkpoint.safetensors" if checkpoint_dir else None
+    training_state = _init_training(model, trainable, config, field_optimizers)
     if path and path.is_file():
-        point = statefile.recall(path, point, about)
-    began, begun = time.perf_counter(), int(point.step)
-    last = float(point.least) if torch.isfinite(point.least) else None
-    draws = torch.Generator()
-    while int(point.step) < config.num_steps and int(point.waited) < config.patience:
-        draws.set_state(point.draws)
-        point, loss, terms = _step(model, course, shelf, learned, config, rates, point, draws)
-        step = int(point.step)
-        if held and (step % config.validate_every == 0 or step == config.num_steps):
-            last = _validate(model, course, shelf, held, config, point.state)
-            point = _judged(point, last)
+        training_state = statefile.load_checkpoint(path, training_state, compatibility)
+    start_time, first_step = time.perf_counter(), int(training_state.step)
+    validation_loss = (
+        float(training_state.best_loss) if torch.isfinite(training_state.best_loss) else None
+    )
+    generator = torch.Generator()
+    while (
+        int(training_state.step) < config.num_steps
+        and int(training_state.num_stale_evaluations) < config.early_stopping_patience
+    ):
+        generator.set_state(training_state.generator_state)
+        training_state, loss, terms = _train_step(
+            model,
+            trainable,
+            dataset,
+            training_cases,
+            config,
+            field_optimizers,
+            training_state,
+            generator,
+        )
+        step = int(training_state.step)
+        if validation_cases and (step % config.eval_every == 0 or step == config.num_steps):
+            validation_loss = _validate(
+                model, trainable, dataset, validation_cases, config, training_state.state
+            )
+            training_state = _update_best(training_state, validation_loss)
         if path and (step % config.save_every == 0 or step == config.num_steps):
             path.parent.mkdir(parents=True, exist_ok=True)
-            statefile.keep(path, point, about)
+            statefile.save_checkpoint(path, training_state, compatibility)
         if progress:
-            done = (step - begun) * config.together * config.accumulate
-            rate = done / max(1e-9, time.perf_counter() - began)
-            progress(Progress(step, config.num_steps, loss, terms, last, rate))
-    stopped = int(point.waited) >= config.patience
-    found = point.best if torch.isfinite(point.least) else point.state
-    least = float(point.least) if torch.isfinite(point.least) else None
-    return Fit(found, least, int(point.step), stopped)
+            num_cases = (step - first_step) * config.batch_size * config.gradient_accumulation_steps
+            cases_per_second = num_cases / max(1e-9, time.perf_counter() - start_time)
+            progress(
+                TrainingProgress(
+                    step, config.num_steps, loss, terms, validation_loss, cases_per_second
+                )
+            )
+    stopped_early = int(training_state.num_stale_evaluations) >= config.early_stopping_patience
+    final_state = (
+        training_state.best_state
+        if torch.isfinite(training_state.best_loss)
+        else training_state.state
+    )
+    best_loss = (
+        float(training_state.best_loss) if torch.isfinite(training_state.best_loss) else None
+    )
+    return TrainingResult(final_state, best_loss, int(training_state.step), stopped_early)
 
 
-def weighed(edited: Model, lesson: Lesson) -> tuple[Tensor, dict[str, Tensor]]:
+def batch_loss(edited: Model, training_batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a lesson under a model that carries its edits, and each probe's own part."""
-    if all(prefix.narrows(edited.card, delta.header) for delta in edited.deltas):
-        logits = prefix.narrow(edited, lesson.asks)
+    if all(prefix.can_decode_scored(edited.card, delta.header) for delta in edited.deltas):
+        logits = prefix.decode_scored(edited, training_batch.questions)
     else:
-        logits = edited.decode(edited.params, lesson.asks)
-    first = lesson.asks.rows - lesson.base.shape[0]  # localities come last
-    labels = lesson.asks.labels
-    return combined(
+        logits = edited.decode(edited.params, training_batch.questions)
+    num_target_rows = (
+        training_batch.questions.num_rows - training_batch.base_logits.shape[0]
+    )  # localities come last
+    labels = training_batch.questions.labels
+    return combine_losses(
         torch.cat(
-            [nll(logits[:first], labels[:first]), kl(lesson.base, logits[first:], labels[first:])]
+            [
+                nll(logits[:num_target_rows], labels[:num_target_rows]),
+                kl(training_batch.base_logits, logits[num_target_rows:], labels[num_target_rows:]),
+            ]
         ),
-        lesson,
+        training_batch,
     )
 
 
-def combined(values: Tensor, lesson: Lesson) -> tuple[Tensor, dict[str, Tensor]]:
+def combine_losses(
+    values: Tensor, training_batch: TrainingBatch
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a lesson from its rows' own [B], and each probe's mean."""
     terms = {}
     total = values.new_zeros(())
-    for number, (name, weight) in enumerate(lesson.weights.items()):
-        mine = lesson.probe == number
-        mean = torch.where(mine, values, 0).sum() / mine.sum().clamp_min(1)
+    for number, (name, weight) in enumerate(training_batch.loss_weights.items()):
+        is_probe_row = training_batch.probe_index == number
+        mean = torch.where(is_probe_row, values, 0).sum() / is_probe_row.sum().clamp_min(1)
         terms[name] = mean.detach()
         total = total + weight * mean
     return total, terms
 
 
-def _parted(cases: Sequence[Case], config: FitConfig) -> tuple[list[Case], list[Case]]:
+def _split_cases(cases: Sequence[Case], config: TrainingConfig) -> tuple[list[Case], list[Case]]:
     faults = []
-    if len(cases) - config.held < config.together:
+    if len(cases) - config.num_validation_cases < config.batch_size:
         faults.append(
-            f"{len(cases)} cases with {config.held} held out leave fewer than the "
-            f"{config.together} of a lesson"
+            f"{len(cases)} cases with {config.num_validation_cases} held out leave fewer than the "
+            f"{config.batch_size} of a lesson"
         )
-    for name in config.weights:
-        without = [case.id for case in cases if name != "edit" and not case.probes.get(name)]
-        if without:
-            faults.append(f"{len(without)} case(s) have no {name!r}, e.g. {without[0]}")
+    for name in config.loss_weights:
+        lacking = [case.id for case in cases if name != "edit" and not case.probes.get(name)]
+        if lacking:
+            faults.append(f"{len(lacking)} case(s) have no {name!r}, e.g. {lacking[0]}")
     if faults:
-        raise BadInput(f"cases must suit the training: {'; '.join(faults)}.")
-    first = len(cases) - config.held
+        raise InvalidInputError(f"cases must suit the training: {'; '.join(faults)}.")
+    first = len(cases) - config.num_validation_cases
     return list(cases[:first]), list(cases[first:])
 
 
-def _rates(config: FitConfig, course: Course, model: Model) -> dict[str, optim.Optimizer]:
+def _make_optimizers(
+    config: TrainingConfig, trainable: TrainableEditor, model: Model
+) -> dict[str, optim.Optimizer]:
     def schedule(lr: float) -> optim.Schedule:
-        def at(step: Tensor) -> Tensor:
-            up = ((step + 1) / max(1, config.warmup)).clamp_max(1.0)
-            down = 1 - step / config.num_steps if config.decay else torch.ones_like(step)
-            return lr * up * down
+        def lr_at(step: Tensor) -> Tensor:
+            warmup_factor = ((step + 1) / max(1, config.warmup_steps)).clamp_max(1.0)
+            decay_factor = (
+                1 - step / config.num_steps if config.linear_decay else torch.ones_like(step)
+            )
+            return lr * warmup_factor * decay_factor
 
-        return at
+        return lr_at
 
-    fields = course.trained(_fresh(model, course, config))._fields
-    unknown = sorted(set(config.lr_of) - set(fields))
+    fields = trainable.parameters(_init_state(model, trainable, config))._fields
+    unknown = sorted(set(config.lr_by_group) - set(fields))
     if unknown:
-        raise BadInput(f"lr_of must name some of {', '.join(fields)}; got {', '.join(unknown)}.")
-    rates = {name: schedule(config.lr_of.get(name, config.lr)) for name in fields}
-    return {name: optim.adam(rate, donate=True) for name, rate in rates.items()}
+        raise InvalidInputError(
+            f"lr_by_group must name some of {', '.join(fields)}; got {', '.join(unknown)}."
+        )
+    lr_schedules = {name: schedule(config.lr_by_group.get(name, config.lr)) for name in fields}
+    return {name: optim.adam(rate, inplace=True) for name, rate in lr_schedules.items()}
 
 
-def _fresh(model: Model, course: Course, config: FitConfig) -> State:
-    return course.learner.editor.init(model, torch.Generator().manual_seed(config.seed))
+def _init_state(model: Model, trainable: TrainableEditor, config: TrainingConfig) -> State:
+    return trainable.learner.editor.init(model, torch.Generator().manual_seed(config.seed))
 
 
-def _start(model, course: Course, config: FitConfig, rates) -> _Point:
-    state = _copied(_fresh(model, course, config))
-    part = course.trained(state)
-    return _Point(
+def _init_training(
+    model, trainable: TrainableEditor, config: TrainingConfig, field_optimizers
+) -> _TrainingState:
+    state = _copy_tensors(_init_state(model, trainable, config))
+    parameters = trainable.parameters(state)
+    return _TrainingState(
         state=state,
-        memory={name: rates[name].init(getattr(part, name)) for name in part._fields},
-        best=_copied(state),
-        least=torch.tensor(torch.inf, dtype=torch.float64),
-        waited=torch.tensor(0),
+        optimizer_state={
+            name: field_optimizers[name].init(getattr(parameters, name))
+            for name in parameters._fields
+        },
+        best_state=_copy_tensors(state),
+        best_loss=torch.tensor(torch.inf, dtype=torch.float64),
+        num_stale_evaluations=torch.tensor(0),
         step=torch.tensor(0),
-        draws=torch.Generator().manual_seed(config.seed + 1).get_state(),
+        generator_state=torch.Generator().manual_seed(config.seed + 1).get_state(),
     )
 
 
-def _step(model, course: Course, shelf: Shelf, cases, config: FitConfig, rates, point, draws):
+def _train_step(
+    model,
+    trainable: TrainableEditor,
+    dataset: PrefixDataset,
+    cases,
+    config: TrainingConfig,
+    field_optimizers,
+    training_state,
+    generator,
+):
     """One update of what is trained, from `accumulate` lessons."""
-    state, whole, losses, terms = point.state, None, [], []
-    for _ in range(config.accumulate):
-        chosen = torch.randperm(len(cases), generator=draws)[: config.together].tolist()
-        lesson = shelf.lesson([cases[k] for k in chosen], draws)
-        state, studied = course.study(model, state, lesson, True)
+    state, total_grads, losses, terms = training_state.state, None, [], []
+    for _ in range(config.gradient_accumulation_steps):
+        chosen = torch.randperm(len(cases), generator=generator)[: config.batch_size].tolist()
+        training_batch = dataset.batch([cases[k] for k in chosen], generator)
+        state, prepared = trainable.prepare(model, state, training_batch, True)
 
-        def loss(part, state=state, studied=studied):
-            value, found = course.learner.loss(model, course.placed(state, part), studied)
-            return value / config.accumulate, (value.detach(), found)
+        def loss(parameters, state=state, prepared=prepared):
+            value, batch_terms = trainable.learner.loss(
+                model, trainable.with_parameters(state, parameters), prepared
+            )
+            return value / config.gradient_accumulation_steps, (value.detach(), batch_terms)
 
-        grads, (value, found) = torch.func.grad(loss, has_aux=True)(course.trained(state))
-        whole = grads if whole is None else pytree.tree_map(torch.add, whole, grads)
+        grads, (value, found) = torch.func.grad(loss, has_aux=True)(trainable.parameters(state))
+        total_grads = (
+            grads if total_grads is None else pytree.tree_map(torch.add, total_grads, grads)
+        )
         losses.append(value)
         terms.append(found)
-    part = course.trained(state)
-    grads, size = optim.clip_norm(whole, config.clip)
-    memory = point.memory
-    if bool(torch.isfinite(size)):  # a lesson whose gradient is not a number teaches nothing
-        updated, memory = {}, {}
-        for name in part._fields:
-            updated[name], memory[name] = rates[name].update(
-                getattr(grads, name), point.memory[name], getattr(part, name)
+    parameters = trainable.parameters(state)
+    grads, grad_norm = optim.clip_grad_norm(total_grads, config.max_grad_norm)
+    optimizer_state = training_state.optimizer_state
+    if bool(torch.isfinite(grad_norm)):  # a lesson whose gradient is not a number teaches nothing
+        updated, optimizer_state = {}, {}
+        for name in parameters._fields:
+            updated[name], optimizer_state[name] = field_optimizers[name].update(
+                getattr(grads, name),
+                training_state.optimizer_state[name],
+                getattr(parameters, name),
             )
-        part = type(part)(**updated)
-    after = point._replace(
-        state=course.placed(state, part), memory=memory, step=point.step + 1,
-        draws=draws.get_state(),
-    )  # fmt: skip
-    mean = {name: float(sum(t[name] for t in terms)) / len(terms) for name in terms[0]}
-    return after, float(sum(losses)) / len(losses), mean
+        parameters = type(parameters)(**updated)
+    next_state = training_state._replace(
+        state=trainable.with_parameters(state, parameters),
+        optimizer_state=optimizer_state,
+        step=training_state.step + 1,
+        generator_state=generator.get_state(),
+    )
+    mean_terms = {name: float(sum(t[name] for t in terms)) / len(terms) for name in terms[0]}
+    return next_state, float(sum(losses)) / len(losses), mean_terms
 
 
-def _validate(model, course: Course, shelf: Shelf, cases, config: FitConfig, state) -> float:
+def _validate(
+    model, trainable: TrainableEditor, dataset: PrefixDataset, cases, config: TrainingConfig, state
+) -> float:
     """The mean loss over held-out cases, the first questions of each probe."""
     total = 0.0
     with torch.no_grad():
-        for first in range(0, len(cases), config.together):
-            chunk = cases[first : first + config.together]
-            _, studied = course.study(model, state, shelf.lesson(chunk, None), False)
-            total += float(course.learner.loss(model, state, studied)[0]) * len(chunk)
+        for first in range(0, len(cases), config.batch_size):
+            chunk = cases[first : first + config.batch_size]
+            _, prepared = trainable.prepare(model, state, dataset.batch(chunk, None), False)
+            total += float(trainable.learner.loss(model, state, prepared)[0]) * len(chunk)
     return total / len(cases)
 
 
-def _judged(point: _Point, loss: float) -> _Point:
-    if loss < float(point.least):
-        return point._replace(
-            best=_copied(point.state),
-            least=torch.tensor(loss, dtype=torch.float64),
-            waited=torch.zeros_like(point.waited),
+def _update_best(training_state: _TrainingState, loss: float) -> _TrainingState:
+    if loss < float(training_state.best_loss):
+        return training_state._replace(
+            best_state=_copy_tensors(training_state.state),
+            best_loss=torch.tensor(loss, dtype=torch.float64),
+            num_stale_evaluations=torch.zeros_like(training_state.num_stale_evaluations),
         )
-    return point._replace(waited=point.waited + 1)
+    return training_state._replace(num_stale_evaluations=training_state.num_stale_evaluations + 1)
 
 
-def _copied(tree: Any) -> Any:
+def _copy_tensors(tree: Any) -> Any:
     return pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, tree)
 
 
-def _about(model: Model, course: Course, cases: Sequence[Case], config: FitConfig):
+def _compatibility(
+    model: Model, trainable: TrainableEditor, cases: Sequence[Case], config: TrainingConfig
+):
     """What makes a checkpoint this training's: settings, base, cases."""
-    editor = course.learner.editor
-    base = base_of(model, [path + ".weight" for path in course.sites(model)])
-    lasting = {**msgspec.to_builtins(config), "memory": 0, "disk": 0, "save_every": 0}
-    names = hashlib.sha256("\n".join(case.id for case in cases).encode()).hexdigest()
+    editor = trainable.learner.editor
+    base = base_identity(model, [path + ".weight" for path in trainable.sites(model)])
+    lasting_config = {
+        **msgspec.to_builtins(config),
+        "prefix_cache_bytes": 0,
+        "prefix_disk_bytes": 0,
+        "save_every": 0,
+    }
+    case_ids_digest = hashlib.sha256("\n".join(case.id for case in cases).encode()).hexdigest()
     return {
         "editor": editor.name,
-        "settings": msgspec.to_builtins(editor.settings),
+        "settings": msgspec.to_builtins(editor.config),
         "base": msgspec.to_builtins(base),
-        "config": lasting,
-        "cases": names,
+        "config": lasting_config,
+        "cases": case_ids_digest,
     }

@@ -35,28 +35,30 @@ from torch import Tensor
 
 from errata.functional import (
     Batch,
-    Codebook,
     Delta,
     Editor,
     EditRecord,
+    KVCache,
     Model,
-    Past,
     Query,
     prefix,
     rows,
 )
-from errata.functional.codebook import at_prompt, put, tokens
-from errata.functional.errors import BadInput, BadSettings, ModelUnsupported
-from errata.functional.header import Where
+from errata.functional import (
+    Codebook as CodebookEntry,
+)
+from errata.functional.codebook import last_prompt_input, replace_at, replaced_tokens
+from errata.functional.errors import InvalidInputError, InvalidSettingsError, UnsupportedModelError
+from errata.functional.header import Replacement
 from errata.functional.losses import nll
-from errata.functional.records import header_for
-from errata.functional.stacks import per_edit
-from errata.functional.taps import tap
+from errata.functional.records import make_header
+from errata.functional.stacks import mean_per_edit
+from errata.functional.taps import record_activations
 from errata.kernels import codebook as kernel
 
-from .descent import Rule, descend
+from .descent import DescentConfig, run_descent
 
-__all__ = ["PRESETS", "Book", "GraceConfig", "Memory", "grace", "remember"]
+__all__ = ["PRESETS", "Codebook", "GraceConfig", "GraceState", "grace_editor", "add_key"]
 
 
 class GraceConfig(
@@ -66,16 +68,16 @@ class GraceConfig(
 
     site: str = "mlp.down"  # a linear map of a layer
     layer: Annotated[float, msgspec.Meta(ge=0, lt=1)] | int = 2 / 3  # number, or share of the depth
-    where: Where = "last"  # the tokens that a value replaces
+    replacement: Replacement = "last"  # the tokens that a value replaces
     radius: Annotated[float, msgspec.Meta(gt=0)] = 1.0
-    start: Literal["cold", "warm"] = "cold"  # values from U[0, 1), or from the map's output
+    value_init: Literal["cold", "warm"] = "cold"  # values from U[0, 1), or from the map's output
     lr: Annotated[float, msgspec.Meta(gt=0)] = 5.0
     num_steps: Annotated[int, msgspec.Meta(ge=1)] = 200
     stop_loss: Annotated[float, msgspec.Meta(ge=0)] = 1e-2  # an edit stops below it; 0: never
-    end: bool = True  # teach the end of the answer too, so that free generation stops there
+    append_eos: bool = True  # teach the end of the answer too, so that free generation stops there
 
 
-class Book(NamedTuple):
+class Codebook(NamedTuple):
     """Keys with their values, radii and targets."""
 
     keys: Tensor  # [N I]
@@ -84,25 +86,25 @@ class Book(NamedTuple):
     targets: tuple[str, ...]  # of each key, as its record has it
 
 
-class Memory(NamedTuple):
+class GraceState(NamedTuple):
     """State: the book, the edits so far, and the key of each."""
 
-    book: Book
+    codebook: Codebook
     edits: tuple[EditRecord, ...] = ()
-    owners: tuple[int, ...] = ()
+    edit_slots: tuple[int, ...] = ()
     seed: int = 0  # of cold values
 
 
-class Ready(NamedTuple):
+class PreparedRows(NamedTuple):
     """Rows before the site's layer, from the first prompt's end on, and what the site is given."""
 
     batch: Batch
-    past: Past | None  # of the tokens before
+    kv_cache: KVCache | None  # of the tokens before
     inputs: Tensor  # [B I] at each row's last prompt token
     outputs: Tensor  # [B O] there
 
 
-class Site(NamedTuple):
+class EditSite(NamedTuple):
     """The linear map with the codebook."""
 
     path: str
@@ -113,9 +115,9 @@ class Site(NamedTuple):
         return f"{self.path}.weight"
 
 
-def remember(
-    book: Book, key: Tensor, value: Tensor, target: str, radius: float, noise: float = 0.0
-) -> tuple[Book, int]:
+def add_key(
+    codebook: Codebook, key: Tensor, value: Tensor, target: str, radius: float, noise: float = 0.0
+) -> tuple[Codebook, int]:
     """The book with one more edit, and the number of its key.
 
     With n the nearest key and d its distance, the first that holds:
@@ -129,49 +131,55 @@ def remember(
     `noise`: by how much rounding may move a key, relative to its length. Raises BadInput for a key
     that is not finite.
 
-    >>> book = Book(torch.zeros(0, 2), torch.zeros(0, 1), torch.zeros(0), ())
-    >>> book, _ = remember(book, torch.tensor([0.0, 0.0]), torch.ones(1), "a", 1.0)
-    >>> book, number = remember(book, torch.tensor([1.0, 0.0]), torch.ones(1), "b", 1.0)
-    >>> number, book.radii
+    >>> codebook = Codebook(torch.zeros(0, 2), torch.zeros(0, 1), torch.zeros(0), ())
+    >>> codebook, _ = add_key(codebook, torch.tensor([0.0, 0.0]), torch.ones(1), "a", 1.0)
+    >>> codebook, number = add_key(codebook, torch.tensor([1.0, 0.0]), torch.ones(1), "b", 1.0)
+    >>> number, codebook.radii
     (1, tensor([0.5000, 0.5000]))
     """
     if not bool(key.isfinite().all()):
-        raise BadInput("the model's activations at the codebook's site must be finite.")
-    count = len(book.targets)
+        raise InvalidInputError("the model's activations at the codebook's site must be finite.")
+    count = len(codebook.targets)
     if not count:
-        return _longer(book, key, value, target, radius), 0
-    found = kernel.nearest(key[None], book.keys)
-    near, distance = int(found.index), float(found.distance)
+        return _append_key(codebook, key, value, target, radius), 0
+    nearest = kernel.nearest_key(key[None], codebook.keys)
+    nearest_index, distance = int(nearest.index), float(nearest.distance)
     slack = noise * float(key.norm())
-    radii = book.radii.clone()
-    if distance > radius + float(radii[near]):
-        return _longer(book, key, value, target, radius), count
-    if book.targets[near] == target:
-        if distance > float(radii[near]):
-            radii[near] = distance + slack
-        return book._replace(radii=radii), near
+    radii = codebook.radii.clone()
+    if distance > radius + float(radii[nearest_index]):
+        return _append_key(codebook, key, value, target, radius), count
+    if codebook.targets[nearest_index] == target:
+        if distance > float(radii[nearest_index]):
+            radii[nearest_index] = distance + slack
+        return codebook._replace(radii=radii), nearest_index
     if distance / 2 <= max(MARGIN, slack):
-        values = book.values.clone()
-        values[near] = value
-        targets = (*book.targets[:near], target, *book.targets[near + 1 :])
-        return book._replace(values=values, targets=targets), near
-    radii[near] = distance / 2 - MARGIN
-    return _longer(book._replace(radii=radii), key, value, target, distance / 2), count
+        values = codebook.values.clone()
+        values[nearest_index] = value
+        targets = (
+            *codebook.targets[:nearest_index],
+            target,
+            *codebook.targets[nearest_index + 1 :],
+        )
+        return codebook._replace(values=values, targets=targets), nearest_index
+    radii[nearest_index] = distance / 2 - MARGIN
+    return _append_key(codebook._replace(radii=radii), key, value, target, distance / 2), count
 
 
 MARGIN = 1e-5  # between two balls that touch
 
 
-def _longer(book: Book, key: Tensor, value: Tensor, target: str, radius: float) -> Book:
-    return Book(
-        torch.cat([book.keys, key[None]]),
-        torch.cat([book.values, value[None]]),
-        torch.cat([book.radii, book.radii.new_tensor([radius])]),
-        (*book.targets, target),
+def _append_key(
+    codebook: Codebook, key: Tensor, value: Tensor, target: str, radius: float
+) -> Codebook:
+    return Codebook(
+        torch.cat([codebook.keys, key[None]]),
+        torch.cat([codebook.values, value[None]]),
+        torch.cat([codebook.radii, codebook.radii.new_tensor([radius])]),
+        (*codebook.targets, target),
     )
 
 
-def grace(config: GraceConfig = GraceConfig()) -> Editor:
+def grace_editor(config: GraceConfig = GraceConfig()) -> Editor:
     """GRACE as an editor: the delta is a `codebook` at one linear map.
 
     State: the book. A sequence grows it, and `remove` takes edits out of the delta by id: their
@@ -180,84 +188,94 @@ def grace(config: GraceConfig = GraceConfig()) -> Editor:
 
     >>> from errata import adapters
     >>> model = adapters.adapt(*adapters.tiny("llava"))
-    >>> editor = grace(GraceConfig(num_steps=2))
+    >>> editor = grace_editor(GraceConfig(num_steps=2))
     >>> state = editor.init(model, torch.Generator().manual_seed(0))
     >>> delta, state = editor.edit(model, state, [Query("who is it?", "bo")])
     >>> delta.header.entries[0].num_keys
     1
     """
 
-    def init(model: Model, generator: torch.Generator) -> Memory:
-        place = site_of(model, config)
-        weight = model.params[place.weight]
-        out, inner = model.card.linears[place.path]
+    def init(model: Model, generator: torch.Generator) -> GraceState:
+        site = resolve_edit_site(model, config)
+        weight = model.params[site.weight]
+        out, inner = model.card.linear_shapes[site.path]
         options: dict[str, Any] = {"dtype": torch.float32, "device": weight.device}
-        book = Book(
+        codebook = Codebook(
             torch.zeros(0, inner, **options),
             torch.zeros(0, out, **options),
             torch.zeros(0, **options),
             (),
         )
-        return Memory(book, seed=int(torch.randint(0, 2**62, (), generator=generator)))
+        return GraceState(codebook, seed=int(torch.randint(0, 2**62, (), generator=generator)))
 
-    def header(model: Model, queries: Sequence[Query], num_keys: int, owners, earlier, stack: int):
-        place = site_of(model, config)
-        entry = Codebook(
-            name=place.weight,
-            checkpoint=model.card.checkpoint.get(place.weight, place.weight),
-            shape=tuple(model.params[place.weight].shape),
+    def make_delta_header(
+        model: Model, queries: Sequence[Query], num_keys: int, edit_slots, earlier, stack: int
+    ):
+        site = resolve_edit_site(model, config)
+        entry = CodebookEntry(
+            name=site.weight,
+            checkpoint_name=model.card.checkpoint_names.get(site.weight, site.weight),
+            shape=tuple(model.params[site.weight].shape),
             num_keys=num_keys,
-            owners=owners,
-            where=config.where,
-            transposed=place.path in model.card.transposed,
+            edit_slots=edit_slots,
+            replacement=config.replacement,
+            transposed=site.path in model.card.transposed,
         )
-        return header_for(model, "grace", config, (entry,), queries, earlier=earlier, stack=stack)
+        return make_header(
+            model, "grace", config, (entry,), queries, earlier_edits=earlier, stack=stack
+        )
 
-    def edit(model: Model, state: Memory, queries: Sequence[Query]):
-        place = site_of(model, config)
-        ready = prepare(model, place, queries, config)
-        book, owners = state.book, state.owners
-        records = header(model, queries, 1, (), (), 0).edits
+    def edit(model: Model, state: GraceState, queries: Sequence[Query]):
+        site = resolve_edit_site(model, config)
+        prepared = prepare_rows(model, site, queries, config)
+        codebook, edit_slots = state.codebook, state.edit_slots
+        records = make_delta_header(model, queries, 1, (), (), 0).edits
         for row, record in enumerate(records):
-            known = book.targets
-            book, key = _add(book, ready, row, record, state.seed, config)
-            if key < len(known) and known[key] != record.target:  # taken over
-                owners = tuple(-1 if owner == key else owner for owner in owners)
-            owners = (*owners, key)
-        mine = owners[len(state.owners) :]
-        trained = sorted(set(mine) - {-1})
-        slots = [trained.index(key) if key >= 0 else -1 for key in mine]
-        values = book.values.clone()
-        values[trained] = train(model, place, ready, slots, book.values[trained], config)
-        state = Memory(book._replace(values=values), state.edits + records, owners, state.seed)
-        described = header(
-            model, queries, len(book.targets), owners, state.edits[: -len(records)], 0
+            targets = codebook.targets
+            codebook, key = _add_edit(codebook, prepared, row, record, state.seed, config)
+            if key < len(targets) and targets[key] != record.target:  # taken over
+                edit_slots = tuple(-1 if owner == key else owner for owner in edit_slots)
+            edit_slots = (*edit_slots, key)
+        new_slots = edit_slots[len(state.edit_slots) :]
+        trained_keys = sorted(set(new_slots) - {-1})
+        value_slots = [trained_keys.index(key) if key >= 0 else -1 for key in new_slots]
+        values = codebook.values.clone()
+        values[trained_keys] = train_values(
+            model, site, prepared, value_slots, codebook.values[trained_keys], config
         )
-        return _delta(described, [state.book]), state
+        state = GraceState(
+            codebook._replace(values=values), state.edits + records, edit_slots, state.seed
+        )
+        delta_header = make_delta_header(
+            model, queries, len(codebook.targets), edit_slots, state.edits[: -len(records)], 0
+        )
+        return _make_delta(delta_header, [state.codebook]), state
 
-    def each(model: Model, state: Memory, queries: Sequence[Query]) -> Delta:
-        place = site_of(model, config)
-        ready = prepare(model, place, queries, config)
-        records = header(model, queries, 1, (), (), 0).edits
-        added = [
-            _add(state.book, ready, row, record, state.seed, config)
+    def edit_each(model: Model, state: GraceState, queries: Sequence[Query]) -> Delta:
+        site = resolve_edit_site(model, config)
+        prepared = prepare_rows(model, site, queries, config)
+        records = make_delta_header(model, queries, 1, (), (), 0).edits
+        extended = [
+            _add_edit(state.codebook, prepared, row, record, state.seed, config)
             for row, record in enumerate(records)
         ]
-        owners = tuple(key for _, key in added)
-        start = torch.stack([book.values[key] for book, key in added])
-        values = train(model, place, ready, range(len(queries)), start, config)
-        longest = max(len(book.targets) for book, _ in added)
-        books = []
-        for (book, key), value in zip(added, values):
-            own = book.values.clone()
-            own[key] = value
-            books.append(_padded(book._replace(values=own), longest))
-        return _delta(header(model, queries, longest, owners, (), len(queries)), books)
+        edit_slots = tuple(key for _, key in extended)
+        initial_values = torch.stack([book.values[key] for book, key in extended])
+        values = train_values(model, site, prepared, range(len(queries)), initial_values, config)
+        longest = max(len(book.targets) for book, _ in extended)
+        codebooks = []
+        for (codebook, key), value in zip(extended, values):
+            edit_values = codebook.values.clone()
+            edit_values[key] = value
+            codebooks.append(_pad_codebook(codebook._replace(values=edit_values), longest))
+        return _make_delta(
+            make_delta_header(model, queries, longest, edit_slots, (), len(queries)), codebooks
+        )
 
-    return Editor("grace", config, init, edit, each)
+    return Editor("grace", config, init, edit, edit_each)
 
 
-def site_of(model: Model, config: GraceConfig) -> Site:
+def resolve_edit_site(model: Model, config: GraceConfig) -> EditSite:
     """The map that the settings mean; a share of the depth leaves two layers above the site.
 
     Later tokens of an answer see the value only through the attention of layers above, and one such
@@ -267,99 +285,123 @@ def site_of(model: Model, config: GraceConfig) -> Site:
     count, layer = model.card.num_layers, config.layer
     if isinstance(layer, float):
         layer = max(0, min(int(count * layer), count - 3))
-    path = model.card.linear(f"layers.{layer}.{config.site}")
+    path = model.card.resolve_linear(f"layers.{layer}.{config.site}")
     number = model.card.layer_of(path)
     assert number is not None
-    if config.where == "prompt" and number == count - 1:
-        raise BadSettings(
-            'where="prompt" replaces tokens before the one that predicts the answer, which see '
+    if config.replacement == "prompt" and number == count - 1:
+        raise InvalidSettingsError(
+            'replacement="prompt" replaces tokens before the one that predicts the answer, which see '
             f"nothing of each other behind layer {number - 1}: choose a lower layer or another "
-            "`where`."
+            "`replacement`."
         )
-    return Site(path, number)
+    return EditSite(path, number)
 
 
-def prepare(model: Model, site: Site, queries: Sequence[Query], config: GraceConfig) -> Ready:
+def prepare_rows(
+    model: Model, site: EditSite, queries: Sequence[Query], config: GraceConfig
+) -> PreparedRows:
     """Read the rows and run them up to the site's layer: what does not change is run once."""
-    inputs = model.read(queries, end=True) if config.end else model.read(queries)
-    batch = prefix.cut(model, inputs, prefix.reach(model.card, [site.weight]))
+    inputs = (
+        model.preprocess(queries, append_eos=True)
+        if config.append_eos
+        else model.preprocess(queries)
+    )
+    batch = prefix.run_prefix(model, inputs, prefix.edit_depth(model.card, [site.weight]))
     assert isinstance(batch, Batch)
-    past = None
-    thinned = batch.hidden.shape[1] != inputs.ids.shape[1]
+    kv_cache = None
+    is_scored_only = batch.hidden_states.shape[1] != inputs.input_ids.shape[1]
     with torch.no_grad():
-        if config.where == "last" and not thinned:
-            batch, past = _behind(model, batch)
+        if config.replacement == "last" and not is_scored_only:
+            batch, kv_cache = _cut_at_prompt_end(model, batch)
         stop = site.layer + 1
-        _, seen = tap(model.decode, model.params, batch, [site.path], stop=stop, past=past)
-    given = seen[site.path]
-    return Ready(
-        batch, past, at_prompt(batch, given.input).float(), at_prompt(batch, given.output).float()
+        _, activations = record_activations(
+            model.decode, model.params, batch, [site.path], stop=stop, kv_cache=kv_cache
+        )
+    site_activation = activations[site.path]
+    return PreparedRows(
+        batch,
+        kv_cache,
+        last_prompt_input(batch, site_activation.input).float(),
+        last_prompt_input(batch, site_activation.output).float(),
     )
 
 
-def train(
+def train_values(
     model: Model,
-    site: Site,
-    ready: Ready,
-    slots: Sequence[int],
-    start: Tensor,
+    site: EditSite,
+    prepared: PreparedRows,
+    value_slots: Sequence[int],
+    initial_values: Tensor,
     config: GraceConfig,
 ) -> Tensor:
     """The values [S O] that make each row say its target; row b has value slots[b], -1: none."""
-    batch = ready.batch
-    slot = torch.tensor(list(slots), device=start.device)  # [B]
-    where = tokens(batch, config.where)
+    batch = prepared.batch
+    row_slots = torch.tensor(list(value_slots), device=initial_values.device)  # [B]
+    replaced_mask = replaced_tokens(batch, config.replacement)
 
     def loss(tensors):
-        chosen = tensors["values"][slot.clamp_min(0)]  # [B O]
-        rewrites = {site.path: lambda x, y: put(y, chosen, where)}
-        logits = model.decode(model.params, batch, rewrites, past=ready.past)
-        each = per_edit(nll(logits, batch.labels), slot, start.shape[0])
-        return each.sum(), each.detach()
+        row_values = tensors["values"][row_slots.clamp_min(0)]  # [B O]
+        hooks = {site.path: lambda x, y: replace_at(y, row_values, replaced_mask)}
+        logits = model.decode(model.params, batch, hooks, kv_cache=prepared.kv_cache)
+        edit_losses = mean_per_edit(nll(logits, batch.labels), row_slots, initial_values.shape[0])
+        return edit_losses.sum(), edit_losses.detach()
 
-    rule = Rule(
+    descent_config = DescentConfig(
         optimizer="adam", lr=config.lr, num_steps=config.num_steps, stop_loss=config.stop_loss
     )
-    return descend(torch.func.grad(loss, has_aux=True), {"values": start}, rule, None)["values"]
+    return run_descent(
+        torch.func.grad(loss, has_aux=True), {"values": initial_values}, descent_config, None
+    )["values"]
 
 
-def _behind(model: Model, batch: Batch) -> tuple[Batch, Past | None]:
+def _cut_at_prompt_end(model: Model, batch: Batch) -> tuple[Batch, KVCache | None]:
     """The tokens from the earliest prompt's end on, and the keys and values of those before."""
-    first = int(batch.prompt.int().argmax(1).min())
+    first = int(batch.prompt_end.int().argmax(1).min())
     if first == 0:
         return batch, None
-    before = rows.earlier(batch, first)
+    before = rows.tokens_before(batch, first)
     try:
-        _, past = model.decode(model.params, before, at=before.at[:, :1], keep=True)
-    except ModelUnsupported:  # a family whose layers take no cache of ours: whole rows in each step
+        _, kv_cache = model.decode(
+            model.params, before, logit_positions=before.logit_positions[:, :1], return_cache=True
+        )
+    except (
+        UnsupportedModelError
+    ):  # a family whose layers take no cache of ours: whole rows in each step
         return batch, None
-    return rows.later(batch, first), past
+    return rows.tokens_from(batch, first), kv_cache
 
 
-def _add(
-    book: Book, ready: Ready, row: int, record: EditRecord, seed: int, config: GraceConfig
-) -> tuple[Book, int]:
-    value = ready.outputs[row]
-    if config.start == "cold":
+def _add_edit(
+    codebook: Codebook,
+    prepared: PreparedRows,
+    row: int,
+    record: EditRecord,
+    seed: int,
+    config: GraceConfig,
+) -> tuple[Codebook, int]:
+    value = prepared.outputs[row]
+    if config.value_init == "cold":
         # Drawn by the edit's own name: the same in any order and in any company.
-        name = hashlib.sha256(f"{seed} {record.id}".encode()).digest()[:8]
-        own = torch.Generator().manual_seed(int.from_bytes(name, "little") >> 1)
-        value = torch.rand(value.shape, generator=own).to(value.device)
-    noise = 4 * torch.finfo(ready.batch.hidden.dtype).eps
-    return remember(book, ready.inputs[row], value, record.target, config.radius, noise)
+        edit_digest = hashlib.sha256(f"{seed} {record.id}".encode()).digest()[:8]
+        edit_generator = torch.Generator().manual_seed(int.from_bytes(edit_digest, "little") >> 1)
+        value = torch.rand(value.shape, generator=edit_generator).to(value.device)
+    noise = 4 * torch.finfo(prepared.batch.hidden_states.dtype).eps
+    return add_key(codebook, prepared.inputs[row], value, record.target, config.radius, noise)
 
 
-def _padded(book: Book, length: int) -> Book:
+def _pad_codebook(codebook: Codebook, length: int) -> Codebook:
     """The book with copies of its first key, of negative radius: they lose every tie."""
-    for _ in range(length - len(book.targets)):
-        book = _longer(book, book.keys[0], book.values[0], book.targets[0], -1.0)
-    return book
+    for _ in range(length - len(codebook.targets)):
+        codebook = _append_key(
+            codebook, codebook.keys[0], codebook.values[0], codebook.targets[0], -1.0
+        )
+    return codebook
 
 
-def _delta(header, books: Sequence[Book]) -> Delta:
+def _make_delta(header, codebooks: Sequence[Codebook]) -> Delta:
     parts = ("keys", "values", "radii")
     name = header.entries[0].name
-    stacked = {part: torch.stack([getattr(book, part) for book in books]) for part in parts}
+    stacked = {part: torch.stack([getattr(book, part) for book in codebooks]) for part in parts}
     tensors = {f"{name}.{p}": x if header.stack else x[0] for p, x in stacked.items()}
     return Delta(header, tensors)
 
@@ -368,7 +410,11 @@ PRESETS: dict[str, GraceConfig] = {
     # the micro zoo's four layers: three above the value say a two-token answer that two can not
     "micro": GraceConfig(layer=0, lr=10.0, num_steps=100),
     # EasyEdit's yaml: `layers[18].mlp.down_proj` for LLaVA-OneVision and Qwen2-VL, 23 for Qwen3-VL.
-    "easyedit": GraceConfig(layer=18, lr=1.0, num_steps=20, stop_loss=0.0, end=False),
-    "easyedit-qwen3-vl": GraceConfig(layer=23, lr=1.0, num_steps=20, stop_loss=0.0, end=False),
-    "grace-original": GraceConfig(where="prompt", lr=1.0, num_steps=100, stop_loss=0.0, end=False),
+    "easyedit": GraceConfig(layer=18, lr=1.0, num_steps=20, stop_loss=0.0, append_eos=False),
+    "easyedit-qwen3-vl": GraceConfig(
+        layer=23, lr=1.0, num_steps=20, stop_loss=0.0, append_eos=False
+    ),
+    "grace-original": GraceConfig(
+        replacement="prompt", lr=1.0, num_steps=100, stop_loss=0.0, append_eos=False
+    ),
 }

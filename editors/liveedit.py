@@ -19,7 +19,7 @@ Source: LiveEdit (CVPR 2025, arXiv 2411.15432), qizhou000/LiveEdit. Different fr
 * Experts beside a row's own are a random subset of the lesson's, not a prefix of the batch: there
   the first expert is a distractor in 8 of 9 steps and the last in 1 of 9.
 * Localities of every kind are learned from, text among them; there only those with a picture.
-* With `blend` "both" chosen experts are weighed by vision too: of two alike creatures asked the
+* With `blend` "query_and_vision" chosen experts are weighed by vision too: of two alike creatures asked the
   same, a query alone can not tell which was edited.
 * `apart` compares each expert with the sentinel, as the gate does. The hard loss is a softmax over
   the lesson's experts, and lets any of them pass the gate as long as it is not the largest.
@@ -57,22 +57,30 @@ from errata.functional import (
     Query,
     prefix,
 )
-from errata.functional.errors import BadSettings
-from errata.functional.experts import features, tokens_of
-from errata.functional.header import Blend
-from errata.functional.records import base_of, header_for
-from errata.functional.taps import tap
+from errata.functional.errors import InvalidSettingsError
+from errata.functional.experts import routing_features, token_roles
+from errata.functional.header import RoutingInput
+from errata.functional.records import base_identity, make_header
+from errata.functional.taps import record_activations
 from errata.functional.types import Learner
 
 from . import statefile
-from .fit import Course, Lesson
-from .liveedit_losses import lesson_loss, likeness
-from .liveedit_net import Nets, Pool, absorbed, networks, pool_of
+from .fit import TrainableEditor, TrainingBatch
+from .liveedit_losses import liveedit_loss, routing_scores
+from .liveedit_net import ExpertPool, LiveEditNetworks, fold_queries, init_networks, make_pool
 
 __all__ = [
-    "PRESETS", "Editing", "LiveEditConfig", "Site", "about", "course", "generated", "kept",
-    "liveedit", "site_of",
-]  # fmt: skip
+    "PRESETS",
+    "LiveEditState",
+    "LiveEditConfig",
+    "EditSite",
+    "compatibility",
+    "liveedit_trainable",
+    "generate_experts",
+    "trained_weights",
+    "liveedit_editor",
+    "resolve_edit_site",
+]
 
 
 class LiveEditConfig(
@@ -81,34 +89,40 @@ class LiveEditConfig(
     """Settings of LiveEdit; the default layer fits any decoder."""
 
     layer: Annotated[float, msgspec.Meta(ge=0, lt=1)] | int = 2 / 3  # number, or share of the depth
-    width: Annotated[int, msgspec.Meta(ge=1)] = 1024  # of a slot
-    slots: Annotated[int, msgspec.Meta(ge=1)] = 4
-    heads: Annotated[int, msgspec.Meta(ge=1)] = 8
+    feature_dim: Annotated[int, msgspec.Meta(ge=1)] = 1024  # of a slot
+    num_query_tokens: Annotated[int, msgspec.Meta(ge=1)] = 4
+    num_heads: Annotated[int, msgspec.Meta(ge=1)] = 8
     rank: Annotated[int, msgspec.Meta(ge=1)] = 4
-    strength: float = 0.2  # experts start this strong: 1 / `lora_scale` of the original
-    places: Annotated[int, msgspec.Meta(ge=0)] = 0  # of answer tokens that makers tell apart
-    sentinel: Annotated[int, msgspec.Meta(ge=1)] = 32  # tokens of the sentinel picture
-    sentinel_text: Annotated[int, msgspec.Meta(ge=1)] = 8  # and of its stand-in without a picture
-    sure: Annotated[float, msgspec.Meta(ge=0)] = (
+    expert_scale: float = 0.2  # experts start this strong: 1 / `lora_scale` of the original
+    num_answer_positions: Annotated[int, msgspec.Meta(ge=0)] = (
+        0  # of answer tokens that makers tell apart
+    )
+    num_sentinel_tokens: Annotated[int, msgspec.Meta(ge=1)] = 32  # tokens of the sentinel picture
+    num_text_sentinel_tokens: Annotated[int, msgspec.Meta(ge=1)] = (
+        8  # and of its stand-in without a picture
+    )
+    min_self_margin: Annotated[float, msgspec.Meta(ge=0)] = (
         0.0  # how far an edit's own question passes; 0: as is
     )
-    blend: Blend = "query"  # what chosen experts are weighed by; "query" is the published
+    routing_input: RoutingInput = (
+        "query"  # what chosen experts are weighed by; "query" is the published
+    )
     margin: float = 1.0  # in training: how far experts are kept from the sentinel
-    most: Annotated[int, msgspec.Meta(ge=0)] = 0  # experts of one row, the heaviest; 0: all chosen
-    end: bool = True  # teach the end of the answer too, so that free generation stops there
-    trained: str = ""  # "shipped", or a file that `statefile.keep` wrote; "": untrained
+    top_k: Annotated[int, msgspec.Meta(ge=0)] = 0  # experts of one row, the heaviest; 0: all chosen
+    append_eos: bool = True  # teach the end of the answer too, so that free generation stops there
+    weights: str = ""  # "shipped", or a file that `statefile.keep` wrote; "": untrained
 
 
-class Editing(NamedTuple):
+class LiveEditState(NamedTuple):
     """State of LiveEdit: the trained networks, and the edits so far."""
 
-    nets: Nets
-    pool: Pool
+    networks: LiveEditNetworks
+    pool: ExpertPool
     edits: tuple[EditRecord, ...] = ()
-    owners: tuple[int, ...] = ()  # the expert of each edit, -1 where it was taken over
+    edit_slots: tuple[int, ...] = ()  # the expert of each edit, -1 where it was taken over
 
 
-class Site(NamedTuple):
+class EditSite(NamedTuple):
     """The layer whose output experts are added to, and the weight that names it."""
 
     weight: str
@@ -116,7 +130,7 @@ class Site(NamedTuple):
     layer: int
 
 
-def liveedit(config: LiveEditConfig = LiveEditConfig()) -> Editor:
+def liveedit_editor(config: LiveEditConfig = LiveEditConfig()) -> Editor:
     """LiveEdit as an editor: the delta is a pool of `experts` at one layer's output.
 
     Untrained networks make experts that change answers at random: train them (`fit`), or take a
@@ -125,73 +139,83 @@ def liveedit(config: LiveEditConfig = LiveEditConfig()) -> Editor:
 
     >>> from errata import adapters
     >>> model = adapters.adapt(*adapters.tiny("llava"))
-    >>> editor = liveedit(LiveEditConfig(width=8, heads=2))
+    >>> editor = liveedit_editor(LiveEditConfig(feature_dim=8, num_heads=2))
     >>> state = editor.init(model, torch.Generator().manual_seed(0))
     >>> for target in ("bo", "owl"):
     ...     delta, state = editor.edit(model, state, [Query("who is it?", target)])
-    >>> delta.header.entries[0].owners
+    >>> delta.header.entries[0].edit_slots
     (-1, 0)
     """
 
-    def init(model: Model, generator: torch.Generator) -> Editing:
-        fresh = _fresh(model, config, generator)
-        if not config.trained:
-            return fresh
-        shipped = config.trained == "shipped"
-        path = statefile.shipped("liveedit", model) if shipped else config.trained
-        nets = statefile.recall(path, fresh.nets, about(model, config))
-        return fresh._replace(nets=nets)
+    def init(model: Model, generator: torch.Generator) -> LiveEditState:
+        state = _init_state(model, config, generator)
+        if not config.weights:
+            return state
+        is_shipped = config.weights == "shipped"
+        path = statefile.shipped_weights("liveedit", model) if is_shipped else config.weights
+        networks = statefile.load_checkpoint(path, state.networks, compatibility(model, config))
+        return state._replace(networks=networks)
 
-    def edit(model: Model, state: Editing, queries: Sequence[Query]) -> tuple[Delta, Editing]:
-        records = _header(model, config, (), queries).edits
-        fresh = generated(model, state.nets, config, queries)
+    def edit(
+        model: Model, state: LiveEditState, queries: Sequence[Query]
+    ) -> tuple[Delta, LiveEditState]:
+        records = _make_header(model, config, (), queries).edits
+        new_experts = generate_experts(model, state.networks, config, queries)
         for row, record in enumerate(records):
-            state = _joined(state, record, Pool(*(part[row : row + 1] for part in fresh)))
-        header = _header(
-            model, config, state.owners, queries, state.edits[: -len(records)],
+            state = _add_edit(
+                state, record, ExpertPool(*(part[row : row + 1] for part in new_experts))
+            )
+        header = _make_header(
+            model,
+            config,
+            state.edit_slots,
+            queries,
+            state.edits[: -len(records)],
             num_experts=len(state.pool.down),
-        )  # fmt: skip
-        return Delta(header, _tensors(model, config, state.nets, state.pool)), state
+        )
+        return Delta(header, _delta_tensors(model, config, state.networks, state.pool)), state
 
-    def each(model: Model, state: Editing, queries: Sequence[Query]) -> Delta:
-        records = _header(model, config, (), queries).edits
-        fresh = generated(model, state.nets, config, queries)
-        alone = [
-            _joined(state, record, Pool(*(part[row : row + 1] for part in fresh)))
+    def edit_each(model: Model, state: LiveEditState, queries: Sequence[Query]) -> Delta:
+        records = _make_header(model, config, (), queries).edits
+        new_experts = generate_experts(model, state.networks, config, queries)
+        single_states = [
+            _add_edit(state, record, ExpertPool(*(part[row : row + 1] for part in new_experts)))
             for row, record in enumerate(records)
         ]
-        longest = max(len(one.pool.down) for one in alone)
-        pools = [_padded(one.pool, longest) for one in alone]
-        pool = Pool(*(torch.stack(parts) for parts in zip(*pools)))
-        owners = tuple(one.owners[-1] for one in alone)
-        header = _header(model, config, owners, queries, num_experts=longest, stack=len(queries))
-        return Delta(header, _tensors(model, config, state.nets, pool))
+        longest = max(len(one.pool.down) for one in single_states)
+        pools = [_pad_pool(one.pool, longest) for one in single_states]
+        pool = ExpertPool(*(torch.stack(parts) for parts in zip(*pools)))
+        edit_slots = tuple(one.edit_slots[-1] for one in single_states)
+        header = _make_header(
+            model, config, edit_slots, queries, num_experts=longest, stack=len(queries)
+        )
+        return Delta(header, _delta_tensors(model, config, state.networks, pool))
 
-    return Editor("liveedit", config, init, edit, each)
+    return Editor("liveedit", config, init, edit, edit_each)
 
 
-def course(config: LiveEditConfig = LiveEditConfig()) -> Course:
+def liveedit_trainable(config: LiveEditConfig = LiveEditConfig()) -> TrainableEditor:
     """How LiveEdit is trained, for `fit`: the edits of a lesson are one another's distractors."""
 
-    def loss(model: Model, state: Editing, lesson: Lesson):
-        return lesson_loss(config, model, state.nets, lesson)
+    def loss(model: Model, state: LiveEditState, training_batch: TrainingBatch):
+        return liveedit_loss(config, model, state.networks, training_batch)
 
     def sites(model: Model):
         # the layers behind the edited one are all that training runs
-        behind = f"{model.card.layers}.{site_of(model, config).layer + 1}."
-        return [path for path in model.card.linears if path.startswith(behind)]
+        next_layer = f"{model.card.layers}.{resolve_edit_site(model, config).layer + 1}."
+        return [path for path in model.card.linear_shapes if path.startswith(next_layer)]
 
-    return Course(
-        learner=Learner(liveedit(config), loss),
+    return TrainableEditor(
+        learner=Learner(liveedit_editor(config), loss),
         sites=sites,
-        trained=lambda state: state.nets,
-        placed=lambda state, nets: state._replace(nets=nets),
-        study=lambda model, state, lesson, learn: (state, lesson),
-        end=config.end,
+        parameters=lambda state: state.networks,
+        with_parameters=lambda state, networks: state._replace(networks=networks),
+        prepare=lambda model, state, training_batch, is_training: (state, training_batch),
+        append_eos=config.append_eos,
     )
 
 
-def site_of(model: Model, config: LiveEditConfig) -> Site:
+def resolve_edit_site(model: Model, config: LiveEditConfig) -> EditSite:
     """The layer that the settings mean; a share of the depth leaves a layer behind it.
 
     Raises BadSettings for the last layer and for numbers that are no layer.
@@ -201,189 +225,233 @@ def site_of(model: Model, config: LiveEditConfig) -> Site:
         layer = max(0, min(int(card.num_layers * layer), card.num_layers - 2))
     number = layer + card.num_layers if layer < 0 else layer
     if not 0 <= number < card.num_layers - 1:
-        raise BadSettings(
+        raise InvalidSettingsError(
             f"experts must stand at a layer of {card.id} that has one behind it, 0 to "
             f"{card.num_layers - 2}; got {layer}."
         )
     path = f"{card.layers}.{number}"
-    weights = [p for p in card.linears if p.startswith(f"{path}.")]
-    return Site(f"{weights[-1]}.weight", path, number)
+    weights = [p for p in card.linear_shapes if p.startswith(f"{path}.")]
+    return EditSite(f"{weights[-1]}.weight", path, number)
 
 
-def generated(model: Model, nets: Nets, config: LiveEditConfig, queries: Sequence[Query]) -> Pool:
+def generate_experts(
+    model: Model, networks: LiveEditNetworks, config: LiveEditConfig, queries: Sequence[Query]
+) -> ExpertPool:
     """The experts and keys of many edits, each as if alone, from one forward up to the layer."""
-    site = site_of(model, config)
-    inputs = model.read(queries, end=True) if config.end else model.read(queries)
+    site = resolve_edit_site(model, config)
+    inputs = (
+        model.preprocess(queries, append_eos=True)
+        if config.append_eos
+        else model.preprocess(queries)
+    )
     with torch.no_grad():
-        batch = cast(Batch, prefix.cut(model, inputs, prefix.Reach(layer=site.layer)))
-        _, seen = tap(model.decode, model.params, batch, [site.path], stop=site.layer + 1)
-        hidden = seen[site.path].output.reshape(*batch.mask.shape, -1)
-        pool = pool_of(nets, config, hidden, batch)
-        return _sure(nets, config, pool, hidden, batch) if config.sure else pool
+        batch = cast(Batch, prefix.run_prefix(model, inputs, prefix.EditDepth(layer=site.layer)))
+        _, activations = record_activations(
+            model.decode, model.params, batch, [site.path], stop=site.layer + 1
+        )
+        hidden_states = activations[site.path].output.reshape(*batch.attention_mask.shape, -1)
+        pool = make_pool(networks, config, hidden_states, batch)
+        return (
+            _raise_self_margin(networks, config, pool, hidden_states, batch)
+            if config.min_self_margin
+            else pool
+        )
 
 
-def _sure(nets: Nets, config: LiveEditConfig, pool: Pool, hidden: Tensor, batch: Batch) -> Pool:
+def _raise_self_margin(
+    networks: LiveEditNetworks,
+    config: LiveEditConfig,
+    pool: ExpertPool,
+    hidden_states: Tensor,
+    batch: Batch,
+) -> ExpertPool:
     """The pool with vision keys made longer where their own question is not `sure` to pass.
 
     E' = E * clamp((t + sure) / <f, E>, 1, 4), for an own similarity above 0: the gate's own terms.
     """
-    sentinels = (nets.sentinel, nets.sentinel_text)
-    reader = absorbed(nets.ask, config.heads)
-    like = likeness(
-        config, features(reader, hidden, tokens_of(batch), config.heads, sentinels), pool
+    sentinels = (networks.sentinel, networks.sentinel_text)
+    extractor = fold_queries(networks.query_features, config.num_heads)
+    scores = routing_scores(
+        config,
+        routing_features(extractor, hidden_states, token_roles(batch), config.num_heads, sentinels),
+        pool,
     )
-    own = like.vision.diagonal()  # [E]
-    longer = ((like.sentinel + config.sure) / own.clamp_min(1e-6)).clamp(1, 4)
-    longer = torch.where(own > 0, longer, 1)[:, None]
-    keys = torch.cat([pool.vision_keys[:, :-2] * longer, pool.vision_keys[:, -2:]], 1)
+    self_scores = scores.vision.diagonal()  # [E]
+    factors = ((scores.sentinel + config.min_self_margin) / self_scores.clamp_min(1e-6)).clamp(1, 4)
+    factors = torch.where(self_scores > 0, factors, 1)[:, None]
+    keys = torch.cat([pool.vision_keys[:, :-2] * factors, pool.vision_keys[:, -2:]], 1)
     return pool._replace(vision_keys=keys)
 
 
-def about(model: Model, config: LiveEditConfig) -> dict[str, Any]:
+def compatibility(model: Model, config: LiveEditConfig) -> dict[str, Any]:
     """What a trained state fits: the architecture of the networks, and the layer."""
-    site = site_of(model, config)
-    base = base_of(model, [site.weight])
-    sizes = (
-        "width",
-        "slots",
-        "heads",
+    site = resolve_edit_site(model, config)
+    base = base_identity(model, [site.weight])
+    fields = (
+        "feature_dim",
+        "num_query_tokens",
+        "num_heads",
         "rank",
-        "sentinel",
-        "sentinel_text",
-        "strength",
-        "blend",
-        "places",
+        "num_sentinel_tokens",
+        "num_text_sentinel_tokens",
+        "expert_scale",
+        "routing_input",
+        "num_answer_positions",
     )
     return {
         "editor": "liveedit",
         "layer": site.layer,
-        **{name: getattr(config, name) for name in sizes},
-        "end": config.end,
+        **{name: getattr(config, name) for name in fields},
+        "append_eos": config.append_eos,
         "family": base.family,
-        "touched": base.touched,
+        "parameter_hashes": base.parameter_hashes,
     }
 
 
-def kept(state: Editing) -> Nets:
+def trained_weights(state: LiveEditState) -> LiveEditNetworks:
     """What a file of a trained state holds."""
-    return state.nets
+    return state.networks
 
 
-def _fresh(model: Model, config: LiveEditConfig, generator: torch.Generator) -> Editing:
-    site, width = site_of(model, config), model.card.width
-    wrong = [
-        f"{config.heads} heads must divide {what} {size}"
-        for what, size in (("the slots' width", config.width), ("the model's width", width))
-        if size % config.heads
+def _init_state(model: Model, config: LiveEditConfig, generator: torch.Generator) -> LiveEditState:
+    site, hidden_size = resolve_edit_site(model, config), model.card.hidden_size
+    messages = [
+        f"{config.num_heads} heads must divide {what} {size}"
+        for what, size in (
+            ("the slots' width", config.feature_dim),
+            ("the model's width", hidden_size),
+        )
+        if size % config.num_heads
     ]
-    if wrong:
-        raise BadSettings(f"LiveEdit for {model.card.id}: {'; '.join(wrong)}.")
-    nets = networks(
-        width, config.slots, config.width, config.rank, config.sentinel, config.sentinel_text,
-        generator, config.places,
-    )  # fmt: skip
+    if messages:
+        raise InvalidSettingsError(f"LiveEdit for {model.card.id}: {'; '.join(messages)}.")
+    networks = init_networks(
+        hidden_size,
+        config.num_query_tokens,
+        config.feature_dim,
+        config.rank,
+        config.num_sentinel_tokens,
+        config.num_text_sentinel_tokens,
+        generator,
+        config.num_answer_positions,
+    )
     device = model.params[site.weight].device
-    nets = pytree.tree_map(lambda tensor: tensor.to(device), nets)
-    keys = config.slots * config.width
-    blend = 2 if config.blend == "both" else 1
-    factors = (0, config.rank, width)
-    shapes = ((0, keys + 2), (0, keys * blend), factors, factors)
-    return Editing(nets, Pool(*(torch.zeros(shape, device=device) for shape in shapes)))
+    networks = pytree.tree_map(lambda tensor: tensor.to(device), networks)
+    key_size = config.num_query_tokens * config.feature_dim
+    num_query_parts = 2 if config.routing_input == "query_and_vision" else 1
+    factors = (0, config.rank, hidden_size)
+    shapes = ((0, key_size + 2), (0, key_size * num_query_parts), factors, factors)
+    return LiveEditState(
+        networks, ExpertPool(*(torch.zeros(shape, device=device) for shape in shapes))
+    )
 
 
-def _joined(state: Editing, record: EditRecord, fresh: Pool) -> Editing:
+def _add_edit(state: LiveEditState, record: EditRecord, new_expert: ExpertPool) -> LiveEditState:
     """The state with one more edit: a new expert, or one in place of the same question's."""
     question = (record.prompt, record.images)
-    earlier = [
+    earlier_slots = [
         owner
-        for edit, owner in zip(state.edits, state.owners)
+        for edit, owner in zip(state.edits, state.edit_slots)
         if owner >= 0 and (edit.prompt, edit.images) == question
     ]
     edits = (*state.edits, record)
-    if not earlier:
-        with _APPENDING:
-            pool = Pool(*(appended(*pair) for pair in zip(state.pool, fresh)))
-        return state._replace(pool=pool, edits=edits, owners=(*state.owners, len(state.pool.down)))
-    place = earlier[0]
-    at = torch.tensor([place], device=fresh.down.device)
-    pool = Pool(*(old.index_copy(0, at, new) for old, new in zip(state.pool, fresh)))
-    owners = tuple(-1 if owner == place else owner for owner in state.owners)
-    return state._replace(pool=pool, edits=edits, owners=(*owners, place))
+    if not earlier_slots:
+        with _APPEND_LOCK:
+            pool = ExpertPool(*(append_rows(*pair) for pair in zip(state.pool, new_expert)))
+        return state._replace(
+            pool=pool, edits=edits, edit_slots=(*state.edit_slots, len(state.pool.down))
+        )
+    slot = earlier_slots[0]
+    index = torch.tensor([slot], device=new_expert.down.device)
+    pool = ExpertPool(*(old.index_copy(0, index, new) for old, new in zip(state.pool, new_expert)))
+    edit_slots = tuple(-1 if owner == slot else owner for owner in state.edit_slots)
+    return state._replace(pool=pool, edits=edits, edit_slots=(*edit_slots, slot))
 
 
-def appended(old: Tensor, fresh: Tensor) -> Tensor:
+def append_rows(rows: Tensor, new_rows: Tensor) -> Tensor:
     """old [N ...] and fresh [n ...] one after another, at the cost of `fresh` alone, on average.
 
     Tensors are the first rows of a roomy one whose rows are NaN until they are taken; nobody who
     holds fewer rows sees the later ones. Rows that another sequence of edits took are left to it:
     then, and where there is no room, everything moves to one of twice the size.
 
-    >>> appended(torch.zeros(2, 1), torch.ones(1, 1)).T
+    >>> append_rows(torch.zeros(2, 1), torch.ones(1, 1)).T
     tensor([[0., 0., 1.]])
     """
-    begin, end = len(old), len(old) + len(fresh)
-    roomy = old._base
-    free = (
-        roomy is not None
-        and roomy.shape[1:] == old.shape[1:]
-        and roomy.data_ptr() == old.data_ptr()
-        and len(roomy) >= end
-        and bool(roomy[begin:end].isnan().all())
+    begin, end = len(rows), len(rows) + len(new_rows)
+    storage = rows._base
+    is_free = (
+        storage is not None
+        and storage.shape[1:] == rows.shape[1:]
+        and storage.data_ptr() == rows.data_ptr()
+        and len(storage) >= end
+        and bool(storage[begin:end].isnan().all())
     )
-    if roomy is None or not free:
-        roomy = old.new_full((max(8, 2 * end), *old.shape[1:]), torch.nan)
-        roomy[:begin] = old
-    roomy[begin:end] = fresh
-    return roomy[:end]
+    if storage is None or not is_free:
+        storage = rows.new_full((max(8, 2 * end), *rows.shape[1:]), torch.nan)
+        storage[:begin] = rows
+    storage[begin:end] = new_rows
+    return storage[:end]
 
 
-_APPENDING = threading.Lock()  # between looking for room and taking it
+_APPEND_LOCK = threading.Lock()  # between looking for room and taking it
 
 
-def _padded(pool: Pool, length: int) -> Pool:
+def _pad_pool(pool: ExpertPool, length: int) -> ExpertPool:
     """The pool with experts for nothing behind it: their columns of kinds keep out every row."""
-    more = length - len(pool.down)
-    if not more:
+    num_padding = length - len(pool.down)
+    if not num_padding:
         return pool
-    parts = [torch.cat([part, part.new_zeros(more, *part.shape[1:])]) for part in pool]
-    parts[0][-more:, -2:] = 1.0
-    return Pool(*parts)
+    parts = [torch.cat([part, part.new_zeros(num_padding, *part.shape[1:])]) for part in pool]
+    parts[0][-num_padding:, -2:] = 1.0
+    return ExpertPool(*parts)
 
 
-def _header(
-    model: Model, config: LiveEditConfig, owners: tuple[int, ...], queries: Sequence[Query],
-    earlier: tuple[EditRecord, ...] = (), num_experts: int = 1, stack: int = 0,
-) -> Header:  # fmt: skip
-    site = site_of(model, config)
+def _make_header(
+    model: Model,
+    config: LiveEditConfig,
+    edit_slots: tuple[int, ...],
+    queries: Sequence[Query],
+    earlier: tuple[EditRecord, ...] = (),
+    num_experts: int = 1,
+    stack: int = 0,
+) -> Header:
+    site = resolve_edit_site(model, config)
     entry = Experts(
         name=site.weight,
-        checkpoint=model.card.checkpoint.get(site.weight, site.weight),
+        checkpoint_name=model.card.checkpoint_names.get(site.weight, site.weight),
         shape=tuple(model.params[site.weight].shape),
         num_experts=num_experts,
         rank=config.rank,
-        hidden=model.card.width,
-        slots=config.slots,
-        width=config.width,
-        heads=config.heads,
-        sentinel=config.sentinel,
-        sentinel_text=config.sentinel_text,
-        owners=owners,
-        blend=config.blend,
-        most=config.most,
+        hidden_size=model.card.hidden_size,
+        num_query_tokens=config.num_query_tokens,
+        feature_dim=config.feature_dim,
+        num_heads=config.num_heads,
+        num_sentinel_tokens=config.num_sentinel_tokens,
+        num_text_sentinel_tokens=config.num_text_sentinel_tokens,
+        edit_slots=edit_slots,
+        routing_input=config.routing_input,
+        top_k=config.top_k,
     )
-    said = msgspec.structs.replace(config, trained=Path(config.trained).name)  # no one's folders
-    return header_for(model, "liveedit", said, (entry,), queries, earlier=earlier, stack=stack)
+    settings = msgspec.structs.replace(
+        config, weights=Path(config.weights).name
+    )  # no one's folders
+    return make_header(
+        model, "liveedit", settings, (entry,), queries, earlier_edits=earlier, stack=stack
+    )
 
 
-def _tensors(model: Model, config: LiveEditConfig, nets: Nets, pool: Pool) -> Mapping[str, Tensor]:
-    name = site_of(model, config).weight
-    reader = absorbed(nets.ask, config.heads)._asdict()
+def _delta_tensors(
+    model: Model, config: LiveEditConfig, networks: LiveEditNetworks, pool: ExpertPool
+) -> Mapping[str, Tensor]:
+    name = resolve_edit_site(model, config).weight
+    extractor = fold_queries(networks.query_features, config.num_heads)._asdict()
     parts = {
         **pool._asdict(),
-        **{field.replace("_", ".", 1): tensor for field, tensor in reader.items()},
-        "norm": nets.norm,
-        "sentinel": nets.sentinel,
-        "sentinel_text": nets.sentinel_text,
+        **{field.replace("_", ".", 1): tensor for field, tensor in extractor.items()},
+        "input_norm": networks.input_norm,
+        "sentinel": networks.sentinel,
+        "sentinel_text": networks.sentinel_text,
     }
     return {f"{name}.{part}": tensor.detach().contiguous() for part, tensor in parts.items()}
 
@@ -391,12 +459,22 @@ def _tensors(model: Model, config: LiveEditConfig, nets: Nets, pool: Pool) -> Ma
 PRESETS: dict[str, LiveEditConfig] = {
     "default": LiveEditConfig(),
     # configs/liveedit/*.yaml: layer 21 of 32; the sentinel is as long as the backbone's picture
-    "blip2": LiveEditConfig(layer=21, sentinel=32, end=False),
-    "llava": LiveEditConfig(layer=21, sentinel=576, end=False),
-    "minigpt4": LiveEditConfig(layer=21, sentinel=32, end=False),
+    "blip2": LiveEditConfig(layer=21, num_sentinel_tokens=32, append_eos=False),
+    "llava": LiveEditConfig(layer=21, num_sentinel_tokens=576, append_eos=False),
+    "minigpt4": LiveEditConfig(layer=21, num_sentinel_tokens=32, append_eos=False),
     # the micro zoo's: trained states come with the package
     "micro": LiveEditConfig(
-        layer=1, width=64, heads=4, rank=8, places=6, sentinel=8, sentinel_text=4, blend="both",
-        most=16, strength=1.0, sure=4.0, trained="shipped",
+        layer=1,
+        feature_dim=64,
+        num_heads=4,
+        rank=8,
+        num_answer_positions=6,
+        num_sentinel_tokens=8,
+        num_text_sentinel_tokens=4,
+        routing_input="query_and_vision",
+        top_k=16,
+        expert_scale=1.0,
+        min_self_margin=4.0,
+        weights="shipped",
     ),
-}  # fmt: skip
+}

@@ -20,28 +20,46 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from errata.functional import Batch, Model, prefix, rows
-from errata.functional.experts import EPS, Features, cleared, features, scale_of, tokens_of
+from errata.functional.experts import (
+    EPS,
+    RoutingFeatures,
+    routing_features,
+    score_scale,
+    token_roles,
+    with_modality_columns,
+)
 from errata.functional.losses import kl, nll
 from errata.kernels import lora_moe
 
-from .fit import Lesson, combined
-from .liveedit_net import Nets, Pool, absorbed, pool_of
+from .fit import TrainingBatch, combine_losses
+from .liveedit_net import ExpertPool, LiveEditNetworks, fold_queries, make_pool
 
 if TYPE_CHECKING:
     from .liveedit import LiveEditConfig
 
-__all__ = ["Likeness", "apart", "hard", "lesson_loss", "likeness", "soft"]
+__all__ = [
+    "RoutingScores",
+    "margin_loss",
+    "hard_gate_loss",
+    "liveedit_loss",
+    "routing_scores",
+    "soft_gate_loss",
+]
 
 
-FAINT = 1e-4  # the weight of all experts together below which a row is as the base's
+MIN_EXPERT_WEIGHT = 1e-4  # the weight of all experts together below which a row is as the base's
 
 
-REACH = 6.0  # how much worse it is to shut out a question than to let in one that the soft
+IN_SCOPE_WEIGHT = (
+    6.0  # how much worse it is to shut out a question than to let in one that the soft
+)
 # weights still turn away
-BLIND = 0.5  # the share of edits whose makers see the answer alone, and can not learn it by heart
+ANSWER_ONLY_RATIO = (
+    0.5  # the share of edits whose makers see the answer alone, and can not learn it by heart
+)
 
 
-class Likeness(NamedTuple):
+class RoutingScores(NamedTuple):
     """How alike questions are to edits, in the units of the gate."""
 
     vision: Tensor  # [B E]
@@ -49,105 +67,155 @@ class Likeness(NamedTuple):
     query: Tensor  # [B E]
 
 
-def soft(query: Tensor, own: Tensor, reach: Tensor, kin: Tensor) -> Tensor:
+def soft_gate_loss(
+    query_scores: Tensor, edit_index: Tensor, in_scope: Tensor, is_routable: Tensor
+) -> Tensor:
     """[B] what the weights of experts are held to; `kin` [B E]: experts a row can be routed to."""
-    mine = F.one_hot(own, query.shape[1]).bool() & reach[:, None]
-    among = torch.where(kin, query, -torch.inf)
-    relative = torch.where(reach, -torch.where(mine, among.log_softmax(1), 0).sum(1), 0)
-    yes = -torch.where(mine, F.logsigmoid(query), 0).sum(1)
-    others = kin & ~mine
-    no = -torch.where(others, F.logsigmoid(-query), 0).sum(1) / others.sum(1).clamp_min(1)
-    return relative + yes + no
+    is_own = F.one_hot(edit_index, query_scores.shape[1]).bool() & in_scope[:, None]
+    routable_scores = torch.where(is_routable, query_scores, -torch.inf)
+    relative = torch.where(
+        in_scope, -torch.where(is_own, routable_scores.log_softmax(1), 0).sum(1), 0
+    )
+    own_loss = -torch.where(is_own, F.logsigmoid(query_scores), 0).sum(1)
+    others = is_routable & ~is_own
+    other_loss = -torch.where(others, F.logsigmoid(-query_scores), 0).sum(1) / others.sum(
+        1
+    ).clamp_min(1)
+    return relative + own_loss + other_loss
 
 
-def hard(like: Likeness, own: Tensor, reach: Tensor) -> Tensor:
+def hard_gate_loss(scores: RoutingScores, edit_index: Tensor, in_scope: Tensor) -> Tensor:
     """[B] cross-entropy of the gate's choice: the own expert, or the sentinel for localities."""
-    every = torch.cat([like.vision, like.sentinel[:, None]], 1)  # [B E+1]
-    return F.cross_entropy(every, torch.where(reach, own, like.vision.shape[1]), reduction="none")
+    logits = torch.cat([scores.vision, scores.sentinel[:, None]], 1)  # [B E+1]
+    return F.cross_entropy(
+        logits, torch.where(in_scope, edit_index, scores.vision.shape[1]), reduction="none"
+    )
 
 
-def apart(like: Likeness, own: Tensor, reach: Tensor, margin: float = 0.0) -> Tensor:
+def margin_loss(
+    scores: RoutingScores, edit_index: Tensor, in_scope: Tensor, margin: float = 0.0
+) -> Tensor:
     """[B] how far the own expert is above the sentinel, and all others below it."""
-    above = like.vision - like.sentinel[:, None]  # [B E]
-    mine = F.one_hot(own, above.shape[1]).bool() & reach[:, None]
-    yes = F.softplus(margin - torch.where(mine, above, 0).sum(1)) * reach
-    no = F.softplus(margin + torch.where(mine, -torch.inf, above).logsumexp(1))
-    return REACH * yes + no
+    above = scores.vision - scores.sentinel[:, None]  # [B E]
+    is_own = F.one_hot(edit_index, above.shape[1]).bool() & in_scope[:, None]
+    own_loss = F.softplus(margin - torch.where(is_own, above, 0).sum(1)) * in_scope
+    other_loss = F.softplus(margin + torch.where(is_own, -torch.inf, above).logsumexp(1))
+    return IN_SCOPE_WEIGHT * own_loss + other_loss
 
 
-def lesson_loss(
-    config: LiveEditConfig, model: Model, nets: Nets, lesson: Lesson
+def liveedit_loss(
+    config: LiveEditConfig, model: Model, networks: LiveEditNetworks, training_batch: TrainingBatch
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a lesson, whose rows stand behind the edited layer, and its terms."""
-    asks, heads = lesson.asks, config.heads
-    dice = torch.Generator().manual_seed(lesson.seed)
-    blind = torch.rand(len(lesson.queries), generator=dice) < (BLIND if lesson.seed else 0)
-    pool = pool_of(nets, config, lesson.edit.hidden, lesson.edit, blind.to(asks.hidden.device))
-    found = features(
-        absorbed(nets.ask, heads), asks.hidden, tokens_of(asks), heads,
-        (nets.sentinel, nets.sentinel_text),
-    )  # fmt: skip
-    like = likeness(config, found, pool)
-    own = asks.edit
-    reach = torch.arange(asks.rows, device=own.device) < asks.rows - lesson.base.shape[0]
-    kin = found.pictured[:, None] == (pool.vision_keys[:, -2] > 0)
+    questions, num_heads = training_batch.questions, config.num_heads
+    generator = torch.Generator().manual_seed(training_batch.seed)
+    answer_only = torch.rand(len(training_batch.queries), generator=generator) < (
+        ANSWER_ONLY_RATIO if training_batch.seed else 0
+    )
+    pool = make_pool(
+        networks,
+        config,
+        training_batch.edits.hidden_states,
+        training_batch.edits,
+        answer_only.to(questions.hidden_states.device),
+    )
+    question_features = routing_features(
+        fold_queries(networks.query_features, num_heads),
+        questions.hidden_states,
+        token_roles(questions),
+        num_heads,
+        (networks.sentinel, networks.sentinel_text),
+    )
+    scores = routing_scores(config, question_features, pool)
+    edit_index = questions.edit_index
+    in_scope = (
+        torch.arange(questions.num_rows, device=edit_index.device)
+        < questions.num_rows - training_batch.base_logits.shape[0]
+    )
+    is_routable = question_features.has_image[:, None] == (pool.vision_keys[:, -2] > 0)
     routing = {
-        "soft": soft(like.query, own, reach, kin).mean(),
-        "hard": hard(like, own, reach).mean(),
-        "apart": apart(like, own, reach, config.margin).mean(),
+        "soft": soft_gate_loss(scores.query, edit_index, in_scope, is_routable).mean(),
+        "hard": hard_gate_loss(scores, edit_index, in_scope).mean(),
+        "apart": margin_loss(scores, edit_index, in_scope, config.margin).mean(),
     }
-    weights = lora_moe.weigh(like.query, _company(lesson, own, reach, dice) & kin)
-    hidden = _with_experts(nets, pool, weights, asks.hidden)
-    felt = weights.detach().sum(1) > FAINT
-    values = _answers(model, lesson, asks._replace(hidden=hidden), felt)
-    total, terms = combined(values, lesson)
+    weights = lora_moe.expert_weights(
+        scores.query,
+        _sample_active_experts(training_batch, edit_index, in_scope, generator) & is_routable,
+    )
+    hidden_states = _apply_expert_pool(networks, pool, weights, questions.hidden_states)
+    has_experts = weights.detach().sum(1) > MIN_EXPERT_WEIGHT
+    values = _answer_losses(
+        model, training_batch, questions._replace(hidden_states=hidden_states), has_experts
+    )
+    total, terms = combine_losses(values, training_batch)
     total = total + sum(routing.values())
     return total, {**terms, **{name: value.detach() for name, value in routing.items()}}
 
 
-def _with_experts(nets: Nets, pool: Pool, weights: Tensor, hidden: Tensor) -> Tensor:
+def _apply_expert_pool(
+    networks: LiveEditNetworks, pool: ExpertPool, weights: Tensor, hidden_states: Tensor
+) -> Tensor:
     """h + sum_m w_m relu(LN(h) A_m^T) B_m, all rows with the same pool, as two products."""
-    given = F.layer_norm(hidden.float(), hidden.shape[-1:], nets.norm[0], nets.norm[1], EPS)
-    inner = F.relu(given @ pool.down.flatten(0, 1).mT)  # [B L ER]
+    normed = F.layer_norm(
+        hidden_states.float(),
+        hidden_states.shape[-1:],
+        networks.input_norm[0],
+        networks.input_norm[1],
+        EPS,
+    )
+    inner = F.relu(normed @ pool.down.flatten(0, 1).mT)  # [B L ER]
     inner = inner * weights.repeat_interleave(pool.down.shape[1], 1)[:, None]
-    return (hidden + inner @ pool.up.flatten(0, 1)).to(hidden.dtype)
+    return (hidden_states + inner @ pool.up.flatten(0, 1)).to(hidden_states.dtype)
 
 
-def _answers(model: Model, lesson: Lesson, asks: Batch, felt: Tensor) -> Tensor:
+def _answer_losses(
+    model: Model, training_batch: TrainingBatch, questions: Batch, has_experts: Tensor
+) -> Tensor:
     """[B] NLL where edits should reach, KL of localities; 0 for rows that need not be run.
 
     These are localities whose experts are not felt, most of them once routing is learned, and rows
     of a probe that weighs nothing: those train routing alone.
     """
-    first = asks.rows - lesson.base.shape[0]
-    weights = torch.tensor(list(lesson.weights.values()), device=felt.device)[lesson.probe]
-    reach = torch.arange(asks.rows, device=felt.device) < first
-    run = ((reach | felt) & (weights > 0)).nonzero()[:, 0]
-    some = rows.take(asks, run)
-    logits, labels = prefix.narrow(model, some), some.labels
-    here = int((reach & (weights > 0)).sum())
-    base = lesson.base[run[here:] - first]
-    found = [nll(logits[:here], labels[:here]), kl(base, logits[here:], labels[here:])]
-    return logits.new_zeros(asks.rows).index_copy(0, run, torch.cat(found))
+    num_target_rows = questions.num_rows - training_batch.base_logits.shape[0]
+    weights = torch.tensor(list(training_batch.loss_weights.values()), device=has_experts.device)[
+        training_batch.probe_index
+    ]
+    in_scope = torch.arange(questions.num_rows, device=has_experts.device) < num_target_rows
+    row_indices = ((in_scope | has_experts) & (weights > 0)).nonzero()[:, 0]
+    run_batch = rows.take_rows(questions, row_indices)
+    logits, labels = prefix.decode_scored(model, run_batch), run_batch.labels
+    num_nll_rows = int((in_scope & (weights > 0)).sum())
+    base = training_batch.base_logits[row_indices[num_nll_rows:] - num_target_rows]
+    losses = [
+        nll(logits[:num_nll_rows], labels[:num_nll_rows]),
+        kl(base, logits[num_nll_rows:], labels[num_nll_rows:]),
+    ]
+    return logits.new_zeros(questions.num_rows).index_copy(0, row_indices, torch.cat(losses))
 
 
-def likeness(config: LiveEditConfig, found: Features, pool: Pool) -> Likeness:
+def routing_scores(
+    config: LiveEditConfig, question_features: RoutingFeatures, pool: ExpertPool
+) -> RoutingScores:
     """How alike questions are to the edits of a pool; -1e28 and less where the kinds differ."""
-    scale = scale_of(config.slots, config.width)
-    query = found.query
-    if config.blend == "both":
-        query = torch.cat([query, found.vision], 1)
-    return Likeness(
-        vision=scale * cleared(found.vision, found.pictured) @ pool.vision_keys.mT,
-        sentinel=scale * (found.vision * found.sentinel).sum(1),
+    scale = score_scale(config.num_query_tokens, config.feature_dim)
+    query = question_features.query
+    if config.routing_input == "query_and_vision":
+        query = torch.cat([query, question_features.vision], 1)
+    return RoutingScores(
+        vision=scale
+        * with_modality_columns(question_features.vision, question_features.has_image)
+        @ pool.vision_keys.mT,
+        sentinel=scale * (question_features.vision * question_features.sentinel).sum(1),
         query=scale * query @ pool.query_keys.mT,
     )
 
 
-def _company(lesson: Lesson, own: Tensor, reach: Tensor, dice: torch.Generator) -> Tensor:
+def _sample_active_experts(
+    training_batch: TrainingBatch, edit_index: Tensor, in_scope: Tensor, generator: torch.Generator
+) -> Tensor:
     """[B E] the experts that act on each row: 0 to E random ones, and its own where it should."""
-    count = len(lesson.queries)
-    order = torch.rand(len(own), count, generator=dice).argsort(1)
-    some = torch.randint(0, count + 1, (len(own), 1), generator=dice)
-    mine = F.one_hot(own, count).bool() & reach[:, None]
-    return (order < some).to(own.device) | mine
+    count = len(training_batch.queries)
+    order = torch.rand(len(edit_index), count, generator=generator).argsort(1)
+    num_active = torch.randint(0, count + 1, (len(edit_index), 1), generator=generator)
+    is_own = F.one_hot(edit_index, count).bool() & in_scope[:, None]
+    return (order < num_active).to(edit_index.device) | is_own

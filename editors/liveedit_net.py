@@ -25,70 +25,94 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from errata.functional import Batch
-from errata.functional.experts import EPS, Reader, attend, features, tokens_of
+from errata.functional.experts import (
+    EPS,
+    FeatureExtractor,
+    cross_attention,
+    routing_features,
+    token_roles,
+)
 
 if TYPE_CHECKING:
     from .liveedit import LiveEditConfig
 
-__all__ = ["Attention", "Look", "Maker", "Nets", "Pool", "absorbed", "made", "networks", "pool_of"]
+__all__ = [
+    "CrossAttention",
+    "FeatureNetwork",
+    "FactorGenerator",
+    "LiveEditNetworks",
+    "ExpertPool",
+    "fold_queries",
+    "generate_factor",
+    "init_networks",
+    "make_pool",
+]
 
 
-class Attention(NamedTuple):
+class CrossAttention(NamedTuple):
     """A cross-attention: maps of queries (with shift), keys, and values (with bias)."""
 
     query: Tensor  # [K K]
-    shift: Tensor  # [K]
+    query_bias: Tensor  # [K]
     key: Tensor  # [K D]
     value: Tensor  # [K D], of a maker [D D]
-    bias: Tensor  # [K], of a maker [D]
+    value_bias: Tensor  # [K], of a maker [D]
 
 
-class Pool(NamedTuple):
+class ExpertPool(NamedTuple):
     """Experts and their keys."""
 
     vision_keys: Tensor  # [N SK+2]
-    query_keys: Tensor  # [N SK], with blend "both" [N 2SK]
+    query_keys: Tensor  # [N SK], with blend "query_and_vision" [N 2SK]
     down: Tensor  # [N R D]
     up: Tensor  # [N R D]
 
 
-class Look(NamedTuple):
+class FeatureNetwork(NamedTuple):
     """What reads the features of a row."""
 
     norm: Tensor  # [2 D] before `asked` and `seen`: weight and bias
-    slots: Tensor  # [S K]
-    asked: Attention
-    seen: Attention
+    query_tokens: Tensor  # [S K]
+    prompt: CrossAttention
+    vision: CrossAttention
     query_norm: Tensor  # [2 D]
-    query_slots: Tensor  # [S K]
-    query: Attention
+    question_tokens: Tensor  # [S K]
+    query: CrossAttention
 
 
-class Maker(NamedTuple):
+class FactorGenerator(NamedTuple):
     """What makes one factor of an expert."""
 
     norm: Tensor  # [2 D]
-    slots: Tensor  # [R K]
-    attention: Attention
-    places: Tensor  # [P D] added to the prompt's last token and those of the answer, in order
+    query_tokens: Tensor  # [R K]
+    attention: CrossAttention
+    answer_positions: (
+        Tensor  # [P D] added to the prompt's last token and those of the answer, in order
+    )
 
 
-class Nets(NamedTuple):
+class LiveEditNetworks(NamedTuple):
     """All that is trained."""
 
-    edit: Look  # an edit's keys
-    ask: Look  # a question's features
-    down: Maker
-    up: Maker
-    norm: Tensor  # [2 D] of what experts are given
+    edit_features: FeatureNetwork  # an edit's keys
+    query_features: FeatureNetwork  # a question's features
+    down: FactorGenerator
+    up: FactorGenerator
+    input_norm: Tensor  # [2 D] of what experts are given
     sentinel: Tensor  # [L' D] the picture that stands for "no edit"
     sentinel_text: Tensor  # [L'' D] the same for rows without a picture
 
 
-def networks(
-    width: int, slots: int, size: int, rank: int, sentinel: int, sentinel_text: int,
-    generator: torch.Generator, places: int = 0,
-) -> Nets:  # fmt: skip
+def init_networks(
+    hidden_size: int,
+    num_query_tokens: int,
+    feature_dim: int,
+    rank: int,
+    num_sentinel_tokens: int,
+    num_text_sentinel_tokens: int,
+    generator: torch.Generator,
+    num_answer_positions: int = 0,
+) -> LiveEditNetworks:
     """Fresh networks: linear maps uniform in 1/sqrt(in), slots normal, as the original's.
 
     The two readers start alike and without a bias of vision, so that from the start a question is
@@ -101,106 +125,151 @@ def networks(
     def normal(rows: int, columns: int) -> Tensor:  # kaiming_normal_ of [1 rows columns]
         return torch.randn(rows, columns, generator=generator) * math.sqrt(2 / (rows * columns))
 
-    def norm() -> Tensor:
-        return torch.stack([torch.ones(width), torch.zeros(width)])
+    def init_norm() -> Tensor:
+        return torch.stack([torch.ones(hidden_size), torch.zeros(hidden_size)])
 
-    def attention(out: int) -> Attention:
-        return Attention(
-            query=uniform(size, size, fan=size),
-            shift=uniform(size, fan=size),
-            key=uniform(size, width, fan=width),
-            value=uniform(out, width, fan=width),
-            bias=uniform(out, fan=width),
+    def init_attention(out: int) -> CrossAttention:
+        return CrossAttention(
+            query=uniform(feature_dim, feature_dim, fan=feature_dim),
+            query_bias=uniform(feature_dim, fan=feature_dim),
+            key=uniform(feature_dim, hidden_size, fan=hidden_size),
+            value=uniform(out, hidden_size, fan=hidden_size),
+            value_bias=uniform(out, fan=hidden_size),
         )
 
-    def look() -> Look:
-        return Look(
-            norm(), normal(slots, size), attention(size), attention(size),
-            norm(), normal(slots, size), attention(size),
-        )  # fmt: skip
+    def init_feature_network() -> FeatureNetwork:
+        return FeatureNetwork(
+            init_norm(),
+            normal(num_query_tokens, feature_dim),
+            init_attention(feature_dim),
+            init_attention(feature_dim),
+            init_norm(),
+            normal(num_query_tokens, feature_dim),
+            init_attention(feature_dim),
+        )
 
-    def maker() -> Maker:
-        drawn = torch.randn(places, width, generator=generator)
-        return Maker(norm(), normal(rank, size), attention(width), drawn)
+    def init_factor_generator() -> FactorGenerator:
+        answer_positions = torch.randn(num_answer_positions, hidden_size, generator=generator)
+        return FactorGenerator(
+            init_norm(), normal(rank, feature_dim), init_attention(hidden_size), answer_positions
+        )
 
-    alike = look()
-    blind = alike.seen._replace(bias=torch.zeros_like(alike.seen.bias))
-    alike = alike._replace(seen=blind)
-    again = pytree.tree_map(torch.clone, alike)  # each is trained on its own
-    return Nets(
-        alike, again, maker(), maker(), norm(), normal(sentinel, width),
-        normal(sentinel_text, width),
-    )  # fmt: skip
+    edit_features = init_feature_network()
+    vision = edit_features.vision._replace(
+        value_bias=torch.zeros_like(edit_features.vision.value_bias)
+    )
+    edit_features = edit_features._replace(vision=vision)
+    query_features = pytree.tree_map(torch.clone, edit_features)  # each is trained on its own
+    return LiveEditNetworks(
+        edit_features,
+        query_features,
+        init_factor_generator(),
+        init_factor_generator(),
+        init_norm(),
+        normal(num_sentinel_tokens, hidden_size),
+        normal(num_text_sentinel_tokens, hidden_size),
+    )
 
 
-def absorbed(look: Look, heads: int) -> Reader:
+def fold_queries(network: FeatureNetwork, num_heads: int) -> FeatureExtractor:
     """The reader that a `Look` amounts to, constant queries folded into their keys.
 
     row_(s,h) = W_k,h^T (W_q slot_s + b)_h / sqrt(K/H)
     """
-    return Reader(
-        asked_norm=look.norm,
-        asked_rows=_rows(look.slots, look.asked, heads),
-        asked_value=look.asked.value,
-        asked_bias=look.asked.bias,
-        seen_query=look.seen.query,
-        seen_shift=look.seen.shift,
-        seen_key=look.seen.key,
-        seen_value=look.seen.value,
-        seen_bias=look.seen.bias,
-        query_norm=look.query_norm,
-        query_rows=_rows(look.query_slots, look.query, heads),
-        query_value=look.query.value,
-        query_bias=look.query.bias,
+    return FeatureExtractor(
+        prompt_norm=network.norm,
+        prompt_queries=_fold_query_tokens(network.query_tokens, network.prompt, num_heads),
+        prompt_value=network.prompt.value,
+        prompt_value_bias=network.prompt.value_bias,
+        vision_query=network.vision.query,
+        vision_query_bias=network.vision.query_bias,
+        vision_key=network.vision.key,
+        vision_value=network.vision.value,
+        vision_value_bias=network.vision.value_bias,
+        query_norm=network.query_norm,
+        query_queries=_fold_query_tokens(network.question_tokens, network.query, num_heads),
+        query_value=network.query.value,
+        query_value_bias=network.query.value_bias,
     )
 
 
-def made(
-    maker: Maker, hidden: Tensor, keep: Tensor, place: Tensor, heads: int, strength: float
+def generate_factor(
+    factor_generator: FactorGenerator,
+    hidden_states: Tensor,
+    token_mask: Tensor,
+    position_index: Tensor,
+    num_heads: int,
+    expert_scale: float,
 ) -> Tensor:
     """One factor of each row's expert, from the tokens to keep [B L]: [B R D].
 
     `place` [B L] is 1 at the prompt's last token, 2 at the answer's first, and so on; else 0.
     """
-    x = hidden.float()
-    x = F.layer_norm(x, x.shape[-1:], maker.norm[0], maker.norm[1], EPS)
-    known = len(maker.places)
-    if known:
-        own = maker.places[(place - 1).clamp(0, known - 1)]
-        x = x + torch.where((place > 0)[..., None], own, 0)
-    rows = _rows(maker.slots, maker.attention, heads)
-    out = attend(rows, x, keep, maker.attention.value, maker.attention.bias, heads)
-    return out * (strength / math.sqrt(len(maker.slots)))
+    x = hidden_states.float()
+    x = F.layer_norm(x, x.shape[-1:], factor_generator.norm[0], factor_generator.norm[1], EPS)
+    num_positions = len(factor_generator.answer_positions)
+    if num_positions:
+        position_embeddings = factor_generator.answer_positions[
+            (position_index - 1).clamp(0, num_positions - 1)
+        ]
+        x = x + torch.where((position_index > 0)[..., None], position_embeddings, 0)
+    rows = _fold_query_tokens(factor_generator.query_tokens, factor_generator.attention, num_heads)
+    out = cross_attention(
+        rows,
+        x,
+        token_mask,
+        factor_generator.attention.value,
+        factor_generator.attention.value_bias,
+        num_heads,
+    )
+    return out * (expert_scale / math.sqrt(len(factor_generator.query_tokens)))
 
 
-def pool_of(
-    nets: Nets, config: LiveEditConfig, hidden: Tensor, batch: Batch, blind: Tensor | None = None
-) -> Pool:
+def make_pool(
+    networks: LiveEditNetworks,
+    config: LiveEditConfig,
+    hidden_states: Tensor,
+    batch: Batch,
+    answer_only: Tensor | None = None,
+) -> ExpertPool:
     """Experts and keys from what the layer gives the rows of edits [B L D]; differentiable.
 
     Keys are made from the questions alone: the answer is not seen. Factors are made from picture,
     prompt and answer, in `blind` rows [B] from the prompt's last token and the answer.
     """
-    tokens = tokens_of(batch)
-    hidden = hidden.reshape(*batch.mask.shape, -1)
-    keys = features(absorbed(nets.edit, config.heads), hidden, tokens, config.heads)
-    kind = torch.stack([keys.pictured, ~keys.pictured], 1).float()
-    query = torch.cat([keys.query, keys.vision], 1) if config.blend == "both" else keys.query
-    keep = tokens.seen | tokens.asked | tokens.answer
-    if blind is not None:
-        keep = torch.where(blind[:, None], batch.prompt | tokens.answer, keep)
-    behind = batch.prompt | tokens.answer
-    place = torch.where(behind, behind.int().cumsum(1), 0)
-    down, up = (
-        made(maker, hidden, keep, place, config.heads, config.strength)
-        for maker in (nets.down, nets.up)
+    tokens = token_roles(batch)
+    hidden_states = hidden_states.reshape(*batch.attention_mask.shape, -1)
+    keys = routing_features(
+        fold_queries(networks.edit_features, config.num_heads),
+        hidden_states,
+        tokens,
+        config.num_heads,
     )
-    return Pool(torch.cat([keys.vision, kind], 1), query, down, up)
+    modality_columns = torch.stack([keys.has_image, ~keys.has_image], 1).float()
+    query = (
+        torch.cat([keys.query, keys.vision], 1)
+        if config.routing_input == "query_and_vision"
+        else keys.query
+    )
+    token_mask = tokens.vision | tokens.prompt | tokens.answer
+    if answer_only is not None:
+        token_mask = torch.where(answer_only[:, None], batch.prompt_end | tokens.answer, token_mask)
+    from_prompt_end = batch.prompt_end | tokens.answer
+    position_index = torch.where(from_prompt_end, from_prompt_end.int().cumsum(1), 0)
+    down, up = (
+        generate_factor(
+            maker, hidden_states, token_mask, position_index, config.num_heads, config.expert_scale
+        )
+        for maker in (networks.down, networks.up)
+    )
+    return ExpertPool(torch.cat([keys.vision, modality_columns], 1), query, down, up)
 
 
-def _rows(slots: Tensor, attention: Attention, heads: int) -> Tensor:
+def _fold_query_tokens(query_tokens: Tensor, attention: CrossAttention, num_heads: int) -> Tensor:
     """[SH D]"""
-    queries = F.linear(slots, attention.query, attention.shift).unflatten(-1, (heads, -1))
+    queries = F.linear(query_tokens, attention.query, attention.query_bias).unflatten(
+        -1, (num_heads, -1)
+    )
     queries = queries / math.sqrt(queries.shape[-1])
-    keys = attention.key.unflatten(0, (heads, -1))  # [H K/H D]
+    keys = attention.key.unflatten(0, (num_heads, -1))  # [H K/H D]
     return torch.einsum("shk,hkd->shd", queries, keys).flatten(0, 1)

@@ -23,18 +23,18 @@ import msgspec
 import torch
 
 from errata.functional import Delta, Editor, LowRank, Model, Query
-from errata.functional.records import header_for
+from errata.functional.records import make_header
 
-from .descent import Rule, Trained, descend_each, descend_jointly, fresh
-from .sites import linears
+from .descent import DescentConfig, DescentState, descend_each, descend_jointly, require_no_edits
+from .sites import resolve_linears
 
-__all__ = ["PRESETS", "LoraConfig", "lora"]
+__all__ = ["PRESETS", "LoraConfig", "lora_editor"]
 
 
 class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="lora"):
     """Settings of LoRA; the defaults adapt q and v of every decoder layer."""
 
-    targets: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)] = (
+    target_modules: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)] = (
         "layers.*.attn.q",
         "layers.*.attn.v",
     )
@@ -42,14 +42,14 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     alpha: Annotated[float, msgspec.Meta(gt=0)] = 16.0
     optimizer: Literal["adamw", "adam", "sgd"] = "adam"
     lr: Annotated[float, msgspec.Meta(gt=0)] = 5e-3
-    gamma: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0  # learning rate factor per step
+    lr_decay: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0  # learning rate factor per step
     weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     num_steps: Annotated[int, msgspec.Meta(ge=1)] = 15
     stop_loss: Annotated[float, msgspec.Meta(ge=0)] = 1e-2  # an edit stops below it; 0: never
-    end: bool = True  # teach the end of the answer too, so that free generation stops there
+    append_eos: bool = True  # teach the end of the answer too, so that free generation stops there
 
 
-def lora(config: LoraConfig = LoraConfig()) -> Editor:
+def lora_editor(config: LoraConfig = LoraConfig()) -> Editor:
     """LoRA as an editor: the delta is `lowrank`, one (A, B) per target.
 
     State: A and B of each target, unscaled: where the next edit starts. All edits of `each` start
@@ -58,43 +58,43 @@ def lora(config: LoraConfig = LoraConfig()) -> Editor:
 
     >>> from errata import adapters
     >>> model = adapters.adapt(*adapters.tiny("llava"))
-    >>> editor = lora(LoraConfig(rank=2, num_steps=1))
+    >>> editor = lora_editor(LoraConfig(rank=2, num_steps=1))
     >>> state = editor.init(model, torch.Generator().manual_seed(0))
-    >>> delta = editor.each(model, state, [Query("who is it?", "bo"), Query("and now?", "al")])
+    >>> delta = editor.edit_each(model, state, [Query("who is it?", "bo"), Query("and now?", "al")])
     >>> delta.header.stack
     2
     """
     scale = config.alpha / config.rank
-    rule = Rule(
+    descent_config = DescentConfig(
         optimizer=config.optimizer,
         lr=config.lr,
-        gamma=config.gamma,
+        lr_decay=config.lr_decay,
         weight_decay=config.weight_decay,
         num_steps=config.num_steps,
         stop_loss=config.stop_loss,
-        end=config.end,
+        append_eos=config.append_eos,
     )
 
-    def express(tensors):
+    def to_delta_tensors(tensors):
         return {n: t * scale if n.endswith(".B") else t for n, t in tensors.items()}
 
-    def init(model: Model, generator: torch.Generator) -> Trained:
+    def init(model: Model, generator: torch.Generator) -> DescentState:
         tensors = {}
-        for path in linears(model, config.targets):
-            out, width = model.card.linears[path]
+        for path in resolve_linears(model, config.target_modules):
+            out_dim, in_dim = model.card.linear_shapes[path]
             device = model.params[path + ".weight"].device
-            bound = 1 / math.sqrt(width)
-            down = torch.empty(config.rank, width).uniform_(-bound, bound, generator=generator)
+            bound = 1 / math.sqrt(in_dim)
+            down = torch.empty(config.rank, in_dim).uniform_(-bound, bound, generator=generator)
             tensors[path + ".weight.A"] = down.to(device)
-            tensors[path + ".weight.B"] = torch.zeros(out, config.rank, device=device)
-        return Trained(tensors)
+            tensors[path + ".weight.B"] = torch.zeros(out_dim, config.rank, device=device)
+        return DescentState(tensors)
 
-    def describe(model: Model, state: Trained, queries: Sequence[Query], stack: int):
+    def make_delta_header(model: Model, state: DescentState, queries: Sequence[Query], stack: int):
         names = [name.removesuffix(".A") for name in state.tensors if name.endswith(".A")]
         entries = tuple(
             LowRank(
                 name=name,
-                checkpoint=model.card.checkpoint.get(name, name),
+                checkpoint_name=model.card.checkpoint_names.get(name, name),
                 shape=tuple(model.params[name].shape),
                 rank=config.rank,
                 transposed=name.removesuffix(".weight") in model.card.transposed,
@@ -102,22 +102,43 @@ def lora(config: LoraConfig = LoraConfig()) -> Editor:
             for name in names
         )
         earlier = () if stack else state.edits
-        return header_for(
-            model, "lora", config, entries, queries, earlier=earlier, stack=stack, recursive=True
+        return make_header(
+            model,
+            "lora",
+            config,
+            entries,
+            queries,
+            earlier_edits=earlier,
+            stack=stack,
+            order_dependent=True,
         )
 
-    def edit(model: Model, state: Trained, queries: Sequence[Query]):
-        header = partial(describe, model, state)
-        tensors = descend_jointly(model, header, state.tensors, queries, rule, express=express)
-        delta = Delta(header(queries, 0), express(tensors))
-        return delta, Trained(tensors, delta.header.edits)
+    def edit(model: Model, state: DescentState, queries: Sequence[Query]):
+        make_edit_header = partial(make_delta_header, model, state)
+        tensors = descend_jointly(
+            model,
+            make_edit_header,
+            state.tensors,
+            queries,
+            descent_config,
+            to_delta_tensors=to_delta_tensors,
+        )
+        delta = Delta(make_edit_header(queries, 0), to_delta_tensors(tensors))
+        return delta, DescentState(tensors, delta.header.edits)
 
-    def each(model: Model, state: Trained, queries: Sequence[Query]) -> Delta:
-        header = partial(describe, model, fresh(state))
-        tensors = descend_each(model, header, state.tensors, queries, rule, express=express)
-        return Delta(header(queries, len(queries)), express(tensors))
+    def edit_each(model: Model, state: DescentState, queries: Sequence[Query]) -> Delta:
+        make_edit_header = partial(make_delta_header, model, require_no_edits(state))
+        tensors = descend_each(
+            model,
+            make_edit_header,
+            state.tensors,
+            queries,
+            descent_config,
+            to_delta_tensors=to_delta_tensors,
+        )
+        return Delta(make_edit_header(queries, len(queries)), to_delta_tensors(tensors))
 
-    return Editor("lora", config, init, edit, each)
+    return Editor("lora", config, init, edit, edit_each)
 
 
 PRESETS: dict[str, LoraConfig] = {
@@ -128,9 +149,9 @@ PRESETS: dict[str, LoraConfig] = {
         alpha=32.0,
         optimizer="sgd",
         lr=0.1,
-        gamma=0.9,
+        lr_decay=0.9,
         num_steps=5,
         stop_loss=0.0,
-        end=False,
+        append_eos=False,
     ),
 }

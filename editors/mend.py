@@ -45,26 +45,35 @@ from errata.functional import (
     prefix,
 )
 from errata.functional.bind import bind
-from errata.functional.errors import UnknownSite, listed
-from errata.functional.factors import factors
+from errata.functional.errors import UnknownSiteError, join_messages
+from errata.functional.factors import gradient_factors
 from errata.functional.losses import nll
-from errata.functional.records import base_of, header_for
+from errata.functional.records import base_identity, make_header
 from errata.functional.types import Learner
 
 from . import statefile
-from .fit import Course, FitConfig, Lesson, weighed
-from .mend_net import Network, Norms, Packed, network, norms, observe, pack, transform
+from .fit import TrainableEditor, TrainingBatch, TrainingConfig, batch_loss
+from .mend_net import (
+    GradientStatistics,
+    GradientTransform,
+    PackedFactors,
+    init_statistics,
+    init_transform,
+    pack_factors,
+    transform_factors,
+    update_statistics,
+)
 
 __all__ = [
     "PRESETS",
     "TRAINING",
-    "Editing",
+    "MendState",
     "MendConfig",
-    "Meta",
-    "about",
-    "course",
-    "kept",
-    "mend",
+    "MendWeights",
+    "compatibility",
+    "mend_trainable",
+    "trained_weights",
+    "mend_editor",
 ]
 
 
@@ -77,32 +86,32 @@ class MendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         "layers.-1.mlp",
     )
     rank: Annotated[int, msgspec.Meta(ge=1)] = 1920
-    num_hidden: Annotated[int, msgspec.Meta(ge=0)] = 1
+    num_hidden_layers: Annotated[int, msgspec.Meta(ge=0)] = 1
     combine: bool = True  # u and delta go through one network
     edit_lr: float = 1e-4
-    end: bool = False  # the token that ends an answer is learned with it
-    trained: str = ""  # "shipped", or a file that `statefile.keep` wrote; "": untrained
+    append_eos: bool = False  # the token that ends an answer is learned with it
+    weights: str = ""  # "shipped", or a file that `statefile.keep` wrote; "": untrained
 
 
-class Meta(NamedTuple):
+class MendWeights(NamedTuple):
     """What is trained: a network per shape of map, and alpha per map."""
 
-    nets: dict[str, Network]
-    rates: dict[str, Tensor]
+    networks: dict[str, GradientTransform]
+    edit_lrs: dict[str, Tensor]
 
 
-class Editing(NamedTuple):
+class MendState(NamedTuple):
     """State of MEND: the trained part, what it whitens by, and the edits so far."""
 
-    meta: Meta
-    norms: dict[str, Norms]
+    weights: MendWeights
+    statistics: dict[str, GradientStatistics]
     config: MendConfig
     tensors: dict[str, Tensor] = {}
-    ranks: tuple[int, ...] = ()  # rows of each edit so far
+    edit_ranks: tuple[int, ...] = ()  # rows of each edit so far
     edits: tuple[EditRecord, ...] = ()
 
 
-def mend(config: MendConfig = MendConfig()) -> Editor:
+def mend_editor(config: MendConfig = MendConfig()) -> Editor:
     """MEND as an editor: a `lowrank` delta, its rows tagged by edit, added in fp32.
 
     Taking one edit of a sequence away removes its rows; edits that followed were made with it
@@ -111,194 +120,238 @@ def mend(config: MendConfig = MendConfig()) -> Editor:
 
     >>> from errata import adapters
     >>> model = adapters.adapt(*adapters.tiny("llava"))
-    >>> editor = mend(MendConfig(sites=("layers.-1.mlp.down",), rank=4, edit_lr=-0.1))
+    >>> editor = mend_editor(MendConfig(sites=("layers.-1.mlp.down",), rank=4, edit_lr=-0.1))
     >>> state = editor.init(model, torch.Generator().manual_seed(0))
     >>> delta, state = editor.edit(model, state, [Query("who is it?", "bo")])
-    >>> tokens = model.read([Query("who is it?", "bo")]).labels.shape[1]
-    >>> delta.header.entries[0].rows == (tokens,)
+    >>> tokens = model.preprocess([Query("who is it?", "bo")]).labels.shape[1]
+    >>> delta.header.entries[0].edit_ranks == (tokens,)
     True
     """
 
-    def init(model: Model, generator: torch.Generator) -> Editing:
-        fresh = _fresh(model, config, generator)
-        if not config.trained:
-            return fresh
-        shipped = config.trained == "shipped"
-        path = statefile.shipped("mend", model) if shipped else config.trained
-        meta, norms = statefile.recall(path, (fresh.meta, fresh.norms), about(model, config))
-        return fresh._replace(meta=meta, norms=norms)
+    def init(model: Model, generator: torch.Generator) -> MendState:
+        state = _init_state(model, config, generator)
+        if not config.weights:
+            return state
+        is_shipped = config.weights == "shipped"
+        path = statefile.shipped_weights("mend", model) if is_shipped else config.weights
+        loaded = statefile.load_checkpoint(
+            path, trained_weights(state), compatibility(model, config)
+        )
+        weights = MendWeights(loaded["networks"], loaded["edit_lrs"])
+        return state._replace(weights=weights, statistics=loaded["statistics"])
 
-    def edit(model: Model, state: Editing, queries: Sequence[Query]) -> tuple[Delta, Editing]:
-        batch = _cut(model, config, queries)
-        packed = _packed(model, state, config, batch, scale=1 / len(queries))
-        counts = torch.stack([one.keep.sum(-1) for one in packed.values()]).amax(0)  # [E]
-        ranks = tuple(counts.clamp_min(1).tolist())
+    def edit(model: Model, state: MendState, queries: Sequence[Query]) -> tuple[Delta, MendState]:
+        batch = _run_to_sites(model, config, queries)
+        packed = _pack_gradients(model, state, config, batch, scale=1 / len(queries))
+        num_tokens = torch.stack([one.token_mask.sum(-1) for one in packed.values()]).amax(0)  # [E]
+        edit_ranks = tuple(num_tokens.clamp_min(1).tolist())
         tensors = {}
-        for name, fresh in _updates(model, state, packed).items():
+        for name, new_rows in _compute_updates(model, state, packed).items():
             axis = 0 if name.endswith(".A") else 1
-            own = [part.narrow(axis, 0, rank) for part, rank in zip(fresh, ranks)]
+            edit_rows = [part.narrow(axis, 0, rank) for part, rank in zip(new_rows, edit_ranks)]
             before = [state.tensors[name]] if state.edits else []
-            tensors[name] = torch.cat([*before, *own], axis)
-        delta = _delta(model, config, state, tensors, state.ranks + ranks, queries)
+            tensors[name] = torch.cat([*before, *edit_rows], axis)
+        delta = _make_delta(model, config, state, tensors, state.edit_ranks + edit_ranks, queries)
         return delta, state._replace(
-            tensors=tensors, ranks=state.ranks + ranks, edits=delta.header.edits
+            tensors=tensors, edit_ranks=state.edit_ranks + edit_ranks, edits=delta.header.edits
         )
 
-    def each(model: Model, state: Editing, queries: Sequence[Query]) -> Delta:
-        packed = _packed(model, state, config, _cut(model, config, queries))
+    def edit_each(model: Model, state: MendState, queries: Sequence[Query]) -> Delta:
+        packed = _pack_gradients(model, state, config, _run_to_sites(model, config, queries))
         tensors = {}
-        for name, fresh in _updates(model, state, packed).items():
+        for name, new_rows in _compute_updates(model, state, packed).items():
             before = [state.tensors[name].expand(len(queries), -1, -1)] if state.edits else []
-            tensors[name] = torch.cat([*before, fresh], 1 if name.endswith(".A") else 2)
-        return _delta(model, config, state, tensors, (), queries, stack=len(queries))
+            tensors[name] = torch.cat([*before, new_rows], 1 if name.endswith(".A") else 2)
+        return _make_delta(model, config, state, tensors, (), queries, stack=len(queries))
 
-    return Editor("mend", config, init, edit, each)
+    return Editor("mend", config, init, edit, edit_each)
 
 
-def course(config: MendConfig = MendConfig()) -> Course:
+def mend_trainable(config: MendConfig = MendConfig()) -> TrainableEditor:
     """How MEND is trained, for `fit`: every case of a lesson is edited on its own, side by side."""
-    editor = mend(config)
+    editor = mend_editor(config)
 
-    def study(model: Model, state: Editing, lesson: Lesson, learn: bool):
-        packed = _packed(model, state, config, lesson.edit)
-        if learn:
-            seen = dict(state.norms)
-            for site, group, _ in _maps(model, config):
-                seen[group] = observe(seen[group], packed[site])
-            state = state._replace(norms=seen)
-        return state, (lesson, packed)
+    def prepare(model: Model, state: MendState, training_batch: TrainingBatch, is_training: bool):
+        packed = _pack_gradients(model, state, config, training_batch.edits)
+        if is_training:
+            statistics = dict(state.statistics)
+            for site, group, _ in _resolve_maps(model, config):
+                statistics[group] = update_statistics(statistics[group], packed[site])
+            state = state._replace(statistics=statistics)
+        return state, (training_batch, packed)
 
-    def loss(model: Model, state: Editing, studied: tuple[Lesson, dict[str, Packed]]):
-        lesson, packed = studied
-        tensors = _updates(model, state, packed)
-        header = _header(model, config, state, tensors, (), lesson.queries, len(lesson.queries))
-        return weighed(bind(model, Delta(header, tensors), check=False), lesson)
+    def loss(
+        model: Model, state: MendState, prepared: tuple[TrainingBatch, dict[str, PackedFactors]]
+    ):
+        training_batch, packed = prepared
+        tensors = _compute_updates(model, state, packed)
+        header = _make_header(
+            model, config, state, tensors, (), training_batch.queries, len(training_batch.queries)
+        )
+        return batch_loss(bind(model, Delta(header, tensors), check=False), training_batch)
 
-    return Course(
+    return TrainableEditor(
         learner=Learner(editor, loss),
-        sites=lambda model: model.card.match(config.sites),
-        trained=lambda state: state.meta,
-        placed=lambda state, meta: state._replace(meta=meta),
-        study=study,
-        end=config.end,
+        sites=lambda model: model.card.match_linears(config.sites),
+        parameters=lambda state: state.weights,
+        with_parameters=lambda state, weights: state._replace(weights=weights),
+        prepare=prepare,
+        append_eos=config.append_eos,
     )
 
 
-def about(model: Model, config: MendConfig) -> dict[str, Any]:
+def compatibility(model: Model, config: MendConfig) -> dict[str, Any]:
     """What a trained state fits: the architecture of the network, and the sites' own values."""
-    names = [path + ".weight" for path in model.card.match(config.sites)]
-    base = base_of(model, names)
+    names = [path + ".weight" for path in model.card.match_linears(config.sites)]
+    base = base_identity(model, names)
     return {
         "editor": "mend",
         "sites": list(config.sites),
         "rank": config.rank,
-        "num_hidden": config.num_hidden,
+        "num_hidden_layers": config.num_hidden_layers,
         "combine": config.combine,
-        "end": config.end,
+        "append_eos": config.append_eos,
         "family": base.family,
-        "touched": base.touched,
+        "parameter_hashes": base.parameter_hashes,
     }
 
 
-def kept(state: Editing) -> tuple[Meta, dict[str, Norms]]:
+def trained_weights(state: MendState) -> dict[str, Any]:
     """What a file of a trained state holds."""
-    return state.meta, state.norms
+    return {**state.weights._asdict(), "statistics": state.statistics}
 
 
-def _maps(model: Model, config: MendConfig) -> list[tuple[str, str, int]]:
+def _resolve_maps(model: Model, config: MendConfig) -> list[tuple[str, str, int]]:
     """Each edited map: its path, the group of its shape, its number in the group."""
-    found, counts = [], Counter()
-    for path in model.card.match(config.sites):
-        out, width = model.card.linears[path]
-        group = f"{width}x{out}"
-        found.append((path, group, counts[group]))
+    maps, counts = [], Counter()
+    for path in model.card.match_linears(config.sites):
+        out_dim, in_dim = model.card.linear_shapes[path]
+        group = f"{in_dim}x{out_dim}"
+        maps.append((path, group, counts[group]))
         counts[group] += 1
-    outside = [path for path, _, _ in found if model.card.layer_of(path) is None]
+    outside = [path for path, _, _ in maps if model.card.layer_of(path) is None]
     if outside:
-        raise UnknownSite(
-            f"sites of MEND must be linear maps of decoder layers, and {listed(outside)} is not."
+        raise UnknownSiteError(
+            f"sites of MEND must be linear maps of decoder layers, and {join_messages(outside)} is not."
         )
-    return found
+    return maps
 
 
-def _fresh(model: Model, config: MendConfig, generator: torch.Generator) -> Editing:
-    maps = _maps(model, config)
-    nets, seen = {}, {}
-    for group, number in Counter(group for _, group, _ in maps).items():
-        width, out = map(int, group.split("x"))
-        nets[group] = network(
-            width, out, number, rank=config.rank, num_layers=config.num_hidden + 1,
-            combine=config.combine, generator=generator,
-        )  # fmt: skip
-        seen[group] = norms(width, out)
+def _init_state(model: Model, config: MendConfig, generator: torch.Generator) -> MendState:
+    maps = _resolve_maps(model, config)
+    networks, statistics = {}, {}
+    for group, num_maps in Counter(group for _, group, _ in maps).items():
+        in_dim, out_dim = map(int, group.split("x"))
+        networks[group] = init_transform(
+            in_dim,
+            out_dim,
+            num_maps,
+            rank=config.rank,
+            num_layers=config.num_hidden_layers + 1,
+            combine=config.combine,
+            generator=generator,
+        )
+        statistics[group] = init_statistics(in_dim, out_dim)
     device = model.params[maps[0][0] + ".weight"].device
-    rates = {path: torch.tensor(config.edit_lr) for path, _, _ in maps}
-    meta, seen = pytree.tree_map(lambda t: t.to(device), (Meta(nets, rates), seen))
-    return Editing(meta, seen, config)
+    edit_lrs = {path: torch.tensor(config.edit_lr) for path, _, _ in maps}
+    weights, statistics = pytree.tree_map(
+        lambda t: t.to(device), (MendWeights(networks, edit_lrs), statistics)
+    )
+    return MendState(weights, statistics, config)
 
 
-def _cut(model: Model, config: MendConfig, queries: Sequence[Query]) -> Batch:
-    names = [path + ".weight" for path, _, _ in _maps(model, config)]
-    inputs = model.read(queries, end=True) if config.end else model.read(queries)
-    return cast(Batch, prefix.cut(model, inputs, prefix.reach(model.card, names)))
+def _run_to_sites(model: Model, config: MendConfig, queries: Sequence[Query]) -> Batch:
+    names = [path + ".weight" for path, _, _ in _resolve_maps(model, config)]
+    inputs = (
+        model.preprocess(queries, append_eos=True)
+        if config.append_eos
+        else model.preprocess(queries)
+    )
+    return cast(Batch, prefix.run_prefix(model, inputs, prefix.edit_depth(model.card, names)))
 
 
-def _packed(
-    model: Model, state: Editing, config: MendConfig, batch: Batch, scale: float = 1.0
-) -> dict[str, Packed]:
+def _pack_gradients(
+    model: Model, state: MendState, config: MendConfig, batch: Batch, scale: float = 1.0
+) -> dict[str, PackedFactors]:
     """The factors of each row's gradient, under the edits there are."""
-    sites = [path for path, _, _ in _maps(model, config)]
+    sites = [path for path, _, _ in _resolve_maps(model, config)]
     if state.edits:
-        header = _header(model, config, state, state.tensors, state.ranks, (), 0)
+        header = _make_header(model, config, state, state.tensors, state.edit_ranks, (), 0)
         model = bind(model, Delta(header, state.tensors), check=False)
-    batch = batch._replace(edit=torch.zeros_like(batch.edit))
-    found = factors(model, batch, sites, loss=lambda logits, b: scale * nll(logits, b.labels).sum())
-    return {site: pack(one) for site, one in found.items()}
+    batch = batch._replace(edit_index=torch.zeros_like(batch.edit_index))
+    factors_by_site = gradient_factors(
+        model, batch, sites, loss=lambda logits, b: scale * nll(logits, b.labels).sum()
+    )
+    return {site: pack_factors(one) for site, one in factors_by_site.items()}
 
 
-def _updates(model: Model, state: Editing, packed: Mapping[str, Packed]) -> dict[str, Tensor]:
+def _compute_updates(
+    model: Model, state: MendState, packed: Mapping[str, PackedFactors]
+) -> dict[str, Tensor]:
     """A [E R I] and B [E O R] of every map, R the most tokens that any edit has at any map."""
-    most = max(one.keep.shape[1] for one in packed.values())
+    max_rank = max(one.token_mask.shape[1] for one in packed.values())
     tensors = {}
-    for site, group, number in _maps(model, state.config):
-        one = transform(state.meta.nets[group], state.norms[group], number, packed[site])
-        more = (0, 0, 0, most - one.keep.shape[1])
-        tensors[site + ".weight.A"] = F.pad(one.input, more)
-        tensors[site + ".weight.B"] = F.pad(state.meta.rates[site] * one.delta, more).mT
+    for site, group, map_index in _resolve_maps(model, state.config):
+        update = transform_factors(
+            state.weights.networks[group], state.statistics[group], map_index, packed[site]
+        )
+        padding = (0, 0, 0, max_rank - update.token_mask.shape[1])
+        tensors[site + ".weight.A"] = F.pad(update.input, padding)
+        tensors[site + ".weight.B"] = F.pad(
+            state.weights.edit_lrs[site] * update.output_grad, padding
+        ).mT
     return tensors
 
 
-def _header(
-    model: Model, config: MendConfig, state: Editing, tensors: Mapping[str, Tensor],
-    ranks: tuple[int, ...], queries: Sequence[Query], stack: int,
-) -> Header:  # fmt: skip
+def _make_header(
+    model: Model,
+    config: MendConfig,
+    state: MendState,
+    tensors: Mapping[str, Tensor],
+    edit_ranks: tuple[int, ...],
+    queries: Sequence[Query],
+    stack: int,
+) -> Header:
     entries = tuple(
         LowRank(
             name=path + ".weight",
-            checkpoint=model.card.checkpoint.get(path + ".weight", path + ".weight"),
+            checkpoint_name=model.card.checkpoint_names.get(path + ".weight", path + ".weight"),
             shape=tuple(model.params[path + ".weight"].shape),
             rank=tensors[path + ".weight.A"].shape[-2],
-            rows=ranks,
+            edit_ranks=edit_ranks,
             transposed=path in model.card.transposed,
         )
-        for path, _, _ in _maps(model, config)
+        for path, _, _ in _resolve_maps(model, config)
     )
-    said = msgspec.structs.replace(config, trained=Path(config.trained).name)  # no one's folders
-    return header_for(
-        model, "mend", said, entries, queries, earlier=() if stack else state.edits,
-        form="act_fp32", stack=stack,
-    )  # fmt: skip
+    settings = msgspec.structs.replace(
+        config, weights=Path(config.weights).name
+    )  # no one's folders
+    return make_header(
+        model,
+        "mend",
+        settings,
+        entries,
+        queries,
+        earlier_edits=() if stack else state.edits,
+        arithmetic="act_fp32",
+        stack=stack,
+    )
 
 
-def _delta(
-    model: Model, config: MendConfig, state: Editing, tensors: Mapping[str, Tensor],
-    ranks: tuple[int, ...], queries: Sequence[Query], stack: int = 0,
-) -> Delta:  # fmt: skip
-    header = _header(model, config, state, tensors, ranks, queries, stack)
+def _make_delta(
+    model: Model,
+    config: MendConfig,
+    state: MendState,
+    tensors: Mapping[str, Tensor],
+    edit_ranks: tuple[int, ...],
+    queries: Sequence[Query],
+    stack: int = 0,
+) -> Delta:
+    header = _make_header(model, config, state, tensors, edit_ranks, queries, stack)
     return Delta(header, {name: tensor.detach().contiguous() for name, tensor in tensors.items()})
 
 
-def _layers(*numbers: int, parts: Sequence[str] = ("up", "down")) -> tuple[str, ...]:
+def _mlp_sites(*numbers: int, parts: Sequence[str] = ("up", "down")) -> tuple[str, ...]:
     return tuple(f"layers.{number}.mlp.{part}" for number in numbers for part in parts)
 
 
@@ -306,8 +359,8 @@ PRESETS: dict[str, MendConfig] = {
     "default": MendConfig(),
     # EasyEdit's yaml: layers 29 to 31 of 32 (BLIP-2, MiniGPT-4), 25 to 27 of 28 (LLaVA-OneVision,
     # Qwen2-VL), fc1 and fc2 or up and down; the same numbers for Qwen3-VL-4B, of 36.
-    "easyedit": MendConfig(sites=_layers(-3, -2, -1)),
-    "easyedit-qwen3-vl": MendConfig(sites=_layers(25, 26, 27)),
+    "easyedit": MendConfig(sites=_mlp_sites(-3, -2, -1)),
+    "easyedit-qwen3-vl": MendConfig(sites=_mlp_sites(25, 26, 27)),
     # LiveEdit's: the gate too, where there is one
     "liveedit": MendConfig(),
     # the micro zoo's: trained states come with the package
@@ -315,22 +368,22 @@ PRESETS: dict[str, MendConfig] = {
         sites=("layers.-2.mlp", "layers.-1.mlp"),
         rank=16,
         edit_lr=-3e-3,
-        end=True,
-        trained="shipped",
+        append_eos=True,
+        weights="shipped",
     ),
     "untrained": MendConfig(edit_lr=-1e-2),
 }
 
-TRAINING: dict[str, FitConfig] = {
+TRAINING: dict[str, TrainingConfig] = {
     # EasyEdit's and VLKEB's: one case at a time, two of them a step
-    "easyedit": FitConfig(
+    "easyedit": TrainingConfig(
         num_steps=30_000,
-        together=1,
-        accumulate=2,
+        batch_size=1,
+        gradient_accumulation_steps=2,
         lr=1e-6,
-        lr_of={"rates": 1e-4},
-        clip=100.0,
-        validate_every=5000,
-        held=500,
+        lr_by_group={"edit_lrs": 1e-4},
+        max_grad_norm=100.0,
+        eval_every=5000,
+        num_validation_cases=500,
     ),
 }

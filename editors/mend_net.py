@@ -19,17 +19,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from errata.functional.factors import Factor
+from errata.functional.factors import GradientFactors
 
 __all__ = [
-    "Layer", "Moments", "Network", "Norms", "Packed", "network", "norms", "observe", "pack",
-    "transform",
-]  # fmt: skip
+    "TransformLayer",
+    "RunningMoments",
+    "GradientTransform",
+    "GradientStatistics",
+    "PackedFactors",
+    "init_transform",
+    "init_statistics",
+    "update_statistics",
+    "pack_factors",
+    "transform_factors",
+]
 
 _EPS = 1e-7  # the original's
 
 
-class Layer(NamedTuple):
+class TransformLayer(NamedTuple):
     """A residual low-rank layer, with a scale and a shift for each map that shares it."""
 
     up: Tensor  # [D r]
@@ -39,13 +47,13 @@ class Layer(NamedTuple):
     shift: Tensor  # [M D]
 
 
-class Network(NamedTuple):
+class GradientTransform(NamedTuple):
     """One stack of layers for u and delta together, or one for each."""
 
-    stacks: tuple[tuple[Layer, ...], ...]
+    stacks: tuple[tuple[TransformLayer, ...], ...]
 
 
-class Moments(NamedTuple):
+class RunningMoments(NamedTuple):
     """Running mean and sum of squared deviations of the tokens seen (Welford), in float64."""
 
     count: Tensor  # []
@@ -53,36 +61,36 @@ class Moments(NamedTuple):
     square: Tensor  # [D]
 
 
-class Norms(NamedTuple):
+class GradientStatistics(NamedTuple):
     """What whitens the two factors."""
 
-    input: Moments
-    delta: Moments
+    input: RunningMoments
+    output_grad: RunningMoments
 
 
-class Packed(NamedTuple):
+class PackedFactors(NamedTuple):
     """The tokens of each edit that carry a gradient, first; behind them zeros."""
 
     input: Tensor  # u [E R I] float32
-    delta: Tensor  # [E R O] float32
-    keep: Tensor  # [E R] bool
+    output_grad: Tensor  # [E R O] float32
+    token_mask: Tensor  # [E R] bool
 
 
-def network(
-    width: int,
-    out: int,
+def init_transform(
+    in_dim: int,
+    out_dim: int,
     num_maps: int,
     *,
     rank: int,
     num_layers: int = 2,
     combine: bool = True,
     generator: torch.Generator,
-) -> Network:
+) -> GradientTransform:
     """An untrained network for maps of [out width]: the identity. V ~ N(0, 1), drawn on the CPU."""
 
-    def layer(size: int) -> Layer:
+    def layer(size: int) -> TransformLayer:
         r = min(rank, size)
-        return Layer(
+        return TransformLayer(
             up=torch.zeros(size, r),
             down=torch.randn(r, size, generator=generator),
             bias=torch.zeros(size),
@@ -90,77 +98,92 @@ def network(
             shift=torch.zeros(num_maps, size),
         )
 
-    sizes = (width + out,) if combine else (width, out)
-    return Network(tuple(tuple(layer(size) for _ in range(num_layers)) for size in sizes))
+    sizes = (in_dim + out_dim,) if combine else (in_dim, out_dim)
+    return GradientTransform(tuple(tuple(layer(size) for _ in range(num_layers)) for size in sizes))
 
 
-def norms(width: int, out: int) -> Norms:
+def init_statistics(in_dim: int, out_dim: int) -> GradientStatistics:
     """Moments of nothing: until two tokens were seen, whitening is the identity."""
 
-    def empty(size: int) -> Moments:
+    def empty(size: int) -> RunningMoments:
         zero = torch.zeros((), dtype=torch.float64)
-        return Moments(zero, zero.expand(size).clone(), zero.expand(size).clone())
+        return RunningMoments(zero, zero.expand(size).clone(), zero.expand(size).clone())
 
-    return Norms(empty(width), empty(out))
+    return GradientStatistics(empty(in_dim), empty(out_dim))
 
 
-def pack(factor: Factor) -> Packed:
+def pack_factors(factors: GradientFactors) -> PackedFactors:
     """Drop tokens at which u or delta is zero throughout: the rank of an update is what is left."""
-    u, delta = factor.input.float(), factor.delta.float()
-    keep = (u != 0).any(-1) & (delta != 0).any(-1)  # [E L]
-    most = max(1, int(keep.sum(-1).max()))
-    order = (~keep).int().argsort(dim=-1, stable=True)[:, :most]  # [E R]
-    keep = keep.gather(1, order)
+    u, output_grad = factors.input.float(), factors.output_grad.float()
+    token_mask = (u != 0).any(-1) & (output_grad != 0).any(-1)  # [E L]
+    max_tokens = max(1, int(token_mask.sum(-1).max()))
+    order = (~token_mask).int().argsort(dim=-1, stable=True)[:, :max_tokens]  # [E R]
+    token_mask = token_mask.gather(1, order)
 
-    def taken(x: Tensor) -> Tensor:
-        return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1])) * keep[..., None]
+    def take_tokens(x: Tensor) -> Tensor:
+        return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1])) * token_mask[..., None]
 
-    return Packed(taken(u), taken(delta), keep)
+    return PackedFactors(take_tokens(u), take_tokens(output_grad), token_mask)
 
 
-def observe(seen: Norms, packed: Packed) -> Norms:
+def update_statistics(statistics: GradientStatistics, packed: PackedFactors) -> GradientStatistics:
     """Add the tokens of a batch to the running moments (Chan et al. 1979), in one pass."""
-    return Norms(
-        _observe(seen.input, packed.input[packed.keep]),
-        _observe(seen.delta, packed.delta[packed.keep]),
+    return GradientStatistics(
+        _update_moments(statistics.input, packed.input[packed.token_mask]),
+        _update_moments(statistics.output_grad, packed.output_grad[packed.token_mask]),
     )
 
 
-def _observe(seen: Moments, x: Tensor) -> Moments:
+def _update_moments(moments: RunningMoments, x: Tensor) -> RunningMoments:
     if not x.shape[0]:
-        return seen
-    x = x.to(seen.mean)
-    count = seen.count + x.shape[0]
+        return moments
+    x = x.to(moments.mean)
+    count = moments.count + x.shape[0]
     mean = x.mean(0)
-    gap = mean - seen.mean
-    return Moments(
+    mean_difference = mean - moments.mean
+    return RunningMoments(
         count,
-        seen.mean + gap * (x.shape[0] / count),
-        seen.square + (x - mean).square().sum(0) + gap.square() * (seen.count * x.shape[0] / count),
+        moments.mean + mean_difference * (x.shape[0] / count),
+        moments.square
+        + (x - mean).square().sum(0)
+        + mean_difference.square() * (moments.count * x.shape[0] / count),
     )
 
 
-def transform(net: Network, seen: Norms, number: int, packed: Packed) -> Packed:
+def transform_factors(
+    transform: GradientTransform,
+    statistics: GradientStatistics,
+    map_index: int,
+    packed: PackedFactors,
+) -> PackedFactors:
     """(u~, delta~) of the group's map `number`; what was dropped stays zero."""
-    u, delta = _white(seen.input, packed.input), _white(seen.delta, packed.delta)
-    if len(net.stacks) == 1:
-        z = _run(net.stacks[0], number, torch.cat([u, delta], -1))
-        u, delta = z.split([u.shape[-1], delta.shape[-1]], -1)
+    u, output_grad = (
+        _whiten(statistics.input, packed.input),
+        _whiten(statistics.output_grad, packed.output_grad),
+    )
+    if len(transform.stacks) == 1:
+        z = _run_layers(transform.stacks[0], map_index, torch.cat([u, output_grad], -1))
+        u, output_grad = z.split([u.shape[-1], output_grad.shape[-1]], -1)
     else:
-        u, delta = _run(net.stacks[0], number, u), _run(net.stacks[1], number, delta)
-    here = packed.keep[..., None]
-    return Packed(torch.where(here, u, 0), torch.where(here, delta, 0), packed.keep)
+        u, output_grad = (
+            _run_layers(transform.stacks[0], map_index, u),
+            _run_layers(transform.stacks[1], map_index, output_grad),
+        )
+    token_mask = packed.token_mask[..., None]
+    return PackedFactors(
+        torch.where(token_mask, u, 0), torch.where(token_mask, output_grad, 0), packed.token_mask
+    )
 
 
-def _white(seen: Moments, x: Tensor) -> Tensor:
-    std = (seen.square / (seen.count - 1).clamp_min(1)).sqrt() + _EPS
-    known = seen.count >= 2
-    mean = torch.where(known, seen.mean, 0).to(x.dtype)
-    return (x - mean) / torch.where(known, std, 1).to(x.dtype)
+def _whiten(moments: RunningMoments, x: Tensor) -> Tensor:
+    std = (moments.square / (moments.count - 1).clamp_min(1)).sqrt() + _EPS
+    has_moments = moments.count >= 2
+    mean = torch.where(has_moments, moments.mean, 0).to(x.dtype)
+    return (x - mean) / torch.where(has_moments, std, 1).to(x.dtype)
 
 
-def _run(layers: tuple[Layer, ...], number: int, z: Tensor) -> Tensor:
+def _run_layers(layers: tuple[TransformLayer, ...], map_index: int, z: Tensor) -> Tensor:
     for layer in layers:
         change = (z @ layer.down.mT) @ layer.up.mT + layer.bias
-        z = z + (change * layer.scale[number] + layer.shift[number]).clamp_min(0)
+        z = z + (change * layer.scale[map_index] + layer.shift[map_index]).clamp_min(0)
     return z

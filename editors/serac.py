@@ -38,34 +38,43 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from errata.functional import Batch, Delta, Editor, EditRecord, Model, Query, Scope, prefix, rows
-from errata.functional.entries import Gate, Sizes
-from errata.functional.losses import kl, nll, scored
-from errata.functional.places import canonical
-from errata.functional.records import base_of, header_for
-from errata.functional.scope import mixed, read_as
-from errata.functional.scope_algebra import padded
+from errata.functional.entries import Gate, NetworkSizes
+from errata.functional.losses import kl, nll, scored_mask
+from errata.functional.places import canonical_name
+from errata.functional.records import base_identity, make_header
+from errata.functional.scope import logits_from_states, mix_logits
+from errata.functional.scope_algebra import pad_and_concat
 from errata.functional.scope_net import (
-    Memory,
-    Net,
-    answered,
-    classify,
-    fresh,
-    memorise,
-    named,
-    row_of,
-    say,
-)  # fmt: skip
+    EditMemory,
+    ScopeNetwork,
+    classify_scope,
+    counterfactual_states,
+    encode_edit,
+    init_network,
+    network_inputs,
+    network_state_dict,
+    read_answer,
+)
 from errata.functional.types import Learner
 
 from . import statefile
-from .fit import PUBLISHED, Course, FitConfig, Lesson
+from .fit import MEND_LOSS_WEIGHTS, TrainableEditor, TrainingBatch, TrainingConfig
 
 __all__ = [
-    "PRESETS", "TRAINING", "Remembering", "SeracConfig", "Slots", "about", "course", "kept",
-    "reader_of", "serac", "similarity_loss",
-]  # fmt: skip
+    "PRESETS",
+    "TRAINING",
+    "SeracState",
+    "SeracConfig",
+    "EditSlots",
+    "compatibility",
+    "serac_trainable",
+    "trained_weights",
+    "unembedding_map",
+    "serac_editor",
+    "scope_loss",
+]
 
-_Size = Annotated[int, msgspec.Meta(ge=1)]
+_PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class SeracConfig(
@@ -75,38 +84,38 @@ class SeracConfig(
 
     gate: Gate = "hard"
     threshold: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5  # of a hard gate
-    width: _Size = 256
-    heads: _Size = 8
-    classifier: _Size = 4  # layers
-    counterfactual: _Size = 4  # layers
-    inner: _Size = 1024
-    key: _Size = 128  # width of either half of what is compared
-    looks: _Size = 8  # rows that the pictures of a question are summed up in
-    end: bool = True  # teach the end of the answer too, so that free generation stops there
-    trained: str = ""  # "shipped", or a file that `statefile.keep` wrote; "": untrained
+    dim: _PositiveInt = 256
+    num_heads: _PositiveInt = 8
+    num_classifier_layers: _PositiveInt = 4  # layers
+    num_counterfactual_layers: _PositiveInt = 4  # layers
+    ffn_dim: _PositiveInt = 1024
+    key_dim: _PositiveInt = 128  # width of either half of what is compared
+    num_image_queries: _PositiveInt = 8  # rows that the pictures of a question are summed up in
+    append_eos: bool = True  # teach the end of the answer too, so that free generation stops there
+    weights: str = ""  # "shipped", or a file that `statefile.keep` wrote; "": untrained
 
 
-class Slots(NamedTuple):
+class EditSlots(NamedTuple):
     """The edits in memory; rows of zeros are padding."""
 
     keys: Tensor  # [N 2K]
-    replies: Tensor  # [N A d]
-    scenes: Tensor  # [N m d]
-    prompts: Tensor  # [N P d]
-    answers: Tensor  # [N A D]
+    answer_states: Tensor  # [N A d]
+    image_states: Tensor  # [N m d]
+    prompt_states: Tensor  # [N P d]
+    answer_outputs: Tensor  # [N A D]
 
 
-class Remembering(NamedTuple):
+class SeracState(NamedTuple):
     """State of SERAC: the trained network, how the head is read backwards, the edits so far."""
 
-    net: Net
-    reader: Tensor  # [D D]
-    slots: Slots
-    owners: tuple[int, ...] = ()  # the slot of each edit, -1 where a later one took it over
+    network: ScopeNetwork
+    unembedding_map: Tensor  # [D D]
+    slots: EditSlots
+    edit_slots: tuple[int, ...] = ()  # the slot of each edit, -1 where a later one took it over
     edits: tuple[EditRecord, ...] = ()
 
 
-def serac(config: SeracConfig = SeracConfig()) -> Editor:
+def serac_editor(config: SeracConfig = SeracConfig()) -> Editor:
     """SERAC as an editor: a `scope` delta; nothing is optimised when an edit is made.
 
     An edit of the same question about the same pictures replaces the earlier one. Untrained, the
@@ -115,112 +124,147 @@ def serac(config: SeracConfig = SeracConfig()) -> Editor:
 
     >>> from errata import adapters
     >>> model = adapters.adapt(*adapters.tiny("llava"))
-    >>> editor = serac(SeracConfig(width=16, heads=2, inner=32, key=8))
+    >>> editor = serac_editor(SeracConfig(dim=16, num_heads=2, ffn_dim=32, key_dim=8))
     >>> state = editor.init(model, torch.Generator().manual_seed(0))
     >>> delta, state = editor.edit(model, state, [Query("who is it?", "bo")])
-    >>> delta.header.entries[0].slots
+    >>> delta.header.entries[0].num_slots
     1
     """
 
-    def init(model: Model, generator: torch.Generator) -> Remembering:
-        sizes = _sizes(model, config)
-        device = _home(model)[1].device
-        net = pytree.tree_map(lambda t: t.to(device), fresh(sizes, generator))
-        if config.trained:
-            shipped = config.trained == "shipped"
-            path = statefile.shipped("serac", model) if shipped else config.trained
-            net = statefile.recall(path, net, about(model, config))
-        shapes = ((2 * sizes.key,), (0, sizes.width), (sizes.looks, sizes.width), (0, sizes.width),
-                  (0, sizes.model))  # fmt: skip
-        empty = Slots(*(torch.zeros(0, *shape, device=device) for shape in shapes))
-        return Remembering(net, reader_of(model), empty)
+    def init(model: Model, generator: torch.Generator) -> SeracState:
+        sizes = _network_sizes(model, config)
+        device = _embedding_name(model)[1].device
+        network = pytree.tree_map(lambda t: t.to(device), init_network(sizes, generator))
+        if config.weights:
+            is_shipped = config.weights == "shipped"
+            path = statefile.shipped_weights("serac", model) if is_shipped else config.weights
+            network = statefile.load_checkpoint(path, network, compatibility(model, config))
+        shapes = (
+            (2 * sizes.key_dim,),
+            (0, sizes.dim),
+            (sizes.num_image_queries, sizes.dim),
+            (0, sizes.dim),
+            (0, sizes.hidden_size),
+        )
+        empty = EditSlots(*(torch.zeros(0, *shape, device=device) for shape in shapes))
+        return SeracState(network, unembedding_map(model), empty)
 
-    def edit(model: Model, state: Remembering, queries: Sequence[Query]):
-        made = _made(model, state, config, queries)
-        slots = Slots(*(padded(pair) for pair in zip(state.slots, made)))
-        records = header_for(model, "serac", config, (), queries).edits
-        owners, chosen = state.owners, list(range(len(state.slots.keys)))
+    def edit(model: Model, state: SeracState, queries: Sequence[Query]):
+        new_slots = _encode_edits(model, state, config, queries)
+        slots = EditSlots(*(pad_and_concat(pair) for pair in zip(state.slots, new_slots)))
+        records = make_header(model, "serac", config, (), queries).edits
+        edit_slots, slot_order = state.edit_slots, list(range(len(state.slots.keys)))
         for number, record in enumerate(records):
-            slot = _home_of(record, owners, (*state.edits, *records[:number]))
+            slot = _slot_of_same_question(record, edit_slots, (*state.edits, *records[:number]))
             if slot is None:
-                slot = len(chosen)
-                chosen.append(len(state.slots.keys) + number)
+                slot = len(slot_order)
+                slot_order.append(len(state.slots.keys) + number)
             else:
-                owners = tuple(-1 if owner == slot else owner for owner in owners)
-                chosen[slot] = len(state.slots.keys) + number
-            owners = (*owners, slot)
-        if chosen != list(range(len(slots.keys))):
-            slots = Slots(*(part[torch.tensor(chosen, device=part.device)] for part in slots))
-        after = state._replace(slots=slots, owners=owners, edits=state.edits + records)
-        return _delta(model, config, after, slots, queries, earlier=state.edits), after
+                edit_slots = tuple(-1 if owner == slot else owner for owner in edit_slots)
+                slot_order[slot] = len(state.slots.keys) + number
+            edit_slots = (*edit_slots, slot)
+        if slot_order != list(range(len(slots.keys))):
+            slots = EditSlots(
+                *(part[torch.tensor(slot_order, device=part.device)] for part in slots)
+            )
+        next_state = state._replace(slots=slots, edit_slots=edit_slots, edits=state.edits + records)
+        return _make_delta(
+            model, config, next_state, slots, queries, earlier=state.edits
+        ), next_state
 
-    def each(model: Model, state: Remembering, queries: Sequence[Query]) -> Delta:
-        made = _made(model, state, config, queries)
+    def edit_each(model: Model, state: SeracState, queries: Sequence[Query]) -> Delta:
+        new_slots = _encode_edits(model, state, config, queries)
         count = len(queries)
-        given = (part[None].expand(count, *part.shape) for part in state.slots)
-        slots = Slots(*(padded((old, new[:, None]), 1) for old, new in zip(given, made)))
-        owners = []
-        for number, record in enumerate(header_for(model, "serac", config, (), queries).edits):
-            home = _home_of(record, state.owners, state.edits)
-            owners.append(slots.keys.shape[1] - 1 if home is None else home)
+        expanded_slots = (part[None].expand(count, *part.shape) for part in state.slots)
+        slots = EditSlots(
+            *(pad_and_concat((old, new[:, None]), 1) for old, new in zip(expanded_slots, new_slots))
+        )
+        edit_slots = []
+        for number, record in enumerate(make_header(model, "serac", config, (), queries).edits):
+            slot = _slot_of_same_question(record, state.edit_slots, state.edits)
+            edit_slots.append(slots.keys.shape[1] - 1 if slot is None else slot)
             for part in slots:  # a replaced edit's slot stands twice: the first decides
-                part[number, owners[-1]] = part[number, -1]
-        fresh_state = state._replace(owners=tuple(owners))
-        return _delta(model, config, fresh_state, slots, queries, stack=count)
+                part[number, edit_slots[-1]] = part[number, -1]
+        next_state = state._replace(edit_slots=tuple(edit_slots))
+        return _make_delta(model, config, next_state, slots, queries, stack=count)
 
-    return Editor("serac", config, init, edit, each)
+    return Editor("serac", config, init, edit, edit_each)
 
 
-def course(config: SeracConfig = SeracConfig()) -> Course:
+def serac_trainable(config: SeracConfig = SeracConfig()) -> TrainableEditor:
     """How SERAC is trained, for `fit`: the cases of a lesson are one memory, asked everything."""
-    editor = serac(config)
+    editor = serac_editor(config)
 
-    def study(model: Model, state: Remembering, lesson: Lesson, learn: bool):
-        return state, (lesson, _answers(model, state.reader, lesson.edit))
+    def prepare(model: Model, state: SeracState, training_batch: TrainingBatch, is_training: bool):
+        return state, (
+            training_batch,
+            _answer_outputs(model, state.unembedding_map, training_batch.edits),
+        )
 
-    def loss(model: Model, state: Remembering, studied: tuple[Lesson, Tensor]):
-        lesson, answers = studied
-        net, edit, asks = state.net, lesson.edit, lesson.asks
-        own = row_of(net, edit)
-        memory = memorise(net, own, edit.at, scored(edit.labels))
-        asked = row_of(net, asks)
-        most = int((asks.mask & ~asks.image).sum(1).max())  # words of any question, at least
-        keys = classify(net, config.heads, own, most), classify(net, config.heads, asked, most)
-        gaps = (keys[1][:, None] - keys[0]).square().sum(-1)  # [B E]
-        reached = asks.rows - lesson.base.shape[0]  # localities come last
-        scope, closest = similarity_loss(gaps, asks.edit, reached, config)
-        last = asks.rows if config.gate == "soft" else reached
-        home = torch.cat([asks.edit[:reached], closest[reached:last]])
-        some = type(asked)(*(part[:last] for part in asked))
-        batch = rows.take(asks, slice(0, last))
-        given = Memory(*(part[home] for part in memory))
-        h, pointer = say(net, config.heads, some, given)
-        at = batch.at[..., None]
-        h = h.gather(1, at.expand(-1, -1, h.shape[-1]))
-        pointer = pointer.gather(1, at.expand(-1, -1, pointer.shape[-1]))
-        stream = answered(net, h, pointer, answers[home]).to(batch.hidden.dtype)
-        other = read_as(model, model.params, stream, batch.edit)
-        told = nll(other[:reached], batch.labels[:reached])
-        changed = told.new_zeros(asks.rows - reached)
+    def loss(model: Model, state: SeracState, prepared: tuple[TrainingBatch, Tensor]):
+        training_batch, answer_outputs = prepared
+        network, edits, questions = state.network, training_batch.edits, training_batch.questions
+        edit_inputs = network_inputs(network, edits)
+        memory = encode_edit(network, edit_inputs, edits.logit_positions, scored_mask(edits.labels))
+        question_inputs = network_inputs(network, questions)
+        max_words = int(
+            (questions.attention_mask & ~questions.image_mask).sum(1).max()
+        )  # words of any question, at least
+        keys = (
+            classify_scope(network, config.num_heads, edit_inputs, max_words),
+            classify_scope(network, config.num_heads, question_inputs, max_words),
+        )
+        distances = (keys[1][:, None] - keys[0]).square().sum(-1)  # [B E]
+        num_in_scope = (
+            questions.num_rows - training_batch.base_logits.shape[0]
+        )  # localities come last
+        scope_losses, closest_edit = scope_loss(
+            distances, questions.edit_index, num_in_scope, config
+        )
+        num_answered = questions.num_rows if config.gate == "soft" else num_in_scope
+        edit_of_row = torch.cat(
+            [questions.edit_index[:num_in_scope], closest_edit[num_in_scope:num_answered]]
+        )
+        answered_inputs = type(question_inputs)(*(part[:num_answered] for part in question_inputs))
+        batch = rows.take_rows(questions, slice(0, num_answered))
+        row_memory = EditMemory(*(part[edit_of_row] for part in memory))
+        states, pointer = counterfactual_states(
+            network, config.num_heads, answered_inputs, row_memory
+        )
+        positions = batch.logit_positions[..., None]
+        states = states.gather(1, positions.expand(-1, -1, states.shape[-1]))
+        pointer = pointer.gather(1, positions.expand(-1, -1, pointer.shape[-1]))
+        head_inputs = read_answer(network, states, pointer, answer_outputs[edit_of_row]).to(
+            batch.hidden_states.dtype
+        )
+        logits = logits_from_states(model, model.params, head_inputs, batch.edit_index)
+        answer_losses = nll(logits[:num_in_scope], batch.labels[:num_in_scope])
+        locality_losses = answer_losses.new_zeros(questions.num_rows - num_in_scope)
         if config.gate == "soft":
-            share = torch.exp(-gaps[reached:].amin(1))[:, None].expand(batch.labels[reached:].shape)
-            both = mixed(lesson.base, other[reached:], share)
-            changed = kl(lesson.base, both, batch.labels[reached:])
-        return _weighed(lesson, torch.cat([told, changed]), scope)
+            gate = torch.exp(-distances[num_in_scope:].amin(1))[:, None].expand(
+                batch.labels[num_in_scope:].shape
+            )
+            mixed_logits = mix_logits(training_batch.base_logits, logits[num_in_scope:], gate)
+            locality_losses = kl(
+                training_batch.base_logits, mixed_logits, batch.labels[num_in_scope:]
+            )
+        return _combine_losses(
+            training_batch, torch.cat([answer_losses, locality_losses]), scope_losses
+        )
 
-    return Course(
+    return TrainableEditor(
         learner=Learner(editor, loss),
-        sites=lambda model: (_home(model)[0].rpartition(".")[0],),
-        trained=lambda state: state.net,
-        placed=lambda state, net: state._replace(net=net),
-        study=study,
-        end=config.end,
-        reach=prefix.Reach(),
+        sites=lambda model: (_embedding_name(model)[0].rpartition(".")[0],),
+        parameters=lambda state: state.network,
+        with_parameters=lambda state, network: state._replace(network=network),
+        prepare=prepare,
+        append_eos=config.append_eos,
+        edit_depth=prefix.EditDepth(),
     )
 
 
-def similarity_loss(
-    gaps: Tensor, own: Tensor, reached: int, config: SeracConfig = SeracConfig()
+def scope_loss(
+    distances: Tensor, edit_index: Tensor, num_in_scope: int, config: SeracConfig = SeracConfig()
 ) -> tuple[Tensor, Tensor]:
     """The classifier's loss of each question [B], and the edit that it finds most similar [B].
 
@@ -235,23 +279,27 @@ def similarity_loss(
     -log s goes on pulling where that is settled, so l(s) = log(1 + exp(8 (gap + log t))) there and
     l(1 - s) = log(1 + exp(-8 (gap + log t))).
     """
-    edits = torch.arange(gaps.shape[1], device=gaps.device)
-    inside = torch.arange(len(gaps), device=gaps.device) < reached
-    mine = (edits == own[:, None]) & inside[:, None]
+    edits = torch.arange(distances.shape[1], device=distances.device)
+    in_scope = torch.arange(len(distances), device=distances.device) < num_in_scope
+    is_own = (edits == edit_index[:, None]) & in_scope[:, None]
     # one edit alone has no others: it is as if they were far
-    others = torch.where(mine, torch.inf, gaps).amin(1).clamp(1e-6, 50.0)
-    right = torch.where(mine, gaps, 0).sum(1)
+    others = torch.where(is_own, torch.inf, distances).amin(1).clamp(1e-6, 50.0)
+    own_distance = torch.where(is_own, distances, 0).sum(1)
     if config.gate == "soft":
-        return right - torch.log(-torch.expm1(-others)), gaps.argmin(1)
-    edge = -math.log(max(config.threshold, 1e-6))
-    here = torch.where(inside, F.softplus(SHARP * (right - edge)), 0)
-    return here + F.softplus(SHARP * (edge - others)), gaps.argmin(1)
+        return own_distance - torch.log(-torch.expm1(-others)), distances.argmin(1)
+    threshold_distance = -math.log(max(config.threshold, 1e-6))
+    in_scope_loss = torch.where(
+        in_scope, F.softplus(GATE_SHARPNESS * (own_distance - threshold_distance)), 0
+    )
+    return in_scope_loss + F.softplus(
+        GATE_SHARPNESS * (threshold_distance - others)
+    ), distances.argmin(1)
 
 
-SHARP = 8.0  # how steep a hard gate's loss is about its threshold
+GATE_SHARPNESS = 8.0  # how steep a hard gate's loss is about its threshold
 
 
-def reader_of(model: Model) -> Tensor:
+def unembedding_map(model: Model) -> Tensor:
     """[D D]: what turns an answer token's gradient into the residual stream read as that token.
 
     With J = dz/dh at h = 0 (one product with J per direction, in one batch), centred over
@@ -259,144 +307,191 @@ def reader_of(model: Model) -> Tensor:
     a trained vocabulary outdo, the result is read as the word itself (the micro models: all 1,536
     words of the three, own rows 37 to 80 %), whatever norm, tie or scale lies in between.
     """
-    like = _home(model)[1]
-    width = model.card.width
-    zero = like.new_zeros(1, width, width)
-    every = torch.eye(width, dtype=like.dtype, device=like.device)[None]
-    none = torch.zeros(1, dtype=torch.int64, device=like.device)
+    embedding = _embedding_name(model)[1]
+    hidden_size = model.card.hidden_size
+    zero = embedding.new_zeros(1, hidden_size, hidden_size)
+    basis = torch.eye(hidden_size, dtype=embedding.dtype, device=embedding.device)[None]
+    edit_index = torch.zeros(1, dtype=torch.int64, device=embedding.device)
 
-    def read(hidden: Tensor) -> Tensor:
-        return read_as(model, model.params, hidden, none)
+    def read_logits(hidden_states: Tensor) -> Tensor:
+        return logits_from_states(model, model.params, hidden_states, edit_index)
 
     # J v as the gradient of <J^T u, v> in u: forward mode would go through torch.jit
-    there = torch.func.vjp(read, zero)
-    back = torch.func.vjp(lambda u: there[1](u)[0], torch.zeros_like(there[0]))
-    (found,) = back[1](every)
-    columns = found[0].float()  # [D V]
+    forward_vjp = torch.func.vjp(read_logits, zero)
+    backward_vjp = torch.func.vjp(lambda u: forward_vjp[1](u)[0], torch.zeros_like(forward_vjp[0]))
+    (jacobian,) = backward_vjp[1](basis)
+    columns = jacobian[0].float()  # [D V]
     columns = columns - columns.mean(1, keepdim=True)
     square = columns @ columns.mT / columns.shape[1]
     mean = square.diagonal().mean()
-    return torch.linalg.inv(square / mean + 3 * torch.eye(width, device=like.device))
+    return torch.linalg.inv(square / mean + 3 * torch.eye(hidden_size, device=embedding.device))
 
 
-def about(model: Model, config: SeracConfig) -> dict[str, Any]:
+def compatibility(model: Model, config: SeracConfig) -> dict[str, Any]:
     """What a trained state fits: the sizes of the network, and the base whose rows it reads."""
-    base = base_of(model, [_home(model)[0]])
+    base = base_identity(model, [_embedding_name(model)[0]])
     return {
         "editor": "serac",
-        "sizes": msgspec.to_builtins(_sizes(model, config)),
-        "end": config.end,
+        "sizes": msgspec.to_builtins(_network_sizes(model, config)),
+        "append_eos": config.append_eos,
         "family": base.family,
-        "touched": base.touched,
+        "parameter_hashes": base.parameter_hashes,
     }
 
 
-def kept(state: Remembering) -> Net:
+def trained_weights(state: SeracState) -> ScopeNetwork:
     """What a file of a trained state holds: the weights, in half the bytes."""
-    return pytree.tree_map(lambda weight: weight.half(), state.net)
+    return pytree.tree_map(lambda weight: weight.half(), state.network)
 
 
-def _weighed(lesson: Lesson, told: Tensor, scope: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _combine_losses(
+    training_batch: TrainingBatch, answer_losses: Tensor, scope_losses: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
     terms = {}
-    total = told.new_zeros(())
-    for number, (name, weight) in enumerate(lesson.weights.items()):
-        mine = lesson.probe == number
-        count = mine.sum().clamp_min(1)
-        say, gate = (torch.where(mine, x, 0).sum() / count for x in (told, scope))
-        terms[name] = say.detach()
-        terms[f"{name} scope"] = gate.detach()
-        total = total + weight * (say + gate)
+    total = answer_losses.new_zeros(())
+    for number, (name, weight) in enumerate(training_batch.loss_weights.items()):
+        is_probe_row = training_batch.probe_index == number
+        count = is_probe_row.sum().clamp_min(1)
+        answer_loss, gate_loss = (
+            torch.where(is_probe_row, x, 0).sum() / count for x in (answer_losses, scope_losses)
+        )
+        terms[name] = answer_loss.detach()
+        terms[f"{name} scope"] = gate_loss.detach()
+        total = total + weight * (answer_loss + gate_loss)
     return total, terms
 
 
-def _sizes(model: Model, config: SeracConfig) -> Sizes:
-    fields = ("width", "heads", "classifier", "counterfactual", "inner", "key", "looks")
-    return Sizes(model=model.card.width, **{field: getattr(config, field) for field in fields})
+def _network_sizes(model: Model, config: SeracConfig) -> NetworkSizes:
+    fields = (
+        "dim",
+        "num_heads",
+        "num_classifier_layers",
+        "num_counterfactual_layers",
+        "ffn_dim",
+        "key_dim",
+        "num_image_queries",
+    )
+    return NetworkSizes(
+        hidden_size=model.card.hidden_size, **{field: getattr(config, field) for field in fields}
+    )
 
 
-def _home(model: Model) -> tuple[str, Tensor]:
+def _embedding_name(model: Model) -> tuple[str, Tensor]:
     """The token embedding, by which a base is known: the network reads its rows."""
-    name = canonical(model.card, f"{model.card.tokens}.weight")
+    name = canonical_name(model.card, f"{model.card.token_embedding}.weight")
     if name not in model.params:
-        name = canonical(model.card, f"{model.card.head}.weight")
+        name = canonical_name(model.card, f"{model.card.head}.weight")
     return name, model.params[name]
 
 
-def _made(model: Model, state: Remembering, config: SeracConfig, queries: Sequence[Query]) -> Slots:
+def _encode_edits(
+    model: Model, state: SeracState, config: SeracConfig, queries: Sequence[Query]
+) -> EditSlots:
     """One slot for each query, encoded once and for all."""
     with torch.no_grad():
-        inputs = model.read(queries, end=True) if config.end else model.read(queries)
+        inputs = (
+            model.preprocess(queries, append_eos=True)
+            if config.append_eos
+            else model.preprocess(queries)
+        )
         batch = model.embed(model.params, inputs)
-        row = row_of(state.net, batch)
-        memory = memorise(state.net, row, batch.at, scored(batch.labels))
-        keys = classify(state.net, config.heads, row)
-        answers = _answers(model, state.reader, batch)
-    return Slots(keys, *memory, answers)
+        edit_inputs = network_inputs(state.network, batch)
+        memory = encode_edit(
+            state.network, edit_inputs, batch.logit_positions, scored_mask(batch.labels)
+        )
+        keys = classify_scope(state.network, config.num_heads, edit_inputs)
+        answers = _answer_outputs(model, state.unembedding_map, batch)
+    return EditSlots(keys, *memory, answers)
 
 
-def _answers(model: Model, reader: Tensor, batch: Batch) -> Tensor:
+def _answer_outputs(model: Model, unembedding: Tensor, batch: Batch) -> Tensor:
     """[B A D] residual streams that the head reads as each row's answer tokens; zeros behind."""
-    keep = scored(batch.labels)
-    gold = torch.where(keep, batch.labels, 0)[..., None]
-    zero = batch.hidden.new_zeros(*batch.labels.shape, model.card.width)
+    is_scored = scored_mask(batch.labels)
+    gold = torch.where(is_scored, batch.labels, 0)[..., None]
+    zero = batch.hidden_states.new_zeros(*batch.labels.shape, model.card.hidden_size)
 
-    def lead(hidden: Tensor) -> Tensor:
-        logits = read_as(model, model.params, hidden, batch.edit).float()
+    def answer_margin(hidden_states: Tensor) -> Tensor:
+        logits = logits_from_states(model, model.params, hidden_states, batch.edit_index).float()
         return (logits.gather(-1, gold)[..., 0] - logits.mean(-1)).sum()
 
-    found = torch.func.grad(lead)(zero).float() @ reader
-    size = found.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
-    return found / size * keep[..., None]
+    outputs = torch.func.grad(answer_margin)(zero).float() @ unembedding
+    rms = outputs.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
+    return outputs / rms * is_scored[..., None]
 
 
-def _home_of(record: EditRecord, owners: Sequence[int], edits: Sequence[EditRecord]) -> int | None:
+def _slot_of_same_question(
+    record: EditRecord, edit_slots: Sequence[int], edits: Sequence[EditRecord]
+) -> int | None:
     """The slot of an edit of the same question about the same pictures, if there is one."""
-    for slot, known in zip(owners, edits):
-        if slot >= 0 and known.prompt == record.prompt and known.images == record.images:
+    for slot, earlier in zip(edit_slots, edits):
+        if slot >= 0 and earlier.prompt == record.prompt and earlier.images == record.images:
             return slot
     return None
 
 
-def _delta(
-    model: Model, config: SeracConfig, state: Remembering, slots: Slots,
-    queries: Sequence[Query], earlier: tuple[EditRecord, ...] = (), stack: int = 0,
-) -> Delta:  # fmt: skip
-    name, weight = _home(model)
+def _make_delta(
+    model: Model,
+    config: SeracConfig,
+    state: SeracState,
+    slots: EditSlots,
+    queries: Sequence[Query],
+    earlier: tuple[EditRecord, ...] = (),
+    stack: int = 0,
+) -> Delta:
+    name, weight = _embedding_name(model)
     entry = Scope(
         name=name,
-        checkpoint=model.card.checkpoint.get(name, name),
+        checkpoint_name=model.card.checkpoint_names.get(name, name),
         shape=tuple(weight.shape),
-        sizes=_sizes(model, config),
-        slots=slots.keys.shape[-2],
-        replies=slots.replies.shape[-2],
-        prompts=slots.prompts.shape[-2],
-        owners=state.owners,
+        sizes=_network_sizes(model, config),
+        num_slots=slots.keys.shape[-2],
+        max_answer_tokens=slots.answer_states.shape[-2],
+        max_prompt_tokens=slots.prompt_states.shape[-2],
+        edit_slots=state.edit_slots,
         gate=config.gate,
         threshold=config.threshold,
     )
-    said = msgspec.structs.replace(config, trained=Path(config.trained).name)  # no one's folders
-    header = header_for(model, "serac", said, (entry,), queries, earlier=earlier, stack=stack)
-    tensors = {**slots._asdict(), **named(state.net)}
+    settings = msgspec.structs.replace(
+        config, weights=Path(config.weights).name
+    )  # no one's folders
+    header = make_header(
+        model, "serac", settings, (entry,), queries, earlier_edits=earlier, stack=stack
+    )
+    tensors = {**slots._asdict(), **network_state_dict(state.network)}
     return Delta(header, {f"{name}.{part}": tensor.detach() for part, tensor in tensors.items()})
 
 
 PRESETS: dict[str, SeracConfig] = {
     "default": SeracConfig(),
     # EasyEdit's gate: mixed by the similarity; targets without the token that ends an answer
-    "easyedit": SeracConfig(gate="soft", end=False),
+    "easyedit": SeracConfig(gate="soft", append_eos=False),
     # eric-mitchell/serac at test time
-    "original": SeracConfig(gate="hard", threshold=0.5, end=False),
+    "original": SeracConfig(gate="hard", threshold=0.5, append_eos=False),
     # the micro zoo's: trained states come with the package
     "micro": SeracConfig(
-        width=96, heads=4, classifier=2, counterfactual=2, inner=256, key=64, looks=4,
-        trained="shipped",
+        dim=96,
+        num_heads=4,
+        num_classifier_layers=2,
+        num_counterfactual_layers=2,
+        ffn_dim=256,
+        key_dim=64,
+        num_image_queries=4,
+        weights="shipped",
     ),
-}  # fmt: skip
+}
 
-TRAINING: dict[str, FitConfig] = {
+TRAINING: dict[str, TrainingConfig] = {
     # hparams/TRAINING/SERAC/*.yaml
-    "easyedit": FitConfig(num_steps=50_000, together=1, lr=1e-5, clip=100.0, weights=PUBLISHED),
+    "easyedit": TrainingConfig(
+        num_steps=50_000, batch_size=1, lr=1e-5, max_grad_norm=100.0, loss_weights=MEND_LOSS_WEIGHTS
+    ),
     # serac: batches of ten edits, so that other edits are hard negatives
-    "original": FitConfig(num_steps=50_000, together=10, lr=1e-5, clip=100.0, weights=PUBLISHED),
+    "original": TrainingConfig(
+        num_steps=50_000,
+        batch_size=10,
+        lr=1e-5,
+        max_grad_norm=100.0,
+        loss_weights=MEND_LOSS_WEIGHTS,
+    ),
 }
 """Published trainings: Adam at 1e-5, 0.1 for what an edit should reach, 1 for localities."""

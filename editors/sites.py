@@ -6,14 +6,16 @@ import re
 from collections.abc import Sequence
 
 from errata.functional import Model
-from errata.functional.errors import UnknownSite
+from errata.functional.errors import UnknownSiteError
 
-__all__ = ["linears", "parameters"]
+__all__ = ["resolve_linears", "resolve_parameters"]
 
 _VISION_LAYER = re.compile(r"^vision\.layers\.(-?\d+)(?:\.(.+))?$")
 
 
-def parameters(model: Model, sites: Sequence[str], *, everything: bool = False) -> tuple[str, ...]:
+def resolve_parameters(
+    model: Model, sites: Sequence[str], *, all_parameters: bool = False
+) -> tuple[str, ...]:
     """Names of the parameters that `sites` mean, in the model's order.
 
     A site is anything `ModelCard.match` takes, or `vision.layers.K[.part]` for block K of the
@@ -24,93 +26,95 @@ def parameters(model: Model, sites: Sequence[str], *, everything: bool = False) 
     Raises UnknownSite naming every site that matches no parameter.
 
     >>> from errata import adapters
-    >>> parameters(adapters.adapt(*adapters.tiny("llava")), ["layers.-1.mlp.down"])
+    >>> resolve_parameters(adapters.adapt(*adapters.tiny("llava")), ["layers.-1.mlp.down"])
     ('model.language_model.layers.2.mlp.down_proj.weight',)
     """
-    if not everything:
-        names = {path + ".weight" for path in linears(model, sites)}
+    if not all_parameters:
+        names = {path + ".weight" for path in resolve_linears(model, sites)}
     else:
-        names = _below(model, sites)
-    tied = {name: model.card.ties.get(name, name) for name in names}
+        names = _find_parameters(model, sites)
+    tied = {name: model.card.tied.get(name, name) for name in names}
     return tuple(name for name in model.params if name in set(tied.values()))
 
 
-def linears(model: Model, sites: Sequence[str]) -> tuple[str, ...]:
+def resolve_linears(model: Model, sites: Sequence[str]) -> tuple[str, ...]:
     """Paths of the linear maps that `sites` mean, blocks of the vision tower among them.
 
     Raises UnknownSite naming every site that matches none.
 
     >>> from errata import adapters
-    >>> linears(adapters.adapt(*adapters.tiny("llava")), ["vision.layers.-1.mlp.fc1"])
+    >>> resolve_linears(adapters.adapt(*adapters.tiny("llava")), ["vision.layers.-1.mlp.fc1"])
     ('model.vision_tower.encoder.layers.0.mlp.fc1',)
     """
-    paths, faults = _resolved(model, sites)
+    paths, faults = _expand_vision_sites(model, sites)
     try:
-        found = model.card.match(paths)
-    except UnknownSite as fault:
+        linear_paths = model.card.match_linears(paths)
+    except UnknownSiteError as fault:
         faults.append(str(fault))
-        found = ()
+        linear_paths = ()
     if faults:
-        raise UnknownSite(" ".join(faults))
-    return found
+        raise UnknownSiteError(" ".join(faults))
+    return linear_paths
 
 
-def _below(model: Model, sites: Sequence[str]) -> set[str]:
+def _find_parameters(model: Model, sites: Sequence[str]) -> set[str]:
     """Every parameter at or below the sites."""
     card = model.card
-    paths, faults = _resolved(model, sites)
+    paths, faults = _expand_vision_sites(model, sites)
     names: set[str] = set()
     missing = []
     for site in paths:
         try:
-            path = card.site(site)
-        except UnknownSite as fault:
+            path = card.resolve_site(site)
+        except UnknownSiteError as fault:
             faults.append(str(fault))
             continue
-        found = {n for n in model.params if n == path or n.startswith(path + ".")}
-        names |= found
-        missing += [] if found else [site]
+        matched_names = {n for n in model.params if n == path or n.startswith(path + ".")}
+        names |= matched_names
+        missing += [] if matched_names else [site]
     if missing:
         faults.append(
             f"each site must name parameters of {card.id}; none under "
-            f"{', '.join(map(repr, missing))}. Modules: vision={card.vision!r}, "
+            f"{', '.join(map(repr, missing))}. Modules: vision={card.vision_tower!r}, "
             f"projector={card.projector!r}, layers={card.layers!r}."
         )
     if faults:
-        raise UnknownSite(" ".join(faults))
+        raise UnknownSiteError(" ".join(faults))
     return names
 
 
-def _resolved(model: Model, sites: Sequence[str]) -> tuple[list[str], list[str]]:
+def _expand_vision_sites(model: Model, sites: Sequence[str]) -> tuple[list[str], list[str]]:
     """The sites with vision blocks as full paths, and what is wrong with those that are none."""
     paths, faults = [], []
     for site in sites:
         try:
-            paths.append(_vision_layer(model, site))
-        except UnknownSite as fault:
+            paths.append(_expand_vision_site(model, site))
+        except UnknownSiteError as fault:
             faults.append(str(fault))
     return paths, faults
 
 
-def _vision_layer(model: Model, site: str) -> str:
+def _expand_vision_site(model: Model, site: str) -> str:
     """`vision.layers.K.part` as a full path: the blocks are the tower's numbered modules."""
-    found = _VISION_LAYER.match(site)
-    if not found:
+    site_match = _VISION_LAYER.match(site)
+    if not site_match:
         return site
-    tower = model.card.site("vision")
+    tower = model.card.resolve_site("vision")
     blocks: dict[str, set[int]] = {}
-    for path in model.card.linears:
-        inside = re.match(re.escape(tower) + r"\.(.*?)\.?(\d+)\.", path + ".")
-        if inside:
-            stem = f"{tower}.{inside[1]}" if inside[1] else tower
-            blocks.setdefault(stem, set()).add(int(inside[2]))
+    for path in model.card.linear_shapes:
+        block_match = re.match(re.escape(tower) + r"\.(.*?)\.?(\d+)\.", path + ".")
+        if block_match:
+            stem = f"{tower}.{block_match[1]}" if block_match[1] else tower
+            blocks.setdefault(stem, set()).add(int(block_match[2]))
     if not blocks:
-        raise UnknownSite(f"site {site!r} needs numbered vision blocks; {tower!r} has none.")
+        raise UnknownSiteError(f"site {site!r} needs numbered vision blocks; {tower!r} has none.")
     stem, numbers = max(blocks.items(), key=lambda item: len(item[1]))
-    last = min(max(numbers), (model.card.vision_depth or len(numbers)) - 1)
-    number = int(found[1]) + (last + 1 if found[1].startswith("-") else 0)
+    last = min(max(numbers), (model.card.num_vision_layers or len(numbers)) - 1)
+    number = int(site_match[1]) + (last + 1 if site_match[1].startswith("-") else 0)
     if not 0 <= number <= last:
-        unread = last < max(numbers)
+        has_unused_blocks = last < max(numbers)
         why = f" (the features are read there; later blocks of {model.card.id} change nothing)"
-        raise UnknownSite(f"site {site!r} must lie in vision blocks 0 to {last}{why * unread}.")
-    return f"{stem}.{number}" + (f".{found[2]}" if found[2] else "")
+        raise UnknownSiteError(
+            f"site {site!r} must lie in vision blocks 0 to {last}{why * has_unused_blocks}."
+        )
+    return f"{stem}.{number}" + (f".{site_match[2]}" if site_match[2] else "")

@@ -44,60 +44,64 @@ import torch
 from torch import Tensor
 
 from errata.functional import Delta, Editor, EditRecord, Header, Masked, Model, Query
-from errata.functional.errors import BadInput
-from errata.functional.masked import pack, spread, unpacked
-from errata.functional.records import header_for, record
+from errata.functional.errors import InvalidInputError
+from errata.functional.masked import pack_bits, scatter_values, unpack_bits
+from errata.functional.records import edit_record, make_header
 
-from .wise_merge import merged
+from .wise_merge import merge_changes
 from .wise_train import (
-    Ready,
-    Site,
+    EditSite,
+    PreparedRows,
     WiseConfig,
-    draw_mask,
-    drawn,
-    last,
-    picked,
-    prepare,
-    site_of,
-    together,
-    train,
+    concat_rows,
+    edit_generator,
+    last_rows,
+    prepare_rows,
+    resolve_edit_site,
+    sample_mask,
+    take_prepared,
+    train_values,
 )
 
-__all__ = ["PRESETS", "Memory", "Shard", "Side", "WiseConfig", "wise"]
+__all__ = ["PRESETS", "WiseState", "ActiveShard", "SideMemory", "WiseConfig", "wise_editor"]
 
 
-class Side(NamedTuple):
+class SideMemory(NamedTuple):
     """A side memory: values at the bits set in a mask of the map, and when it acts."""
 
     mask: Tensor  # [ceil(O I / 8)] bytes, as `functional.masked.pack` makes them
     values: Tensor  # [K]
-    nearest: Tensor  # [] the smallest activation of its edits
-    edits: tuple[int, ...] = ()  # their numbers
+    min_activation: Tensor  # [] the smallest activation of its edits
+    edit_numbers: tuple[int, ...] = ()  # their numbers
 
 
-class Shard(NamedTuple):
+class ActiveShard(NamedTuple):
     """The memory that edits go into now."""
 
-    side: Side
-    room: int  # edits that it still takes
-    kept: Ready | None = None  # of its last `replay` edits
+    memory: SideMemory
+    num_free: int  # edits that it still takes
+    replay_rows: PreparedRows | None = None  # of its last `replay` edits
 
 
-class Memory(NamedTuple):
+class WiseState(NamedTuple):
     """State: full memories, the one that is being filled, and the edits so far."""
 
     seed: int
-    full: tuple[Side, ...] = ()
-    merged: int = 0  # how many of the full ones, from the first on, are merged already
-    shard: Shard | None = None
+    full_memories: tuple[SideMemory, ...] = ()
+    num_merged: int = 0  # how many of the full ones, from the first on, are merged already
+    shard: ActiveShard | None = None
     edits: tuple[EditRecord, ...] = ()
 
     @property
-    def sides(self) -> tuple[Side, ...]:
-        return self.full if self.shard is None else (*self.full, self.shard.side)
+    def memories(self) -> tuple[SideMemory, ...]:
+        return (
+            self.full_memories if self.shard is None else (*self.full_memories, self.shard.memory)
+        )
 
 
-def wise(config: WiseConfig = WiseConfig(), unrelated: Sequence[Query] = ()) -> Editor:
+def wise_editor(
+    config: WiseConfig = WiseConfig(), unrelated_queries: Sequence[Query] = ()
+) -> Editor:
     """WISE as an editor: the delta is a `masked` change of one linear map.
 
     `unrelated`: prompts (with pictures, where the model takes them) that the gate learns to stay
@@ -107,195 +111,243 @@ def wise(config: WiseConfig = WiseConfig(), unrelated: Sequence[Query] = ()) -> 
 
     >>> from errata import adapters
     >>> model = adapters.adapt(*adapters.tiny("llava"))
-    >>> editor = wise(WiseConfig(num_steps=2, mask_ratio=0.5))
+    >>> editor = wise_editor(WiseConfig(num_steps=2, mask_ratio=0.5))
     >>> state = editor.init(model, torch.Generator().manual_seed(0))
     >>> delta, state = editor.edit(model, state, [Query("who is it?", "bo")])
-    >>> delta.header.entries[0].counts, delta.header.entries[0].shape
+    >>> delta.header.entries[0].num_values, delta.header.entries[0].shape
     ((1024,), (32, 64))
     """
-    others = tuple(query._replace(target="") for query in unrelated)
+    unrelated_prompts = tuple(query._replace(target="") for query in unrelated_queries)
 
-    def init(model: Model, generator: torch.Generator) -> Memory:
-        site_of(model, config)
-        return Memory(int(torch.randint(0, 2**62, (), generator=generator)))
+    def init(model: Model, generator: torch.Generator) -> WiseState:
+        resolve_edit_site(model, config)
+        return WiseState(int(torch.randint(0, 2**62, (), generator=generator)))
 
-    def edit(model: Model, state: Memory, queries: Sequence[Query]) -> tuple[Delta, Memory]:
+    def edit(model: Model, state: WiseState, queries: Sequence[Query]) -> tuple[Delta, WiseState]:
         queries = list(queries)
         while queries:
-            room = config.save_every if state.shard is None else state.shard.room
-            state = _fill(model, state, queries[:room], config, others)
-            queries = queries[room:]
-        owner = {k: number for number, side in enumerate(state.sides) for k in side.edits}
-        owners = tuple(owner.get(k, -1) for k in range(len(state.edits)))
-        described = _header(model, config, (), state.sides, owners, earlier=state.edits)
-        return _delta(described, [state.sides], config), state
+            num_free = config.save_freq if state.shard is None else state.shard.num_free
+            state = _train_shard(model, state, queries[:num_free], config, unrelated_prompts)
+            queries = queries[num_free:]
+        slot_by_edit = {
+            k: number for number, side in enumerate(state.memories) for k in side.edit_numbers
+        }
+        edit_slots = tuple(slot_by_edit.get(k, -1) for k in range(len(state.edits)))
+        header = _make_header(model, config, (), state.memories, edit_slots, earlier=state.edits)
+        return _make_delta(header, [state.memories], config), state
 
-    def each(model: Model, state: Memory, queries: Sequence[Query]) -> Delta:
+    def edit_each(model: Model, state: WiseState, queries: Sequence[Query]) -> Delta:
         if state.edits:
-            raise BadInput(
+            raise InvalidInputError(
                 f"edits side by side must start from a fresh state, and this one holds "
                 f"{len(state.edits)}: take `editor.init(model, generator)`, or `editor.edit`."
             )
-        site, made = site_of(model, config), tuple(map(record, queries))
-        sides = [_empty(model, site, state.seed, one, config) for one in made]
-        ready = prepare(model, site, queries, made, state.seed, config, others)
-        where = torch.stack([_positions(side, site) for side in sides])
-        start = torch.stack([side.values for side in sides])
-        values, nearest = train(model, site, ready, where, start, config)
-        sides = [side._replace(values=v, nearest=a) for side, v, a in zip(sides, values, nearest)]
-        owners, count = (0,) * len(sides), len(sides)
-        described = _header(model, config, queries, sides[:1], owners, stack=count)
-        return _delta(described, [[side] for side in sides], config)
+        site, records = resolve_edit_site(model, config), tuple(map(edit_record, queries))
+        memories = [_init_memory(model, site, state.seed, one, config) for one in records]
+        prepared = prepare_rows(
+            model, site, queries, records, state.seed, config, unrelated_prompts
+        )
+        positions = torch.stack([_mask_positions(side, site) for side in memories])
+        initial_values = torch.stack([side.values for side in memories])
+        values, min_activations = train_values(
+            model, site, prepared, positions, initial_values, config
+        )
+        memories = [
+            side._replace(values=v, min_activation=a)
+            for side, v, a in zip(memories, values, min_activations)
+        ]
+        edit_slots, count = (0,) * len(memories), len(memories)
+        header = _make_header(model, config, queries, memories[:1], edit_slots, stack=count)
+        return _make_delta(header, [[side] for side in memories], config)
 
-    return Editor("wise", config, init, edit, each)
+    return Editor("wise", config, init, edit, edit_each)
 
 
-def _fill(
+def _train_shard(
     model: Model,
-    state: Memory,
+    state: WiseState,
     queries: Sequence[Query],
     config: WiseConfig,
-    others: Sequence[Query],
-) -> Memory:
+    unrelated_queries: Sequence[Query],
+) -> WiseState:
     """Train the current memory on a few more edits; put it aside where it is full."""
-    site, every = site_of(model, config), tuple(map(record, queries))
-    state = _outdated(state, every)
-    final = {(one.prompt, one.images): k for k, one in enumerate(every)}  # the last of a question
-    made = tuple(every[k] for k in final.values())
-    asked = [queries[k] for k in final.values()]
-    shard = state.shard or Shard(
-        _empty(model, site, state.seed, made[0], config), config.save_every
+    site, all_records = resolve_edit_site(model, config), tuple(map(edit_record, queries))
+    state = _drop_outdated(state, all_records)
+    last_by_question = {
+        (one.prompt, one.images): k for k, one in enumerate(all_records)
+    }  # the last of a question
+    records = tuple(all_records[k] for k in last_by_question.values())
+    edit_queries = [queries[k] for k in last_by_question.values()]
+    shard = state.shard or ActiveShard(
+        _init_memory(model, site, state.seed, records[0], config), config.save_freq
     )
-    ready = prepare(model, site, asked, made, state.seed, config, others)
-    ready = together(shard.kept, ready)
-    ready = ready._replace(batch=ready.batch._replace(edit=torch.zeros_like(ready.batch.edit)))
-    where = _positions(shard.side, site)[None]
+    prepared = prepare_rows(
+        model, site, edit_queries, records, state.seed, config, unrelated_queries
+    )
+    prepared = concat_rows(shard.replay_rows, prepared)
+    prepared = prepared._replace(
+        batch=prepared.batch._replace(edit_index=torch.zeros_like(prepared.batch.edit_index))
+    )
+    positions = _mask_positions(shard.memory, site)[None]
     # With all its edits at hand a memory is trained anew: one after another is all at once.
-    unseen = len(shard.side.edits) + len(asked) - len(ready.given)
-    start = shard.side.values if unseen else torch.zeros_like(shard.side.values)
-    values, nearest = train(model, site, ready, where, start[None], config)
-    numbers = [len(state.edits) + k for k in final.values()]
-    side = shard.side._replace(
+    num_unseen = len(shard.memory.edit_numbers) + len(edit_queries) - len(prepared.inputs)
+    initial_values = shard.memory.values if num_unseen else torch.zeros_like(shard.memory.values)
+    values, min_activations = train_values(
+        model, site, prepared, positions, initial_values[None], config
+    )
+    edit_numbers = [len(state.edits) + k for k in last_by_question.values()]
+    memory = shard.memory._replace(
         values=values[0],
-        nearest=torch.minimum(shard.side.nearest, nearest[0]) if unseen else nearest[0],
-        edits=(*shard.side.edits, *numbers),
+        min_activation=torch.minimum(shard.memory.min_activation, min_activations[0])
+        if num_unseen
+        else min_activations[0],
+        edit_numbers=(*shard.memory.edit_numbers, *edit_numbers),
     )
-    shard = Shard(side, shard.room - len(queries), last(ready, config.replay))
-    state = state._replace(edits=state.edits + every, shard=shard)
-    if shard.room:
+    shard = ActiveShard(
+        memory, shard.num_free - len(queries), last_rows(prepared, config.num_replayed)
+    )
+    state = state._replace(edits=state.edits + all_records, shard=shard)
+    if shard.num_free:
         return state
-    state = state._replace(full=(*state.full, side), shard=None)
-    return _merge(site, state, config)
+    state = state._replace(full_memories=(*state.full_memories, memory), shard=None)
+    return _merge_memories(site, state, config)
 
 
-def _outdated(state: Memory, made: Sequence[EditRecord]) -> Memory:
+def _drop_outdated(state: WiseState, records: Sequence[EditRecord]) -> WiseState:
     """The state without what it was told of the same questions about the same pictures."""
-    again = {(one.prompt, one.images) for one in made}
-    gone = {k for k, one in enumerate(state.edits) if (one.prompt, one.images) in again}
-    stay = [n for n, side in enumerate(state.full) if not gone.issuperset(side.edits)]
+    questions = {(one.prompt, one.images) for one in records}
+    outdated = {k for k, one in enumerate(state.edits) if (one.prompt, one.images) in questions}
+    remaining = [
+        n
+        for n, side in enumerate(state.full_memories)
+        if not outdated.issuperset(side.edit_numbers)
+    ]
     shard = state.shard
-    if shard is not None and not gone.isdisjoint(shard.side.edits):
-        before = shard.side.edits
-        edits, kept = tuple(k for k in before if k not in gone), shard.kept
-        if kept is not None:  # rows of the last edits
-            known = before[len(before) - len(kept.given) :]
-            at = [row for row, k in enumerate(known) if k not in gone]
-            kept = picked(kept, torch.tensor(at)) if at else None
-        shard = shard._replace(side=shard.side._replace(edits=edits), kept=kept)
+    if shard is not None and not outdated.isdisjoint(shard.memory.edit_numbers):
+        edit_numbers = shard.memory.edit_numbers
+        remaining_edits, replay_rows = (
+            tuple(k for k in edit_numbers if k not in outdated),
+            shard.replay_rows,
+        )
+        if replay_rows is not None:  # rows of the last edits
+            row_edits = edit_numbers[len(edit_numbers) - len(replay_rows.inputs) :]
+            row_indices = [row for row, k in enumerate(row_edits) if k not in outdated]
+            replay_rows = (
+                take_prepared(replay_rows, torch.tensor(row_indices)) if row_indices else None
+            )
+        shard = shard._replace(
+            memory=shard.memory._replace(edit_numbers=remaining_edits), replay_rows=replay_rows
+        )
     return state._replace(
-        full=tuple(state.full[n] for n in stay),
-        merged=sum(n < state.merged for n in stay),
-        shard=shard if shard is not None and shard.side.edits else None,
+        full_memories=tuple(state.full_memories[n] for n in remaining),
+        num_merged=sum(n < state.num_merged for n in remaining),
+        shard=shard if shard is not None and shard.memory.edit_numbers else None,
     )
 
 
-def _header(
-    model: Model, config: WiseConfig, queries: Sequence[Query], sides: Sequence[Side],
-    owners: tuple[int, ...], *, earlier: tuple[EditRecord, ...] = (), stack: int = 0,
-) -> Header:  # fmt: skip
-    site = site_of(model, config)
+def _make_header(
+    model: Model,
+    config: WiseConfig,
+    queries: Sequence[Query],
+    memories: Sequence[SideMemory],
+    edit_slots: tuple[int, ...],
+    *,
+    earlier: tuple[EditRecord, ...] = (),
+    stack: int = 0,
+) -> Header:
+    site = resolve_edit_site(model, config)
     entry = Masked(
         name=site.weight,
-        checkpoint=model.card.checkpoint.get(site.weight, site.weight),
+        checkpoint_name=model.card.checkpoint_names.get(site.weight, site.weight),
         shape=tuple(model.params[site.weight].shape),
-        counts=tuple(len(side.values) for side in sides),
-        owners=owners,
+        num_values=tuple(len(side.values) for side in memories),
+        edit_slots=edit_slots,
         activation=site.activation,
-        statistic=config.statistic,
+        gate_statistic=config.gate_statistic,
         transposed=site.transposed,
     )
-    return header_for(model, "wise", config, (entry,), queries, earlier=earlier, stack=stack)
+    return make_header(model, "wise", config, (entry,), queries, earlier_edits=earlier, stack=stack)
 
 
-def _empty(model: Model, site: Site, seed: int, first: EditRecord, config: WiseConfig) -> Side:
+def _init_memory(
+    model: Model, site: EditSite, seed: int, record: EditRecord, config: WiseConfig
+) -> SideMemory:
     """A memory of zeros, under a mask that its first edit's name draws."""
     device = model.params[site.weight].device
-    mask = draw_mask(site.size, config.mask_ratio, drawn(seed, first, "mask"))
-    return Side(
-        pack(mask).to(device),
+    mask = sample_mask(site.size, config.mask_ratio, edit_generator(seed, record, "mask"))
+    return SideMemory(
+        pack_bits(mask).to(device),
         torch.zeros(int(mask.sum()), device=device),
         torch.tensor(torch.inf, device=device),
     )
 
 
-def _positions(side: Side, site: Site) -> Tensor:
+def _mask_positions(memory: SideMemory, site: EditSite) -> Tensor:
     """[K] int64, ascending."""
-    return unpacked(side.mask, site.size[0] * site.size[1]).nonzero()[:, 0]
+    return unpack_bits(memory.mask, site.size[0] * site.size[1]).nonzero()[:, 0]
 
 
-def _merge(site: Site, state: Memory, config: WiseConfig) -> Memory:
+def _merge_memories(site: EditSite, state: WiseState, config: WiseConfig) -> WiseState:
     """Merge the full memories that are not merged yet, once enough edits have gone into them."""
-    fresh = state.full[state.merged :]
-    if sum(len(side.edits) for side in fresh) < config.merge_every:
+    unmerged = state.full_memories[state.num_merged :]
+    if sum(len(side.edit_numbers) for side in unmerged) < config.merge_freq:
         return state
-    before, weights = state.full[: state.merged], [1.0 / len(fresh)] * len(fresh)
-    if config.mode == "merge" and before:
-        fresh = (*fresh, *before)  # as in EasyEdit, what was merged earlier counts for 0.6
+    merged, weights = state.full_memories[: state.num_merged], [1.0 / len(unmerged)] * len(unmerged)
+    if config.mode == "merge" and merged:
+        unmerged = (*unmerged, *merged)  # as in EasyEdit, what was merged earlier counts for 0.6
         weights = [0.4 * weight for weight in weights] + [0.6]
-        before = ()
-    changes = torch.stack([spread(side.mask, side.values, site.size).flatten() for side in fresh])
-    named = drawn(state.seed, state.edits[fresh[0].edits[0]], "merge")
-    total = merged(changes, weights, config.merge, config.density, named)
-    mask = unpacked(torch.stack([side.mask for side in fresh]), len(total)).any(0)
-    side = Side(
-        pack(mask),
-        total[mask],
-        torch.stack([side.nearest for side in fresh]).min(),
-        tuple(sorted(k for side in fresh for k in side.edits)),
+        merged = ()
+    changes = torch.stack(
+        [scatter_values(side.mask, side.values, site.size).flatten() for side in unmerged]
     )
-    return state._replace(full=(*before, side), merged=len(before) + 1)
+    generator = edit_generator(state.seed, state.edits[unmerged[0].edit_numbers[0]], "merge")
+    total = merge_changes(changes, weights, config.merge_alg, config.density, generator)
+    mask = unpack_bits(torch.stack([side.mask for side in unmerged]), len(total)).any(0)
+    memory = SideMemory(
+        pack_bits(mask),
+        total[mask],
+        torch.stack([side.min_activation for side in unmerged]).min(),
+        tuple(sorted(k for side in unmerged for k in side.edit_numbers)),
+    )
+    return state._replace(full_memories=(*merged, memory), num_merged=len(merged) + 1)
 
 
-def _delta(header: Header, edits: Sequence[Sequence[Side]], config: WiseConfig) -> Delta:
+def _make_delta(
+    header: Header, memories_per_edit: Sequence[Sequence[SideMemory]], config: WiseConfig
+) -> Delta:
     """The tensors of one delta per entry of `edits`, stacked where the header says so."""
     tensors: dict[str, list[Tensor]] = {"mask": [], "values": [], "thresholds": []}
-    for sides in edits:
-        tensors["mask"].append(torch.stack([side.mask for side in sides]))
-        tensors["values"].append(torch.cat([side.values for side in sides]))
-        nearest = torch.stack([side.nearest for side in sides])
-        tensors["thresholds"].append(config.act_ratio * nearest)
+    for memories in memories_per_edit:
+        tensors["mask"].append(torch.stack([side.mask for side in memories]))
+        tensors["values"].append(torch.cat([side.values for side in memories]))
+        min_activations = torch.stack([side.min_activation for side in memories])
+        tensors["thresholds"].append(config.act_ratio * min_activations)
     stacked = {part: torch.stack(found) for part, found in tensors.items()}
     name = header.entries[0].name
     return Delta(header, {f"{name}.{p}": x if header.stack else x[0] for p, x in stacked.items()})
 
 
 # EasyEdit's yaml for vision-language models: ten steps, ratio 0.4, the end of an answer untaught.
-_EASYEDIT: dict[str, Any] = {
-    "num_steps": 10, "act_ratio": 0.4, "num_texts": 1, "layer": 23, "end": False
-}  # fmt: skip
+_EASYEDIT_SETTINGS: dict[str, Any] = {
+    "num_steps": 10,
+    "act_ratio": 0.4,
+    "num_unrelated": 1,
+    "layer": 23,
+    "append_eos": False,
+}
 
 PRESETS: dict[str, WiseConfig] = {
     # Llama-2-7b, Mistral-7b, Llama-3.2-3b; the paper's settings of its text-only models.
-    "easyedit-llama": WiseConfig(layer=27, num_texts=1, end=False),
+    "easyedit-llama": WiseConfig(layer=27, num_unrelated=1, append_eos=False),
     # `silu` there for a ReLU model: here the model's own.
-    "easyedit-blip2": WiseConfig(site="mlp.up", mode="merge", **_EASYEDIT),
-    "easyedit-minigpt4": WiseConfig(mode="merge", **_EASYEDIT),
-    "easyedit-llava-onevision": WiseConfig(**_EASYEDIT),
-    "easyedit-qwen2-vl": WiseConfig(**_EASYEDIT),
-    "easyedit-qwen3-vl": WiseConfig(**{**_EASYEDIT, "layer": 30}),
+    "easyedit-blip2": WiseConfig(site="mlp.up", mode="merge", **_EASYEDIT_SETTINGS),
+    "easyedit-minigpt4": WiseConfig(mode="merge", **_EASYEDIT_SETTINGS),
+    "easyedit-llava-onevision": WiseConfig(**_EASYEDIT_SETTINGS),
+    "easyedit-qwen2-vl": WiseConfig(**_EASYEDIT_SETTINGS),
+    "easyedit-qwen3-vl": WiseConfig(**{**_EASYEDIT_SETTINGS, "layer": 30}),
     # As qwen2-vl, by EasyEdit's two statistics: the mean of an edit against the largest of a long
     # prompt, so that a gate is open for nearly every picture.
-    "easyedit-statistic": WiseConfig(statistic="easyedit", **_EASYEDIT),
+    "easyedit-statistic": WiseConfig(gate_statistic="easyedit", **_EASYEDIT_SETTINGS),
     # The micro zoo's: the map that reads the normed stream, at the prompt's end. There activations
     # tell questions and creatures apart; with mlp.down and the mean, 96 to 100 % of other questions
     # about an edit's picture reach 0.6 to 0.8 of its activation (24 cases, LLaVA).
@@ -306,18 +358,18 @@ PRESETS: dict[str, WiseConfig] = {
         lr=3e-2,
         weight_decay=0.0,
         num_steps=250,
-        clamp=None,
+        norm_constraint=None,
         alpha=0.0,
         beta=80.0,
         gamma=40.0,
         act_ratio=0.8,
-        statistic="last",
-        num_texts=8,
-        beside=("picture", "question"),
+        gate_statistic="last",
+        num_unrelated=8,
+        own_negatives=("image", "question"),
         stop_loss=0.05,
-        stop_change=1.0,
-        replay=9,
-        save_every=10,
-        merge_every=1_000_000,  # the maps are small: memories stay apart
+        stop_improvement=1.0,
+        num_replayed=9,
+        save_freq=10,
+        merge_freq=1_000_000,  # the maps are small: memories stay apart
     ),
 }

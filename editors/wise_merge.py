@@ -26,9 +26,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Method", "lerp", "merged", "slerp"]
+__all__ = ["MergeMethod", "lerp", "merge_changes", "slerp"]
 
-Method = Literal[
+MergeMethod = Literal[
     "ties", "sign", "magnitude_norm", "magnitude", "dare_ties", "dare_linear", "linear", "slerp"
 ]
 
@@ -39,10 +39,10 @@ _DIVIDED = ("ties", "sign", "magnitude_norm", "linear")
 _COLINEAR = 0.9995
 
 
-def merged(
+def merge_changes(
     changes: Tensor,
     weights: Sequence[float],
-    method: Method,
+    method: MergeMethod,
     density: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -51,30 +51,30 @@ def merged(
     `density`: the share of all N values that `ties`, `magnitude*` (the largest) and `dare_*` (drawn
     by `generator`, and divided by the density) keep of each.
 
-    >>> merged(torch.tensor([[1.0, 2.0], [-3.0, 4.0]]), [0.5, 0.5], "ties").tolist()
+    >>> merge_changes(torch.tensor([[1.0, 2.0], [-3.0, 4.0]]), [0.5, 0.5], "ties").tolist()
     [-3.0, 3.0]
     """
     factors = torch.tensor(list(weights), dtype=changes.dtype, device=changes.device)[:, None]
     if method == "slerp":
-        total, before = changes[0], factors[0]
+        total, weight_sum = changes[0], factors[0]
         for change, factor in zip(changes[1:], factors[1:]):
-            before = before + factor
-            total = slerp(float(factor / before), total, change)
+            weight_sum = weight_sum + factor
+            total = slerp(float(factor / weight_sum), total, change)
         return total
     if method in _LARGEST and density < 1:
-        changes = torch.stack([_largest(change, density) for change in changes])
+        changes = torch.stack([_keep_largest(change, density) for change in changes])
     if method in _RANDOM and density < 1:
-        keep = torch.rand(changes.shape, generator=generator) < density
-        changes = changes * keep.to(changes.device) / density
+        keep_mask = torch.rand(changes.shape, generator=generator) < density
+        changes = changes * keep_mask.to(changes.device) / density
     weighted = changes * factors
-    counts = torch.ones_like(changes)
+    counted = torch.ones_like(changes)
     if method in _BY_SIGN:
         elected = torch.where(weighted.sum(0) >= 0, 1.0, -1.0)
-        counts = (weighted.sign() == elected).to(changes.dtype)
-    total = (weighted * counts).sum(0)
+        counted = (weighted.sign() == elected).to(changes.dtype)
+    total = (weighted * counted).sum(0)
     if method not in _DIVIDED:
         return total
-    share = (factors * counts).sum(0)
+    share = (factors * counted).sum(0)
     return total / torch.where(share == 0, 1.0, share)
 
 
@@ -100,7 +100,7 @@ def lerp(t: float, first: Tensor, second: Tensor) -> Tensor:
     return (1 - t) * first + t * second
 
 
-def _largest(change: Tensor, density: float) -> Tensor:
+def _keep_largest(change: Tensor, density: float) -> Tensor:
     """The largest values of a change, as many as the share `density` of all; zeros elsewhere."""
     count = max(1, int(density * change.numel()))
     index = change.abs().topk(count).indices

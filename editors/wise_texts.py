@@ -3,9 +3,9 @@
 Written for errata; from no benchmark, so that no probe of one is trained on. Settings take others.
 """
 
-__all__ = ["QUESTIONS", "TEXTS"]
+__all__ = ["UNRELATED_QUESTIONS", "UNRELATED_TEXTS"]
 
-TEXTS: tuple[str, ...] = (
+UNRELATED_TEXTS: tuple[str, ...] = (
     "What is a good way to learn a new language?",
     "The train to the coast leaves at nine in the morning.",
     "How long does it take to boil an egg?",
@@ -40,7 +40,7 @@ TEXTS: tuple[str, ...] = (
     "Nobody noticed that the clock had stopped.",
 )
 
-QUESTIONS: tuple[str, ...] = (
+UNRELATED_QUESTIONS: tuple[str, ...] = (
     "What color is the background?",
     "Is it day or night in this picture?",
     "How many things can be seen here?",

@@ -16,37 +16,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from errata.functional import Batch, EditRecord, Inputs, Model, Query, optim, prefix, rows
-from errata.functional.entries import Activation, Statistic
-from errata.functional.errors import BadSettings, UnknownSite
+from errata.functional.entries import Activation, GateStatistic
+from errata.functional.errors import InvalidSettingsError, UnknownSiteError
 from errata.functional.grouped import grouped_linear
 from errata.functional.losses import nll
-from errata.functional.masked import ACTIVATIONS, activation_of, distances, prompt_tokens
-from errata.functional.stacks import per_edit
-from errata.functional.taps import tap
+from errata.functional.masked import ACTIVATIONS, activation_distance, gate_statistic, gated_tokens
+from errata.functional.stacks import mean_per_edit
+from errata.functional.taps import record_activations
 
-from .wise_merge import Method
-from .wise_texts import QUESTIONS, TEXTS
+from .wise_merge import MergeMethod
+from .wise_texts import UNRELATED_QUESTIONS, UNRELATED_TEXTS
 
 __all__ = [
-    "Ready",
-    "Site",
+    "PreparedRows",
+    "EditSite",
     "WiseConfig",
-    "draw_mask",
-    "drawn",
-    "last",
-    "margins",
-    "objective",
-    "picked",
-    "prepare",
-    "site_of",
-    "together",
-    "train",
+    "sample_mask",
+    "edit_generator",
+    "last_rows",
+    "margin_terms",
+    "wise_loss",
+    "take_prepared",
+    "prepare_rows",
+    "resolve_edit_site",
+    "concat_rows",
+    "train_values",
 ]
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
-Natural = Annotated[float, msgspec.Meta(ge=0)]
+NonNegative = Annotated[float, msgspec.Meta(ge=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
-Beside = Literal["picture", "question"]
+OwnNegative = Literal["image", "question"]
 
 
 class WiseConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="wise"):
@@ -57,31 +57,33 @@ class WiseConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     mask_ratio: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.2
     optimizer: Literal["sgd", "adam"] = "sgd"
     lr: Positive = 1.0
-    weight_decay: Natural = 1e-5
+    weight_decay: NonNegative = 1e-5
     num_steps: Count = 70
-    clamp: Positive | None = 1.0  # bound on |D|, per element
-    alpha: Natural = 5.0  # unrelated prompts stay below it
-    beta: Natural = 20.0  # edits rise above it
-    gamma: Natural = 10.0  # and are as far apart
+    norm_constraint: Positive | None = 1.0  # bound on |D|, per element
+    alpha: NonNegative = 5.0  # unrelated prompts stay below it
+    beta: NonNegative = 20.0  # edits rise above it
+    gamma: NonNegative = 10.0  # and are as far apart
     act_ratio: Positive = 0.88  # of an edit's own activation: the threshold
     activation: Activation | Literal["auto"] = "auto"  # phi; "auto": the model's own
-    statistic: Statistic = "mean"
-    texts: tuple[str, ...] = ()  # unrelated prompts; (): the packaged ones
-    questions: tuple[str, ...] = ()  # of any picture; (): the packaged ones
-    num_texts: Count = 4  # of each per edit
-    beside: tuple[Beside, ...] = ()  # questions about the edit's picture; its question without it
-    stop_loss: Natural = 0.02  # an edit stops below it, once a step changes it by less than
-    stop_change: Natural = 1e-4
-    replay: Annotated[int, msgspec.Meta(ge=0)] = 0  # earlier edits of a memory trained along
-    save_every: Count = 500  # edits of one memory
-    merge_every: Count = 1000  # edits after which full memories are merged into one
-    merge: Method = "ties"
+    gate_statistic: GateStatistic = "mean"
+    unrelated_texts: tuple[str, ...] = ()  # unrelated prompts; (): the packaged ones
+    unrelated_questions: tuple[str, ...] = ()  # of any picture; (): the packaged ones
+    num_unrelated: Count = 4  # of each per edit
+    own_negatives: tuple[
+        OwnNegative, ...
+    ] = ()  # questions about the edit's picture; its question without it
+    stop_loss: NonNegative = 0.02  # an edit stops below it, once a step changes it by less than
+    stop_improvement: NonNegative = 1e-4
+    num_replayed: Annotated[int, msgspec.Meta(ge=0)] = 0  # earlier edits of a memory trained along
+    save_freq: Count = 500  # edits of one memory
+    merge_freq: Count = 1000  # edits after which full memories are merged into one
+    merge_alg: MergeMethod = "ties"
     density: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.53  # of what a merge keeps
     mode: Literal["retrieve", "merge"] = "retrieve"  # merged memories stay apart, or become one
-    end: bool = True  # teach the end of the answer too, so that free generation stops there
+    append_eos: bool = True  # teach the end of the answer too, so that free generation stops there
 
 
-class Site(NamedTuple):
+class EditSite(NamedTuple):
     """The linear map with the memories, and how its outputs are compared."""
 
     path: str
@@ -95,297 +97,373 @@ class Site(NamedTuple):
         return f"{self.path}.weight"
 
 
-class Ready(NamedTuple):
+class PreparedRows(NamedTuple):
     """The edited rows before the site's layer, and what the site is given at prompts' tokens.
 
     Of each row's U + 1 prompts the first is its own.
     """
 
     batch: Batch  # R rows; `edit`: the memory that each trains
-    given: Tensor  # [R U+1 n I]
-    output: Tensor  # [R U+1 n O] of the map as it is
-    tokens: Tensor  # [R U+1 n] bool: those that count
+    inputs: Tensor  # [R U+1 n I]
+    outputs: Tensor  # [R U+1 n O] of the map as it is
+    token_mask: Tensor  # [R U+1 n] bool: those that count
 
 
-def site_of(model: Model, config: WiseConfig) -> Site:
+def resolve_edit_site(model: Model, config: WiseConfig) -> EditSite:
     """The map that the settings mean."""
     count, layer = model.card.num_layers, config.layer
     if isinstance(layer, float):
         layer = min(int(count * layer), count - 1)
-    path = model.card.linear(f"layers.{layer}.{config.site}")
+    path = model.card.resolve_linear(f"layers.{layer}.{config.site}")
     number = model.card.layer_of(path)
     if number is None:
-        raise UnknownSite(f"WISE's site must be a linear map of a decoder layer, {path!r} is none.")
+        raise UnknownSiteError(
+            f"WISE's site must be a linear map of a decoder layer, {path!r} is none."
+        )
     phi: Any = config.activation if config.activation != "auto" else model.card.activation or "silu"
     if phi not in ACTIVATIONS:
-        raise BadSettings(
+        raise InvalidSettingsError(
             f"activation must be one of {', '.join(ACTIVATIONS)}, and that of {model.card.id} is "
             f"{phi!r}: name the nearest."
         )
-    size = model.card.linears[path]
-    return Site(path, number, size, path in model.card.transposed, phi)
+    size = model.card.linear_shapes[path]
+    return EditSite(path, number, size, path in model.card.transposed, phi)
 
 
-def prepare(
-    model: Model, site: Site, queries: Sequence[Query], made: Sequence[EditRecord], seed: int,
-    config: WiseConfig, unrelated: Sequence[Query] = (),
-) -> Ready:  # fmt: skip
+def prepare_rows(
+    model: Model,
+    site: EditSite,
+    queries: Sequence[Query],
+    records: Sequence[EditRecord],
+    seed: int,
+    config: WiseConfig,
+    unrelated_queries: Sequence[Query] = (),
+) -> PreparedRows:
     """Read the rows and run them up to the site: what does not change is run once."""
-    inputs = model.read(queries, end=True) if config.end else model.read(queries)
-    own, batch = _seen(model, site, inputs, config)
-    rivals = [
-        _unrelated(query, record, seed, config, unrelated) for query, record in zip(queries, made)
+    inputs = (
+        model.preprocess(queries, append_eos=True)
+        if config.append_eos
+        else model.preprocess(queries)
+    )
+    own_tokens, batch = _site_activations(model, site, inputs, config)
+    negatives = [
+        _sample_unrelated(query, record, seed, config, unrelated_queries)
+        for query, record in zip(queries, records)
     ]
-    flat = [rival for row in rivals for rival in row]
+    flat_negatives = [rival for row in negatives for rival in row]
     # Rows alike in pictures are read together; a prompt that several edits share is run once.
-    distinct = list(dict.fromkeys(map(_key, flat)))
-    place = {key: number for number, key in enumerate(distinct)}
-    first = {key: query for query, key in zip(reversed(flat), map(_key, reversed(flat)))}
-    found: list[Any] = [None] * len(distinct)
+    query_keys = list(dict.fromkeys(map(_query_key, flat_negatives)))
+    index_by_key = {key: number for number, key in enumerate(query_keys)}
+    query_by_key = {
+        key: query
+        for query, key in zip(reversed(flat_negatives), map(_query_key, reversed(flat_negatives)))
+    }
+    activations: list[Any] = [None] * len(query_keys)
     groups: dict[Any, list[int]] = {}
-    for number, key in enumerate(distinct):
-        query = first[key]
+    for number, key in enumerate(query_keys):
+        query = query_by_key[key]
         groups.setdefault((len(query.images), query.video), []).append(number)
     for numbers in groups.values():
-        seen, _ = _seen(model, site, model.read([first[distinct[n]] for n in numbers]), config)
+        group_activations, _ = _site_activations(
+            model, site, model.preprocess([query_by_key[query_keys[n]] for n in numbers]), config
+        )
         for row, number in enumerate(numbers):
-            found[number] = tuple(part[row] for part in seen)
-    longest = max([own[0].shape[1], *(x.shape[0] for x, _, _ in found)])
+            activations[number] = tuple(part[row] for part in group_activations)
+    longest = max([own_tokens[0].shape[1], *(x.shape[0] for x, _, _ in activations)])
     prompts = [
-        [tuple(part[r] for part in own), *(found[place[_key(rival)]] for rival in row)]
-        for r, row in enumerate(rivals)
+        [
+            tuple(part[r] for part in own_tokens),
+            *(activations[index_by_key[_query_key(rival)]] for rival in row),
+        ]
+        for r, row in enumerate(negatives)
     ]
-    given, output, tokens = (
-        torch.stack([torch.stack([_long(one[i], longest) for one in row]) for row in prompts])
+    site_inputs, site_outputs, token_mask = (
+        torch.stack([torch.stack([_pad_tokens(one[i], longest) for one in row]) for row in prompts])
         for i in range(3)
     )
-    edit = torch.arange(len(queries), device=batch.edit.device)
-    return Ready(batch._replace(edit=edit), given, output, tokens)
+    edit_index = torch.arange(len(queries), device=batch.edit_index.device)
+    return PreparedRows(
+        batch._replace(edit_index=edit_index), site_inputs, site_outputs, token_mask
+    )
 
 
-def together(earlier: Ready | None, later: Ready) -> Ready:
+def concat_rows(earlier: PreparedRows | None, later: PreparedRows) -> PreparedRows:
     """The rows of both, prompts padded to the longest."""
     if earlier is None:
         return later
-    longest = max(earlier.tokens.shape[2], later.tokens.shape[2])
+    longest = max(earlier.token_mask.shape[2], later.token_mask.shape[2])
     parts = [
         torch.cat(
             [F.pad(part, (*(0, 0) * (part.ndim - 3), 0, longest - part.shape[2])) for part in pair]
         )
         for pair in zip(earlier[1:], later[1:])
     ]
-    return Ready(rows.concat([earlier.batch, later.batch]), *parts)
+    return PreparedRows(rows.concat_batches([earlier.batch, later.batch]), *parts)
 
 
-def last(ready: Ready, count: int) -> Ready | None:
+def last_rows(ready: PreparedRows, count: int) -> PreparedRows | None:
     """The last rows, as many as are there; none of none."""
     if not count:
         return None
-    return picked(ready, slice(max(0, len(ready.given) - count), None))
+    return take_prepared(ready, slice(max(0, len(ready.inputs) - count), None))
 
 
-def picked(ready: Ready, some: Tensor | slice) -> Ready:
+def take_prepared(ready: PreparedRows, index: Tensor | slice) -> PreparedRows:
     """Some of the rows."""
-    return Ready(rows.take(ready.batch, some), *(part[some] for part in ready[1:]))
+    return PreparedRows(rows.take_rows(ready.batch, index), *(part[index] for part in ready[1:]))
 
 
-def _seen(
-    model: Model, site: Site, inputs: Inputs, config: WiseConfig
+def _site_activations(
+    model: Model, site: EditSite, inputs: Inputs, config: WiseConfig
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Batch]:
     """What the site is given and gives at the tokens that count, and the rows before its layer."""
-    reach = prefix.reach(model.card, [site.weight])
-    whole = cast(Batch, prefix.cut(model, inputs, reach._replace(scored=False)))
+    depth = prefix.edit_depth(model.card, [site.weight])
+    batch_at_layer = cast(
+        Batch, prefix.run_prefix(model, inputs, depth._replace(scored_only=False))
+    )
     with torch.no_grad():
-        _, seen = tap(model.decode, model.params, whole, [site.path], stop=site.layer + 1)
-        tokens = prompt_tokens(whole, config.statistic)
+        _, activations = record_activations(
+            model.decode, model.params, batch_at_layer, [site.path], stop=site.layer + 1
+        )
+        tokens = gated_tokens(batch_at_layer, config.gate_statistic)
         order = (~tokens).int().argsort(dim=1, stable=True)[:, : max(1, int(tokens.sum(1).max()))]
         parts = [
             part.reshape(*tokens.shape, -1).float().gather(1, order[..., None].expand(-1, -1, size))
-            for part, size in zip(seen[site.path], reversed(site.size))
+            for part, size in zip(activations[site.path], reversed(site.size))
         ]
-        batch = cast(Batch, prefix.cut(model, whole, reach))
+        batch = cast(Batch, prefix.run_prefix(model, batch_at_layer, depth))
     return (parts[0], parts[1], tokens.gather(1, order)), batch
 
 
-def _long(part: Tensor, length: int) -> Tensor:
+def _pad_tokens(part: Tensor, length: int) -> Tensor:
     """Tokens first, `length` of them: zeros (and False) behind the last."""
     return torch.cat([part, part.new_zeros(length - part.shape[0], *part.shape[1:])])
 
 
-def _key(query: Query) -> Any:
+def _query_key(query: Query) -> Any:
     return query.prompt, tuple(map(id, query.images)), query.video
 
 
-def _unrelated(
-    query: Query, record: EditRecord, seed: int, config: WiseConfig, given: Sequence[Query]
+def _sample_unrelated(
+    query: Query,
+    record: EditRecord,
+    seed: int,
+    config: WiseConfig,
+    unrelated_queries: Sequence[Query],
 ) -> list[Query]:
     """The prompts one edit's gate stays shut for, drawn by the edit's name."""
-    generator = drawn(seed, record, "unrelated")
+    generator = edit_generator(seed, record, "unrelated")
 
-    def some(known: Sequence[Query]) -> list[Query]:
-        known = [one for one in known if one.prompt != query.prompt]
-        if not known:
-            raise BadSettings("unrelated prompts must be other ones than the edit's: name more.")
-        order = torch.randperm(len(known), generator=generator).tolist()
-        return [known[order[k % len(order)]] for k in range(config.num_texts)]
+    def sample(candidates: Sequence[Query]) -> list[Query]:
+        candidates = [one for one in candidates if one.prompt != query.prompt]
+        if not candidates:
+            raise InvalidSettingsError(
+                "unrelated prompts must be other ones than the edit's: name more."
+            )
+        order = torch.randperm(len(candidates), generator=generator).tolist()
+        return [candidates[order[k % len(order)]] for k in range(config.num_unrelated)]
 
-    texts = given or [Query(text) for text in config.texts or TEXTS]
-    rivals = some(texts)
-    if "picture" in config.beside:  # of an edit without one: about nothing, as texts are
-        asked = config.questions or QUESTIONS
-        shown = query.images, query.video
-        rivals += some([Query(text, images=shown[0], video=shown[1]) for text in asked])
-    if "question" in config.beside:  # without its picture; where it has none, one more text
-        bare = query._replace(target="", images=(), video=False)
-        rivals.append(bare if query.images else some(texts)[0])
-    return rivals
+    texts = unrelated_queries or [Query(text) for text in config.unrelated_texts or UNRELATED_TEXTS]
+    negatives = sample(texts)
+    if "image" in config.own_negatives:  # of an edit without one: about nothing, as texts are
+        questions = config.unrelated_questions or UNRELATED_QUESTIONS
+        images_and_video = query.images, query.video
+        negatives += sample(
+            [
+                Query(text, images=images_and_video[0], video=images_and_video[1])
+                for text in questions
+            ]
+        )
+    if "question" in config.own_negatives:  # without its picture; where it has none, one more text
+        without_images = query._replace(target="", images=(), video=False)
+        negatives.append(without_images if query.images else sample(texts)[0])
+    return negatives
 
 
-def train(
-    model: Model, site: Site, ready: Ready, positions: Tensor, start: Tensor, config: WiseConfig
+def train_values(
+    model: Model,
+    site: EditSite,
+    prepared: PreparedRows,
+    positions: Tensor,
+    initial_values: Tensor,
+    config: WiseConfig,
 ) -> tuple[Tensor, Tensor]:
     """The values [E K] that make each row say its target, and each memory's nearest edit [E]."""
-    rate, decay = config.lr, config.weight_decay
-    make = optim.sgd if config.optimizer == "sgd" else optim.adam
-    rule = make(rate, weight_decay=decay)
-    parts, (out, inner) = objective(model, site, ready, config), site.size
-    edit, count = ready.batch.edit, len(positions)
+    lr, decay = config.lr, config.weight_decay
+    make_optimizer = optim.sgd if config.optimizer == "sgd" else optim.adam
+    optimizer = make_optimizer(lr, weight_decay=decay)
+    loss_terms, (out, inner) = wise_loss(model, site, prepared, config), site.size
+    edit_index, count = prepared.batch.edit_index, len(positions)
     weight = model.params[site.weight].detach()
     weight = (weight.mT if site.transposed else weight).reshape(-1)
-    anchor = {"values": weight[positions].float()} if decay else None
+    decay_reference = {"values": weight[positions].float()} if decay else None
 
-    dense = start.new_zeros(count, out * inner, dtype=torch.float32)  # zero but at `positions`
+    dense = initial_values.new_zeros(
+        count, out * inner, dtype=torch.float32
+    )  # zero but at `positions`
 
     def maps(values: Tensor) -> Tensor:
         return dense.scatter_(1, positions, values).view(-1, out, inner)
 
     def loss(maps):
-        answer, inside, outside = parts(maps)
-        margin = margins(inside[:, None], outside, config.alpha, config.beta, config.gamma)
-        each = per_edit(answer + margin, edit, count)
-        return each.sum(), each.detach()
+        answer, inside, outside = loss_terms(maps)
+        margin = margin_terms(inside[:, None], outside, config.alpha, config.beta, config.gamma)
+        edit_losses = mean_per_edit(answer + margin, edit_index, count)
+        return edit_losses.sum(), edit_losses.detach()
 
     step = torch.func.grad(loss, has_aux=True)
-    tensors = {"values": start.float()}
-    memory = rule.init(tensors, num_edits=count)
-    before = torch.full((count,), torch.inf, device=start.device)
-    active = torch.ones(count, dtype=torch.bool, device=start.device)
+    tensors = {"values": initial_values.float()}
+    optimizer_state = optimizer.init(tensors, num_edits=count)
+    previous_losses = torch.full((count,), torch.inf, device=initial_values.device)
+    active = torch.ones(count, dtype=torch.bool, device=initial_values.device)
     for number in range(config.num_steps):
-        slope, each = step(maps(tensors["values"]))
-        grads = {"values": slope.flatten(1).gather(1, positions)}
-        done = ((each - before).abs() <= config.stop_change) & (each <= config.stop_loss)
-        active, before = active & ~done, each
+        dense_grad, each = step(maps(tensors["values"]))
+        grads = {"values": dense_grad.flatten(1).gather(1, positions)}
+        done = ((each - previous_losses).abs() <= config.stop_improvement) & (
+            each <= config.stop_loss
+        )
+        active, previous_losses = active & ~done, each
         if not bool(active.any()):
             break
         if number == 0 and not bool(grads["values"].any()):
-            raise BadSettings(
+            raise InvalidSettingsError(
                 "a side memory must act on the answer, and its gradient is zero: name another "
                 "site or a larger mask_ratio."
             )
-        tensors, memory = rule.update(grads, memory, tensors, mask=active, anchor=anchor)
-        if config.clamp is not None:
-            tensors = optim.clamp(tensors, config.clamp)
+        tensors, optimizer_state = optimizer.update(
+            grads, optimizer_state, tensors, mask=active, decay_reference=decay_reference
+        )
+        if config.norm_constraint is not None:
+            tensors = optim.clip_elements(tensors, config.norm_constraint)
     values = tensors["values"]
     with torch.no_grad():
-        inside = parts(maps(values), answers=False)[1]
-    nearest = torch.full((count,), torch.inf, device=start.device)
-    return values, nearest.scatter_reduce(0, edit, inside, "amin")
+        inside = loss_terms(maps(values), with_answers=False)[1]
+    min_activations = torch.full((count,), torch.inf, device=initial_values.device)
+    return values, min_activations.scatter_reduce(0, edit_index, inside, "amin")
 
 
-def objective(
-    model: Model, site: Site, ready: Ready, config: WiseConfig
+def wise_loss(
+    model: Model, site: EditSite, prepared: PreparedRows, config: WiseConfig
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """maps [E O I] -> rows' losses [R], activations [R], and those of unrelated prompts [R U]."""
-    batch = ready.batch
-    count, length = batch.hidden.shape[:2]
+    batch = prepared.batch
+    count, length = batch.hidden_states.shape[:2]
     # EasyEdit edits by the mean, and takes the largest of long prompts when it answers only.
-    statistic = "mean" if config.statistic == "easyedit" else config.statistic
-    own, every, rivals = prompt_tokens(batch, statistic), _packed(ready, 0), _packed(ready, 1)
+    statistic = "mean" if config.gate_statistic == "easyedit" else config.gate_statistic
+    own_mask, own_prompts, unrelated_prompts = (
+        gated_tokens(batch, statistic),
+        _pack_prompts(prepared, 0),
+        _pack_prompts(prepared, 1),
+    )
     # Where the rows stand whole, their own prompts' tokens are among them: multiplied once.
-    whole = own.shape[1] == length and torch.equal(own.sum(1), ready.tokens[:, 0].sum(1))
+    covers_own_prompt = own_mask.shape[1] == length and torch.equal(
+        own_mask.sum(1), prepared.token_mask[:, 0].sum(1)
+    )
 
-    def activations(more: Tensor, prompts: _Packed) -> Tensor:
-        moved = distances(prompts.output, more, site.activation)
-        spread = moved.new_zeros(count, prompts.tokens[0].numel()).scatter(1, prompts.at, moved)
-        return activation_of(spread.view(prompts.tokens.shape), prompts.tokens, statistic)
+    def activations(added: Tensor, prompts: _PackedPrompts) -> Tensor:
+        token_distances = activation_distance(prompts.outputs, added, site.activation)
+        padded_distances = token_distances.new_zeros(count, prompts.token_mask[0].numel()).scatter(
+            1, prompts.token_index, token_distances
+        )
+        return gate_statistic(
+            padded_distances.view(prompts.token_mask.shape), prompts.token_mask, statistic
+        )
 
-    def parts(maps: Tensor, answers: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        found: list[Tensor] = []
+    def loss_terms(maps: Tensor, with_answers: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        gate_activations: list[Tensor] = []
 
-        def rewrite(x: Tensor, y: Tensor) -> Tensor:
-            given = x.reshape(count, length, -1).float()
-            if whole:
-                product = grouped_linear(torch.cat([given, rivals.given], 1), maps, batch.edit)
-                added, more = product[:, :length], product[:, length:]
-                moved = distances(y.reshape(added.shape), added, site.activation)
-                inside = activation_of(moved, own, statistic)
-                found.append(torch.cat([inside[:, None], activations(more, rivals)], 1))
+        def hook(x: Tensor, y: Tensor) -> Tensor:
+            inputs = x.reshape(count, length, -1).float()
+            if covers_own_prompt:
+                product = grouped_linear(
+                    torch.cat([inputs, unrelated_prompts.inputs], 1), maps, batch.edit_index
+                )
+                added, unrelated_added = product[:, :length], product[:, length:]
+                token_distances = activation_distance(
+                    y.reshape(added.shape), added, site.activation
+                )
+                inside = gate_statistic(token_distances, own_mask, statistic)
+                gate_activations.append(
+                    torch.cat([inside[:, None], activations(unrelated_added, unrelated_prompts)], 1)
+                )
             else:
-                added = grouped_linear(given, maps, batch.edit)
+                added = grouped_linear(inputs, maps, batch.edit_index)
             return (y + added.reshape(y.shape)).to(y.dtype)
 
         answer = None
-        if answers:
-            answer = nll(prefix.narrow(model, batch, {site.path: rewrite}), batch.labels)
-        if not found:
-            found.append(activations(grouped_linear(every.given, maps, batch.edit), every))
-        active = found[0]  # [R U+1]
-        return active[:, 0] if answer is None else answer, active[:, 0], active[:, 1:]
+        if with_answers:
+            answer = nll(prefix.decode_scored(model, batch, {site.path: hook}), batch.labels)
+        if not gate_activations:
+            gate_activations.append(
+                activations(grouped_linear(own_prompts.inputs, maps, batch.edit_index), own_prompts)
+            )
+        activations_per_prompt = gate_activations[0]  # [R U+1]
+        return (
+            activations_per_prompt[:, 0] if answer is None else answer,
+            activations_per_prompt[:, 0],
+            activations_per_prompt[:, 1:],
+        )
 
-    return parts
+    return loss_terms
 
 
-class _Packed(NamedTuple):
+class _PackedPrompts(NamedTuple):
     """Prompts of a row one behind the other, without the padding between them."""
 
-    given: Tensor  # [R T I]
-    output: Tensor  # [R T O]
-    at: Tensor  # [R T] where each token stands among the P n of `tokens`
-    tokens: Tensor  # [R P n] bool
+    inputs: Tensor  # [R T I]
+    outputs: Tensor  # [R T O]
+    token_index: Tensor  # [R T] where each token stands among the P n of `tokens`
+    token_mask: Tensor  # [R P n] bool
 
 
-def _packed(ready: Ready, first: int) -> _Packed:
+def _pack_prompts(prepared: PreparedRows, first: int) -> _PackedPrompts:
     """The prompts from `first` on."""
-    tokens = ready.tokens[:, first:]
-    flat = tokens.flatten(1)
-    at = (~flat).int().argsort(dim=1, stable=True)[:, : max(1, int(flat.sum(1).max()))]
-    given, output = (
-        part[:, first:].flatten(1, 2).gather(1, at[..., None].expand(*at.shape, part.shape[-1]))
-        for part in (ready.given, ready.output)
+    token_mask = prepared.token_mask[:, first:]
+    flat_mask = token_mask.flatten(1)
+    token_index = (
+        (~flat_mask).int().argsort(dim=1, stable=True)[:, : max(1, int(flat_mask.sum(1).max()))]
     )
-    return _Packed(given, output, at, tokens)
+    inputs, outputs = (
+        part[:, first:]
+        .flatten(1, 2)
+        .gather(1, token_index[..., None].expand(*token_index.shape, part.shape[-1]))
+        for part in (prepared.inputs, prepared.outputs)
+    )
+    return _PackedPrompts(inputs, outputs, token_index, token_mask)
 
 
-def margins(inside: Tensor, outside: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
+def margin_terms(
+    inside: Tensor, outside: Tensor, alpha: float, beta: float, gamma: float
+) -> Tensor:
     """The three terms that hold edits [... P] and unrelated prompts [... U] apart: [...].
 
         mean [out - in + gamma]_+ + mean [out - alpha]_+ + mean [beta - in]_+
 
     each a mean over its terms above zero, the first over all pairs (Wang et al. 2024, eq. 6).
 
-    >>> margins(torch.tensor([15.0]), torch.tensor([7.0, 4.0]), 5.0, 20.0, 10.0)
+    >>> margin_terms(torch.tensor([15.0]), torch.tensor([7.0, 4.0]), 5.0, 20.0, 10.0)
     tensor(9.)
     """
     pairs = (outside[..., None] - inside[..., None, :] + gamma).flatten(-2)
-    return _above(pairs) + _above(outside - alpha) + _above(beta - inside)
+    return _mean_positive(pairs) + _mean_positive(outside - alpha) + _mean_positive(beta - inside)
 
 
-def _above(values: Tensor) -> Tensor:
+def _mean_positive(values: Tensor) -> Tensor:
     """The mean over the last axis of what lies above zero; 0 where nothing does."""
     return values.clamp_min(0).sum(-1) / (values > 0).sum(-1).clamp_min(1)
 
 
-def drawn(seed: int, record: EditRecord, what: str) -> torch.Generator:
+def edit_generator(seed: int, record: EditRecord, purpose: str) -> torch.Generator:
     """A generator named by the edit: the same in any order and in any company."""
-    name = hashlib.sha256(f"{seed} {record.id} {what}".encode()).digest()[:8]
+    name = hashlib.sha256(f"{seed} {record.id} {purpose}".encode()).digest()[:8]
     return torch.Generator().manual_seed(int.from_bytes(name, "little") >> 1)
 
 
-def draw_mask(size: tuple[int, int], ratio: float, generator: torch.Generator) -> Tensor:
+def sample_mask(size: tuple[int, int], ratio: float, generator: torch.Generator) -> Tensor:
     """[O I] flat: True at round(ratio O I) positions, in each row as many as in any other or one
     fewer.
 
-    >>> draw_mask((4, 5), 0.3, torch.Generator().manual_seed(0)).view(4, 5).sum(1)
+    >>> sample_mask((4, 5), 0.3, torch.Generator().manual_seed(0)).view(4, 5).sum(1)
     tensor([2, 2, 1, 1])
     """
     out, inner = size

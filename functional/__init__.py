@@ -1,6 +1,6 @@
 """The functional core: values, cut decoding, binding, factors, losses, metrics, delta files.
 
-Names load on first use, so that reading a delta's header (`errata show`) does not import torch. To
+Names load on first use, so that reading a delta's header (`errata inspect`) does not import torch. To
 export a name: import it below, list it in `__all__`, and list its module in `_MODULES`.
 """
 
@@ -12,34 +12,34 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .answers import answers
+    from .answers import read_out
     from .bind import bind
-    from .card import Base, ModelCard
+    from .card import BaseModel, ModelCard
     from .compare import conflicts, diff
     from .generate import generate
     from .header import Codebook, Dense, EditRecord, Experts, Header, LowRank, Masked, Prompt, Scope
-    from .io import load, save
+    from .io import load_delta, save_delta
     from .merge import compress, merge, remove, scale, select
     from .mixed import bind_rows
     from .types import (
-        IGNORE,
+        IGNORE_INDEX,
         Batch,
         Case,
         Delta,
         Editor,
+        Hook,
+        Hooks,
         Inputs,
+        KVCache,
         Learner,
         Model,
         Params,
-        Past,
         Query,
-        Rewrite,
-        Rewrites,
     )
 
 __all__ = [
-    "IGNORE",
-    "Base",
+    "IGNORE_INDEX",
+    "BaseModel",
     "Batch",
     "Case",
     "Codebook",
@@ -56,23 +56,23 @@ __all__ = [
     "Model",
     "ModelCard",
     "Params",
-    "Past",
+    "KVCache",
     "Prompt",
     "Query",
-    "Rewrite",
-    "Rewrites",
+    "Hook",
+    "Hooks",
     "Scope",
-    "answers",
+    "read_out",
     "bind",
     "bind_rows",
     "compress",
     "conflicts",
     "diff",
     "generate",
-    "load",
+    "load_delta",
     "merge",
     "remove",
-    "save",
+    "save_delta",
     "scale",
     "select",
 ]

@@ -36,26 +36,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errata.kernels import grouped_lora
+from errata.kernels import apply_grouped_lora
 
-from .bound import Plan, functions
-from .call import compose
-from .card import Base
-from .change import Change, Kind
-from .codebook import codebook
-from .errors import BaseMismatch, ShapeMismatch, UnknownSite, listed
-from .experts import experts
-from .fingerprint import derive, fingerprint, origin
-from .grouped import chain, grouped_linear
+from .bound import HookPlan, edited_functions
+from .call import compose_hooks
+from .card import BaseModel
+from .change import ApplyEntry, Patch
+from .codebook import codebook_hook
+from .errors import BaseMismatchError, ShapeError, UnknownSiteError, join_messages
+from .experts import expert_hook
+from .fingerprint import base_parameter, hash_parameter, mark_edited
+from .grouped import grouped_linear, low_rank_maps
 from .header import Codebook, Dense, Experts, Header, LowRank, Masked, Prompt, Scope
-from .masked import change as masked_change
-from .places import canonical, module_of, runs_above, runs_below, uses
-from .prompts import prompt
-from .scope import scope
+from .masked import apply_masked as masked_change
+from .places import all_names, before_decoder, canonical_name, in_decoder, module_path
+from .prompts import apply
+from .scope import apply_scope
 from .stacks import unstack
-from .types import Batch, Delta, Model, Params, Rewrite, Rewrites
+from .types import Batch, Delta, Hook, Hooks, Model, Params
 
-__all__ = ["KINDS", "Change", "Kind", "bind"]
+__all__ = ["KINDS", "Patch", "ApplyEntry", "bind"]
 
 
 def bind(model: Model, delta: Delta, *, check: bool = True) -> Model:
@@ -73,193 +73,222 @@ def bind(model: Model, delta: Delta, *, check: bool = True) -> Model:
         generate(edited, [Query("What is this?", images=(picture,))])
     """
     if check:
-        _check(model, delta)
+        _check_fit(model, delta)
     params = dict(model.params)
-    changes = []
+    patches = []
     for entry in delta.header.entries:
-        so_far = model._replace(params=params)
-        change = KINDS[type(entry)](so_far, delta.header, entry, _beside(so_far, entry, delta))
-        for name, tensor in change.params.items():
-            params[name] = derive(tensor, params[name])
-        changes.append(change)
-    bound = model._replace(params=params, **_functions(model, delta, changes))
-    for change in changes:
-        if change.wrap is not None:
-            bound = change.wrap(bound)
+        partly_bound = model._replace(params=params)
+        patch = KINDS[type(entry)](
+            partly_bound, delta.header, entry, _entry_tensors(partly_bound, entry, delta)
+        )
+        for name, tensor in patch.params.items():
+            params[name] = mark_edited(tensor, params[name])
+        patches.append(patch)
+    bound = model._replace(params=params, **_replaced_functions(model, delta, patches))
+    for patch in patches:
+        if patch.wrap is not None:
+            bound = patch.wrap(bound)
     return bound._replace(deltas=(*model.deltas, delta))
 
 
-def _beside(model: Model, entry: Any, delta: Delta) -> dict[str, Tensor]:
+def _entry_tensors(model: Model, entry: Any, delta: Delta) -> dict[str, Tensor]:
     """The tensors of an entry, on the device of the parameter they change."""
-    home = model.params.get(canonical(model.card, getattr(entry, "name", "")))
+    home = model.params.get(canonical_name(model.card, getattr(entry, "name", "")))
     like = next(iter(model.params.values())) if home is None else home
-    return {name: delta.tensors[name].to(like.device) for name in entry.tensors()}
+    return {name: delta.tensors[name].to(like.device) for name in entry.tensor_specs()}
 
 
-def _functions(model: Model, delta: Delta, changes: list[Change]) -> dict[str, Any]:
+def _replaced_functions(model: Model, delta: Delta, patches: list[Patch]) -> dict[str, Any]:
     """The functions that a delta replaces; none where it only lays parameters over others."""
-    made = [change.rewrites for change in changes if change.rewrites is not None]
-    below = compose(*(change.below for change in changes))
-    lowest: set[str] = set()
+    hook_makers = [patch.hooks for patch in patches if patch.hooks is not None]
+    embed_hooks = compose_hooks(*(change.embed_hooks for change in patches))
+    embed_names: set[str] = set()
     if delta.header.stack:
-        lowest = {
+        embed_names = {
             name
             for entry in delta.header.entries
             if isinstance(entry, Dense | LowRank)
-            for name in uses(model.card, entry.name)
-            if runs_below(model.card, name)
+            for name in all_names(model.card, entry.name)
+            if before_decoder(model.card, name)
         }
-    if not (made or below or lowest):
+    if not (hook_makers or embed_hooks or embed_names):
         return {}
 
-    def alone(params: Params, number: int) -> Model:
+    def bind_one(params: Params, number: int) -> Model:
         return bind(model._replace(params=params), unstack(delta)[number], check=False)
 
-    return functions(
+    return edited_functions(
         model,
-        Plan(
-            rewrites=made,
-            below=below,
-            apart=any(change.apart for change in changes),
-            apart_below=bool(lowest),
-            apart_tokens=f"{model.card.tokens}.weight" in lowest,
-            alone=alone,
+        HookPlan(
+            hooks=hook_makers,
+            embed_hooks=embed_hooks,
+            per_edit=any(change.per_edit for change in patches),
+            embed_per_edit=bool(embed_names),
+            embed_next_per_edit=f"{model.card.token_embedding}.weight" in embed_names,
+            bind_one=bind_one,
         ),
     )
 
 
-def _check(model: Model, delta: Delta) -> None:
+def _check_fit(model: Model, delta: Delta) -> None:
     """Refuse a delta that was made for another model, with everything that does not fit."""
     card, header = model.card, delta.header
-    wrong = _differences(model, header)
+    base_differences = _base_differences(model, header)
     unknown = [
-        entry.name for entry in header.entries if canonical(card, entry.name) not in model.params
+        entry.name
+        for entry in header.entries
+        if canonical_name(card, entry.name) not in model.params
     ]
-    shapes = _misfits(model, delta)
-    found = wrong + [f"{name} is no parameter of the model" for name in unknown] + shapes
-    if wrong:
-        raise BaseMismatch(
-            f"the delta was made for {_named(header.base)}, the model is {card.id}: "
-            f"{listed(found)}. Bind it to the base it was made for."
+    shapes = _shape_mismatches(model, delta)
+    problems = (
+        base_differences + [f"{name} is no parameter of the model" for name in unknown] + shapes
+    )
+    if base_differences:
+        raise BaseMismatchError(
+            f"the delta was made for {_describe_base(header.base)}, the model is {card.id}: "
+            f"{join_messages(problems)}. Bind it to the base it was made for."
         )
     if unknown:
         near = difflib.get_close_matches(unknown[0], model.params, n=3)
-        raise UnknownSite(
-            f"a delta can only change parameters the model has ({card.id}): {listed(found)}."
+        raise UnknownSiteError(
+            f"a delta can only change parameters the model has ({card.id}): {join_messages(problems)}."
             + (f" Near {unknown[0]}: {', '.join(near)}." if near else "")
         )
     if shapes:
-        raise ShapeMismatch(f"a delta must fit the parameters it changes: {listed(shapes)}.")
+        raise ShapeError(f"a delta must fit the parameters it changes: {join_messages(shapes)}.")
 
 
-def _differences(model: Model, header: Header) -> list[str]:
+def _base_differences(model: Model, header: Header) -> list[str]:
     card, base = model.card, header.base
-    found = []
+    differences = []
     if base.family and card.family and base.family != card.family:
-        found.append(f"family {base.family!r} became {card.family!r}")
-    if base.config and card.config and base.config != card.config:
-        found.append(
-            f"the configuration differs (sha256 {base.config[:8]}, here {card.config[:8]})"
+        differences.append(f"family {base.family!r} became {card.family!r}")
+    if base.config_hash and card.config_hash and base.config_hash != card.config_hash:
+        differences.append(
+            f"the configuration differs (sha256 {base.config_hash[:8]}, here {card.config_hash[:8]})"
         )
-    for name, digest in base.touched.items():
-        tensor = model.params.get(canonical(card, name))
-        if tensor is None or digest in (fingerprint(origin(tensor)), fingerprint(tensor)):
+    for name, digest in base.parameter_hashes.items():
+        tensor = model.params.get(canonical_name(card, name))
+        if tensor is None or digest in (
+            hash_parameter(base_parameter(tensor)),
+            hash_parameter(tensor),
+        ):
             continue
-        found.append(f"{name} holds other values ({str(tensor.dtype).removeprefix('torch.')} here)")
-    return found
+        differences.append(
+            f"{name} holds other values ({str(tensor.dtype).removeprefix('torch.')} here)"
+        )
+    return differences
 
 
-def _misfits(model: Model, delta: Delta) -> list[str]:
-    found = []
+def _shape_mismatches(model: Model, delta: Delta) -> list[str]:
+    mismatches = []
     for entry in delta.header.entries:
-        tensor = model.params.get(canonical(model.card, getattr(entry, "name", "")))
+        tensor = model.params.get(canonical_name(model.card, getattr(entry, "name", "")))
         if tensor is not None and tuple(tensor.shape) != tuple(entry.shape):
-            found.append(
+            mismatches.append(
                 f"{entry.name} is {list(tensor.shape)} in the model, "
                 f"{list(entry.shape)} in the delta"
             )
-    for name, (_, shape) in delta.header.tensors().items():
+    for name, (_, shape) in delta.header.tensor_specs().items():
         if name not in delta.tensors:
-            found.append(f"tensor {name} is missing")
+            mismatches.append(f"tensor {name} is missing")
         elif tuple(delta.tensors[name].shape) != shape:
-            found.append(
+            mismatches.append(
                 f"tensor {name} must be {list(shape)}, is {list(delta.tensors[name].shape)}"
             )
-    return found
+    return mismatches
 
 
-def _named(base: Base) -> str:
+def _describe_base(base: BaseModel) -> str:
     return base.id + (f" at {base.revision[:12]}" if base.revision else "")
 
 
 # The kinds.
 
 
-def _dense(model: Model, header: Header, entry: Dense, tensors: Mapping[str, Tensor]) -> Change:
+def _apply_dense(
+    model: Model, header: Header, entry: Dense, tensors: Mapping[str, Tensor]
+) -> Patch:
     """W' = W + d, in the wider dtype of the two, then in W's."""
-    card, home, change = model.card, canonical(model.card, entry.name), tensors[entry.name]
+    card, parameter, change = (
+        model.card,
+        canonical_name(model.card, entry.name),
+        tensors[entry.name],
+    )
     if not header.stack:
-        base = model.params[home]
-        return Change(params={home: (base + change).to(base.dtype)})
-    makers: dict[str, Callable[[Batch], Rewrite]] = {}
-    apart = False
-    for name in filter(partial(runs_above, card), uses(card, home)):
+        base = model.params[parameter]
+        return Patch(params={parameter: (base + change).to(base.dtype)})
+    makers: dict[str, Callable[[Batch], Hook]] = {}
+    per_edit = False
+    for name in filter(partial(in_decoder, card), all_names(card, parameter)):
         path, _, leaf = name.rpartition(".")
-        if path not in card.linears or runs_below(card, path):
-            apart = True
+        if path not in card.linear_shapes or before_decoder(card, path):
+            per_edit = True
         elif leaf == "weight":
             maps = change.mT if path in card.transposed else change
-            makers[path] = partial(_per_row, maps)
+            makers[path] = partial(_per_row_hook, maps)
         else:
-            makers[path] = partial(_shifted, change)
-    return Change(rewrites=partial(_made, makers), apart=apart)
+            makers[path] = partial(_per_row_bias_hook, change)
+    return Patch(hooks=partial(_make_hooks, makers), per_edit=per_edit)
 
 
-def _lowrank(model: Model, header: Header, entry: LowRank, tensors: Mapping[str, Tensor]) -> Change:
+def _apply_lowrank(
+    model: Model, header: Header, entry: LowRank, tensors: Mapping[str, Tensor]
+) -> Patch:
     """dW = B A, added as `header.form` says."""
-    card, home = model.card, canonical(model.card, entry.name)
+    card, parameter = model.card, canonical_name(model.card, entry.name)
     down, up = tensors[f"{entry.name}.A"], tensors[f"{entry.name}.B"]
     if header.stack:
-        paths = [module_of(name) for name in uses(card, home) if runs_above(card, name)]
-        linear = [path for path in paths if path in card.linears and not runs_below(card, path)]
-        makers = {path: partial(_per_row_lowrank, down, up) for path in linear}
-        return Change(rewrites=partial(_made, makers), apart=len(linear) < len(paths))
-    paths = [module_of(name) for name in uses(card, home)]
-    plain = all(p in card.linears and runs_below(card, p) != runs_above(card, p) for p in paths)
-    if header.form == "weight" or not plain:
-        base = model.params[home]
+        paths = [module_path(name) for name in all_names(card, parameter) if in_decoder(card, name)]
+        linear = [
+            path for path in paths if path in card.linear_shapes and not before_decoder(card, path)
+        ]
+        makers = {path: partial(_per_row_lowrank_hook, down, up) for path in linear}
+        return Patch(hooks=partial(_make_hooks, makers), per_edit=len(linear) < len(paths))
+    paths = [module_path(name) for name in all_names(card, parameter)]
+    all_linear = all(
+        p in card.linear_shapes and before_decoder(card, p) != in_decoder(card, p) for p in paths
+    )
+    if header.arithmetic == "weight" or not all_linear:
+        base = model.params[parameter]
         full = (up.float() @ down.float()).to(base.dtype)  # as PEFT merges: rounded, then added
         full = full.mT if entry.transposed else full
-        return Change(params={home: base + full})
-    exact = header.form == "act_fp32"
-    rewrite = _act_fp32(chain(down, up, len(entry.rows))) if exact else _act(down, up)
-    above = {path: rewrite for path in paths if runs_above(card, path)}
-    below = {path: rewrite for path in paths if runs_below(card, path)}
-    return Change(rewrites=(lambda batch: above) if above else None, below=below)
+        return Patch(params={parameter: base + full})
+    in_fp32 = header.arithmetic == "act_fp32"
+    hook = (
+        _act_fp32_hook(low_rank_maps(down, up, len(entry.edit_ranks)))
+        if in_fp32
+        else _act_hook(down, up)
+    )
+    decoder_hooks = {path: hook for path in paths if in_decoder(card, path)}
+    embed_hooks = {path: hook for path in paths if before_decoder(card, path)}
+    return Patch(
+        hooks=(lambda batch: decoder_hooks) if decoder_hooks else None, embed_hooks=embed_hooks
+    )
 
 
-def _codebook(
+def _apply_codebook(
     model: Model, header: Header, entry: Codebook, tensors: Mapping[str, Tensor]
-) -> Change:
+) -> Patch:
     """A value in place of the output where the prompt's last input lies in its key's ball."""
-    path = module_of(canonical(model.card, entry.name))
-    if path not in model.card.linears or runs_below(model.card, path):
-        raise UnknownSite(
+    path = module_path(canonical_name(model.card, entry.name))
+    if path not in model.card.linear_shapes or before_decoder(model.card, path):
+        raise UnknownSiteError(
             f"a codebook's site must be a linear map in the decoder of {model.card.id}, and "
             f"{path!r} is none."
         )
-    rewrite = codebook(entry, tensors, stacked=bool(header.stack))
-    return Change(rewrites=lambda batch: {path: partial(rewrite, batch)})
+    hook = codebook_hook(entry, tensors, stacked=bool(header.stack))
+    return Patch(hooks=lambda batch: {path: partial(hook, batch)})
 
 
-KINDS: dict[type, Kind] = {
-    Codebook: _codebook,
-    Dense: _dense,
-    Experts: experts,
-    LowRank: _lowrank,
+KINDS: dict[type, ApplyEntry] = {
+    Codebook: _apply_codebook,
+    Dense: _apply_dense,
+    Experts: expert_hook,
+    LowRank: _apply_lowrank,
     Masked: masked_change,
-    Prompt: prompt,
-    Scope: scope,
+    Prompt: apply,
+    Scope: apply_scope,
 }
 """Kind of entry -> the one function that says what it does. A new kind is a line here."""
 
@@ -267,54 +296,58 @@ KINDS: dict[type, Kind] = {
 # Rewrites.
 
 
-def _made(makers: Mapping[str, Callable[[Batch], Rewrite]], batch: Batch) -> Rewrites:
+def _make_hooks(makers: Mapping[str, Callable[[Batch], Hook]], batch: Batch) -> Hooks:
     return {path: make(batch) for path, make in makers.items()}
 
 
-def _act(down: Tensor, up: Tensor) -> Rewrite:
-    def rewrite(x: Tensor, y: Tensor) -> Tensor:
+def _act_hook(down: Tensor, up: Tensor) -> Hook:
+    def hook(x: Tensor, y: Tensor) -> Tensor:
         return y + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
 
-    return rewrite
+    return hook
 
 
-def _act_fp32(maps: Sequence[Tensor]) -> Rewrite:
-    def rewrite(x: Tensor, y: Tensor) -> Tensor:
+def _act_fp32_hook(maps: Sequence[Tensor]) -> Hook:
+    def hook(x: Tensor, y: Tensor) -> Tensor:
         return (y + reduce(F.linear, maps, x.float())).to(y.dtype)
 
-    return rewrite
+    return hook
 
 
-def _per_row(maps: Tensor, batch: Batch) -> Rewrite:
+def _per_row_hook(maps: Tensor, batch: Batch) -> Hook:
     """y + x maps[e]^T in the wider dtype, e = the row's edit."""
 
-    def rewrite(x: Tensor, y: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, maps.dtype)
-        more = grouped_linear(_rows(x, batch).to(wide), maps.to(wide), batch.edit)
-        return (y + more.view(y.shape)).to(y.dtype)
+    def hook(x: Tensor, y: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, maps.dtype)
+        change = grouped_linear(
+            _unflatten_rows(x, batch).to(dtype), maps.to(dtype), batch.edit_index
+        )
+        return (y + change.view(y.shape)).to(y.dtype)
 
-    return rewrite
+    return hook
 
 
-def _per_row_lowrank(down: Tensor, up: Tensor, batch: Batch) -> Rewrite:
+def _per_row_lowrank_hook(down: Tensor, up: Tensor, batch: Batch) -> Hook:
     """y + (x A_e^T) B_e^T in fp32, rounded once, e = the row's edit."""
 
-    def rewrite(x: Tensor, y: Tensor) -> Tensor:
-        return grouped_lora(_rows(x, batch), down, up, batch.edit, _rows(y, batch)).view(y.shape)
+    def hook(x: Tensor, y: Tensor) -> Tensor:
+        return apply_grouped_lora(
+            _unflatten_rows(x, batch), down, up, batch.edit_index, _unflatten_rows(y, batch)
+        ).view(y.shape)
 
-    return rewrite
+    return hook
 
 
-def _shifted(biases: Tensor, batch: Batch) -> Rewrite:
+def _per_row_bias_hook(biases: Tensor, batch: Batch) -> Hook:
     """y + biases[e], e = the row's edit."""
 
-    def rewrite(x: Tensor, y: Tensor) -> Tensor:
-        more = biases[batch.edit.clamp_min(0)] * (batch.edit >= 0)[:, None]  # [B out]
-        return (_rows(y, batch) + more[:, None]).to(y.dtype).view(y.shape)
+    def hook(x: Tensor, y: Tensor) -> Tensor:
+        change = biases[batch.edit_index.clamp_min(0)] * (batch.edit_index >= 0)[:, None]  # [B out]
+        return (_unflatten_rows(y, batch) + change[:, None]).to(y.dtype).view(y.shape)
 
-    return rewrite
+    return hook
 
 
-def _rows(x: Tensor, batch: Batch) -> Tensor:
+def _unflatten_rows(x: Tensor, batch: Batch) -> Tensor:
     """[B L in], also where a layer flattened rows and tokens (OPT does)."""
-    return x.reshape(batch.edit.shape[0], -1, x.shape[-1])
+    return x.reshape(batch.edit_index.shape[0], -1, x.shape[-1])

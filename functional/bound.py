@@ -14,197 +14,230 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .call import compose
-from .errors import BadInput
-from .rows import concat, take
-from .types import Batch, Inputs, Model, Params, Past, Rewrites
+from .call import compose_hooks
+from .errors import InvalidInputError
+from .rows import concat_batches, take_rows
+from .types import Batch, Hooks, Inputs, KVCache, Model, Params
 
-__all__ = ["Plan", "functions"]
-
-
-NONE: Rewrites = MappingProxyType({})
+__all__ = ["HookPlan", "edited_functions"]
 
 
-class Plan(NamedTuple):
+NO_HOOKS: Hooks = MappingProxyType({})
+
+
+class HookPlan(NamedTuple):
     """How a delta acts on the functions of a model, in the decoder and before it."""
 
-    rewrites: Sequence[Callable[[Batch], Rewrites]] = ()
-    below: Rewrites = {}
-    apart: bool = False  # decode edit by edit
-    apart_below: bool = False  # embed edit by edit
-    apart_tokens: bool = False  # embed new tokens edit by edit
-    alone: Callable[[Params, int], Model] | None = None  # (params, edit) -> bound to that edit
+    hooks: Sequence[Callable[[Batch], Hooks]] = ()
+    embed_hooks: Hooks = {}
+    per_edit: bool = False  # decode edit by edit
+    embed_per_edit: bool = False  # embed edit by edit
+    embed_next_per_edit: bool = False  # embed new tokens edit by edit
+    bind_one: Callable[[Params, int], Model] | None = None  # (params, edit) -> bound to that edit
 
 
-def functions(model: Model, plan: Plan) -> dict[str, Any]:
+def edited_functions(model: Model, plan: HookPlan) -> dict[str, Any]:
     """embed, decode, thin and extend of `model` under a plan."""
 
-    def at(batch: Batch, more: Rewrites) -> Rewrites:
-        return compose(*(make(batch) for make in plan.rewrites), more)
+    def hooks_for(batch: Batch, extra_hooks: Hooks) -> Hooks:
+        return compose_hooks(*(make(batch) for make in plan.hooks), extra_hooks)
 
     def embed(
-        params: Params, inputs: Inputs, rewrites: Rewrites = NONE, edit: Tensor | None = None
+        params: Params, inputs: Inputs, hooks: Hooks = NO_HOOKS, edit_index: Tensor | None = None
     ):
-        if plan.apart_below:
-            return _embed_apart(model, plan, params, inputs, rewrites, edit)
-        return model.embed(params, inputs, compose(plan.below, rewrites), edit=edit)
+        if plan.embed_per_edit:
+            return _embed_per_edit(model, plan, params, inputs, hooks, edit_index)
+        return model.embed(
+            params, inputs, compose_hooks(plan.embed_hooks, hooks), edit_index=edit_index
+        )
 
-    def decode(params: Params, batch: Batch, rewrites: Rewrites = NONE, **options):
-        if plan.apart:
+    def decode(params: Params, batch: Batch, hooks: Hooks = NO_HOOKS, **options):
+        if plan.per_edit:
 
-            def run(one: Model, part: Batch, rows: Tensor):
-                return one.decode(one.params, part, rewrites, **_option_rows(options, rows))
+            def run(bound: Model, edit_batch: Batch, rows: Tensor):
+                return bound.decode(bound.params, edit_batch, hooks, **_option_rows(options, rows))
 
-            return _apart(model, plan, params, batch, run)
-        given, batch = batch.notes, batch._replace(notes=dict(batch.notes))
-        found = model.decode(params, batch, at(batch, rewrites), **options)
-        return _noted(found, given, batch.notes)
+            return _run_per_edit(model, plan, params, batch, run)
+        routing, batch = batch.routing, batch._replace(routing=dict(batch.routing))
+        result = model.decode(params, batch, hooks_for(batch, hooks), **options)
+        return _with_routing(result, routing, batch.routing)
 
-    def thin(params: Params, batch: Batch, rewrites: Rewrites = NONE, **options):
-        if plan.apart:
+    def select_scored(params: Params, batch: Batch, hooks: Hooks = NO_HOOKS, **options):
+        if plan.per_edit:
 
-            def run(one: Model, part: Batch, rows: Tensor):
-                return one.thin(one.params, part, rewrites, **_option_rows(options, rows))
+            def run(bound: Model, edit_batch: Batch, rows: Tensor):
+                return bound.select_scored(
+                    bound.params, edit_batch, hooks, **_option_rows(options, rows)
+                )
 
-            thinned = _apart(model, plan, params, batch, run, alike=True)
-            return batch if thinned is None else thinned
-        given, batch = batch.notes, batch._replace(notes=dict(batch.notes))
-        return _noted(model.thin(params, batch, at(batch, rewrites), **options), given, batch.notes)
+            selected = _run_per_edit(model, plan, params, batch, run, same_layout=True)
+            return batch if selected is None else selected
+        routing, batch = batch.routing, batch._replace(routing=dict(batch.routing))
+        return _with_routing(
+            model.select_scored(params, batch, hooks_for(batch, hooks), **options),
+            routing,
+            batch.routing,
+        )
 
-    def extend(
+    def embed_next(
         params: Params,
-        ids: Tensor,
-        past: Past,
-        rewrites: Rewrites = NONE,
-        edit: Tensor | None = None,
+        input_ids: Tensor,
+        kv_cache: KVCache,
+        hooks: Hooks = NO_HOOKS,
+        edit_index: Tensor | None = None,
     ):
-        if not plan.apart_tokens:
-            return model.extend(params, ids, past, rewrites, edit=edit)
-        edit = _needed(edit)
-        groups, parts = _grouped(edit), []
+        if not plan.embed_next_per_edit:
+            return model.embed_next(params, input_ids, kv_cache, hooks, edit_index=edit_index)
+        edit_index = _require_edit_index(edit_index)
+        groups, parts = _rows_by_edit(edit_index), []
         for number, rows in groups:
-            one, mine = _one(model, plan, params, number), _past_rows(past, rows)
-            parts.append(one.extend(one.params, ids[rows], mine, rewrites, edit=edit[rows]))
-        return _joined(parts, groups)
+            bound, edit_cache = (
+                _model_of_edit(model, plan, params, number),
+                _cache_rows(kv_cache, rows),
+            )
+            parts.append(
+                bound.embed_next(
+                    bound.params, input_ids[rows], edit_cache, hooks, edit_index=edit_index[rows]
+                )
+            )
+        return _merge_groups(parts, groups)
 
-    return {"embed": embed, "decode": decode, "thin": thin, "extend": extend}
+    return {
+        "embed": embed,
+        "decode": decode,
+        "select_scored": select_scored,
+        "embed_next": embed_next,
+    }
 
 
-def _noted(result: Any, given: Mapping[str, Tensor], notes: Mapping[str, Tensor]) -> Any:
+def _with_routing(
+    result: Any, previous: Mapping[str, Tensor], routing: Mapping[str, Tensor]
+) -> Any:
     """A result with what this run has noted: where deltas lie on one another each has a dict.
 
     What was given and stays as it was is left out: a delta below may have noted something newer.
     """
-    if isinstance(result, Batch | Past):
-        own = {name: note for name, note in notes.items() if given.get(name) is not note}
-        return result._replace(notes={**result.notes, **own})
+    if isinstance(result, Batch | KVCache):
+        new_routing = {
+            name: value for name, value in routing.items() if previous.get(name) is not value
+        }
+        return result._replace(routing={**result.routing, **new_routing})
     if isinstance(result, tuple):
-        return tuple(_noted(part, given, notes) for part in result)
+        return tuple(_with_routing(part, previous, routing) for part in result)
     return result
 
 
-def _apart(
-    model: Model, plan: Plan, params: Params, batch: Batch, run, *, alike: bool = False
+def _run_per_edit(
+    model: Model, plan: HookPlan, params: Params, batch: Batch, run, *, same_layout: bool = False
 ) -> Any:
     """What each edit's rows become; with `alike` None where only some of them are thinned.
 
     Rows that keep all their tokens can not stand in one batch with rows that do not.
     """
-    groups = _grouped(batch.edit)
-    parts = [run(_one(model, plan, params, n), take(batch, rows), rows) for n, rows in groups]
-    if alike and len({frozenset(part.extras) for part in parts}) > 1:
+    groups = _rows_by_edit(batch.edit_index)
+    parts = [
+        run(_model_of_edit(model, plan, params, n), take_rows(batch, rows), rows)
+        for n, rows in groups
+    ]
+    if same_layout and len({frozenset(part.layer_inputs) for part in parts}) > 1:
         return None
-    return _joined(parts, groups)
+    return _merge_groups(parts, groups)
 
 
-def _embed_apart(model, plan: Plan, params, inputs: Inputs, rewrites, edit: Tensor | None) -> Batch:
+def _embed_per_edit(
+    model, plan: HookPlan, params, inputs: Inputs, hooks, edit_index: Tensor | None
+) -> Batch:
     # Pixels have no row axis in every family, so each edit embeds all rows and keeps its own.
-    edit = _needed(edit)
-    groups, parts = _grouped(edit), []
+    edit_index = _require_edit_index(edit_index)
+    groups, parts = _rows_by_edit(edit_index), []
     for number, rows in groups:
-        one = _one(model, plan, params, number)
-        parts.append(take(one.embed(one.params, inputs, rewrites, edit=edit), rows))
-    return _joined(parts, groups)
-
-
-def _one(model: Model, plan: Plan, params: Params, number: int) -> Model:
-    base = model._replace(params=params)
-    assert plan.alone is not None
-    return base if number < 0 else plan.alone(params, number)
-
-
-def _needed(edit: Tensor | None) -> Tensor:
-    if edit is None:
-        raise BadInput(
-            "a stacked delta that changes what runs before the decoder needs each row's edit "
-            "there: pass edit=[B] to `embed` (and to `extend`)."
+        bound = _model_of_edit(model, plan, params, number)
+        parts.append(
+            take_rows(bound.embed(bound.params, inputs, hooks, edit_index=edit_index), rows)
         )
-    return edit
+    return _merge_groups(parts, groups)
 
 
-def _grouped(edit: Tensor) -> list[tuple[int, Tensor]]:
+def _model_of_edit(model: Model, plan: HookPlan, params: Params, number: int) -> Model:
+    base = model._replace(params=params)
+    assert plan.bind_one is not None
+    return base if number < 0 else plan.bind_one(params, number)
+
+
+def _require_edit_index(edit_index: Tensor | None) -> Tensor:
+    if edit_index is None:
+        raise InvalidInputError(
+            "a stacked delta that changes what runs before the decoder needs each row's edit "
+            "there: pass edit_index=[B] to `embed` (and to `embed_next`)."
+        )
+    return edit_index
+
+
+def _rows_by_edit(edit_index: Tensor) -> list[tuple[int, Tensor]]:
     """(edit number, its rows) for every edit that occurs, in ascending order."""
-    numbers = sorted(set(edit.tolist()))
-    return [(number, (edit == number).nonzero()[:, 0]) for number in numbers]
+    numbers = sorted(set(edit_index.tolist()))
+    return [(number, (edit_index == number).nonzero()[:, 0]) for number in numbers]
 
 
-def _joined(parts: list[Any], groups: list[tuple[int, Tensor]]) -> Any:
+def _merge_groups(parts: list[Any], groups: list[tuple[int, Tensor]]) -> Any:
     """The results of groups of rows as one, in the order of the rows."""
-    back = torch.cat([rows for _, rows in groups]).argsort()
+    order = torch.cat([rows for _, rows in groups]).argsort()
     sizes = [len(rows) for _, rows in groups]
     first = parts[0]
     if isinstance(first, Tensor):
-        return torch.cat(parts)[back]
+        return torch.cat(parts)[order]
     if isinstance(first, Batch):
-        notes = _notes([part.notes for part in parts], sizes, back)
-        return take(concat(parts), back)._replace(notes=notes)
-    if isinstance(first, Past):
+        routing = _merge_routing([part.routing for part in parts], sizes, order)
+        return take_rows(concat_batches(parts), order)._replace(routing=routing)
+    if isinstance(first, KVCache):
         layers = range(len(first.keys))
-        return Past(
-            tuple(torch.cat([part.keys[n] for part in parts])[back] for n in layers),
-            tuple(torch.cat([part.values[n] for part in parts])[back] for n in layers),
-            torch.cat([part.mask for part in parts])[back],
-            torch.cat([part.next for part in parts])[back],
-            _notes([part.notes for part in parts], sizes, back),
+        return KVCache(
+            tuple(torch.cat([part.keys[n] for part in parts])[order] for n in layers),
+            tuple(torch.cat([part.values[n] for part in parts])[order] for n in layers),
+            torch.cat([part.attention_mask for part in parts])[order],
+            torch.cat([part.next_position for part in parts])[order],
+            _merge_routing([part.routing for part in parts], sizes, order),
         )
-    return tuple(_joined([part[n] for part in parts], groups) for n in range(len(first)))
+    return tuple(_merge_groups([part[n] for part in parts], groups) for n in range(len(first)))
 
 
-def _notes(parts: list[Mapping[str, Tensor]], sizes: list[int], back: Tensor) -> dict[str, Tensor]:
+def _merge_routing(
+    parts: list[Mapping[str, Tensor]], sizes: list[int], order: Tensor
+) -> dict[str, Tensor]:
     """The notes of all groups; zeros for rows whose edit has none of a name, and reads none.
 
     A note may grow with its row. Rows whose edit does not know it carry it as it was: shorter than
     the others', and zeros just as well.
     """
-    joined = {}
+    merged = {}
     for name in sorted({name for part in parts for name in part}):
-        have = [part[name] for part in parts if name in part]
-        like = max(have, key=lambda note: note[:1].numel())
-        mine = [
+        present = [part[name] for part in parts if name in part]
+        like = max(present, key=lambda note: note[:1].numel())
+        values = [
             part[name]
             if name in part and part[name].shape[1:] == like.shape[1:]
             else like.new_zeros(size, *like.shape[1:])
             for part, size in zip(parts, sizes)
         ]
-        joined[name] = torch.cat(mine)[back]
-    return joined
+        merged[name] = torch.cat(values)[order]
+    return merged
 
 
-def _past_rows(past: Past, rows: Tensor) -> Past:
-    return Past(
-        tuple(key[rows] for key in past.keys),
-        tuple(value[rows] for value in past.values),
-        past.mask[rows],
-        past.next[rows],
-        {name: note[rows] for name, note in past.notes.items()},
+def _cache_rows(kv_cache: KVCache, rows: Tensor) -> KVCache:
+    return KVCache(
+        tuple(key[rows] for key in kv_cache.keys),
+        tuple(value[rows] for value in kv_cache.values),
+        kv_cache.attention_mask[rows],
+        kv_cache.next_position[rows],
+        {name: decision[rows] for name, decision in kv_cache.routing.items()},
     )
 
 
 def _option_rows(options: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     """Options of `decode` that lead with rows, cut to those of one edit."""
-    cut = dict(options)
-    if isinstance(cut.get("at"), Tensor):
-        cut["at"] = cut["at"][rows]
-    if cut.get("past") is not None:
-        cut["past"] = _past_rows(cut["past"], rows)
-    return cut
+    row_options = dict(options)
+    if isinstance(row_options.get("logit_positions"), Tensor):
+        row_options["logit_positions"] = row_options["logit_positions"][rows]
+    if row_options.get("kv_cache") is not None:
+        row_options["kv_cache"] = _cache_rows(row_options["kv_cache"], rows)
+    return row_options

@@ -7,20 +7,20 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call as torch_functional_call
 
-from .errors import UnknownSite
-from .types import Rewrite, Rewrites
+from .errors import UnknownSiteError
+from .types import Hook, Hooks
 
-__all__ = ["call", "compose", "first_tensor", "rewriting"]
+__all__ = ["functional_call", "compose_hooks", "first_tensor", "forward_hooks"]
 
 
-def call(
+def functional_call(
     module: nn.Module,
     params: Mapping[str, Tensor],
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
-    rewrites: Rewrites | None = None,
+    hooks: Hooks | None = None,
 ) -> Any:
     """Run `module` with `params` in place of its own and `rewrites` at its submodules.
 
@@ -31,16 +31,16 @@ def call(
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     >>> params = {"0.weight": torch.eye(2), "0.bias": torch.zeros(2)}
-    >>> call(net, params, (torch.ones(1, 2),), rewrites={"1": lambda given, out: -out})
+    >>> functional_call(net, params, (torch.ones(1, 2),), hooks={"1": lambda given, out: -out})
     tensor([[-1., -1.]])
     """
-    with rewriting(module, rewrites or {}):
+    with forward_hooks(module, hooks or {}):
         # A fresh dict: functional_call writes into the one it is given.
-        return functional_call(module, dict(params), tuple(args), dict(kwargs or {}))
+        return torch_functional_call(module, dict(params), tuple(args), dict(kwargs or {}))
 
 
 @contextmanager
-def rewriting(module: nn.Module, rewrites: Rewrites) -> Iterator[None]:
+def forward_hooks(module: nn.Module, hooks: Hooks) -> Iterator[None]:
     """Within the block, submodules of `module` named in `rewrites` give rewritten outputs.
 
     A rewrite sees (first positional or keyword input, first tensor of the output) and its result
@@ -48,28 +48,28 @@ def rewriting(module: nn.Module, rewrites: Rewrites) -> Iterator[None]:
     """
     handles = []
     try:
-        for path, rewrite in rewrites.items():
+        for path, hook in hooks.items():
             try:
-                site = module.get_submodule(path)
+                submodule = module.get_submodule(path)
             except AttributeError as error:
-                raise UnknownSite(
+                raise UnknownSiteError(
                     f"a rewrite's site must be a module of {type(module).__name__}, and it has no "
                     f"{path!r}; list the paths with `module.named_modules()`."
                 ) from error
-            handles.append(site.register_forward_hook(_hook(rewrite), with_kwargs=True))
+            handles.append(submodule.register_forward_hook(_module_hook(hook), with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def compose(*layers: Rewrites) -> dict[str, Rewrite]:
+def compose_hooks(*layers: Hooks) -> dict[str, Hook]:
     """Rewrites one after another: where several name a site, each sees its predecessor's output."""
-    joined: dict[str, Rewrite] = {}
-    for rewrites in layers:
-        for site, rewrite in rewrites.items():
-            joined[site] = _then(joined[site], rewrite) if site in joined else rewrite
-    return joined
+    composed: dict[str, Hook] = {}
+    for hooks in layers:
+        for site, hook in hooks.items():
+            composed[site] = _chain(composed[site], hook) if site in composed else hook
+    return composed
 
 
 def first_tensor(value: Any) -> Tensor:
@@ -77,21 +77,23 @@ def first_tensor(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else value[0]
 
 
-def _then(first: Rewrite, second: Rewrite) -> Rewrite:
+def _chain(first: Hook, second: Hook) -> Hook:
     return lambda given, out: second(given, first(given, out))
 
 
-def _hook(rewrite: Rewrite):
-    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        given = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+def _module_hook(hook: Hook):
+    def forward_hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        module_input = (
+            args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+        )
         if isinstance(output, Tensor):
-            return rewrite(given, output)
-        head = rewrite(given, output[0])
+            return hook(module_input, output)
+        new_output = hook(module_input, output[0])
         if hasattr(output, "keys"):  # a Hugging Face ModelOutput: a dict in order
             key = next(iter(output.keys()))
-            return type(output)(**{**output, key: head})
+            return type(output)(**{**output, key: new_output})
         if hasattr(output, "_fields"):
-            return type(output)(head, *output[1:])
-        return type(output)((head, *output[1:]))
+            return type(output)(new_output, *output[1:])
+        return type(output)((new_output, *output[1:]))
 
-    return hook
+    return forward_hook

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .header import Header
-from .types import Batch, Model, Rewrites
+from .types import Batch, Hooks, Model
 
-__all__ = ["Change", "Kind"]
+__all__ = ["Patch", "ApplyEntry"]
 
 
-class Change(NamedTuple):
+class Patch(NamedTuple):
     """What an entry of a delta does to a model.
 
     `rewrites(batch)` are for the decoder, given the batch it is about to run: `batch.edit` says
@@ -24,11 +24,11 @@ class Change(NamedTuple):
     """
 
     params: Mapping[str, Tensor] = {}
-    rewrites: Callable[[Batch], Rewrites] | None = None
-    below: Rewrites = {}
-    apart: bool = False
+    hooks: Callable[[Batch], Hooks] | None = None
+    embed_hooks: Hooks = {}
+    per_edit: bool = False
     wrap: Callable[[Model], Model] | None = None
 
 
-Kind = Callable[[Model, Header, Any, Mapping[str, Tensor]], Change]
+ApplyEntry = Callable[[Model, Header, Any, Mapping[str, Tensor]], Patch]
 """(model as bound so far, header, entry, the entry's tensors) -> what the entry does."""

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from errata.kernels import codebook as kernel
 
-from .header import Codebook, Where
+from .header import Codebook, Replacement
 from .types import Batch
 
-__all__ = ["at_prompt", "codebook", "put", "tokens"]
+__all__ = ["last_prompt_input", "codebook_hook", "replace_at", "replaced_tokens"]
 
 
-def codebook(
+def codebook_hook(
     entry: Codebook, tensors: Mapping[str, Tensor], *, stacked: bool
 ) -> Callable[[Batch, Tensor, Tensor], Tensor]:
     """What a codebook does to the output y of its map, given the map's input x.
@@ -38,42 +38,47 @@ def codebook(
     keys = keys.float()
     norms = None if stacked else kernel.square_norms(keys)
 
-    def rewrite(batch: Batch, x: Tensor, y: Tensor) -> Tensor:
-        query = at_prompt(batch, x).float()  # [B I]
-        inside = batch.prompt.any(1)
+    def hook(batch: Batch, x: Tensor, y: Tensor) -> Tensor:
+        query = last_prompt_input(batch, x).float()  # [B I]
+        has_prompt_end = batch.prompt_end.any(1)
         if stacked:
-            mine = batch.edit.clamp_min(0)
-            found = torch.vmap(kernel.lookup)(query[:, None], keys[mine], radii[mine])
-            index, hit = found.index[:, 0], found.hit[:, 0] & inside & (batch.edit >= 0)
-            chosen = values[mine, index.clamp_min(0)]
+            edit_rows = batch.edit_index.clamp_min(0)
+            lookup = torch.vmap(kernel.lookup_key)(
+                query[:, None], keys[edit_rows], radii[edit_rows]
+            )
+            index, hit = (
+                lookup.index[:, 0],
+                lookup.hit[:, 0] & has_prompt_end & (batch.edit_index >= 0),
+            )
+            chosen = values[edit_rows, index.clamp_min(0)]
         else:
-            found = kernel.lookup(query, keys, radii, norms=norms)
-            index, hit = found.index, found.hit & inside
+            lookup = kernel.lookup_key(query, keys, radii, norms=norms)
+            index, hit = lookup.index, lookup.hit & has_prompt_end
             chosen = values[index.clamp_min(0)]  # [B O]
-        return put(y, chosen, hit[:, None] & tokens(batch, entry.where))
+        return replace_at(y, chosen, hit[:, None] & replaced_tokens(batch, entry.replacement))
 
-    return rewrite
+    return hook
 
 
-def at_prompt(batch: Batch, x: Tensor) -> Tensor:
+def last_prompt_input(batch: Batch, x: Tensor) -> Tensor:
     """[B I] what a map was given at each row's last prompt token; the first, where there is none.
 
     `x` is [B L I], or [B*L I] where a layer flattened rows and tokens (OPT does).
     """
-    at = batch.prompt.int().argmax(1)[:, None, None]  # [B 1 1]
-    x = x.reshape(*batch.prompt.shape, -1)
-    return x.gather(1, at.expand(-1, 1, x.shape[-1]))[:, 0].detach()
+    prompt_end = batch.prompt_end.int().argmax(1)[:, None, None]  # [B 1 1]
+    x = x.reshape(*batch.prompt_end.shape, -1)
+    return x.gather(1, prompt_end.expand(-1, 1, x.shape[-1]))[:, 0].detach()
 
 
-def tokens(batch: Batch, where: Where) -> Tensor:
+def replaced_tokens(batch: Batch, replacement: Replacement) -> Tensor:
     """[B L] the tokens that a value replaces: `last` of the prompt, those before it, or `all`."""
-    if where == "last":
-        return batch.prompt
-    upto = batch.prompt.int().flip(1).cumsum(1).flip(1) > 0
-    return upto if where == "all" else upto & ~batch.prompt
+    if replacement == "last":
+        return batch.prompt_end
+    in_prompt = batch.prompt_end.int().flip(1).cumsum(1).flip(1) > 0
+    return in_prompt if replacement == "all" else in_prompt & ~batch.prompt_end
 
 
-def put(y: Tensor, values: Tensor, where: Tensor) -> Tensor:
+def replace_at(y: Tensor, values: Tensor, token_mask: Tensor) -> Tensor:
     """y with values [B O] at the tokens where [B L]; differentiable in both."""
-    rows = y.reshape(*where.shape, -1)
-    return torch.where(where[..., None], values[:, None].to(y.dtype), rows).view(y.shape)
+    rows = y.reshape(*token_mask.shape, -1)
+    return torch.where(token_mask[..., None], values[:, None].to(y.dtype), rows).view(y.shape)

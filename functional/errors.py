@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 __all__ = [
-    "BadInput",
-    "BadSettings",
-    "BaseMismatch",
-    "DeltaFault",
+    "InvalidInputError",
+    "InvalidSettingsError",
+    "BaseMismatchError",
+    "DeltaFileError",
     "ErrataError",
-    "KindUnsupported",
-    "ModelUnsupported",
-    "ShapeMismatch",
-    "UnknownSite",
-    "listed",
+    "UnsupportedKindError",
+    "UnsupportedModelError",
+    "ShapeError",
+    "UnknownSiteError",
+    "join_messages",
 ]
 
 
@@ -22,42 +22,42 @@ class ErrataError(Exception):
     """Anything errata refuses to do; the message is one sentence a user can act on."""
 
 
-class BadInput(ErrataError):
+class InvalidInputError(ErrataError):
     """A request or file lacks what it must hold: empty target, unreadable image, long prompt."""
 
 
-class BadSettings(ErrataError):
+class InvalidSettingsError(ErrataError):
     """Settings that can not be right; every violation is listed at once."""
 
 
-class BaseMismatch(ErrataError):
+class BaseMismatchError(ErrataError):
     """A delta made for another base model."""
 
 
-class DeltaFault(ErrataError):
+class DeltaFileError(ErrataError):
     """A delta file that is broken, forged, or of a format this version does not read."""
 
 
-class KindUnsupported(ErrataError):
+class UnsupportedKindError(ErrataError):
     """An operation that this kind of delta can not express."""
 
 
-class ModelUnsupported(ErrataError):
+class UnsupportedModelError(ErrataError):
     """A model that can not be turned into functional form, with the reason."""
 
 
-class ShapeMismatch(ErrataError):
+class ShapeError(ErrataError):
     """Tensors whose shapes do not fit the parameter they change."""
 
 
-class UnknownSite(ErrataError):
+class UnknownSiteError(ErrataError):
     """A module or parameter that the model does not have."""
 
 
-def listed(violations: Iterable[str]) -> str:
+def join_messages(violations: Iterable[str]) -> str:
     """Join violations into one message, the first few spelled out, the rest counted.
 
-    >>> listed(["a must be > 0, got -1", "b is unknown"])
+    >>> join_messages(["a must be > 0, got -1", "b is unknown"])
     'a must be > 0, got -1; b is unknown'
     """
     items = list(violations)

@@ -41,224 +41,284 @@ from torch import Tensor
 from errata.kernels import lora_moe
 from errata.kernels.lora_moe import Routes
 
-from .change import Change
-from .errors import UnknownSite
+from .change import Patch
+from .errors import UnknownSiteError
 from .header import Experts, Header
-from .places import canonical
-from .types import Batch, Model, Rewrites
+from .places import canonical_name
+from .types import Batch, Hooks, Model
 
 __all__ = [
-    "EPS", "FAR", "Features", "Reader", "Tokens", "attend", "cleared", "experts", "features",
-    "reader_of", "scale_of", "tokens_of",
-]  # fmt: skip
+    "EPS",
+    "EXCLUDED",
+    "RoutingFeatures",
+    "FeatureExtractor",
+    "TokenRoles",
+    "cross_attention",
+    "with_modality_columns",
+    "expert_hook",
+    "routing_features",
+    "load_extractor",
+    "score_scale",
+    "token_roles",
+]
 
 EPS = 1e-5  # of every layer norm here
-FAR = 1e30
+EXCLUDED = 1e30
 
 
-class Reader(NamedTuple):
+class FeatureExtractor(NamedTuple):
     """What reads a row's features; constant queries are absorbed into `rows`."""
 
-    asked_norm: Tensor  # [2 D] weight and bias
-    asked_rows: Tensor  # [SH D]
-    asked_value: Tensor  # [K D]
-    asked_bias: Tensor  # [K]
-    seen_query: Tensor  # [K K]
-    seen_shift: Tensor  # [K]
-    seen_key: Tensor  # [K D]
-    seen_value: Tensor  # [K D]
-    seen_bias: Tensor  # [K]
+    prompt_norm: Tensor  # [2 D] weight and bias
+    prompt_queries: Tensor  # [SH D]
+    prompt_value: Tensor  # [K D]
+    prompt_value_bias: Tensor  # [K]
+    vision_query: Tensor  # [K K]
+    vision_query_bias: Tensor  # [K]
+    vision_key: Tensor  # [K D]
+    vision_value: Tensor  # [K D]
+    vision_value_bias: Tensor  # [K]
     query_norm: Tensor  # [2 D]
-    query_rows: Tensor  # [SH D]
+    query_queries: Tensor  # [SH D]
     query_value: Tensor  # [K D]
-    query_bias: Tensor  # [K]
+    query_value_bias: Tensor  # [K]
 
 
-class Tokens(NamedTuple):
+class TokenRoles(NamedTuple):
     """Which tokens of a row are what; a row without a picture sees its prompt."""
 
-    seen: Tensor  # [B L] bool
-    asked: Tensor  # [B L] bool
+    vision: Tensor  # [B L] bool
+    prompt: Tensor  # [B L] bool
     answer: Tensor  # [B L] bool, behind the prompt's last
-    pictured: Tensor  # [B] bool
+    has_image: Tensor  # [B] bool
 
 
-class Features(NamedTuple):
+class RoutingFeatures(NamedTuple):
     """What a row is routed by."""
 
     vision: Tensor  # [B SK]
     query: Tensor  # [B SK]
     sentinel: Tensor  # [B SK] of the sentinel, as this row asks
-    pictured: Tensor  # [B] bool
+    has_image: Tensor  # [B] bool
 
 
-def scale_of(slots: int, width: int) -> float:
+def score_scale(num_query_tokens: int, feature_dim: int) -> float:
     """1 / (S sqrt(K)): the mean over slots of scaled products."""
-    return 1 / (slots * math.sqrt(width))
+    return 1 / (num_query_tokens * math.sqrt(feature_dim))
 
 
-def tokens_of(batch: Batch) -> Tokens:
+def token_roles(batch: Batch) -> TokenRoles:
     """Picture, prompt and answer of each row.
 
     The prompt counts from behind the first token of the picture on, unless nothing stands there.
     """
-    upto = batch.prompt.int().flip(1).cumsum(1).flip(1) > 0  # [B L], with the prompt's last
-    image = batch.image & upto & batch.mask
-    words = upto & batch.mask & ~batch.image
-    behind = words & (image.int().cumsum(1) > 0)
-    pictured = image.any(1)
-    asked = torch.where(behind.any(1, keepdim=True), behind, words)
-    return Tokens(
-        seen=torch.where(pictured[:, None], image, asked),
-        asked=asked,
-        answer=batch.mask & ~upto & batch.prompt.any(1, keepdim=True),
-        pictured=pictured,
+    in_prompt = (
+        batch.prompt_end.int().flip(1).cumsum(1).flip(1) > 0
+    )  # [B L], with the prompt's last
+    image = batch.image_mask & in_prompt & batch.attention_mask
+    words = in_prompt & batch.attention_mask & ~batch.image_mask
+    after_image = words & (image.int().cumsum(1) > 0)
+    has_image = image.any(1)
+    prompt = torch.where(after_image.any(1, keepdim=True), after_image, words)
+    return TokenRoles(
+        vision=torch.where(has_image[:, None], image, prompt),
+        prompt=prompt,
+        answer=batch.attention_mask & ~in_prompt & batch.prompt_end.any(1, keepdim=True),
+        has_image=has_image,
     )
 
 
-def attend(
-    rows: Tensor, x: Tensor, keep: Tensor, value: Tensor, bias: Tensor, heads: int
+def cross_attention(
+    queries: Tensor, x: Tensor, mask: Tensor, value: Tensor, bias: Tensor, num_heads: int
 ) -> Tensor:
     """Cross-attention with absorbed queries: rows [SH D] or [B SH D], x [B L D] -> [B S K].
 
     p = softmax over kept tokens of x . row;  out_h = W_v,h (sum p x) + b_v,h;  0 without tokens.
     """
-    scores = x @ rows.mT  # [B L SH]
-    scores = torch.where(keep[..., None], scores, -torch.inf)
-    some = keep.any(1)[:, None, None]  # [B 1 1]
-    shares = torch.where(some, scores, 0).softmax(1)  # [B L SH]
-    found = (shares.mT @ x).unflatten(1, (-1, heads))  # [B S H D]
-    out = torch.einsum("bshd,hkd->bshk", found, value.unflatten(0, (heads, -1)))
-    return torch.where(some, out.flatten(2) + bias, 0)
+    scores = x @ queries.mT  # [B L SH]
+    scores = torch.where(mask[..., None], scores, -torch.inf)
+    has_tokens = mask.any(1)[:, None, None]  # [B 1 1]
+    weights = torch.where(has_tokens, scores, 0).softmax(1)  # [B L SH]
+    pooled = (weights.mT @ x).unflatten(1, (-1, num_heads))  # [B S H D]
+    out = torch.einsum("bshd,hkd->bshk", pooled, value.unflatten(0, (num_heads, -1)))
+    return torch.where(has_tokens, out.flatten(2) + bias, 0)
 
 
-def features(
-    reader: Reader,
-    hidden: Tensor,
-    tokens: Tokens,
-    heads: int,
+def routing_features(
+    extractor: FeatureExtractor,
+    hidden_states: Tensor,
+    roles: TokenRoles,
+    num_heads: int,
     sentinels: tuple[Tensor, Tensor] | None = None,
-) -> Features:
+) -> RoutingFeatures:
     """Features of rows with what a layer gave them [B L D], and of the sentinels for these rows.
 
     `sentinels` are [L' D] for rows with a picture and [L'' D] for those without; None: zeros.
     Differentiable in everything; fp32.
     """
-    hidden = hidden.float()
-    asked = _normed(hidden, reader.asked_norm)
-    found = attend(
-        reader.asked_rows, asked, tokens.asked, reader.asked_value, reader.asked_bias, heads
+    hidden_states = hidden_states.float()
+    normed = _layer_norm(hidden_states, extractor.prompt_norm)
+    prompt_features = cross_attention(
+        extractor.prompt_queries,
+        normed,
+        roles.prompt,
+        extractor.prompt_value,
+        extractor.prompt_value_bias,
+        num_heads,
     )  # [B S K]
-    inner = F.linear(found, reader.seen_query, reader.seen_shift).unflatten(-1, (heads, -1))
-    inner = inner / math.sqrt(inner.shape[-1])
-    keys = reader.seen_key.unflatten(0, (heads, -1))  # [H K/H D]
-    rows = torch.einsum("bshk,hkd->bshd", inner, keys).flatten(1, 2)  # [B SH D]
-    look = partial(attend, value=reader.seen_value, bias=reader.seen_bias, heads=heads)
-    vision = look(rows, asked, tokens.seen).flatten(1)
-    words = _normed(hidden, reader.query_norm)
-    query = attend(
-        reader.query_rows, words, tokens.asked, reader.query_value, reader.query_bias, heads
+    queries = F.linear(
+        prompt_features, extractor.vision_query, extractor.vision_query_bias
+    ).unflatten(-1, (num_heads, -1))
+    queries = queries / math.sqrt(queries.shape[-1])
+    keys = extractor.vision_key.unflatten(0, (num_heads, -1))  # [H K/H D]
+    absorbed_queries = torch.einsum("bshk,hkd->bshd", queries, keys).flatten(1, 2)  # [B SH D]
+    attend_vision = partial(
+        cross_attention,
+        value=extractor.vision_value,
+        bias=extractor.vision_value_bias,
+        num_heads=num_heads,
+    )
+    vision = attend_vision(absorbed_queries, normed, roles.vision).flatten(1)
+    query_states = _layer_norm(hidden_states, extractor.query_norm)
+    query = cross_attention(
+        extractor.query_queries,
+        query_states,
+        roles.prompt,
+        extractor.query_value,
+        extractor.query_value_bias,
+        num_heads,
     ).flatten(1)
     if sentinels is None:
-        return Features(vision, query, torch.zeros_like(vision), tokens.pictured)
-    both = _normed(torch.cat(sentinels).float(), reader.asked_norm)  # [L'+L'' D]
-    mine = torch.arange(len(both), device=both.device) < len(sentinels[0])
-    mine = mine == tokens.pictured[:, None]  # [B L'+L'']
-    sentinel = look(rows, both.expand(len(hidden), -1, -1), mine).flatten(1)
-    return Features(vision, query, sentinel, tokens.pictured)
+        return RoutingFeatures(vision, query, torch.zeros_like(vision), roles.has_image)
+    sentinel_states = _layer_norm(torch.cat(sentinels).float(), extractor.prompt_norm)  # [L'+L'' D]
+    sentinel_mask = torch.arange(len(sentinel_states), device=sentinel_states.device) < len(
+        sentinels[0]
+    )
+    sentinel_mask = sentinel_mask == roles.has_image[:, None]  # [B L'+L'']
+    sentinel = attend_vision(
+        absorbed_queries, sentinel_states.expand(len(hidden_states), -1, -1), sentinel_mask
+    ).flatten(1)
+    return RoutingFeatures(vision, query, sentinel, roles.has_image)
 
 
-def _normed(x: Tensor, norm: Tensor) -> Tensor:
+def _layer_norm(x: Tensor, norm: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], norm[0], norm[1], EPS)
 
 
-def cleared(vision: Tensor, pictured: Tensor) -> Tensor:
+def with_modality_columns(vision: Tensor, has_image: Tensor) -> Tensor:
     """Vision features [B SK] with the two columns that keep out experts of the other kind."""
-    far = torch.full_like(vision[:, 0], -FAR)
-    columns = torch.stack([torch.where(pictured, 0, far), torch.where(pictured, far, 0)], 1)
+    excluded = torch.full_like(vision[:, 0], -EXCLUDED)
+    columns = torch.stack(
+        [torch.where(has_image, 0, excluded), torch.where(has_image, excluded, 0)], 1
+    )
     return torch.cat([vision, columns], 1)
 
 
-def reader_of(entry: Experts, tensors: Mapping[str, Tensor]) -> Reader:
+def load_extractor(entry: Experts, tensors: Mapping[str, Tensor]) -> FeatureExtractor:
     """The reader that an entry's tensors hold, in fp32."""
-    names = (field.replace("_", ".", 1) for field in Reader._fields)
-    return Reader(*(tensors[f"{entry.name}.{name}"].float() for name in names))
+    names = (field.replace("_", ".", 1) for field in FeatureExtractor._fields)
+    return FeatureExtractor(*(tensors[f"{entry.name}.{name}"].float() for name in names))
 
 
-def experts(model: Model, header: Header, entry: Experts, tensors: Mapping[str, Tensor]) -> Change:
+def expert_hook(
+    model: Model, header: Header, entry: Experts, tensors: Mapping[str, Tensor]
+) -> Patch:
     """What a pool of experts does to a model: a rewrite of its layer's output."""
-    layer = model.card.layer_of(canonical(model.card, entry.name))
+    layer = model.card.layer_of(canonical_name(model.card, entry.name))
     if layer is None:
-        raise UnknownSite(
+        raise UnknownSiteError(
             f"experts must stand at a decoder layer of {model.card.id}, and {entry.name!r} is in "
             "none."
         )
     # One model may carry several pools at one layer: each has notes of its own.
-    note = f"{entry.name}.experts.{len(model.deltas)}."
-    own = {part: tensors[f"{entry.name}.{part}"] for part in ("down", "up", "norm")}
+    routing_prefix = f"{entry.name}.experts.{len(model.deltas)}."
+    expert_tensors = {
+        part: tensors[f"{entry.name}.{part}"] for part in ("down", "up", "input_norm")
+    }
     stacked = bool(header.stack)
     if stacked:
-        own |= {part: own[part].flatten(0, 1) for part in ("down", "up")}
-    choose = _chooser(entry, tensors, stacked)
+        expert_tensors |= {part: expert_tensors[part].flatten(0, 1) for part in ("down", "up")}
+    route = _make_router(entry, tensors, stacked)
 
-    def rewrite(batch: Batch, x: Tensor, y: Tensor) -> Tensor:
-        hidden = y.reshape(*batch.mask.shape, -1)
-        if f"{note}ids" in batch.notes:
-            routes = Routes(*(batch.notes[note + field] for field in Routes._fields))
+    def hook(batch: Batch, x: Tensor, y: Tensor) -> Tensor:
+        hidden_states = y.reshape(*batch.attention_mask.shape, -1)
+        if f"{routing_prefix}ids" in batch.routing:
+            routes = Routes(*(batch.routing[routing_prefix + field] for field in Routes._fields))
         else:
             with torch.no_grad():
-                routes = choose(batch, hidden.detach())
-            assert isinstance(batch.notes, dict)
-            batch.notes.update({note + field: t for field, t in routes._asdict().items()})
-        norm = (own["norm"][0].to(hidden.device), own["norm"][1].to(hidden.device))
-        lengths = batch.mask.sum(1)
-        return lora_moe.apply(
-            hidden, own["down"], own["up"], routes, norm=norm, eps=EPS, lengths=lengths
+                routes = route(batch, hidden_states.detach())
+            assert isinstance(batch.routing, dict)
+            batch.routing.update(
+                {routing_prefix + field: t for field, t in routes._asdict().items()}
+            )
+        norm = (
+            expert_tensors["input_norm"][0].to(hidden_states.device),
+            expert_tensors["input_norm"][1].to(hidden_states.device),
+        )
+        lengths = batch.attention_mask.sum(1)
+        return lora_moe.apply_experts(
+            hidden_states,
+            expert_tensors["down"],
+            expert_tensors["up"],
+            routes,
+            norm=norm,
+            eps=EPS,
+            lengths=lengths,
         ).view(y.shape)
 
     path = f"{model.card.layers}.{layer}"
 
-    def rewrites(batch: Batch) -> Rewrites:
-        return {path: partial(rewrite, batch)}
+    def hooks(batch: Batch) -> Hooks:
+        return {path: partial(hook, batch)}
 
-    return Change(rewrites=rewrites)
+    return Patch(hooks=hooks)
 
 
-def _chooser(
+def _make_router(
     entry: Experts, tensors: Mapping[str, Tensor], stacked: bool
 ) -> Callable[[Batch, Tensor], Routes]:
     """(batch, the layer's output) -> the experts of each row."""
-    reader = reader_of(entry, tensors)
+    extractor = load_extractor(entry, tensors)
     vision_keys, query_keys, *sentinels = (
         tensors[f"{entry.name}.{part}"].float()
         for part in ("vision_keys", "query_keys", "sentinel", "sentinel_text")
     )
-    scale = scale_of(entry.slots, entry.width)
-    count = entry.num_experts
-    most = min(entry.most or count, count)
+    scale = score_scale(entry.num_query_tokens, entry.feature_dim)
+    num_experts = entry.num_experts
+    top_k = min(entry.top_k or num_experts, num_experts)
 
-    def choose(batch: Batch, hidden: Tensor) -> Routes:
-        found = features(
-            reader, hidden, tokens_of(batch), entry.heads, (sentinels[0], sentinels[1])
+    def route(batch: Batch, hidden_states: Tensor) -> Routes:
+        features = routing_features(
+            extractor,
+            hidden_states,
+            token_roles(batch),
+            entry.num_heads,
+            (sentinels[0], sentinels[1]),
         )
-        threshold = scale * (found.vision * found.sentinel).sum(-1)
-        inside = batch.prompt.any(1) & (batch.edit >= 0 if stacked else True)
-        threshold = torch.where(inside, threshold, torch.inf)
-        vision = cleared(found.vision, found.pictured)
-        query = found.query
-        if entry.blend == "both":
-            query = torch.cat([query, found.vision], 1)
+        threshold = scale * (features.vision * features.sentinel).sum(-1)
+        is_routed = batch.prompt_end.any(1) & (batch.edit_index >= 0 if stacked else True)
+        threshold = torch.where(is_routed, threshold, torch.inf)
+        vision = with_modality_columns(features.vision, features.has_image)
+        query = features.query
+        if entry.routing_input == "query_and_vision":
+            query = torch.cat([query, features.vision], 1)
         if not stacked:
-            return lora_moe.route(
-                vision, query, threshold, vision_keys, query_keys, scale=scale, top_k=most
+            return lora_moe.route_experts(
+                vision, query, threshold, vision_keys, query_keys, scale=scale, top_k=top_k
             )
-        mine = batch.edit.clamp_min(0)
-        single = partial(lora_moe.route, scale=scale, top_k=most)
-        routes = torch.vmap(single)(
-            vision[:, None], query[:, None], threshold[:, None], vision_keys[mine], query_keys[mine]
+        edit_rows = batch.edit_index.clamp_min(0)
+        route_one = partial(lora_moe.route_experts, scale=scale, top_k=top_k)
+        routes = torch.vmap(route_one)(
+            vision[:, None],
+            query[:, None],
+            threshold[:, None],
+            vision_keys[edit_rows],
+            query_keys[edit_rows],
         )
-        ids, weights, chosen = (part[:, 0] for part in routes)
+        ids, weights, counts = (part[:, 0] for part in routes)
         # the experts of all edits stand in one row
-        return Routes(torch.where(ids < 0, ids, ids + mine[:, None] * count), weights, chosen)
+        return Routes(
+            torch.where(ids < 0, ids, ids + edit_rows[:, None] * num_experts), weights, counts
+        )
 
-    return choose
+    return route

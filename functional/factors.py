@@ -19,36 +19,42 @@ from torch.func import grad
 
 from .bind import bind
 from .card import ModelCard
-from .grouped import Unformed
+from .grouped import FactoredGradient
 from .header import Dense
 from .losses import nll
-from .places import module_of, uses
-from .taps import tap, zeros
-from .types import Batch, Delta, Model, Rewrites
+from .places import all_names, module_path
+from .taps import record_activations, zero_perturbations
+from .types import Batch, Delta, Hooks, Model
 
-__all__ = ["Factor", "factors", "gradient", "rows_nll", "unformed_gradients"]
+__all__ = [
+    "GradientFactors",
+    "gradient_factors",
+    "weight_gradient",
+    "sum_nll",
+    "factored_gradients",
+]
 
 
-class Factor(NamedTuple):
+class GradientFactors(NamedTuple):
     """One linear map's part of the gradient, row by row."""
 
     input: Tensor  # u [B L I]
-    delta: Tensor  # dL/dy [B L O]
+    output_grad: Tensor  # dL/dy [B L O]
 
 
-def rows_nll(logits: Tensor, batch: Batch) -> Tensor:
+def sum_nll(logits: Tensor, batch: Batch) -> Tensor:
     """The negative log-likelihood of each row's target, summed over rows: rows stay independent."""
     return nll(logits, batch.labels).sum()
 
 
-def factors(
+def gradient_factors(
     model: Model,
     batch: Batch,
     sites: Iterable[str],
     *,
-    loss: Callable[[Tensor, Batch], Tensor] = rows_nll,
-    rewrites: Rewrites | None = None,
-) -> dict[str, Factor]:
+    loss: Callable[[Tensor, Batch], Tensor] = sum_nll,
+    hooks: Hooks | None = None,
+) -> dict[str, GradientFactors]:
     """(u, delta) of each linear map at `sites` (full paths), for loss(logits, batch) -> scalar.
 
     With a loss that sums over rows each row's factors are that row's own gradient. Sites must lie
@@ -59,27 +65,31 @@ def factors(
     """
     sites = list(sites)
 
-    def probed(probes: Mapping[str, Tensor]):
-        logits, seen = tap(
-            model.decode, model.params, batch, sites, probes=probes, rewrites=rewrites
+    def perturbed_loss(perturbations: Mapping[str, Tensor]):
+        logits, activations = record_activations(
+            model.decode, model.params, batch, sites, perturbations=perturbations, hooks=hooks
         )
-        return loss(logits, batch), {site: seen[site].input for site in sites}
+        return loss(logits, batch), {site: activations[site].input for site in sites}
 
-    deltas, inputs = grad(probed, has_aux=True)(zeros(model.card, batch, sites))
-    length = batch.hidden.shape[1]
+    output_grads, inputs = grad(perturbed_loss, has_aux=True)(
+        zero_perturbations(model.card, batch, sites)
+    )
+    length = batch.hidden_states.shape[1]
     return {
-        site: Factor(inputs[site].reshape(-1, length, inputs[site].shape[-1]), deltas[site])
+        site: GradientFactors(
+            inputs[site].reshape(-1, length, inputs[site].shape[-1]), output_grads[site]
+        )
         for site in sites
     }
 
 
-def unformed_gradients(
+def factored_gradients(
     model: Model,
     delta: Delta,
     batch: Batch,
     loss: Callable[[Tensor], tuple[Tensor, Any]],
     **options: Any,
-) -> tuple[dict[str, Tensor | Unformed], Any]:
+) -> tuple[dict[str, Tensor | FactoredGradient], Any]:
     """Gradients of loss(logits) -> (scalar, aux) for a stacked dense delta, and aux.
 
     Those of linear weights come as factors (`Unformed`), which a donating optimiser takes as they
@@ -89,43 +99,60 @@ def unformed_gradients(
     """
     card = model.card
     names = [entry.name for entry in delta.header.entries if isinstance(entry, Dense)]
-    together = len(names) == len(delta.header.entries) and all(_is_linear(card, n) for n in names)
-    if not together or any(bound.header.stack for bound in model.deltas):
+    all_linear = len(names) == len(delta.header.entries) and all(_is_linear(card, n) for n in names)
+    if not all_linear or any(bound.header.stack for bound in model.deltas):
         names = []
-    paths = {name: module_of(name) for name in names if name.endswith(".weight")}
-    rest = {name: tensor for name, tensor in delta.tensors.items() if name not in paths}
+    paths = {name: module_path(name) for name in names if name.endswith(".weight")}
+    other_tensors = {name: tensor for name, tensor in delta.tensors.items() if name not in paths}
 
-    def probed(wanted: Mapping[str, Mapping[str, Tensor]]):
-        tensors = {**delta.tensors, **wanted["rest"]}
+    def perturbed_loss(variables: Mapping[str, Mapping[str, Tensor]]):
+        tensors = {**delta.tensors, **variables["rest"]}
         bound = bind(model, delta._replace(tensors=tensors), check=False)
-        logits, seen = tap(
-            bound.decode, bound.params, batch, paths.values(), probes=wanted["probes"], **options
+        logits, activations = record_activations(
+            bound.decode,
+            bound.params,
+            batch,
+            paths.values(),
+            perturbations=variables["perturbations"],
+            **options,
         )
         value, aux = loss(logits)
-        return value, (aux, {path: seen[path].input for path in paths.values()})
+        return value, (aux, {path: activations[path].input for path in paths.values()})
 
-    start = {"rest": rest, "probes": zeros(card, batch, paths.values())}
-    grads, (aux, inputs) = grad(probed, has_aux=True)(start)
-    found: dict[str, Tensor | Unformed] = dict(grads["rest"])
+    start = {
+        "rest": other_tensors,
+        "perturbations": zero_perturbations(card, batch, paths.values()),
+    }
+    grads, (aux, inputs) = grad(perturbed_loss, has_aux=True)(start)
+    gradients: dict[str, Tensor | FactoredGradient] = dict(grads["rest"])
     for name, path in paths.items():
-        left, right = grads["probes"][path], inputs[path].reshape(*batch.hidden.shape[:2], -1)
-        flip = path in card.transposed
-        found[name] = (
-            Unformed(right, left, batch.edit) if flip else Unformed(left, right, batch.edit)
+        left, right = (
+            grads["perturbations"][path],
+            inputs[path].reshape(*batch.hidden_states.shape[:2], -1),
         )
-    return found, aux
+        is_transposed = path in card.transposed
+        gradients[name] = (
+            FactoredGradient(right, left, batch.edit_index)
+            if is_transposed
+            else FactoredGradient(left, right, batch.edit_index)
+        )
+    return gradients, aux
 
 
 def _is_linear(card: ModelCard, name: str) -> bool:
     """Whether a parameter is nothing but weight or bias of one linear map in a decoder layer."""
-    path = module_of(name)
-    return card.layer_of(path) is not None and path in card.linears and uses(card, name) == [name]
+    path = module_path(name)
+    return (
+        card.layer_of(path) is not None
+        and path in card.linear_shapes
+        and all_names(card, name) == [name]
+    )
 
 
-def gradient(factor: Factor) -> Tensor:
+def weight_gradient(factors: GradientFactors) -> Tensor:
     """The weight gradient of each row, [B O I]: sum over tokens of delta u^T.
 
-    >>> gradient(Factor(torch.ones(1, 2, 3), torch.ones(1, 2, 1)))
+    >>> weight_gradient(GradientFactors(torch.ones(1, 2, 3), torch.ones(1, 2, 1)))
     tensor([[[2., 2., 2.]]])
     """
-    return torch.einsum("bto,bti->boi", factor.delta, factor.input)
+    return torch.einsum("bto,bti->boi", factors.output_grad, factors.input)

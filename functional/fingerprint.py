@@ -14,53 +14,53 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["derive", "fingerprint", "origin"]
+__all__ = ["mark_edited", "hash_parameter", "base_parameter"]
 
 _CHUNK = 1 << 25  # bytes brought to the CPU at a time
 
 
-class _Known(NamedTuple):
+class _CachedDigest(NamedTuple):
     version: int
     digest: str
 
 
-_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_origins: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_cached_digests: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_base_parameters: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _lock = threading.Lock()
 
 
-def fingerprint(tensor: Tensor) -> str:
+def hash_parameter(tensor: Tensor) -> str:
     """sha256 of a tensor's bytes in row-major order, in hexadecimal.
 
     Device and strides do not matter, dtype does. Reading 1 GB takes about a second, once.
 
-    >>> fingerprint(torch.zeros(2))[:16]
+    >>> hash_parameter(torch.zeros(2))[:16]
     'af5570f5a1810b7a'
     """
     version = -1 if tensor.is_inference() else tensor._version
     with _lock:
-        known = _known.get(tensor)
-    if known is not None and known.version == version:
-        return known.digest
+        cached = _cached_digests.get(tensor)
+    if cached is not None and cached.version == version:
+        return cached.digest
     digest = _digest(tensor)
     with _lock:
-        _known[tensor] = _Known(version, digest)
+        _cached_digests[tensor] = _CachedDigest(version, digest)
     return digest
 
 
-def derive(tensor: Tensor, base: Tensor) -> Tensor:
+def mark_edited(tensor: Tensor, base: Tensor) -> Tensor:
     """Remember that `tensor` is an edited form of `base`; returns `tensor`."""
     with _lock:
-        found = _origins.get(base)
-        _origins[tensor] = base if found is None else found
+        unedited = _base_parameters.get(base)
+        _base_parameters[tensor] = base if unedited is None else unedited
     return tensor
 
 
-def origin(tensor: Tensor) -> Tensor:
+def base_parameter(tensor: Tensor) -> Tensor:
     """The unedited parameter behind one that `bind` made; any other tensor is its own origin."""
     with _lock:
-        found = _origins.get(tensor)
-    return tensor if found is None else found
+        unedited = _base_parameters.get(tensor)
+    return tensor if unedited is None else unedited
 
 
 def _digest(tensor: Tensor) -> str:

@@ -12,26 +12,51 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from .atomic import whole_folder
-from .errors import BadInput, BaseMismatch, KindUnsupported, UnknownSite, listed
+from .atomic import atomic_folder
+from .errors import (
+    BaseMismatchError,
+    InvalidInputError,
+    UnknownSiteError,
+    UnsupportedKindError,
+    join_messages,
+)
 from .header import Dense, LowRank
-from .io import DTYPES, as_bytes, digest, view
-from .peek import text_of
-from .safe import Slot, open_regular, read_table
-from .shards import Place, family_in, misfits, parameters, shards
+from .io import DTYPE_BY_NAME, digest, tensor_bytes, tensor_view
+from .peek import encode_header
+from .safe import TensorSlot, open_regular_file, read_header
+from .shards import (
+    ParameterLocation,
+    checkpoint_mismatches,
+    checkpoint_model_type,
+    checkpoint_parameters,
+    shard_files,
+)
 from .types import Delta
 
-__all__ = ["changed", "fold", "folded", "strangers"]
+__all__ = ["apply_entry", "fuse", "fuse_parameter", "mismatched_parameters"]
 
 _CHUNK = 1 << 24
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf",
-            "*.onnx", "*.safetensors.index.json", "*.bin.index.json", ".git", ".cache")  # fmt: skip
+_WEIGHT_FILES = (
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.h5",
+    "*.msgpack",
+    "*.gguf",
+    "*.onnx",
+    "*.safetensors.index.json",
+    "*.bin.index.json",
+    ".git",
+    ".cache",
+)
 
 
-def fold(
+def fuse(
     delta: Delta,
     base: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
     *,
     check: bool = True,
 ) -> Path:
@@ -46,67 +71,73 @@ def fold(
     that does not fit `base`; BadInput where `out` exists or can not be written: then it is not
     there, or is as it was.
     """
-    _can(delta)
-    have = parameters(base)
-    wrong = misfits(delta.header, have, family_in(base))
-    if wrong:
-        raise UnknownSite(f"the delta does not fit {base}: {listed(wrong)}.")
-    other = list(strangers(delta, have)) if check else []
-    if other:
-        raise BaseMismatch(
+    _require_weight_changes(delta)
+    locations = checkpoint_parameters(base)
+    problems = checkpoint_mismatches(delta.header, locations, checkpoint_model_type(base))
+    if problems:
+        raise UnknownSiteError(f"the delta does not fit {base}: {join_messages(problems)}.")
+    mismatched = list(mismatched_parameters(delta, locations)) if check else []
+    if mismatched:
+        raise BaseMismatchError(
             f"the delta was made for {delta.header.base.id}; in {base} other values are held by "
-            f"{listed(other)}."
+            f"{join_messages(mismatched)}."
         )
     by_name: dict[str, list[Any]] = {}
     for entry in delta.header.entries:
-        by_name.setdefault(entry.checkpoint, []).append(entry)
-    _outside(Path(base), Path(out))
-    with whole_folder(out) as part:
-        shutil.copytree(base, part, ignore=shutil.ignore_patterns(*_WEIGHTS), dirs_exist_ok=True)
+        by_name.setdefault(entry.checkpoint_name, []).append(entry)
+    _require_outside(Path(base), Path(output_dir))
+    with atomic_folder(output_dir) as temporary:
+        shutil.copytree(
+            base, temporary, ignore=shutil.ignore_patterns(*_WEIGHT_FILES), dirs_exist_ok=True
+        )
         for index in Path(base).glob("*.safetensors.index.json"):
-            shutil.copyfile(index, part / index.name)
-        for name in shards(base):
-            _shard(Path(base) / name, part / name, delta, by_name)
-        (part / "errata.json").write_text(text_of(delta.header, digest(delta)))
-    return Path(out)
+            shutil.copyfile(index, temporary / index.name)
+        for name in shard_files(base):
+            _fuse_shard(Path(base) / name, temporary / name, delta, by_name)
+        (temporary / "errata.json").write_text(encode_header(delta.header, digest(delta)))
+    return Path(output_dir)
 
 
-def changed(base: Tensor, entry: Any, delta: Delta) -> Tensor:
+def apply_entry(base: Tensor, entry: Any, delta: Delta) -> Tensor:
     """One parameter with one entry of a delta added, in the parameter's dtype.
 
     W + d for a dense change, W + (B A).to(W.dtype), B A in fp32, for a low-rank one.
     """
     if isinstance(entry, Dense):
         return (base + delta.tensors[entry.name]).to(base.dtype)
-    full = delta.tensors[f"{entry.name}.B"].float() @ delta.tensors[f"{entry.name}.A"].float()
-    full = full.to(base.dtype)
-    return base + (full.mT if entry.transposed else full)
+    change = delta.tensors[f"{entry.name}.B"].float() @ delta.tensors[f"{entry.name}.A"].float()
+    change = change.to(base.dtype)
+    return base + (change.mT if entry.transposed else change)
 
 
-def strangers(delta: Delta, have: dict[str, Place]) -> Iterable[str]:
+def mismatched_parameters(delta: Delta, locations: dict[str, ParameterLocation]) -> Iterable[str]:
     """Names of touched parameters whose values in a checkpoint are not those the delta knows.
 
     A hash fits if it is of the stored bytes, or of the same values in another floating dtype.
     """
     for entry in delta.header.entries:
-        want = delta.header.base.touched.get(entry.name)
-        if want and want not in _hashes(have[entry.checkpoint]):
-            yield entry.checkpoint
+        expected_hash = delta.header.base.parameter_hashes.get(entry.name)
+        if expected_hash and expected_hash not in _possible_hashes(
+            locations[entry.checkpoint_name]
+        ):
+            yield entry.checkpoint_name
 
 
-def folded(memory: mmap.mmap, slot: Slot, at: int, entries: Iterable[Any], delta: Delta) -> Tensor:
+def fuse_parameter(
+    memory: mmap.mmap, slot: TensorSlot, offset: int, entries: Iterable[Any], delta: Delta
+) -> Tensor:
     """A parameter of a mapped shard with all its entries added."""
-    value = view(memory, slot.dtype, slot.shape, at)
+    value = tensor_view(memory, slot.dtype, slot.shape, offset)
     for entry in entries:
-        value = changed(value, entry, delta)
+        value = apply_entry(value, entry, delta)
     return value
 
 
-def _hashes(place: Place) -> Iterable[str]:
-    with open_regular(place.file) as file:
-        file.seek(place.at)
+def _possible_hashes(location: ParameterLocation) -> Iterable[str]:
+    with open_regular_file(location.file) as file:
+        file.seek(location.offset)
         state = hashlib.sha256()
-        left = place.slot.nbytes
+        left = location.slot.nbytes
         while left:
             piece = file.read(min(left, _CHUNK))
             if not piece:
@@ -115,58 +146,60 @@ def _hashes(place: Place) -> Iterable[str]:
             left -= len(piece)
         yield state.hexdigest()
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    value = view(memory, place.slot.dtype, place.slot.shape, place.at)
+    value = tensor_view(memory, location.slot.dtype, location.slot.shape, location.offset)
     for name in ("F32", "BF16", "F16", "F64"):
-        if name != place.slot.dtype:
-            yield hashlib.sha256(as_bytes(value.to(DTYPES[name]))).hexdigest()
+        if name != location.slot.dtype:
+            yield hashlib.sha256(tensor_bytes(value.to(DTYPE_BY_NAME[name]))).hexdigest()
 
 
-def _shard(source: Path, target: Path, delta: Delta, by_name: dict[str, list[Any]]) -> None:
-    table = read_table(source)
-    touched = sorted((slot.start, name) for name, slot in table.slots.items() if name in by_name)
-    with open_regular(source) as old, target.open("wb") as new:
+def _fuse_shard(source: Path, target: Path, delta: Delta, by_name: dict[str, list[Any]]) -> None:
+    header = read_header(source)
+    changed = sorted((slot.start, name) for name, slot in header.tensors.items() if name in by_name)
+    with open_regular_file(source) as old, target.open("wb") as new:
         done = 0
-        if touched:
+        if changed:
             memory = mmap.mmap(old.fileno(), 0, access=mmap.ACCESS_COPY)
-        for start, name in touched:
-            slot, at = table.slots[name], table.data + start
-            _copy(old, new, at - done)
-            new.write(as_bytes(folded(memory, slot, at, by_name[name], delta)))
-            done = at + slot.nbytes
+        for start, name in changed:
+            slot, offset = header.tensors[name], header.data_start + start
+            _copy(old, new, offset - done)
+            new.write(tensor_bytes(fuse_parameter(memory, slot, offset, by_name[name], delta)))
+            done = offset + slot.nbytes
             old.seek(done)
-        _copy(old, new, table.size - done)
+        _copy(old, new, header.num_bytes - done)
 
 
 def _copy(old: BinaryIO, new: BinaryIO, count: int) -> None:
     while count:
         piece = old.read(min(count, _CHUNK))
         if not piece:
-            raise BadInput(f"{old.name}: the file became shorter while it was read.")
+            raise InvalidInputError(f"{old.name}: the file became shorter while it was read.")
         new.write(piece)
         count -= len(piece)
 
 
-def _outside(base: Path, out: Path) -> None:
-    inside = out.resolve()
-    if base.resolve() in (inside, *inside.parents):
-        raise BadInput(f"{out} must lie outside the checkpoint it is made from, {base}.")
+def _require_outside(base: Path, output_dir: Path) -> None:
+    target = output_dir.resolve()
+    if base.resolve() in (target, *target.parents):
+        raise InvalidInputError(
+            f"{output_dir} must lie outside the checkpoint it is made from, {base}."
+        )
 
 
-def _can(delta: Delta) -> None:
+def _require_weight_changes(delta: Delta) -> None:
     if delta.header.stack:
-        raise KindUnsupported(
+        raise UnsupportedKindError(
             "a stacked delta holds edits side by side, and a checkpoint holds one model: fold one "
             "of `stacks.unstack(delta)`."
         )
-    odd = sorted(
+    other_kinds = sorted(
         {
             type(e).__name__.lower()
             for e in delta.header.entries
             if not isinstance(e, Dense | LowRank)
         }
     )
-    if odd:
-        raise KindUnsupported(
-            f"a delta of kind {', '.join(odd)} decides per input what to change, which no plain "
+    if other_kinds:
+        raise UnsupportedKindError(
+            f"a delta of kind {', '.join(other_kinds)} decides per input what to change, which no plain "
             "checkpoint can: keep it as a file and `bind` it."
         )

@@ -16,27 +16,27 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-__all__ = ["Unformed", "chain", "grouped_linear"]
+__all__ = ["FactoredGradient", "low_rank_maps", "grouped_linear"]
 
 
-def grouped_linear(x: Tensor, maps: Tensor, edit: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, maps: Tensor, edit_index: Tensor) -> Tensor:
     """y[b] = x[b] maps[edit[b]]^T: [B L I], [E O I], [B] -> [B L O]; rows of edit -1 give zeros.
 
     >>> maps = torch.stack([torch.eye(2), 3 * torch.eye(2)])
     >>> grouped_linear(torch.ones(2, 1, 2), maps, torch.tensor([1, -1])).tolist()
     [[[3.0, 3.0]], [[0.0, 0.0]]]
     """
-    return _Apply.apply(x, maps, edit)
+    return _GroupedLinear.apply(x, maps, edit_index)
 
 
-def chain(down: Tensor, up: Tensor, num_edits: int) -> tuple[Tensor, ...]:
+def low_rank_maps(down: Tensor, up: Tensor, num_edits: int) -> tuple[Tensor, ...]:
     """Maps in fp32 to be applied one after another, for x A^T B^T: (A, B), or B A where it is less.
 
     The rows of many edits in a sequence outgrow the matrix they change at r > I O / (I + O): then
     their product costs no more than the map itself, however many edits follow. Edits made at once
     keep their factors, so that what PEFT computes is computed bit for bit.
 
-    >>> [len(chain(torch.ones(9, 4), torch.ones(5, 9), edits)) for edits in (1, 3)]
+    >>> [len(low_rank_maps(torch.ones(9, 4), torch.ones(5, 9), edits)) for edits in (1, 3)]
     [2, 1]
     """
     down, up = down.float(), up.float()
@@ -46,11 +46,11 @@ def chain(down: Tensor, up: Tensor, num_edits: int) -> tuple[Tensor, ...]:
     return (up @ down,)
 
 
-_FEW = 8  # tokens up to which outer products are summed one by one
-_BLOCK = 1 << 20  # elements of a gradient that stay in a CPU's cache
+_MAX_OUTER_PRODUCTS = 8  # tokens up to which outer products are summed one by one
+_BLOCK_ELEMENTS = 1 << 20  # elements of a gradient that stay in a CPU's cache
 
 
-class Unformed(NamedTuple):
+class FactoredGradient(NamedTuple):
     """The gradient of stacked maps as factors: G_e = sum over rows b of edit e of left_b^T right_b.
 
     A step of an optimiser needs one G_e at a time, so the stack [E O I] is never held.
@@ -58,37 +58,40 @@ class Unformed(NamedTuple):
 
     left: Tensor  # [B L O]
     right: Tensor  # [B L I]
-    edit: Tensor  # [B]
+    edit_index: Tensor  # [B]
 
-    def formed(self, num_edits: int) -> Tensor:
+    def to_dense(self, num_edits: int) -> Tensor:
         """All of them: [E O I]."""
-        return _Outer.apply(self.left, self.right, self.edit, num_edits)
+        return _GroupedOuter.apply(self.left, self.right, self.edit_index, num_edits)
 
-    def one(self, number: int, out: Tensor) -> Tensor:
+    def write_edit(self, number: int, out: Tensor) -> Tensor:
         """G of one edit, written into `out` [O I]."""
-        rows = (self.edit == number).nonzero()[:, 0]
+        rows = (self.edit_index == number).nonzero()[:, 0]
         left = self.left[rows].flatten(0, 1).to(out.dtype)  # [K O]
         right = self.right[rows].flatten(0, 1).to(out.dtype)  # [K I]
-        if not out.is_cpu or not 0 < left.shape[0] <= _FEW:
+        if not out.is_cpu or not 0 < left.shape[0] <= _MAX_OUTER_PRODUCTS:
             return torch.mm(left.mT, right, out=out)
         # A CPU's GEMM is an order of magnitude off memory speed for so few tokens.
-        height = max(1, _BLOCK // out.shape[1])
+        height = max(1, _BLOCK_ELEMENTS // out.shape[1])
         for begin in range(0, out.shape[0], height):
-            part, mine = out[begin : begin + height], left[:, begin : begin + height, None]
-            torch.mul(mine[0], right[0], out=part)
+            out_block, left_block = (
+                out[begin : begin + height],
+                left[:, begin : begin + height, None],
+            )
+            torch.mul(left_block[0], right[0], out=out_block)
             for token in range(1, len(left)):
-                part.addcmul_(mine[token], right[token])
+                out_block.addcmul_(left_block[token], right[token])
         return out
 
 
-class _Apply(Function):
+class _GroupedLinear(Function):
     """(x [B L I], maps [E O I], edit [B]) -> [B L O]"""
 
     @staticmethod
-    def forward(x, maps, edit):
-        groups, size = _groups(edit, maps.shape[0])
+    def forward(x, maps, edit_index):
+        groups, size = _rows_by_edit(edit_index, maps.shape[0])
         if size:
-            return torch.bmm(_together(x, size), maps.mT).view(*x.shape[:2], -1)
+            return torch.bmm(_merge_rows(x, size), maps.mT).view(*x.shape[:2], -1)
         out = x.new_zeros(*x.shape[:2], maps.shape[1])
         for number, rows in groups.items():
             out[rows] = x[rows] @ maps[number].mT
@@ -100,33 +103,39 @@ class _Apply(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, maps, edit = ctx.saved_tensors
-        back = _Apply.apply(grad, maps.mT, edit) if ctx.needs_input_grad[0] else None
-        outer = _Outer.apply(grad, x, edit, maps.shape[0]) if ctx.needs_input_grad[1] else None
-        return back, outer, None
+        x, maps, edit_index = ctx.saved_tensors
+        input_grad = (
+            _GroupedLinear.apply(grad, maps.mT, edit_index) if ctx.needs_input_grad[0] else None
+        )
+        maps_grad = (
+            _GroupedOuter.apply(grad, x, edit_index, maps.shape[0])
+            if ctx.needs_input_grad[1]
+            else None
+        )
+        return input_grad, maps_grad, None
 
     @staticmethod
-    def vmap(info, in_dims, x, maps, edit):
+    def vmap(info, in_dims, x, maps, edit_index):
         size = info.batch_size
-        x = _lead(x, in_dims[0], size)
+        x = _batch_first(x, in_dims[0], size)
         if in_dims[1] is not None:
             maps = maps.movedim(in_dims[1], 0)
-            edit = _shift(_lead(edit, in_dims[2], size), maps.shape[1])
+            edit_index = _offset_edits(_batch_first(edit_index, in_dims[2], size), maps.shape[1])
             maps = maps.flatten(0, 1)
         else:
-            edit = _lead(edit, in_dims[2], size)
-        out = _Apply.apply(x.flatten(0, 1), maps, edit.flatten())
+            edit_index = _batch_first(edit_index, in_dims[2], size)
+        out = _GroupedLinear.apply(x.flatten(0, 1), maps, edit_index.flatten())
         return out.unflatten(0, (size, -1)), 0
 
 
-class _Outer(Function):
+class _GroupedOuter(Function):
     """(g [B L O], x [B L I], edit [B], E) -> sum over rows of each edit of g^T x: [E O I]"""
 
     @staticmethod
-    def forward(g, x, edit, num_edits):
-        groups, size = _groups(edit, num_edits)
+    def forward(g, x, edit_index, num_edits):
+        groups, size = _rows_by_edit(edit_index, num_edits)
         if size:
-            return torch.bmm(_together(g, size).mT, _together(x, size))
+            return torch.bmm(_merge_rows(g, size).mT, _merge_rows(x, size))
         out = x.new_zeros(num_edits, g.shape[-1], x.shape[-1])
         for number, rows in groups.items():
             out[number] = g[rows].flatten(0, 1).mT @ x[rows].flatten(0, 1)
@@ -138,23 +147,25 @@ class _Outer(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        g, x, edit = ctx.saved_tensors
-        to_g = _Apply.apply(x, grad, edit) if ctx.needs_input_grad[0] else None
-        to_x = _Apply.apply(g, grad.mT, edit) if ctx.needs_input_grad[1] else None
+        g, x, edit_index = ctx.saved_tensors
+        to_g = _GroupedLinear.apply(x, grad, edit_index) if ctx.needs_input_grad[0] else None
+        to_x = _GroupedLinear.apply(g, grad.mT, edit_index) if ctx.needs_input_grad[1] else None
         return to_g, to_x, None, None
 
     @staticmethod
-    def vmap(info, in_dims, g, x, edit, num_edits):
+    def vmap(info, in_dims, g, x, edit_index, num_edits):
         size = info.batch_size
-        g, x = _lead(g, in_dims[0], size), _lead(x, in_dims[1], size)
-        edit = _shift(_lead(edit, in_dims[2], size), num_edits)
-        out = _Outer.apply(g.flatten(0, 1), x.flatten(0, 1), edit.flatten(), size * num_edits)
+        g, x = _batch_first(g, in_dims[0], size), _batch_first(x, in_dims[1], size)
+        edit_index = _offset_edits(_batch_first(edit_index, in_dims[2], size), num_edits)
+        out = _GroupedOuter.apply(
+            g.flatten(0, 1), x.flatten(0, 1), edit_index.flatten(), size * num_edits
+        )
         return out.unflatten(0, (size, num_edits)), 0
 
 
-def _groups(edit: Tensor, num_edits: int) -> tuple[dict[int, slice | list[int]], int]:
+def _rows_by_edit(edit_index: Tensor, num_edits: int) -> tuple[dict[int, slice | list[int]], int]:
     """The rows of each edit present; and, where all edits have n rows each, in order, that n."""
-    numbers = edit.tolist()
+    numbers = edit_index.tolist()
     size, rest = divmod(len(numbers), num_edits) if num_edits else (0, 0)
     if size and not rest and numbers == [e for e in range(num_edits) for _ in range(size)]:
         return {}, size
@@ -166,16 +177,16 @@ def _groups(edit: Tensor, num_edits: int) -> tuple[dict[int, slice | list[int]],
     return runs, 0
 
 
-def _together(x: Tensor, size: int) -> Tensor:
+def _merge_rows(x: Tensor, size: int) -> Tensor:
     """[E*n L I] -> [E n*L I]"""
     return x.reshape(-1, size * x.shape[1], x.shape[2])
 
 
-def _lead(x: Tensor, dim: int | None, size: int) -> Tensor:
+def _batch_first(x: Tensor, dim: int | None, size: int) -> Tensor:
     return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
-def _shift(edit: Tensor, num_edits: int) -> Tensor:
+def _offset_edits(edit_index: Tensor, num_edits: int) -> Tensor:
     """Number the edits of every lane of a vmap apart: lane n has n*E .. n*E + E - 1."""
-    lane = torch.arange(edit.shape[0], device=edit.device)[:, None] * num_edits
-    return torch.where(edit < 0, edit, edit + lane)
+    lane = torch.arange(edit_index.shape[0], device=edit_index.device)[:, None] * num_edits
+    return torch.where(edit_index < 0, edit_index, edit_index + lane)

@@ -17,48 +17,48 @@ from typing import Any, Literal
 
 import msgspec
 
-from .card import Base
+from .card import BaseModel
 from .entries import (
-    FLOATS,
-    NAME,
-    Blend,
+    FLOAT_DTYPES,
+    PARAMETER_NAME,
     Codebook,
     Dense,
     Experts,
     LowRank,
     Masked,
     Prompt,
+    Replacement,
+    RoutingInput,
     Scope,
-    Want,
-    Where,
+    TensorSpec,
 )
 
 __all__ = [
-    "FLOATS",
+    "FLOAT_DTYPES",
     "FORMAT",
-    "Blend",
+    "RoutingInput",
     "Codebook",
     "Dense",
     "EditRecord",
-    "Entry",
+    "AnyEntry",
     "Experts",
-    "Form",
+    "Arithmetic",
     "Header",
     "LowRank",
     "Masked",
     "Prompt",
     "Scope",
-    "Want",
-    "Where",
-    "faults",
+    "TensorSpec",
+    "Replacement",
+    "validate_header",
 ]
 
 FORMAT = 1
 
-_HASH = re.compile(r"([0-9a-f]{64})?", re.ASCII)
-_ABSOLUTE = re.compile(r"(/|~|\\|[A-Za-z]:[\\/]|file:)", re.ASCII)
+_SHA256_HEX = re.compile(r"([0-9a-f]{64})?", re.ASCII)
+_ABSOLUTE_PATH = re.compile(r"(/|~|\\|[A-Za-z]:[\\/]|file:)", re.ASCII)
 
-Form = Literal["act", "act_fp32", "weight"]
+Arithmetic = Literal["act", "act_fp32", "weight"]
 """How a low-rank change is added.
 
 act       y = x Wᵀ + (x Aᵀ) Bᵀ, in the model's dtype
@@ -66,7 +66,7 @@ act_fp32  the same, the low-rank product in fp32, cast once at the end
 weight    W' = W + (B A).to(W.dtype), B A in fp32, then y = x W'ᵀ: what PEFT merges to
 """
 
-Entry = Dense | LowRank | Codebook | Masked | Experts | Scope | Prompt
+AnyEntry = Dense | LowRank | Codebook | Masked | Experts | Scope | Prompt
 
 
 class EditRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -84,81 +84,87 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     format: int = FORMAT
     editor: str = ""
     settings: dict[str, Any] = {}
-    base: Base
-    form: Form = "act"
-    entries: tuple[Entry, ...] = ()
+    base: BaseModel
+    arithmetic: Arithmetic = "act"
+    entries: tuple[AnyEntry, ...] = ()
     edits: tuple[EditRecord, ...] = ()
     stack: int = 0  # E > 0: tensors have a leading edit axis, edits[e] is edit e
-    recursive: bool = False  # later edits depend on earlier ones: single edits can not be removed
+    order_dependent: bool = (
+        False  # later edits depend on earlier ones: single edits can not be removed
+    )
 
-    def tensors(self) -> dict[str, Want]:
+    def tensor_specs(self) -> dict[str, TensorSpec]:
         """Every tensor of the delta: the dtypes it may have, and its shape."""
         axis = (self.stack,) if self.stack else ()
         return {
-            name: (dtypes, shape if name in entry.common() else axis + shape)
+            name: (dtypes, shape if name in entry.shared_tensors() else axis + shape)
             for entry in self.entries
-            for name, (dtypes, shape) in entry.tensors().items()
+            for name, (dtypes, shape) in entry.tensor_specs().items()
         }
 
 
-def faults(header: Header) -> list[str]:
+def validate_header(header: Header) -> list[str]:
     """Everything that is wrong with a header in itself; empty for a good one.
 
-    >>> entry = Dense(name="w", checkpoint="w", shape=())
-    >>> faults(Header(base=Base(id="a/model"), entries=(entry,)))
+    >>> entry = Dense(name="w", checkpoint_name="w", shape=())
+    >>> validate_header(Header(base=BaseModel(id="a/model"), entries=(entry,)))
     ['w: the shape must be of positive sizes, is []']
     """
-    return list(_faults(header))
+    return list(_header_violations(header))
 
 
-def _faults(header: Header) -> Iterator[str]:
+def _header_violations(header: Header) -> Iterator[str]:
     if header.format != FORMAT:
         yield f"the format must be {FORMAT}, is {header.format}"
     for what, text in (("editor", header.editor), ("base.id", header.base.id)):
-        if not _tame(text):
+        if not _is_short_text(text):
             yield f"{what} must be printable text of at most 256 characters"
-        elif _ABSOLUTE.match(text) or ".." in text:
+        elif _ABSOLUTE_PATH.match(text) or ".." in text:
             yield f"{what} must be a name, not a path on someone's machine"
     base = header.base
-    if not (_tame(base.revision) and _tame(base.family) and _HASH.fullmatch(base.config)):
-        yield "base.revision and base.family must be printable, base.config a sha256 in hex"
-    for name, digest in base.touched.items():
-        if not NAME.fullmatch(name) or not digest or not _HASH.fullmatch(digest):
-            yield f"base.touched[{name[:80]!r}] must give the sha256 of a parameter in hex"
-    yield from _paths(header.settings, "settings")
-    seen: set[str] = set()
+    if not (
+        _is_short_text(base.revision)
+        and _is_short_text(base.family)
+        and _SHA256_HEX.fullmatch(base.config_hash)
+    ):
+        yield "base.revision and base.family must be printable, base.config_hash a sha256 in hex"
+    for name, digest in base.parameter_hashes.items():
+        if not PARAMETER_NAME.fullmatch(name) or not digest or not _SHA256_HEX.fullmatch(digest):
+            yield f"base.parameter_hashes[{name[:80]!r}] must give the sha256 of a parameter in hex"
+    yield from _absolute_paths(header.settings, "settings")
+    tensor_names: set[str] = set()
     for entry in header.entries:
-        fine = True
-        for fault in entry.faults(header):
-            fine = False
-            yield fault
-        for name in entry.tensors() if fine else ():
-            if name in seen:
+        is_valid = True
+        for violation in entry.validate(header):
+            is_valid = False
+            yield violation
+        for name in entry.tensor_specs() if is_valid else ():
+            if name in tensor_names:
                 yield f"{name}: two entries have a tensor of this name"
-            seen.add(name)
+            tensor_names.add(name)
     if header.stack < 0 or (header.stack and header.stack != len(header.edits)):
         yield f"stack must be 0 or the number of edits ({len(header.edits)}), is {header.stack}"
     for number, edit in enumerate(header.edits):
-        if not _tame(edit.id):
+        if not _is_short_text(edit.id):
             yield f"edits[{number}].id must be printable text of at most 256 characters"
-        if not (_HASH.fullmatch(edit.prompt) and _HASH.fullmatch(edit.target)):
+        if not (_SHA256_HEX.fullmatch(edit.prompt) and _SHA256_HEX.fullmatch(edit.target)):
             yield f"edits[{number}] must give sha256 hashes of prompt and target in hex"
-        if not all(_tame(key) and not _ABSOLUTE.match(key) for key in edit.images):
+        if not all(_is_short_text(key) and not _ABSOLUTE_PATH.match(key) for key in edit.images):
             yield f"edits[{number}].images must be content names: hashes, or names of a data set's"
 
 
-def _tame(text: str) -> bool:
+def _is_short_text(text: str) -> bool:
     return len(text) <= 256 and text.isprintable()
 
 
-def _paths(value: Any, where: str) -> Iterator[str]:
+def _absolute_paths(value: Any, where: str) -> Iterator[str]:
     """Absolute paths among the settings: they say more of a machine than of an edit."""
     if isinstance(value, str):
-        if _ABSOLUTE.match(value):
+        if _ABSOLUTE_PATH.match(value):
             yield f"{where} must not hold a path of this machine: store a name or a hash instead"
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _paths(inner, f"{where}.{str(key)[:40]}")
+            yield from _absolute_paths(inner, f"{where}.{str(key)[:40]}")
     elif isinstance(value, (list, tuple)):
         for inner in value:
-            yield from _paths(inner, f"{where}[]")
+            yield from _absolute_paths(inner, f"{where}[]")

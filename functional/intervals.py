@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Interval", "Paired", "interval", "paired"]
+__all__ = ["Interval", "PairedTest", "bootstrap_interval", "paired_test"]
 
-_CELLS = 4_000_000  # resampled values held at once: 32 MB of indices, 16 MB of counts
+_MAX_VALUES = 4_000_000  # resampled values held at once: 32 MB of indices, 16 MB of counts
 
 
 class Interval(NamedTuple):
@@ -22,7 +22,7 @@ class Interval(NamedTuple):
     count: int
 
 
-class Paired(NamedTuple):
+class PairedTest(NamedTuple):
     """The mean difference of two runs on the same cases, its interval, and a two-sided p value."""
 
     difference: float
@@ -33,7 +33,7 @@ class Paired(NamedTuple):
 
 
 @lru_cache(maxsize=3)
-def _counts(count: int, draws: int, seed: int) -> Tensor:
+def _resample_counts(count: int, draws: int, seed: int) -> Tensor:
     """How often each of `count` cases comes up in each resample: [draws, count], float32.
 
     The same for every mean over as many cases: a report has hundreds of those.
@@ -43,26 +43,28 @@ def _counts(count: int, draws: int, seed: int) -> Tensor:
     return torch.zeros(draws, count).scatter_add_(1, chosen, torch.ones(()).expand_as(chosen))
 
 
-def _resampled(values: Tensor, draws: int, seed: int) -> Tensor:
+def _resampled_means(values: Tensor, draws: int, seed: int) -> Tensor:
     """Means of `draws` resamples with replacement of values [N] -> [draws]."""
     count = values.shape[0]
-    if draws * count <= _CELLS:
-        return (_counts(count, draws, seed) @ values.float() / count).double()
+    if draws * count <= _MAX_VALUES:
+        return (_resample_counts(count, draws, seed) @ values.float() / count).double()
     generator = torch.Generator().manual_seed(seed)
-    means, step = [], max(1, _CELLS // count)
+    means, step = [], max(1, _MAX_VALUES // count)
     for at in range(0, draws, step):
         chosen = torch.randint(count, (min(step, draws - at), count), generator=generator)
         means.append(values[chosen].mean(-1))
     return torch.cat(means)
 
 
-def interval(values: Tensor, level: float = 0.95, draws: int = 1000, seed: int = 0) -> Interval:
+def bootstrap_interval(
+    values: Tensor, level: float = 0.95, draws: int = 1000, seed: int = 0
+) -> Interval:
     """Percentile bootstrap interval of the mean of values [N], one value per case.
 
     Cases are resampled whole, since probes of one case hang together. Deterministic for a seed.
     NaN values (a row that scores nothing) are left out and not counted.
 
-    >>> interval(torch.tensor([1.0, 1.0, 1.0]))
+    >>> bootstrap_interval(torch.tensor([1.0, 1.0, 1.0]))
     Interval(mean=1.0, low=1.0, high=1.0, count=3)
     """
     values = values.double().flatten()
@@ -70,36 +72,38 @@ def interval(values: Tensor, level: float = 0.95, draws: int = 1000, seed: int =
     if values.shape[0] == 0:
         return Interval(float("nan"), float("nan"), float("nan"), 0)
     tail = (1 - level) / 2
-    means = _resampled(values, draws, seed)
+    means = _resampled_means(values, draws, seed)
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Interval(float(values.mean()), low, high, values.shape[0])
 
 
-def paired(
+def paired_test(
     one: Tensor, two: Tensor, level: float = 0.95, draws: int = 10_000, seed: int = 0
-) -> Paired:
+) -> PairedTest:
     """Compare two runs case by case: mean(two - one), bootstrap interval, sign-flip test.
 
     p = (1 + #{|mean(s d)| >= |mean(d)|}) / (1 + draws) over random signs s: exact under the
     hypothesis that the two runs are exchangeable on every case (Fisher's randomisation test).
 
-    >>> paired(torch.zeros(8), torch.ones(8)).difference
+    >>> paired_test(torch.zeros(8), torch.ones(8)).difference
     1.0
     """
-    gap = (two - one).double().flatten()
-    gap = gap[~gap.isnan()]
-    count = gap.shape[0]
+    differences = (two - one).double().flatten()
+    differences = differences[~differences.isnan()]
+    count = differences.shape[0]
     if count == 0:
         nan = float("nan")
-        return Paired(nan, nan, nan, nan, 0)
-    spread = interval(gap, level, min(draws, 2000), seed)
+        return PairedTest(nan, nan, nan, nan, 0)
+    interval = bootstrap_interval(differences, level, min(draws, 2000), seed)
     generator = torch.Generator().manual_seed(seed + 1)
     # only cases that differ can change sign; float error must not decide a tie
-    moved, observed = gap[gap != 0], gap.sum().abs() - 1e-9
-    step = max(1, _CELLS // max(1, moved.shape[0]))
+    nonzero, observed = differences[differences != 0], differences.sum().abs() - 1e-9
+    step = max(1, _MAX_VALUES // max(1, nonzero.shape[0]))
     extreme = 0
     for at in range(0, draws, step):
-        shape = (min(step, draws - at), moved.shape[0])
+        shape = (min(step, draws - at), nonzero.shape[0])
         signs = torch.randint(2, shape, generator=generator, dtype=torch.int8).double() * 2 - 1
-        extreme += int(((signs @ moved).abs() >= observed).sum())
-    return Paired(spread.mean, spread.low, spread.high, (1 + extreme) / (1 + draws), count)
+        extreme += int(((signs @ nonzero).abs() >= observed).sum())
+    return PairedTest(
+        interval.mean, interval.low, interval.high, (1 + extreme) / (1 + draws), count
+    )

@@ -10,16 +10,24 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from .atomic import whole_file
-from .errors import DeltaFault, listed
-from .header import Header, faults
-from .peek import KEY, misfits, peek, text_of
-from .safe import MAX_HEADER, canonical, layout, open_regular, parse
+from .atomic import atomic_write
+from .errors import DeltaFileError, join_messages
+from .header import Header, validate_header
+from .peek import METADATA_KEY, encode_header, inspect_delta, tensor_mismatches
+from .safe import MAX_HEADER, build_header, canonical_json, open_regular_file, parse_header
 from .types import Delta
 
-__all__ = ["DTYPES", "NAMES", "as_bytes", "digest", "load", "save", "view"]
+__all__ = [
+    "DTYPE_BY_NAME",
+    "NAME_BY_DTYPE",
+    "tensor_bytes",
+    "digest",
+    "load_delta",
+    "save_delta",
+    "tensor_view",
+]
 
-DTYPES = {
+DTYPE_BY_NAME = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -33,76 +41,78 @@ DTYPES = {
 }
 """Safetensors' names of the dtypes a delta may hold."""
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAME_BY_DTYPE = {dtype: name for name, dtype in DTYPE_BY_NAME.items()}
 
 
-def save(path: str | os.PathLike[str], delta: Delta) -> str:
+def save_delta(path: str | os.PathLike[str], delta: Delta) -> str:
     """Write a delta to one file, whole or not at all, and return its digest.
 
     The same delta gives the same bytes, wherever its tensors live and however they are strided.
     Everything `load` would refuse is refused here, before a file is touched: DeltaFault lists all
     violations; BadInput where the file can not be written (the old one stays).
 
-    >>> from errata.functional import Base, Dense, Header
-    >>> entry = Dense(name="w", checkpoint="w", shape=(2,))
-    >>> header = Header(base=Base(id="me/tiny"), entries=(entry,))
+    >>> from errata.functional import BaseModel, Dense, Header
+    >>> entry = Dense(name="w", checkpoint_name="w", shape=(2,))
+    >>> header = Header(base=BaseModel(id="me/tiny"), entries=(entry,))
     >>> folder = getfixture("tmp_path")
-    >>> digest = save(folder / "edit.safetensors", Delta(header, {"w": torch.ones(2)}))
-    >>> load(folder / "edit.safetensors").tensors["w"]
+    >>> digest = save_delta(folder / "edit.safetensors", Delta(header, {"w": torch.ones(2)}))
+    >>> load_delta(folder / "edit.safetensors").tensors["w"]
     tensor([1., 1.])
     """
     header, tensors = delta.header, delta.tensors
-    wrong = faults(header) or _unfit(header, tensors)
-    if wrong:
-        raise DeltaFault(f"the delta for {path} can not be saved: {listed(wrong)}.")
+    problems = validate_header(header) or _tensor_problems(header, tensors)
+    if problems:
+        raise DeltaFileError(f"the delta for {path} can not be saved: {join_messages(problems)}.")
     try:
         content = digest(delta)
-        text = text_of(header, content)
+        text = encode_header(header, content)
     except (TypeError, ValueError) as error:
-        raise DeltaFault(f"the delta for {path} can not be saved: settings: {error}.") from None
-    table = {name: (NAMES[x.dtype], tuple(x.shape)) for name, x in tensors.items()}
-    head, order = layout({KEY: text}, table)
+        raise DeltaFileError(f"the delta for {path} can not be saved: settings: {error}.") from None
+    specs = {name: (NAME_BY_DTYPE[x.dtype], tuple(x.shape)) for name, x in tensors.items()}
+    head, order = build_header({METADATA_KEY: text}, specs)
     if len(head) - 8 > MAX_HEADER:
-        raise DeltaFault(
+        raise DeltaFileError(
             f"the delta for {path} can not be saved: its list of edits and settings takes "
             f"{len(head)} bytes, and at most {MAX_HEADER} are read: save it in several files."
         )
     try:
-        parse(head[8:], len(head) + sum(x.numel() * x.element_size() for x in tensors.values()))
+        parse_header(
+            head[8:], len(head) + sum(x.numel() * x.element_size() for x in tensors.values())
+        )
     except ValueError as error:
-        raise DeltaFault(f"the delta for {path} can not be saved: {error}.") from None
-    with whole_file(path) as file:
+        raise DeltaFileError(f"the delta for {path} can not be saved: {error}.") from None
+    with atomic_write(path) as file:
         file.write(head)
         for name in order:
-            file.write(as_bytes(tensors[name]))
+            file.write(tensor_bytes(tensors[name]))
     return content
 
 
-def load(path: str | os.PathLike[str], *, verify: bool = True) -> Delta:
+def load_delta(path: str | os.PathLike[str], *, verify: bool = True) -> Delta:
     """Read a delta; its tensors are memory-mapped, and writing to them never reaches the file.
 
     `verify` also reads every value once: all must be finite and match the file's digest. Raises
     BadInput where the file can not be opened, DeltaFault naming the file and every fault.
     """
-    found = peek(path)
-    with open_regular(path) as file:
-        if os.fstat(file.fileno()).st_size != found.size:
-            raise DeltaFault(f"{path}: the file changed while it was read.")
+    info = inspect_delta(path)
+    with open_regular_file(path) as file:
+        if os.fstat(file.fileno()).st_size != info.num_bytes:
+            raise DeltaFileError(f"{path}: the file changed while it was read.")
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tensors = {
-        name: view(memory, slot.dtype, slot.shape, found.data + slot.start)
-        for name, slot in found.slots.items()
+        name: tensor_view(memory, slot.dtype, slot.shape, info.data_start + slot.start)
+        for name, slot in info.tensors.items()
     }
-    delta = Delta(found.header, {name: tensors[name] for name in found.header.tensors()})
+    delta = Delta(info.header, {name: tensors[name] for name in info.header.tensor_specs()})
     if verify:
-        if digest(delta) != found.digest:
-            raise DeltaFault(
+        if digest(delta) != info.digest:
+            raise DeltaFileError(
                 f"{path}: the content does not match its digest: the file was damaged or changed "
                 "after it was saved; fetch it again."
             )
-        wrong = list(_nonfinite(delta.tensors))
-        if wrong:
-            raise DeltaFault(f"{path}: {listed(wrong)}.")
+        problems = list(_nonfinite_tensors(delta.tensors))
+        if problems:
+            raise DeltaFileError(f"{path}: {join_messages(problems)}.")
     return delta
 
 
@@ -113,38 +123,45 @@ def digest(delta: Delta) -> str:
     order; independent of how a file lays its tensors out.
     """
     state = hashlib.sha256()
-    state.update(text_of(delta.header, "").encode() + b"\n")
+    state.update(encode_header(delta.header, "").encode() + b"\n")
     for name in sorted(delta.tensors):
         x = delta.tensors[name]
-        state.update(canonical([name, NAMES[x.dtype], list(x.shape)]).encode() + b"\n")
-        state.update(as_bytes(x))
+        state.update(canonical_json([name, NAME_BY_DTYPE[x.dtype], list(x.shape)]).encode() + b"\n")
+        state.update(tensor_bytes(x))
     return state.hexdigest()
 
 
-def as_bytes(x: Tensor) -> memoryview:
+def tensor_bytes(x: Tensor) -> memoryview:
     """The raw little-endian bytes of a tensor, in row-major order."""
     flat = x.detach().contiguous().cpu().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def view(memory: mmap.mmap | bytearray, dtype: str, shape: tuple[int, ...], at: int) -> Tensor:
+def tensor_view(
+    memory: mmap.mmap | bytearray, dtype: str, shape: tuple[int, ...], offset: int
+) -> Tensor:
     """A tensor over bytes that stay where they are."""
     count = 1
     for size in shape:
         count *= size
     if not count:
-        return torch.empty(shape, dtype=DTYPES[dtype])
-    return torch.frombuffer(memory, dtype=DTYPES[dtype], count=count, offset=at).reshape(shape)
+        return torch.empty(shape, dtype=DTYPE_BY_NAME[dtype])
+    return torch.frombuffer(memory, dtype=DTYPE_BY_NAME[dtype], count=count, offset=offset).reshape(
+        shape
+    )
 
 
-def _unfit(header: Header, tensors: Mapping[str, Tensor]) -> list[str]:
-    odd = [f"tensor {name!r} has dtype {x.dtype}" for name, x in tensors.items()
-           if x.dtype not in NAMES]  # fmt: skip
-    table = {name: (NAMES.get(x.dtype, "?"), tuple(x.shape)) for name, x in tensors.items()}
-    return odd or misfits(header, table) or list(_nonfinite(tensors))
+def _tensor_problems(header: Header, tensors: Mapping[str, Tensor]) -> list[str]:
+    unsupported = [
+        f"tensor {name!r} has dtype {x.dtype}"
+        for name, x in tensors.items()
+        if x.dtype not in NAME_BY_DTYPE
+    ]
+    specs = {name: (NAME_BY_DTYPE.get(x.dtype, "?"), tuple(x.shape)) for name, x in tensors.items()}
+    return unsupported or tensor_mismatches(header, specs) or list(_nonfinite_tensors(tensors))
 
 
-def _nonfinite(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+def _nonfinite_tensors(tensors: Mapping[str, Tensor]) -> Iterator[str]:
     for name, x in tensors.items():
         if x.dtype.is_floating_point and x.numel():
             ends = torch.stack(torch.aminmax(x.detach()))  # NaN if there is one: far the fastest

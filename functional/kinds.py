@@ -15,37 +15,41 @@ from torch import Tensor
 
 from errata.kernels import codebook as kernel
 
-from .errors import BadInput, KindUnsupported
+from .errors import InvalidInputError, UnsupportedKindError
 from .header import Codebook, Dense, LowRank
 
 __all__ = [
     "Algebra",
-    "Part",
+    "EntryTensors",
     "algebra",
-    "as_dense",
-    "inner",
-    "kept",
-    "owned",
-    "parts",
+    "to_dense",
+    "inner_product",
+    "select_slots",
+    "concat_slots",
+    "entries_of",
     "register",
-    "rows_of",
+    "ranks_per_edit",
 ]
 
 
-class Part(NamedTuple):
+class EntryTensors(NamedTuple):
     """One entry of a delta, its tensors by suffix ("", ".A", ".B"), and the delta's edits."""
 
     entry: Any
     tensors: Mapping[str, Tensor]
-    edits: int
+    num_edits: int
 
 
 class Algebra(NamedTuple):
     """The operations of one kind; each raises KindUnsupported with the reason where it can not."""
 
-    join: Callable[[Sequence[Part | int]], Part]  # an int: a delta of so many edits without it
-    keep: Callable[[Part, Sequence[int]], Part | None]  # these edits only; None: nothing left
-    scale: Callable[[Part, float], Part]
+    merge: Callable[
+        [Sequence[EntryTensors | int]], EntryTensors
+    ]  # an int: a delta of so many edits without it
+    select: Callable[
+        [EntryTensors, Sequence[int]], EntryTensors | None
+    ]  # these edits only; None: nothing left
+    scale: Callable[[EntryTensors, float], EntryTensors]
 
 
 _KINDS: dict[type, Algebra] = {}
@@ -59,35 +63,39 @@ def register(kind: type, operations: Algebra) -> None:
 def algebra(entry: Any) -> Algebra:
     """The operations of an entry's kind. Raises KindUnsupported for a kind that has none."""
     if type(entry) not in _KINDS:
-        raise KindUnsupported(
+        raise UnsupportedKindError(
             f"deltas of kind {type(entry).__name__.lower()!r} have no algebra: "
             "apply them one after another with `bind` instead."
         )
     return _KINDS[type(entry)]
 
 
-def parts(delta: Any) -> dict[tuple[str, str], Part]:
+def entries_of(delta: Any) -> dict[tuple[str, str], EntryTensors]:
     """A delta's entries with their tensors, by (name, kind)."""
-    found = {}
+    entries = {}
     for entry in delta.header.entries:
-        mine = {name[len(entry.name) :]: delta.tensors[name] for name in entry.tensors()}
-        found[entry.name, type(entry).__name__] = Part(entry, mine, len(delta.header.edits))
-    return found
+        entry_tensors = {
+            name[len(entry.name) :]: delta.tensors[name] for name in entry.tensor_specs()
+        }
+        entries[entry.name, type(entry).__name__] = EntryTensors(
+            entry, entry_tensors, len(delta.header.edits)
+        )
+    return entries
 
 
-def rows_of(part: Part) -> tuple[int, ...]:
+def ranks_per_edit(part: EntryTensors) -> tuple[int, ...]:
     """How many rows of a low-rank entry belong to each edit; () where nobody can tell."""
-    if part.entry.rows:
-        return part.entry.rows
-    return (part.entry.rank,) if part.edits == 1 else ()
+    if part.entry.edit_ranks:
+        return part.entry.edit_ranks
+    return (part.entry.rank,) if part.num_edits == 1 else ()
 
 
-def as_dense(part: Part) -> Tensor:
+def to_dense(part: EntryTensors) -> Tensor:
     """The change of the whole parameter, in fp32 and in the parameter's layout."""
     if isinstance(part.entry, Dense):
         return part.tensors[""].float()
     if not isinstance(part.entry, LowRank):
-        raise KindUnsupported(
+        raise UnsupportedKindError(
             f"{part.entry.name}: a {type(part.entry).__name__.lower()} decides per input what to "
             "change, and is no change of a parameter: compare what the edited models answer."
         )
@@ -95,7 +103,7 @@ def as_dense(part: Part) -> Tensor:
     return change.T if part.entry.transposed else change
 
 
-def inner(left: Part, right: Part) -> Tensor:
+def inner_product(left: EntryTensors, right: EntryTensors) -> Tensor:
     """<dW, dW'> of two changes of one parameter, in fp64; low rank is never multiplied out.
 
     trace((B A)ᵀ B' A') = sum((Bᵀ B') * (A A'ᵀ))
@@ -104,147 +112,157 @@ def inner(left: Part, right: Part) -> Tensor:
         downs = left.tensors[".A"].double() @ right.tensors[".A"].double().T
         ups = left.tensors[".B"].double().T @ right.tensors[".B"].double()
         return (downs * ups).sum()
-    return (as_dense(left).double() * as_dense(right).double()).sum()
+    return (to_dense(left).double() * to_dense(right).double()).sum()
 
 
-def owned(given: Sequence[Part | int], count: Callable[[Any], int]) -> tuple[tuple[int, ...], int]:
+def concat_slots(
+    parts: Sequence[EntryTensors | int], count_slots: Callable[[Any], int]
+) -> tuple[tuple[int, ...], int]:
     """The owners of slots that are put one behind the other, and how many slots there are.
 
     `count(entry)` says how many slots (keys, facts, experts, memories) an entry has; the edits of a
     delta without the entry own none: -1.
     """
-    owners: list[int] = []
-    before = 0
-    for part in given:
+    edit_slots: list[int] = []
+    offset = 0
+    for part in parts:
         if isinstance(part, int):
-            owners += [-1] * part
+            edit_slots += [-1] * part
             continue
-        owners += [slot + before if slot >= 0 else -1 for slot in part.entry.owners]
-        before += count(part.entry)
-    return tuple(owners), before
+        edit_slots += [slot + offset if slot >= 0 else -1 for slot in part.entry.edit_slots]
+        offset += count_slots(part.entry)
+    return tuple(edit_slots), offset
 
 
-def kept(owners: Sequence[int], keep: Sequence[int]) -> tuple[list[int], tuple[int, ...]]:
+def select_slots(
+    edit_slots: Sequence[int], edits: Sequence[int]
+) -> tuple[list[int], tuple[int, ...]]:
     """The slots that some edits own, ascending, and the edits' owners among these alone.
 
-    >>> kept((2, -1, 0), (0, 1))
+    >>> select_slots((2, -1, 0), (0, 1))
     ([2], (0, -1))
     """
-    slots = sorted({owners[k] for k in keep} - {-1})
-    place = {slot: at for at, slot in enumerate(slots)} | {-1: -1}
-    return slots, tuple(place[owners[k]] for k in keep)
+    slots = sorted({edit_slots[k] for k in edits} - {-1})
+    new_index = {slot: index for index, slot in enumerate(slots)} | {-1: -1}
+    return slots, tuple(new_index[edit_slots[k]] for k in edits)
 
 
-def _join_lowrank(given: Sequence[Part | int]) -> Part:
+def _merge_lowrank(parts: Sequence[EntryTensors | int]) -> EntryTensors:
     """B A + B' A' = [B B'] [A; A']: exact; each edit keeps its rows."""
-    found = [part for part in given if isinstance(part, Part)]
-    first = found[0].entry
-    counts: list[int] = []
-    told = True
-    for part in given:
-        mine = (0,) * part if isinstance(part, int) else rows_of(part)
-        told = told and (isinstance(part, int) or bool(mine))
-        counts += mine
-    rank = sum(part.entry.rank for part in found)
-    entry = msgspec.structs.replace(first, rank=rank, rows=tuple(counts) if told else ())
+    present = [part for part in parts if isinstance(part, EntryTensors)]
+    first = present[0].entry
+    edit_ranks: list[int] = []
+    all_known = True
+    for part in parts:
+        ranks = (0,) * part if isinstance(part, int) else ranks_per_edit(part)
+        all_known = all_known and (isinstance(part, int) or bool(ranks))
+        edit_ranks += ranks
+    rank = sum(part.entry.rank for part in present)
+    entry = msgspec.structs.replace(
+        first, rank=rank, edit_ranks=tuple(edit_ranks) if all_known else ()
+    )
     tensors = {
-        ".A": torch.cat([part.tensors[".A"] for part in found], dim=0),
-        ".B": torch.cat([part.tensors[".B"] for part in found], dim=1),
+        ".A": torch.cat([part.tensors[".A"] for part in present], dim=0),
+        ".B": torch.cat([part.tensors[".B"] for part in present], dim=1),
     }
-    return Part(entry, tensors, sum(p if isinstance(p, int) else p.edits for p in given))
+    return EntryTensors(
+        entry, tensors, sum(p if isinstance(p, int) else p.num_edits for p in parts)
+    )
 
 
-def _keep_lowrank(part: Part, keep: Sequence[int]) -> Part | None:
-    rows = rows_of(part)
-    if not rows:
-        raise KindUnsupported(
+def _select_lowrank(part: EntryTensors, edits: Sequence[int]) -> EntryTensors | None:
+    edit_ranks = ranks_per_edit(part)
+    if not edit_ranks:
+        raise UnsupportedKindError(
             f"{part.entry.name}: an edit can be taken out only where it has rows of its own, and "
-            f"all {part.entry.rank} rows are shared by {part.edits} edits: undo the whole delta."
+            f"all {part.entry.rank} rows are shared by {part.num_edits} edits: undo the whole delta."
         )
-    ends = [sum(rows[: k + 1]) for k in range(len(rows))]
-    index = [row for k in keep for row in range(ends[k] - rows[k], ends[k])]
+    ends = [sum(edit_ranks[: k + 1]) for k in range(len(edit_ranks))]
+    index = [row for k in edits for row in range(ends[k] - edit_ranks[k], ends[k])]
     if not index:
         return None
-    at = torch.tensor(index)
-    entry = msgspec.structs.replace(part.entry, rank=len(index), rows=tuple(rows[k] for k in keep))
+    rank_index = torch.tensor(index)
+    entry = msgspec.structs.replace(
+        part.entry, rank=len(index), edit_ranks=tuple(edit_ranks[k] for k in edits)
+    )
     tensors = {
-        ".A": part.tensors[".A"].index_select(0, at.to(part.tensors[".A"].device)),
-        ".B": part.tensors[".B"].index_select(1, at.to(part.tensors[".B"].device)),
+        ".A": part.tensors[".A"].index_select(0, rank_index.to(part.tensors[".A"].device)),
+        ".B": part.tensors[".B"].index_select(1, rank_index.to(part.tensors[".B"].device)),
     }
-    return Part(entry, tensors, len(keep))
+    return EntryTensors(entry, tensors, len(edits))
 
 
-def _scale_lowrank(part: Part, factor: float) -> Part:
+def _scale_lowrank(part: EntryTensors, factor: float) -> EntryTensors:
     return part._replace(tensors={".A": part.tensors[".A"], ".B": part.tensors[".B"] * factor})
 
 
-def _join_dense(given: Sequence[Part | int]) -> Part:
-    found = [part for part in given if isinstance(part, Part)]
-    total = found[0].tensors[""]
-    for part in found[1:]:
+def _merge_dense(parts: Sequence[EntryTensors | int]) -> EntryTensors:
+    present = [part for part in parts if isinstance(part, EntryTensors)]
+    total = present[0].tensors[""]
+    for part in present[1:]:
         total = total + part.tensors[""]
-    edits = sum(p if isinstance(p, int) else p.edits for p in given)
-    return Part(found[0].entry, {"": total}, edits)
+    num_edits = sum(p if isinstance(p, int) else p.num_edits for p in parts)
+    return EntryTensors(present[0].entry, {"": total}, num_edits)
 
 
-def _keep_dense(part: Part, keep: Sequence[int]) -> Part | None:
-    if list(keep) == list(range(part.edits)):
+def _select_dense(part: EntryTensors, edits: Sequence[int]) -> EntryTensors | None:
+    if list(edits) == list(range(part.num_edits)):
         return part
-    raise KindUnsupported(
-        f"{part.entry.name}: a dense change is the sum of its {part.edits} edits, and single ones "
+    raise UnsupportedKindError(
+        f"{part.entry.name}: a dense change is the sum of its {part.num_edits} edits, and single ones "
         "can not be taken out: keep the edits as files of their own and merge the ones you want."
     )
 
 
-def _scale_dense(part: Part, factor: float) -> Part:
+def _scale_dense(part: EntryTensors, factor: float) -> EntryTensors:
     return part._replace(tensors={"": part.tensors[""] * factor})
 
 
-def _join_codebook(given: Sequence[Part | int]) -> Part:
+def _merge_codebook(parts: Sequence[EntryTensors | int]) -> EntryTensors:
     """All keys in one book: the nearest of them decides, the first on ties."""
-    found = [part for part in given if isinstance(part, Part)]
-    first = found[0].entry
-    if any(part.entry.where != first.where for part in found):
-        raise BadInput(f"{first.name}: the codebooks replace at different tokens.")
-    keys = found[0].tensors[".keys"]
-    for part in found[1:]:
+    present = [part for part in parts if isinstance(part, EntryTensors)]
+    first = present[0].entry
+    if any(part.entry.replacement != first.replacement for part in present):
+        raise InvalidInputError(f"{first.name}: the codebooks replace at different tokens.")
+    keys = present[0].tensors[".keys"]
+    for part in present[1:]:
         # As near as this, and rounding or the balls' margin decides which of the two is read.
-        alike = 2e-5 + 4 * torch.finfo(torch.float32).eps * keys.float().norm(dim=1)
-        same = kernel.lookup(part.tensors[".keys"].float(), keys.float(), alike)
-        if bool(same.hit.any()):
-            raise BadInput(
+        tolerance = 2e-5 + 4 * torch.finfo(torch.float32).eps * keys.float().norm(dim=1)
+        lookup = kernel.lookup_key(part.tensors[".keys"].float(), keys.float(), tolerance)
+        if bool(lookup.hit.any()):
+            raise InvalidInputError(
                 f"{first.name}: two of the codebooks have the same key, and one of its values "
                 "would never be read: make those edits in one sequence, so that the later one "
                 "replaces the earlier."
             )
         keys = torch.cat([keys, part.tensors[".keys"]])
-    owners, num_keys = owned(given, lambda entry: entry.num_keys)
-    entry = msgspec.structs.replace(first, num_keys=num_keys, owners=owners)
-    tensors = {s: torch.cat([part.tensors[s] for part in found]) for s in found[0].tensors}
-    return Part(entry, tensors, len(owners))
+    edit_slots, num_keys = concat_slots(parts, lambda entry: entry.num_keys)
+    entry = msgspec.structs.replace(first, num_keys=num_keys, edit_slots=edit_slots)
+    tensors = {s: torch.cat([part.tensors[s] for part in present]) for s in present[0].tensors}
+    return EntryTensors(entry, tensors, len(edit_slots))
 
 
-def _keep_codebook(part: Part, keep: Sequence[int]) -> Part | None:
+def _select_codebook(part: EntryTensors, edits: Sequence[int]) -> EntryTensors | None:
     """Keys that a kept edit owns; radii stay as the sequence of edits left them."""
-    keys, owners = kept(part.entry.owners, keep)
-    if not keys:
+    slots, edit_slots = select_slots(part.entry.edit_slots, edits)
+    if not slots:
         return None
-    entry = msgspec.structs.replace(part.entry, num_keys=len(keys), owners=owners)
-    index = torch.tensor(keys)
+    entry = msgspec.structs.replace(part.entry, num_keys=len(slots), edit_slots=edit_slots)
+    index = torch.tensor(slots)
     tensors = {s: x.index_select(0, index.to(x.device)) for s, x in part.tensors.items()}
-    return Part(entry, tensors, len(keep))
+    return EntryTensors(entry, tensors, len(edits))
 
 
-def _scale_codebook(part: Part, factor: float) -> Part:
-    raise KindUnsupported(
+def _scale_codebook(part: EntryTensors, factor: float) -> EntryTensors:
+    raise UnsupportedKindError(
         f"{part.entry.name}: a codebook's value replaces an output, and half of a replacement is "
         "none: edit again, or remove edits by id."
     )
 
 
-register(Codebook, Algebra(_join_codebook, _keep_codebook, _scale_codebook))
-register(LowRank, Algebra(_join_lowrank, _keep_lowrank, _scale_lowrank))
-register(Dense, Algebra(_join_dense, _keep_dense, _scale_dense))
+register(Codebook, Algebra(_merge_codebook, _select_codebook, _scale_codebook))
+register(LowRank, Algebra(_merge_lowrank, _select_lowrank, _scale_lowrank))
+register(Dense, Algebra(_merge_dense, _select_dense, _scale_dense))
 
 # Kinds with files of their own enrol themselves.
 from . import experts_algebra as _experts_algebra  # noqa: E402, F401

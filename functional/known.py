@@ -25,39 +25,39 @@ from torch import Tensor
 
 from . import rows
 from .queries import Query
-from .types import IGNORE, Batch, Inputs, Model
+from .types import IGNORE_INDEX, Batch, Inputs, Model
 
-__all__ = ["Known", "Page", "Part", "row_keys"]
+__all__ = ["PrefixCache", "CacheBlock", "QueryBatch", "row_keys"]
 
 
-class Part(NamedTuple):
+class QueryBatch(NamedTuple):
     """Questions that are run as one batch; those of `ended` are read with the answer's end."""
 
     queries: tuple[Query, ...]
-    ended: bool = False
+    append_eos: bool = False
 
 
-class Page(NamedTuple):
+class CacheBlock(NamedTuple):
     """Parts that are run and dropped together, under a number."""
 
-    name: int
-    parts: tuple[Part, ...]
+    number: int
+    batches: tuple[QueryBatch, ...]
 
 
 @dataclass
-class _Stood:
+class _CachedBatch:
     """One part that was run."""
 
     queries: tuple[Query, ...]
-    ended: bool
-    places: dict[bytes, int] = field(default_factory=dict)  # key of a row -> its number
-    at: dict[int, Batch] = field(default_factory=dict)  # depth -> whole rows
-    thin: Batch | None = None  # before the last layer, scored positions only
-    where: Tensor | None = None  # [B T] the positions that `logits` and `thin` hold, -1: none
+    append_eos: bool
+    row_indices: dict[bytes, int] = field(default_factory=dict)  # key of a row -> its number
+    by_depth: dict[int, Batch] = field(default_factory=dict)  # depth -> whole rows
+    scored: Batch | None = None  # before the last layer, scored positions only
+    positions: Tensor | None = None  # [B T] the positions that `logits` and `thin` hold, -1: none
     logits: Tensor | None = None  # [B T V]
 
 
-class Known:
+class PrefixCache:
     """A bounded store of rows of one base; `limit` bytes, open pages aside.
 
     Pages that are not open are dropped, least recently opened first, when the store outgrows
@@ -65,193 +65,224 @@ class Known:
     be left from before.
     """
 
-    def __init__(self, model: Model, limit: int = 1 << 30) -> None:
-        self._model = model._replace(known=None)
-        self._limit = limit
-        self._pages: OrderedDict[int, list[_Stood]] = OrderedDict()
-        self._open: list[_Stood] = []
-        self._names: set[int] = set()
-        self._wanted: set[tuple[int, bool]] = set()  # (depth, thinned) that someone asked for
-        self.passes = 0  # rows run from the beginning
-        self.texts: dict[Hashable, str] = {}  # what the base says when left to talk: by who asked
+    def __init__(self, model: Model, max_bytes: int = 1 << 30) -> None:
+        self._model = model._replace(prefix_cache=None)
+        self._max_bytes = max_bytes
+        self._blocks: OrderedDict[int, list[_CachedBatch]] = OrderedDict()
+        self._loaded: list[_CachedBatch] = []
+        self._loaded_numbers: set[int] = set()
+        self._requested: set[tuple[int, bool]] = set()  # (depth, thinned) that someone asked for
+        self.num_rows_run = 0  # rows run from the beginning
+        self.generations: dict[
+            Hashable, str
+        ] = {}  # what the base says when left to talk: by who asked
 
     def serves(self, model: Model) -> bool:
         """Whether a model is the base that was run: bound deltas bring parameters of their own."""
-        return bool(self._open) and model.params is self._model.params and not model.deltas
+        return bool(self._loaded) and model.params is self._model.params and not model.deltas
 
-    def expect(self, depth: int, thinned: bool) -> None:
+    def request_depth(self, depth: int, scored_only: bool) -> None:
         """Rows will be asked for at this depth: keep them there when they are run."""
-        self._wanted.add((depth, thinned))
+        self._requested.add((depth, scored_only))
 
-    def open(self, pages: Sequence[Page]) -> None:
+    def load(self, blocks: Sequence[CacheBlock]) -> None:
         """Serve the rows of these pages, and run those that are not here."""
-        self._open, self._names = [], {page.name for page in pages}
-        for page in pages:
-            if page.name not in self._pages:
-                self._trim()
-                self._pages[page.name] = [
-                    self._run(part) for part in page.parts for part in _readable(part)
+        self._loaded, self._loaded_numbers = [], {page.number for page in blocks}
+        for block in blocks:
+            if block.number not in self._blocks:
+                self._evict()
+                self._blocks[block.number] = [
+                    self._run_batch(query_batch)
+                    for query_batch in block.batches
+                    for query_batch in _nonempty(query_batch)
                 ]
-            self._pages.move_to_end(page.name)
-            self._open += self._pages[page.name]
-        self._trim()
+            self._blocks.move_to_end(block.number)
+            self._loaded += self._blocks[block.number]
+        self._evict()
 
-    def drop(self) -> None:
+    def clear(self) -> None:
         """Forget every row."""
-        self._pages.clear()
-        self._open, self._names = [], set()
+        self._blocks.clear()
+        self._loaded, self._loaded_numbers = [], set()
 
     @property
-    def held(self) -> int:
+    def num_bytes(self) -> int:
         """Bytes of the rows that are kept."""
-        seen: dict[int, int] = {}
-        for page in self._pages.values():
-            for part in page:
-                for tensor in _tensors(part):
+        storages: dict[int, int] = {}
+        for block in self._blocks.values():
+            for cached in block:
+                for tensor in _cached_tensors(cached):
                     storage = tensor.untyped_storage()
-                    seen[storage.data_ptr()] = storage.nbytes()
-        return sum(seen.values())
+                    storages[storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values())
 
-    def cut(self, inputs: Inputs, depth: int, thinned: bool) -> Batch | None:
+    def lookup(self, inputs: Inputs, depth: int, scored_only: bool) -> Batch | None:
         """The rows before layer `depth`, thinned if asked; None where one of them is not known."""
-        found = self._find(inputs)
-        if found is None:
+        matches = self._find_rows(inputs)
+        if matches is None:
             return None
-        parts = [(part, self._at(part, depth, thinned), mine) for part, mine in found]
-        if not all(part.thin is batch and thinned for part, batch, _ in parts):
-            thinned = False  # a family whose last layer can not be thinned: whole rows
-        taken = []
-        for part, batch, mine in parts:
-            numbers, _ = _split(mine, batch.hidden.device)
-            some = rows.take(batch, numbers)
-            if thinned:
-                index = _index(part, mine, inputs)
+        cached_batches = [
+            (part, self._at_depth(part, depth, scored_only), mine) for part, mine in matches
+        ]
+        if not all(part.scored is batch and scored_only for part, batch, _ in cached_batches):
+            scored_only = False  # a family whose last layer can not be thinned: whole rows
+        batches = []
+        for cached, batch, row_pairs in cached_batches:
+            row_indices, _ = _split_pairs(row_pairs, batch.hidden_states.device)
+            selected = rows.take_rows(batch, row_indices)
+            if scored_only:
+                index = _scored_index(cached, row_pairs, inputs)
                 if index is None:
                     return None
-                some = rows.keyed(rows.pick(some, index), inputs.ids.shape[1])
+                selected = rows.resize_keys(
+                    rows.gather_tokens(selected, index), inputs.input_ids.shape[1]
+                )
             else:
-                some = rows.trim(some, min(some.hidden.shape[1], inputs.ids.shape[1]))
-            taken.append(_bare(some))
-        joined = taken[0] if len(taken) == 1 else rows.concat(taken)
-        order = torch.tensor([row for _, _, mine in parts for row, _ in mine])
+                selected = rows.trim_batch(
+                    selected, min(selected.hidden_states.shape[1], inputs.input_ids.shape[1])
+                )
+            batches.append(_without_labels(selected))
+        joined = batches[0] if len(batches) == 1 else rows.concat_batches(batches)
+        order = torch.tensor([row for _, _, mine in cached_batches for row, _ in mine])
         if order.tolist() != list(range(len(order))):
-            joined = rows.take(joined, order.argsort().to(joined.hidden.device))
-        return self._labelled(joined, inputs, thinned)
+            joined = rows.take_rows(joined, order.argsort().to(joined.hidden_states.device))
+        return self._with_labels(joined, inputs, scored_only)
 
-    def said(self, inputs: Inputs) -> Tensor | None:
+    def lookup_logits(self, inputs: Inputs) -> Tensor | None:
         """The base's logits [B T V] at the rows' scored positions; None where one is not known."""
-        found = self._find(inputs)
-        if found is None:
+        matches = self._find_rows(inputs)
+        if matches is None:
             return None
-        width = inputs.labels.shape[1]
-        made: Tensor | None = None
-        for part, mine in found:
-            index = _index(part, mine, inputs)
-            if index is None or part.logits is None:
+        num_labels = inputs.labels.shape[1]
+        logits: Tensor | None = None
+        for cached, row_pairs in matches:
+            index = _scored_index(cached, row_pairs, inputs)
+            if index is None or cached.logits is None:
                 return None
-            if made is None:
-                made = part.logits.new_zeros(len(inputs.ids), width, part.logits.shape[-1])
-            numbers, own = _split(mine, part.logits.device)
-            few = part.logits[numbers].gather(
-                1, index[..., None].expand(-1, -1, part.logits.shape[-1])
+            if logits is None:
+                logits = cached.logits.new_zeros(
+                    len(inputs.input_ids), num_labels, cached.logits.shape[-1]
+                )
+            row_indices, input_rows = _split_pairs(row_pairs, cached.logits.device)
+            selected = cached.logits[row_indices].gather(
+                1, index[..., None].expand(-1, -1, cached.logits.shape[-1])
             )
-            made[own] = few
-        return made
+            logits[input_rows] = selected
+        return logits
 
-    def _find(self, inputs: Inputs) -> list[tuple[_Stood, list[tuple[int, int]]]] | None:
+    def _find_rows(self, inputs: Inputs) -> list[tuple[_CachedBatch, list[tuple[int, int]]]] | None:
         """For each part that is needed, (row of the inputs, row of the part)."""
         keys = row_keys(inputs)
         if keys is None:
             return None
-        found: dict[int, tuple[_Stood, list[tuple[int, int]]]] = {}
+        matches: dict[int, tuple[_CachedBatch, list[tuple[int, int]]]] = {}
         for row, key in enumerate(keys):
-            part = next((part for part in self._open if key in part.places), None)
-            if part is None:
+            cached = next((part for part in self._loaded if key in part.row_indices), None)
+            if cached is None:
                 return None
-            found.setdefault(id(part), (part, []))[1].append((row, part.places[key]))
-        return list(found.values())
+            matches.setdefault(id(cached), (cached, []))[1].append((row, cached.row_indices[key]))
+        return list(matches.values())
 
-    def _run(self, part: Part) -> _Stood:
+    def _run_batch(self, query_batch: QueryBatch) -> _CachedBatch:
         model = self._model
-        inputs = model.read(part.queries, end=True) if part.ended else model.read(part.queries)
-        made = _Stood(part.queries, part.ended)
+        inputs = (
+            model.preprocess(query_batch.queries, append_eos=True)
+            if query_batch.append_eos
+            else model.preprocess(query_batch.queries)
+        )
+        cached = _CachedBatch(query_batch.queries, query_batch.append_eos)
         for number, key in enumerate(row_keys(inputs) or ()):
-            made.places.setdefault(key, number)
-        if part.ended:  # the same rows without the end are their beginnings
-            plain = model.read(part.queries)
-            for number, key in enumerate(row_keys(plain) or ()):
-                size = int(plain.mask[number].sum())
-                if torch.equal(plain.ids[number, :size], inputs.ids[number, :size]):
-                    made.places.setdefault(key, number)
+            cached.row_indices.setdefault(key, number)
+        if query_batch.append_eos:  # the same rows without the end are their beginnings
+            without_eos = model.preprocess(query_batch.queries)
+            for number, key in enumerate(row_keys(without_eos) or ()):
+                size = int(without_eos.attention_mask[number].sum())
+                if torch.equal(
+                    without_eos.input_ids[number, :size], inputs.input_ids[number, :size]
+                ):
+                    cached.row_indices.setdefault(key, number)
         last = model.card.num_layers - 1
-        wanted = sorted({depth for depth, thinned in self._wanted if not thinned} - {last})
+        depths = sorted(
+            {depth for depth, scored_only in self._requested if not scored_only} - {last}
+        )
         with torch.no_grad():
             batch = model.embed(model.params, inputs)
-            self.passes += batch.rows
-            made.where = torch.where(batch.labels != IGNORE, batch.at, -1)
-            for depth in wanted:
+            self.num_rows_run += batch.num_rows
+            cached.positions = torch.where(batch.labels != IGNORE_INDEX, batch.logit_positions, -1)
+            for depth in depths:
                 batch = model.decode(model.params, batch, stop=depth) if depth else batch
-                made.at[depth] = batch
-            self._finish(made, batch)
-        return made
+                cached.by_depth[depth] = batch
+            self._run_last_layers(cached, batch)
+        return cached
 
-    def _finish(self, part: _Stood, batch: Batch) -> None:
+    def _run_last_layers(self, cached: _CachedBatch, batch: Batch) -> None:
         """The last layers, and the answers."""
         model, last = self._model, self._model.card.num_layers - 1
         if batch.depth < last:
             batch = model.decode(model.params, batch, stop=last)
-        thin = model.thin(model.params, batch)
-        part.logits = model.decode(model.params, thin)
-        if (last, False) in self._wanted or thin is batch:
-            part.at[last] = batch
-        if (last, True) in self._wanted and thin is not batch:
-            part.thin = thin
+        scored = model.select_scored(model.params, batch)
+        cached.logits = model.decode(model.params, scored)
+        if (last, False) in self._requested or scored is batch:
+            cached.by_depth[last] = batch
+        if (last, True) in self._requested and scored is not batch:
+            cached.scored = scored
 
-    def _at(self, part: _Stood, depth: int, thinned: bool) -> Batch:
+    def _at_depth(self, cached: _CachedBatch, depth: int, scored_only: bool) -> Batch:
         """A part at a depth, run on from the nearest one below where nobody had asked before."""
         model, last = self._model, self._model.card.num_layers - 1
-        self.expect(depth, thinned)
-        thinned = thinned and depth == last
-        if thinned and part.thin is not None:
-            return part.thin
-        if depth in part.at and not thinned:
-            return part.at[depth]
+        self.request_depth(depth, scored_only)
+        scored_only = scored_only and depth == last
+        if scored_only and cached.scored is not None:
+            return cached.scored
+        if depth in cached.by_depth and not scored_only:
+            return cached.by_depth[depth]
         with torch.no_grad():
-            below = max((d for d in part.at if d <= depth), default=None)
+            below = max((d for d in cached.by_depth if d <= depth), default=None)
             if below is None:
-                read = model.read(part.queries, end=True) if part.ended else None
-                batch = model.embed(model.params, read or model.read(part.queries))
-                self.passes += batch.rows
+                inputs = (
+                    model.preprocess(cached.queries, append_eos=True) if cached.append_eos else None
+                )
+                batch = model.embed(model.params, inputs or model.preprocess(cached.queries))
+                self.num_rows_run += batch.num_rows
             else:
-                batch = part.at[below]
+                batch = cached.by_depth[below]
             if batch.depth < depth:
                 batch = model.decode(model.params, batch, stop=depth)
-            if not thinned:
-                part.at[depth] = batch
+            if not scored_only:
+                cached.by_depth[depth] = batch
                 return batch
-            thin = model.thin(model.params, batch)
-            if thin is batch:
-                part.at[depth] = batch
+            scored = model.select_scored(model.params, batch)
+            if scored is batch:
+                cached.by_depth[depth] = batch
             else:
-                part.thin = thin
-        return thin
+                cached.scored = scored
+        return scored
 
-    def _labelled(self, batch: Batch, inputs: Inputs, thinned: bool) -> Batch:
+    def _with_labels(self, batch: Batch, inputs: Inputs, scored_only: bool) -> Batch:
         """The batch with the labels of who asks, who may have read more or less of the answer."""
-        device = batch.hidden.device
-        labels, at = inputs.labels.to(device), inputs.at.to(device)
-        batch = batch._replace(labels=labels, edit=torch.zeros_like(labels[:, 0]))
-        end = rows.ends(inputs).to(device)
-        if thinned:
-            places = torch.arange(at.shape[1], device=device).expand_as(at)
-            return batch._replace(at=places, prompt=end.gather(1, at))
-        mask, image = inputs.mask.to(device), inputs.image.to(device)
-        return batch._replace(at=at, prompt=end, mask=mask, image=image)
+        device = batch.hidden_states.device
+        labels, logit_positions = inputs.labels.to(device), inputs.logit_positions.to(device)
+        batch = batch._replace(labels=labels, edit_index=torch.zeros_like(labels[:, 0]))
+        prompt_end = rows.prompt_end_mask(inputs).to(device)
+        if scored_only:
+            positions = torch.arange(logit_positions.shape[1], device=device).expand_as(
+                logit_positions
+            )
+            return batch._replace(
+                logit_positions=positions, prompt_end=prompt_end.gather(1, logit_positions)
+            )
+        attention_mask, image_mask = inputs.attention_mask.to(device), inputs.image_mask.to(device)
+        return batch._replace(
+            logit_positions=logit_positions,
+            prompt_end=prompt_end,
+            attention_mask=attention_mask,
+            image_mask=image_mask,
+        )
 
-    def _trim(self) -> None:
-        idle = [name for name in self._pages if name not in self._names]
-        while idle and self.held > self._limit:
-            del self._pages[idle.pop(0)]
+    def _evict(self) -> None:
+        evictable = [name for name in self._blocks if name not in self._loaded_numbers]
+        while evictable and self.num_bytes > self._max_bytes:
+            del self._blocks[evictable.pop(0)]
 
 
 def row_keys(inputs: Inputs) -> list[bytes] | None:
@@ -259,49 +290,58 @@ def row_keys(inputs: Inputs) -> list[bytes] | None:
 
     None where the pictures of a row have no names.
     """
-    if inputs.pixels and not any(inputs.keys):
+    if inputs.vision_inputs and not any(inputs.content_ids):
         return None
-    sizes = inputs.mask.sum(-1).tolist()
-    names = inputs.keys or ((),) * len(sizes)
-    ids, image = inputs.ids.cpu().numpy(), inputs.image.cpu().numpy()
+    sizes = inputs.attention_mask.sum(-1).tolist()
+    content_ids = inputs.content_ids or ((),) * len(sizes)
+    input_ids, image_mask = inputs.input_ids.cpu().numpy(), inputs.image_mask.cpu().numpy()
     return [
-        b"|".join([
-            ids[row, :size].tobytes(), image[row, :size].tobytes(), *map(str.encode, names[row])
-        ])
+        b"|".join(
+            [
+                input_ids[row, :size].tobytes(),
+                image_mask[row, :size].tobytes(),
+                *map(str.encode, content_ids[row]),
+            ]
+        )
         for row, size in enumerate(sizes)
-    ]  # fmt: skip
+    ]
 
 
-def _readable(part: Part) -> list[Part]:
-    return [part] if part.queries else []
+def _nonempty(query_batch: QueryBatch) -> list[QueryBatch]:
+    return [query_batch] if query_batch.queries else []
 
 
-def _split(mine: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def _split_pairs(row_pairs: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows of the part, and the rows of the inputs that they are for."""
-    numbers = torch.tensor([number for _, number in mine], device=device)
-    return numbers, torch.tensor([row for row, _ in mine], device=device)
+    row_indices = torch.tensor([number for _, number in row_pairs], device=device)
+    return row_indices, torch.tensor([row for row, _ in row_pairs], device=device)
 
 
-def _index(part: _Stood, mine: list[tuple[int, int]], inputs: Inputs) -> Tensor | None:
+def _scored_index(
+    cached: _CachedBatch, row_pairs: list[tuple[int, int]], inputs: Inputs
+) -> Tensor | None:
     """[b T] which of the part's scored positions each of the rows' is; None where one is not."""
-    assert part.where is not None
-    numbers, own = _split(mine, part.where.device)
-    where = part.where[numbers]  # [b S]
-    at, labels = inputs.at.to(where.device)[own], inputs.labels.to(where.device)[own]
-    same = at[:, :, None] == where[:, None]  # [b T S]
-    if not bool((same.any(-1) | (labels == IGNORE)).all()):
+    assert cached.positions is not None
+    row_indices, input_rows = _split_pairs(row_pairs, cached.positions.device)
+    positions = cached.positions[row_indices]  # [b S]
+    logit_positions, labels = (
+        inputs.logit_positions.to(positions.device)[input_rows],
+        inputs.labels.to(positions.device)[input_rows],
+    )
+    same = logit_positions[:, :, None] == positions[:, None]  # [b T S]
+    if not bool((same.any(-1) | (labels == IGNORE_INDEX)).all()):
         return None
     return same.int().argmax(-1)
 
 
-def _bare(batch: Batch) -> Batch:
+def _without_labels(batch: Batch) -> Batch:
     """Without labels: rows of parts that score different numbers of positions can be joined."""
-    return batch._replace(labels=batch.labels[:, :0], at=batch.at[:, :0])
+    return batch._replace(labels=batch.labels[:, :0], logit_positions=batch.logit_positions[:, :0])
 
 
-def _tensors(part: _Stood) -> list[Tensor]:
-    found: list[Any] = [part.where, part.logits]
-    for batch in (*part.at.values(), part.thin):
+def _cached_tensors(cached: _CachedBatch) -> list[Tensor]:
+    tensors: list[Any] = [cached.positions, cached.logits]
+    for batch in (*cached.by_depth.values(), cached.scored):
         if batch is not None:
-            found += [batch.hidden, *batch.extras.values()]
-    return [tensor for tensor in found if isinstance(tensor, Tensor)]
+            tensors += [batch.hidden_states, *batch.layer_inputs.values()]
+    return [tensor for tensor in tensors if isinstance(tensor, Tensor)]

@@ -11,24 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .types import IGNORE
+from .types import IGNORE_INDEX
 
-__all__ = ["kl", "margin", "mean_scored", "nll", "scored", "token_nll"]
+__all__ = ["kl", "margin_loss", "mean_over_scored", "nll", "scored_mask", "token_nll"]
 
 
-def scored(labels: Tensor) -> Tensor:
+def scored_mask(labels: Tensor) -> Tensor:
     """Which positions count: [B T] bool."""
-    return labels != IGNORE
+    return labels != IGNORE_INDEX
 
 
-def mean_scored(values: Tensor, labels: Tensor) -> Tensor:
+def mean_over_scored(values: Tensor, labels: Tensor) -> Tensor:
     """Mean of values [B T] over the scored positions of each row: [B].
 
-    >>> mean_scored(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[4, 5, IGNORE]]))
+    >>> mean_over_scored(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[4, 5, IGNORE_INDEX]]))
     tensor([2.])
     """
-    keep = scored(labels)
-    return torch.where(keep, values, 0).sum(-1) / keep.sum(-1).clamp_min(1)
+    mask = scored_mask(labels)
+    return torch.where(mask, values, 0).sum(-1) / mask.sum(-1).clamp_min(1)
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
         logits.float().flatten(0, -2),
         labels.flatten(),
         reduction="none",
-        ignore_index=IGNORE,
+        ignore_index=IGNORE_INDEX,
     )
     return flat.view(labels.shape)
 
@@ -49,10 +49,10 @@ def nll(logits: Tensor, labels: Tensor) -> Tensor:
 
     `logits[b, t]` predict `labels[b, t]`: the shift is the reader's (`Inputs.at`).
 
-    >>> nll(torch.zeros(1, 2, 4), torch.tensor([[3, IGNORE]]))
+    >>> nll(torch.zeros(1, 2, 4), torch.tensor([[3, IGNORE_INDEX]]))
     tensor([1.3863])
     """
-    return mean_scored(token_nll(logits, labels), labels)
+    return mean_over_scored(token_nll(logits, labels), labels)
 
 
 def kl(base: Tensor, edited: Tensor, labels: Tensor) -> Tensor:
@@ -65,22 +65,22 @@ def kl(base: Tensor, edited: Tensor, labels: Tensor) -> Tensor:
     tensor([0.])
     """
     log_p, log_q = base.float().log_softmax(-1), edited.float().log_softmax(-1)
-    return mean_scored((log_p.exp() * (log_p - log_q)).sum(-1), labels)
+    return mean_over_scored((log_p.exp() * (log_p - log_q)).sum(-1), labels)
 
 
-def margin(logits: Tensor, labels: Tensor, least: float = 0.0) -> Tensor:
+def margin_loss(logits: Tensor, labels: Tensor, min_margin: float = 0.0) -> Tensor:
     """How far each target token is from leading by `least`, in logits: [B].
 
         mean_t max(0, least + max_{v != y_t} z_tv - z_ty)
 
     0 exactly when greedy decoding gives the target with that lead at every position.
 
-    >>> margin(torch.tensor([[[2.0, 1.0, 0.0]]]), torch.tensor([[1]]), least=0.5)
+    >>> margin_loss(torch.tensor([[[2.0, 1.0, 0.0]]]), torch.tensor([[1]]), min_margin=0.5)
     tensor([1.5000])
     """
-    gold = torch.where(scored(labels), labels, 0)[..., None]  # [B T 1]
+    gold = torch.where(scored_mask(labels), labels, 0)[..., None]  # [B T 1]
     logits = logits.float()
-    own = logits.gather(-1, gold)[..., 0]
-    here = torch.arange(logits.shape[-1], device=logits.device) == gold  # [B T V]
-    other = logits.masked_fill(here, -torch.inf).amax(-1)
-    return mean_scored((least + other - own).clamp_min(0), labels)
+    target_logits = logits.gather(-1, gold)[..., 0]
+    is_target = torch.arange(logits.shape[-1], device=logits.device) == gold  # [B T V]
+    best_other = logits.masked_fill(is_target, -torch.inf).amax(-1)
+    return mean_over_scored((min_margin + best_other - target_logits).clamp_min(0), labels)

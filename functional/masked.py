@@ -23,24 +23,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .change import Change
-from .errors import BadInput, KindUnsupported, ShapeMismatch, UnknownSite
+from .change import Patch
+from .errors import InvalidInputError, ShapeError, UnknownSiteError, UnsupportedKindError
 from .grouped import grouped_linear
 from .header import Header, Masked
-from .kinds import Algebra, Part, kept, owned, register
-from .places import canonical, module_of, runs_below
+from .kinds import Algebra, EntryTensors, concat_slots, register, select_slots
+from .places import before_decoder, canonical_name, module_path
 from .types import Batch, Model
 
 __all__ = [
     "ACTIVATIONS",
-    "activation_of",
-    "change",
-    "distances",
-    "masked",
-    "pack",
-    "prompt_tokens",
-    "spread",
-    "unpacked",
+    "gate_statistic",
+    "apply_masked",
+    "activation_distance",
+    "side_memory_hook",
+    "pack_bits",
+    "gated_tokens",
+    "scatter_values",
+    "unpack_bits",
 ]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -54,103 +54,109 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """By transformers' names, as far as the header knows them."""
 
-_KEPT = 1 << 26  # elements of maps that a bound model keeps multiplied out; others are made anew
-_LONG = 100  # tokens from which EasyEdit takes the largest distance
+_MAX_CACHED_ELEMENTS = (
+    1 << 26
+)  # elements of maps that a bound model keeps multiplied out; others are made anew
+_LONG_PROMPT = 100  # tokens from which EasyEdit takes the largest distance
 _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
 
-def pack(mask: Tensor) -> Tensor:
+def pack_bits(mask: Tensor) -> Tensor:
     """A mask [... N] of bool as bytes [... ceil(N/8)], the lowest bit first.
 
-    >>> pack(torch.tensor([True, False, True] + [False] * 5 + [True]))
+    >>> pack_bits(torch.tensor([True, False, True] + [False] * 5 + [True]))
     tensor([5, 1], dtype=torch.uint8)
     """
     bits = F.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
     return (bits * _BITS.to(mask.device)).sum(-1, dtype=torch.uint8)
 
 
-def unpacked(mask: Tensor, size: int) -> Tensor:
+def unpack_bits(mask: Tensor, size: int) -> Tensor:
     """[... ceil(N/8)] bytes as [... N] of bool."""
     bits = mask[..., None].bitwise_and(_BITS.to(mask.device)) > 0
     return bits.flatten(-2)[..., :size]
 
 
-def spread(mask: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
+def scatter_values(mask: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
     """Values [K] at the K bits set in a mask of bytes: the map [O I].
 
-    >>> spread(torch.tensor([5], dtype=torch.uint8), torch.tensor([2.0, 3.0]), (2, 2))
+    >>> scatter_values(torch.tensor([5], dtype=torch.uint8), torch.tensor([2.0, 3.0]), (2, 2))
     tensor([[2., 0.],
             [3., 0.]])
     """
     out, inner = size
     full = values.new_zeros(out * inner)
-    full[unpacked(mask, out * inner)] = values
+    full[unpack_bits(mask, out * inner)] = values
     return full.view(out, inner)
 
 
-def prompt_tokens(batch: Batch, statistic: str) -> Tensor:
+def gated_tokens(batch: Batch, statistic: str) -> Tensor:
     """[B L] the tokens whose distances count: of the prompt, up to its last token."""
     if statistic == "last":
-        return batch.prompt
-    upto = (batch.prompt.int().flip(1).cumsum(1).flip(1) > 0) & batch.mask
-    return upto & ~batch.image if statistic == "text" else upto
+        return batch.prompt_end
+    in_prompt = (batch.prompt_end.int().flip(1).cumsum(1).flip(1) > 0) & batch.attention_mask
+    return in_prompt & ~batch.image_mask if statistic == "text" else in_prompt
 
 
-def distances(y: Tensor, more: Tensor, activation: str) -> Tensor:
+def activation_distance(y: Tensor, change: Tensor, activation: str) -> Tensor:
     """|phi(y + more) - phi(y)|_2 over the last axis, in fp32: [... O] -> [...]."""
     phi = ACTIVATIONS[activation]
     y = y.float()
-    return torch.linalg.vector_norm(phi(y + more.float()) - phi(y), dim=-1)
+    return torch.linalg.vector_norm(phi(y + change.float()) - phi(y), dim=-1)
 
 
-def activation_of(distance: Tensor, tokens: Tensor, statistic: str) -> Tensor:
+def gate_statistic(distances: Tensor, tokens: Tensor, statistic: str) -> Tensor:
     """The statistic of distances [... L] over the tokens [... L]: [...]."""
     count = tokens.sum(-1)
-    mean = torch.where(tokens, distance, 0).sum(-1) / count.clamp_min(1)
+    mean = torch.where(tokens, distances, 0).sum(-1) / count.clamp_min(1)
     if statistic != "easyedit":
         return mean
-    return torch.where(count > _LONG, torch.where(tokens, distance, 0).amax(-1), mean)
+    return torch.where(count > _LONG_PROMPT, torch.where(tokens, distances, 0).amax(-1), mean)
 
 
-class _Memories:
+class _SideMemories:
     """The maps of all memories: of edit e and memory m number e * M + m."""
 
     def __init__(self, entry: Masked, tensors: Mapping[str, Tensor]) -> None:
         masks, values, thresholds = (
             tensors[f"{entry.name}.{part}"] for part in ("mask", "values", "thresholds")
         )
-        self.size, self.counts = entry.size, entry.counts
+        self.size, self.num_values = entry.size, entry.num_values
         self.masks = masks.flatten(0, -2)  # [E*M ceil(N/8)]
         self.values = [
-            v for row in values.view(-1, sum(self.counts)) for v in row.split(self.counts)
+            v for row in values.view(-1, sum(self.num_values)) for v in row.split(self.num_values)
         ]
-        self.thresholds = thresholds.float().view(-1, len(self.counts))  # [E M]
+        self.thresholds = thresholds.float().view(-1, len(self.num_values))  # [E M]
         self._check(entry)
-        few = len(self.masks) * self.size[0] * self.size[1] <= _KEPT
-        self.kept = [self.make(number) for number in range(len(self.masks))] if few else None
+        fits_in_cache = len(self.masks) * self.size[0] * self.size[1] <= _MAX_CACHED_ELEMENTS
+        self.dense_maps = (
+            [self.build_map(number) for number in range(len(self.masks))] if fits_in_cache else None
+        )
 
     def _check(self, entry: Masked) -> None:
-        found = torch.stack(
-            [unpacked(mask, self.size[0] * self.size[1]).sum() for mask in self.masks]
+        bits_set = torch.stack(
+            [unpack_bits(mask, self.size[0] * self.size[1]).sum() for mask in self.masks]
         )
-        wanted = found.new_tensor(self.counts).repeat(len(self.thresholds))
-        if not torch.equal(found, wanted):
-            raise ShapeMismatch(
+        expected = bits_set.new_tensor(self.num_values).repeat(len(self.thresholds))
+        if not torch.equal(bits_set, expected):
+            raise ShapeError(
                 f"{entry.name}: each mask must have as many bits set as its memory has values "
-                f"({wanted.tolist()[:8]}), and they have {found.tolist()[:8]}."
+                f"({expected.tolist()[:8]}), and they have {bits_set.tolist()[:8]}."
             )
 
-    def make(self, number: int) -> Tensor:
-        return spread(self.masks[number], self.values[number].float(), self.size)
+    def build_map(self, number: int) -> Tensor:
+        return scatter_values(self.masks[number], self.values[number].float(), self.size)
 
-    def of(self, numbers: Sequence[int]) -> Tensor:
+    def stack_maps(self, numbers: Sequence[int]) -> Tensor:
         """[n O I]"""
-        kept = self.kept
-        return torch.stack([self.make(n) if kept is None else kept[n] for n in numbers])
+        dense_maps = self.dense_maps
+        return torch.stack(
+            [self.build_map(n) if dense_maps is None else dense_maps[n] for n in numbers]
+        )
 
 
-def masked(
-    entry: Masked, tensors: Mapping[str, Tensor], note: str, *, stacked: bool
+def side_memory_hook(
+    entry: Masked, tensors: Mapping[str, Tensor], routing_name: str, *, stacked: bool
 ) -> Callable[[Batch, Tensor, Tensor], Tensor]:
     """What side memories do to the output y of their map, given its input x; see the module.
 
@@ -159,68 +165,77 @@ def masked(
     `stacked` tensors lead with E, each row looks into the memories of its own edit, none into those
     of edit -1. Raises ShapeMismatch where a mask and its values differ in number.
     """
-    memories = _Memories(entry, tensors)
-    per_edit = len(entry.counts)
+    memories = _SideMemories(entry, tensors)
+    memories_per_edit = len(entry.num_values)
 
-    def chosen(batch: Batch, x: Tensor, y: Tensor) -> Tensor:
+    def choose_memory(batch: Batch, x: Tensor, y: Tensor) -> Tensor:
         """[B] the memory of each row, from the tokens that count alone; -1: none."""
-        tokens = prompt_tokens(batch, entry.statistic)
+        tokens = gated_tokens(batch, entry.gate_statistic)
         order = (~tokens).int().argsort(dim=1, stable=True)
         order = order[:, : max(1, int(tokens.sum(1).max()))]
         tokens = tokens.gather(1, order)
         x, y = (
             part.gather(1, order[..., None].expand(*order.shape, part.shape[-1])) for part in (x, y)
         )
-        edit = batch.edit if stacked else torch.zeros_like(batch.edit)
-        home, inside = edit.clamp_min(0), batch.prompt.any(1) & (edit >= 0)
-        best = torch.full((len(edit),), -torch.inf, device=edit.device)
-        route = torch.full_like(edit, -1)
-        for memory in range(per_edit):
-            maps = memories.of(range(memory, len(memories.masks), per_edit))
-            more = grouped_linear(x, maps, edit) if stacked else F.linear(x, maps[0])
-            found = activation_of(distances(y, more, entry.activation), tokens, entry.statistic)
-            wins = inside & (found >= memories.thresholds[home, memory]) & (found > best)
-            best, route = torch.where(wins, found, best), torch.where(wins, memory, route)
-        return route
+        edit_index = batch.edit_index if stacked else torch.zeros_like(batch.edit_index)
+        edit_row, is_routed = edit_index.clamp_min(0), batch.prompt_end.any(1) & (edit_index >= 0)
+        best = torch.full((len(edit_index),), -torch.inf, device=edit_index.device)
+        memory_index = torch.full_like(edit_index, -1)
+        for memory in range(memories_per_edit):
+            maps = memories.stack_maps(range(memory, len(memories.masks), memories_per_edit))
+            change = grouped_linear(x, maps, edit_index) if stacked else F.linear(x, maps[0])
+            score = gate_statistic(
+                activation_distance(y, change, entry.activation), tokens, entry.gate_statistic
+            )
+            is_better = (
+                is_routed & (score >= memories.thresholds[edit_row, memory]) & (score > best)
+            )
+            best, memory_index = (
+                torch.where(is_better, score, best),
+                torch.where(is_better, memory, memory_index),
+            )
+        return memory_index
 
-    def added(batch: Batch, x: Tensor) -> Tensor:
+    def memory_output(batch: Batch, x: Tensor) -> Tensor:
         """[B L O] what the memory that each row has taken adds."""
-        route = batch.notes[note]
-        edit = batch.edit.clamp_min(0) if stacked else 0
-        number = torch.where(route < 0, -1, edit * per_edit + route)
-        present, index = number.unique(return_inverse=True)
-        maps = memories.of([max(0, n) for n in present.tolist()])
-        return grouped_linear(x, maps, torch.where(number < 0, -1, index))
+        memory_index = batch.routing[routing_name]
+        edit_index = batch.edit_index.clamp_min(0) if stacked else 0
+        map_index = torch.where(memory_index < 0, -1, edit_index * memories_per_edit + memory_index)
+        used_maps, index = map_index.unique(return_inverse=True)
+        maps = memories.stack_maps([max(0, n) for n in used_maps.tolist()])
+        return grouped_linear(x, maps, torch.where(map_index < 0, -1, index))
 
-    def rewrite(batch: Batch, x: Tensor, y: Tensor) -> Tensor:
-        rows = batch.mask.shape
-        given, out = x.reshape(*rows, -1).float(), y.reshape(*rows, -1)
-        if note not in batch.notes:  # a dict of this run's own: see `Change`
-            batch.notes[note] = chosen(batch, given, out)  # type: ignore[index]
-        more = added(batch, given)
-        return (out + more).to(y.dtype).view(y.shape)
+    def hook(batch: Batch, x: Tensor, y: Tensor) -> Tensor:
+        rows = batch.attention_mask.shape
+        inputs, out = x.reshape(*rows, -1).float(), y.reshape(*rows, -1)
+        if routing_name not in batch.routing:  # a dict of this run's own: see `Change`
+            batch.routing[routing_name] = choose_memory(batch, inputs, out)  # type: ignore[index]
+        change = memory_output(batch, inputs)
+        return (out + change).to(y.dtype).view(y.shape)
 
-    return rewrite
+    return hook
 
 
-def change(model: Model, header: Header, entry: Masked, tensors: Mapping[str, Tensor]) -> Change:
+def apply_masked(
+    model: Model, header: Header, entry: Masked, tensors: Mapping[str, Tensor]
+) -> Patch:
     """The kind's line in `bind.KINDS`. Raises UnknownSite unless its site is a map of a layer."""
-    path = module_of(canonical(model.card, entry.name))
-    if path not in model.card.linears or runs_below(model.card, path):
-        raise UnknownSite(
+    path = module_path(canonical_name(model.card, entry.name))
+    if path not in model.card.linear_shapes or before_decoder(model.card, path):
+        raise UnknownSiteError(
             f"side memories must be of a linear map in the decoder of {model.card.id}, and "
             f"{path!r} is none."
         )
-    note = f"{entry.name}.memory{len(model.deltas)}"  # one delta may lie on another
-    rewrite = masked(entry, tensors, note, stacked=bool(header.stack))
+    routing_name = f"{entry.name}.memory{len(model.deltas)}"  # one delta may lie on another
+    hook = side_memory_hook(entry, tensors, routing_name, stacked=bool(header.stack))
     last = model.card.layer_of(path) in (None, model.card.num_layers - 1)
 
     def wrap(bound: Model) -> Model:
         # Routing reads the whole prompt at the site, which a thinned batch no longer has.
-        return bound._replace(thin=lambda params, batch, rewrites=None, **options: batch)
+        return bound._replace(select_scored=lambda params, batch, hooks=None, **options: batch)
 
-    return Change(
-        rewrites=lambda batch: {path: lambda x, y: rewrite(batch, x, y)},
+    return Patch(
+        hooks=lambda batch: {path: lambda x, y: hook(batch, x, y)},
         wrap=wrap if last else None,
     )
 
@@ -228,51 +243,51 @@ def change(model: Model, header: Header, entry: Masked, tensors: Mapping[str, Te
 # The algebra: memories are kept or left whole.
 
 
-def _join(given: Sequence[Part | int]) -> Part:
+def _merge(parts: Sequence[EntryTensors | int]) -> EntryTensors:
     """All memories side by side: of those that reach their threshold the one furthest off wins."""
-    found = [part for part in given if isinstance(part, Part)]
-    first = found[0].entry
-    for what in ("activation", "statistic"):
-        if any(getattr(part.entry, what) != getattr(first, what) for part in found):
-            raise BadInput(f"{first.name}: the memories measure by another {what}.")
-    owners, _ = owned(given, lambda entry: len(entry.counts))
-    counts = tuple(count for part in found for count in part.entry.counts)
-    entry = msgspec.structs.replace(first, counts=counts, owners=owners)
-    tensors = {s: torch.cat([part.tensors[s] for part in found]) for s in found[0].tensors}
-    return Part(entry, tensors, len(owners))
+    present = [part for part in parts if isinstance(part, EntryTensors)]
+    first = present[0].entry
+    for what in ("activation", "gate_statistic"):
+        if any(getattr(part.entry, what) != getattr(first, what) for part in present):
+            raise InvalidInputError(f"{first.name}: the memories measure by another {what}.")
+    edit_slots, _ = concat_slots(parts, lambda entry: len(entry.num_values))
+    num_values = tuple(count for part in present for count in part.entry.num_values)
+    entry = msgspec.structs.replace(first, num_values=num_values, edit_slots=edit_slots)
+    tensors = {s: torch.cat([part.tensors[s] for part in present]) for s in present[0].tensors}
+    return EntryTensors(entry, tensors, len(edit_slots))
 
 
-def _keep(part: Part, keep: Sequence[int]) -> Part | None:
+def _select(part: EntryTensors, edits: Sequence[int]) -> EntryTensors | None:
     """Memories whose edits are all kept; those that no kept edit owns go."""
     entry = part.entry
-    memories, owners = kept(entry.owners, keep)
-    lost = {entry.owners[k] for k in set(range(part.edits)) - set(keep)}
-    shared = lost & set(memories)
+    memories, edit_slots = select_slots(entry.edit_slots, edits)
+    removed = {entry.edit_slots[k] for k in set(range(part.num_edits)) - set(edits)}
+    shared = removed & set(memories)
     if shared:
-        raise KindUnsupported(
+        raise UnsupportedKindError(
             f"{entry.name}: edits of one side memory are trained into the same values, and "
             f"{len(shared)} memory(s) would have to lose some and keep others: edit with "
-            "save_every=1, take all edits of a memory out together, or edit again without them."
+            "save_freq=1, take all edits of a memory out together, or edit again without them."
         )
     if not memories:
         return None
-    ends = torch.tensor(entry.counts).cumsum(0).tolist()
-    values = [part.tensors[".values"][ends[m] - entry.counts[m] : ends[m]] for m in memories]
-    counts = tuple(entry.counts[m] for m in memories)
-    fewer = msgspec.structs.replace(entry, counts=counts, owners=owners)
+    ends = torch.tensor(entry.num_values).cumsum(0).tolist()
+    values = [part.tensors[".values"][ends[m] - entry.num_values[m] : ends[m]] for m in memories]
+    num_values = tuple(entry.num_values[m] for m in memories)
+    selected = msgspec.structs.replace(entry, num_values=num_values, edit_slots=edit_slots)
     tensors = {
         ".mask": part.tensors[".mask"][memories],
         ".values": torch.cat(values),
         ".thresholds": part.tensors[".thresholds"][memories],
     }
-    return Part(fewer, tensors, len(keep))
+    return EntryTensors(selected, tensors, len(edits))
 
 
-def _scale(part: Part, factor: float) -> Part:
-    raise KindUnsupported(
+def _scale(part: EntryTensors, factor: float) -> EntryTensors:
+    raise UnsupportedKindError(
         f"{part.entry.name}: half of a side memory would reach its threshold for other questions "
         "than the whole: edit again, or remove edits by id."
     )
 
 
-register(Masked, Algebra(_join, _keep, _scale))
+register(Masked, Algebra(_merge, _select, _scale))

@@ -13,11 +13,11 @@ import msgspec
 import torch
 from torch import Tensor
 
-from .card import Base
-from .errors import BadInput, BaseMismatch, KindUnsupported, listed
+from .card import BaseModel
+from .errors import BaseMismatchError, InvalidInputError, UnsupportedKindError, join_messages
 from .header import Header, LowRank
-from .kinds import Part, algebra, parts
-from .stacks import take
+from .kinds import EntryTensors, algebra, entries_of
+from .stacks import select_edits
 from .types import Delta
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
     "compress",
     "merge",
     "remove",
-    "same_base",
+    "require_same_base",
     "scale",
     "select",
 ]
@@ -42,43 +42,48 @@ def merge(*deltas: Delta) -> Delta:
     Task arithmetic on factors: Ilharco et al. 2023, https://arxiv.org/abs/2212.04089.
 
     >>> from errata.functional import EditRecord
-    >>> entry = LowRank(name="w", checkpoint="w", shape=(2, 3), rank=1, rows=(1,))
-    >>> header = Header(base=Base(id="a/model"), entries=(entry,), edits=(EditRecord(id="cat"),))
+    >>> entry = LowRank(name="w", checkpoint_name="w", shape=(2, 3), rank=1, edit_ranks=(1,))
+    >>> header = Header(base=BaseModel(id="a/model"), entries=(entry,), edits=(EditRecord(id="cat"),))
     >>> cat = Delta(header, {"w.A": torch.ones(1, 3), "w.B": torch.ones(2, 1)})
     >>> both = merge(cat, scale(cat, 0.5))
-    >>> both.header.entries[0].rows, both.tensors["w.B"].tolist()
+    >>> both.header.entries[0].edit_ranks, both.tensors["w.B"].tolist()
     ((1, 1), [[1.0, 0.5], [1.0, 0.5]])
     >>> remove(both, [1]).tensors["w.B"].tolist()
     [[1.0], [1.0]]
     """
     if not deltas:
-        raise BadInput("merge needs at least one delta, got none.")
-    _mergeable(deltas)
+        raise InvalidInputError("merge needs at least one delta, got none.")
+    _require_mergeable(deltas)
     first = deltas[0].header
-    found = [parts(delta) for delta in deltas]
-    joined = []
-    for key in sorted({key for mine in found for key in mine}):
-        given = [mine.get(key, len(d.header.edits)) for mine, d in zip(found, deltas, strict=True)]
-        sample = next(part for part in given if isinstance(part, Part))
-        joined.append(algebra(sample.entry).join(given))
-    touched: dict[str, str] = {}
+    delta_entries = [entries_of(delta) for delta in deltas]
+    merged = []
+    for key in sorted({key for entries_by_key in delta_entries for key in entries_by_key}):
+        same_entries = [
+            mine.get(key, len(d.header.edits))
+            for mine, d in zip(delta_entries, deltas, strict=True)
+        ]
+        sample = next(part for part in same_entries if isinstance(part, EntryTensors))
+        merged.append(algebra(sample.entry).merge(same_entries))
+    parameter_hashes: dict[str, str] = {}
     for delta in deltas:
-        touched |= delta.header.base.touched
-    same = all(
+        parameter_hashes |= delta.header.base.parameter_hashes
+    same_settings = all(
         (d.header.editor, d.header.settings) == (first.editor, first.settings) for d in deltas
     )
     editors = {name for delta in deltas for name in delta.header.editor.split("+") if name}
     header = msgspec.structs.replace(
         first,
-        editor=first.editor if same else "+".join(sorted(editors)),
-        settings=first.settings if same else {},
-        base=msgspec.structs.replace(first.base, touched=dict(sorted(touched.items()))),
-        form=_form(deltas),
+        editor=first.editor if same_settings else "+".join(sorted(editors)),
+        settings=first.settings if same_settings else {},
+        base=msgspec.structs.replace(
+            first.base, parameter_hashes=dict(sorted(parameter_hashes.items()))
+        ),
+        arithmetic=_arithmetic_of(deltas),
         edits=tuple(edit for delta in deltas for edit in delta.header.edits),
         # one edit stands on none before it, however it was made
-        recursive=any(d.header.recursive and len(d.header.edits) > 1 for d in deltas),
+        order_dependent=any(d.header.order_dependent and len(d.header.edits) > 1 for d in deltas),
     )
-    return _delta(header, joined)
+    return _assemble_delta(header, merged)
 
 
 def scale(delta: Delta, factor: float) -> Delta:
@@ -87,9 +92,11 @@ def scale(delta: Delta, factor: float) -> Delta:
     Raises BadInput unless the factor is a finite number; KindUnsupported for kinds without a scale.
     """
     if not isinstance(factor, int | float) or not math.isfinite(factor):
-        raise BadInput(f"a delta is scaled by a finite number, got {factor!r}.")
-    found = parts(delta).values()
-    return _delta(delta.header, [algebra(part.entry).scale(part, factor) for part in found])
+        raise InvalidInputError(f"a delta is scaled by a finite number, got {factor!r}.")
+    entries = entries_of(delta).values()
+    return _assemble_delta(
+        delta.header, [algebra(part.entry).scale(part, factor) for part in entries]
+    )
 
 
 def select(delta: Delta, edits: Iterable[int | str]) -> Delta:
@@ -99,25 +106,27 @@ def select(delta: Delta, edits: Iterable[int | str]) -> Delta:
     edits depend on one another or can not be told apart; BadInput for an edit that is not there.
     Of no edits it is a delta that changes nothing.
     """
-    keep = _numbers(delta.header, edits)
+    numbers = _edit_numbers(delta.header, edits)
     header = delta.header
-    records = tuple(header.edits[k] for k in keep)
-    if not keep:
-        base = msgspec.structs.replace(header.base, touched={})
-        return _delta(msgspec.structs.replace(header, base=base, edits=(), stack=0), [])
+    records = tuple(header.edits[k] for k in numbers)
+    if not numbers:
+        base = msgspec.structs.replace(header.base, parameter_hashes={})
+        return _assemble_delta(msgspec.structs.replace(header, base=base, edits=(), stack=0), [])
     if header.stack:
-        return take(delta, keep)
-    if header.recursive and len(keep) < len(header.edits):
-        raise KindUnsupported(
+        return select_edits(delta, numbers)
+    if header.order_dependent and len(numbers) < len(header.edits):
+        raise UnsupportedKindError(
             "each edit of this delta was computed on top of those before it, so taking one out "
             "would leave the later ones wrong: edit again without it, or undo the whole delta."
         )
-    kept = [algebra(part.entry).keep(part, keep) for part in parts(delta).values()]
-    left = [part for part in kept if part is not None]
-    names = {part.entry.name for part in left}
-    touched = {name: sha for name, sha in header.base.touched.items() if name in names}
-    base = msgspec.structs.replace(header.base, touched=touched)
-    return _delta(msgspec.structs.replace(header, base=base, edits=records), left)
+    selected = [algebra(part.entry).select(part, numbers) for part in entries_of(delta).values()]
+    remaining = [part for part in selected if part is not None]
+    names = {part.entry.name for part in remaining}
+    parameter_hashes = {
+        name: sha for name, sha in header.base.parameter_hashes.items() if name in names
+    }
+    base = msgspec.structs.replace(header.base, parameter_hashes=parameter_hashes)
+    return _assemble_delta(msgspec.structs.replace(header, base=base, edits=records), remaining)
 
 
 def remove(delta: Delta, edits: Iterable[int | str]) -> Delta:
@@ -125,15 +134,15 @@ def remove(delta: Delta, edits: Iterable[int | str]) -> Delta:
 
     merge(a, b, c) without b's edit is merge(a, c), bit for bit, where all are low-rank.
     """
-    gone = set(_numbers(delta.header, edits))
-    return select(delta, [k for k in range(len(delta.header.edits)) if k not in gone])
+    removed = set(_edit_numbers(delta.header, edits))
+    return select(delta, [k for k in range(len(delta.header.edits)) if k not in removed])
 
 
 class Compressed(NamedTuple):
     """A smaller delta, and the share of each change's energy (squared norm) that it lost."""
 
     delta: Delta
-    lost: Mapping[str, float]  # parameter name -> share in [0, 1]
+    lost_energy: Mapping[str, float]  # parameter name -> share in [0, 1]
 
 
 def compress(delta: Delta, rank: int | None = None, energy: float | None = None) -> Compressed:
@@ -148,17 +157,17 @@ def compress(delta: Delta, rank: int | None = None, energy: float | None = None)
     Raises BadInput unless rank >= 1 or 0 < energy <= 1 is given; KindUnsupported for stacked deltas
     and kinds without a matrix.
     """
-    ranked = isinstance(rank, int) and rank >= 1 and energy is None
-    shared = energy is not None and 0 < energy <= 1 and rank is None
-    if not (ranked or shared):
-        raise BadInput(
+    by_rank = isinstance(rank, int) and rank >= 1 and energy is None
+    by_energy = energy is not None and 0 < energy <= 1 and rank is None
+    if not (by_rank or by_energy):
+        raise InvalidInputError(
             f"compress needs a rank >= 1 or an energy in (0, 1], got rank={rank}, energy={energy}."
         )
     if delta.header.stack:
-        raise KindUnsupported("a stacked delta holds edits side by side: unstack it first.")
-    small = []
-    lost = {}
-    for part in parts(delta).values():
+        raise UnsupportedKindError("a stacked delta holds edits side by side: unstack it first.")
+    compressed = []
+    lost_energy = {}
+    for part in entries_of(delta).values():
         u, s, v = _svd(part)  # [O k] [k] [I k]
         power = s.square().cumsum(0)
         total = power[-1]
@@ -172,26 +181,28 @@ def compress(delta: Delta, rank: int | None = None, energy: float | None = None)
         tensors = {".A": (v[:, :count] * root).T.to(dtype), ".B": (u[:, :count] * root).to(dtype)}
         entry = LowRank(
             name=part.entry.name,
-            checkpoint=part.entry.checkpoint,
+            checkpoint_name=part.entry.checkpoint_name,
             shape=part.entry.shape,
             rank=count,
-            rows=(count,) if part.edits == 1 else (),
+            edit_ranks=(count,) if part.num_edits == 1 else (),
             transposed=getattr(part.entry, "transposed", False),
         )
-        share = 1 - float(power[count - 1] / total) if float(total) else 0.0
-        lost[part.entry.name] = min(1.0, max(0.0, share))
-        small.append(Part(entry, tensors, part.edits))
-    note = {"rank": rank, "energy": energy, "lost": lost}
-    whole = any(not isinstance(entry, LowRank) for entry in delta.header.entries)
+        lost_share = 1 - float(power[count - 1] / total) if float(total) else 0.0
+        lost_energy[part.entry.name] = min(1.0, max(0.0, lost_share))
+        compressed.append(EntryTensors(entry, tensors, part.num_edits))
+    note = {"rank": rank, "energy": energy, "lost_energy": lost_energy}
+    has_dense = any(not isinstance(entry, LowRank) for entry in delta.header.entries)
     header = msgspec.structs.replace(
         delta.header,
         settings={**delta.header.settings, "compressed": note},
-        form="weight" if whole else delta.header.form,  # a dense change was one of the weight
+        arithmetic="weight"
+        if has_dense
+        else delta.header.arithmetic,  # a dense change was one of the weight
     )
-    return Compressed(_delta(header, small), lost)
+    return Compressed(_assemble_delta(header, compressed), lost_energy)
 
 
-def _svd(part: Part) -> tuple[Tensor, Tensor, Tensor]:
+def _svd(part: EntryTensors) -> tuple[Tensor, Tensor, Tensor]:
     """U [O k], S [k], V [I k] of the change as a linear map, in fp64."""
     if isinstance(part.entry, LowRank):
         left, right = torch.linalg.qr(part.tensors[".B"].double())
@@ -199,91 +210,101 @@ def _svd(part: Part) -> tuple[Tensor, Tensor, Tensor]:
         u, s, vh = torch.linalg.svd(right @ outer.T, full_matrices=False)
         return left @ u, s, inner @ vh.T
     if "" not in part.tensors or part.tensors[""].ndim != 2:
-        raise KindUnsupported(
+        raise UnsupportedKindError(
             f"{part.entry.name}: only a change of a matrix can be written as a low-rank one."
         )
     u, s, vh = torch.linalg.svd(part.tensors[""].double(), full_matrices=False)
     return u, s, vh.T
 
 
-def _numbers(header: Header, edits: Iterable[int | str]) -> list[int]:
+def _edit_numbers(header: Header, edits: Iterable[int | str]) -> list[int]:
     """Positions of edits given by number or id, in order, each once."""
-    found: set[int] = set()
+    numbers: set[int] = set()
     missing = []
     for edit in edits:
         if isinstance(edit, int):
             hits = [edit] if 0 <= edit < len(header.edits) else []
         else:
             hits = [k for k, record in enumerate(header.edits) if record.id == edit]
-        found.update(hits)
+        numbers.update(hits)
         if not hits:
             missing.append(repr(edit))
     if missing:
-        some = ", ".join(record.id for record in header.edits[:6])
-        raise BadInput(
+        first_ids = ", ".join(record.id for record in header.edits[:6])
+        raise InvalidInputError(
             f"each edit must be one of the delta's {len(header.edits)}, by number or id, and "
-            f"{', '.join(missing[:6])} is none; it has {some or 'none'}"
+            f"{', '.join(missing[:6])} is none; it has {first_ids or 'none'}"
             + (", ..." if len(header.edits) > 6 else ".")
         )
-    return sorted(found)
+    return sorted(numbers)
 
 
-def _mergeable(deltas: Sequence[Delta]) -> None:
-    same_base(deltas)
-    wrong = []
+def _require_mergeable(deltas: Sequence[Delta]) -> None:
+    require_same_base(deltas)
+    problems = []
     if any(delta.header.stack for delta in deltas):
-        wrong.append("a stacked delta holds edits side by side, and must be taken apart first")
+        problems.append("a stacked delta holds edits side by side, and must be taken apart first")
     shapes: dict[str, set[Any]] = {}
     dtypes: dict[str, set[Any]] = {}
     for delta in deltas:
         for entry in delta.header.entries:
-            fixed = ("shape", "checkpoint", "transposed")
-            place = tuple(getattr(entry, field, None) for field in fixed)
-            shapes.setdefault(f"{entry.name} ({type(entry).__name__})", set()).add(place)
-            for name in entry.tensors():
+            fixed = ("shape", "checkpoint_name", "transposed")
+            fixed_values = tuple(getattr(entry, field, None) for field in fixed)
+            shapes.setdefault(f"{entry.name} ({type(entry).__name__})", set()).add(fixed_values)
+            for name in entry.tensor_specs():
                 if delta.tensors[name].is_floating_point():
                     dtypes.setdefault(entry.name, set()).add(delta.tensors[name].dtype)
-    wrong += [f"{name}: shapes or names differ" for name, some in shapes.items() if len(some) > 1]
-    wrong += [
+    problems += [
+        f"{name}: shapes or names differ" for name, values in shapes.items() if len(values) > 1
+    ]
+    problems += [
         f"{name}: dtypes differ ({', '.join(sorted(map(str, some)))}), cast one to the other's"
         for name, some in dtypes.items()
         if len(some) > 1
     ]
-    forms = {d.header.form for d in deltas if _has_lowrank(d)}
-    if len(forms) > 1:
-        wrong.append(f"forms differ ({', '.join(sorted(forms))}): no one delta computes the same")
-    if wrong:
-        raise BadInput(f"these deltas can not be merged: {listed(wrong)}.")
+    arithmetics = {d.header.arithmetic for d in deltas if _has_lowrank(d)}
+    if len(arithmetics) > 1:
+        problems.append(
+            f"arithmetics differ ({', '.join(sorted(arithmetics))}): no one delta computes the same"
+        )
+    if problems:
+        raise InvalidInputError(f"these deltas can not be merged: {join_messages(problems)}.")
 
 
-def same_base(deltas: Sequence[Delta]) -> None:
+def require_same_base(deltas: Sequence[Delta]) -> None:
     """Raise BaseMismatch, listing every difference, unless all were made for one base."""
-    first: Base = deltas[0].header.base
-    wrong = []
+    first: BaseModel = deltas[0].header.base
+    differences = []
     for delta in deltas[1:]:
         base = delta.header.base
-        for what in ("family", "config"):
-            ours, theirs = getattr(first, what), getattr(base, what)
-            if ours and theirs and ours != theirs:
-                wrong.append(f"{what} {ours[:16]} is not {theirs[:16]}")
-        both = first.touched.keys() & base.touched.keys()
-        wrong += [f"{n} has other values" for n in both if first.touched[n] != base.touched[n]]
-    if wrong:
+        for what in ("family", "config_hash"):
+            first_value, other_value = getattr(first, what), getattr(base, what)
+            if first_value and other_value and first_value != other_value:
+                differences.append(f"{what} {first_value[:16]} is not {other_value[:16]}")
+        both = first.parameter_hashes.keys() & base.parameter_hashes.keys()
+        differences += [
+            f"{n} has other values"
+            for n in both
+            if first.parameter_hashes[n] != base.parameter_hashes[n]
+        ]
+    if differences:
         ids = ", ".join(sorted({delta.header.base.id for delta in deltas}))
-        raise BaseMismatch(f"the deltas must be made for one base model ({ids}): {listed(wrong)}.")
+        raise BaseMismatchError(
+            f"the deltas must be made for one base model ({ids}): {join_messages(differences)}."
+        )
 
 
 def _has_lowrank(delta: Delta) -> bool:
     return any(isinstance(entry, LowRank) for entry in delta.header.entries)
 
 
-def _form(deltas: Sequence[Delta]) -> Any:
-    forms = [delta.header.form for delta in deltas if _has_lowrank(delta)]
-    return forms[0] if forms else deltas[0].header.form
+def _arithmetic_of(deltas: Sequence[Delta]) -> Any:
+    arithmetics = [delta.header.arithmetic for delta in deltas if _has_lowrank(delta)]
+    return arithmetics[0] if arithmetics else deltas[0].header.arithmetic
 
 
-def _delta(header: Header, found: Iterable[Part]) -> Delta:
+def _assemble_delta(header: Header, entries: Iterable[EntryTensors]) -> Delta:
     """Put entries and their tensors back together."""
-    found = list(found)
-    tensors = {p.entry.name + suffix: x for p in found for suffix, x in p.tensors.items()}
-    return Delta(msgspec.structs.replace(header, entries=tuple(p.entry for p in found)), tensors)
+    entries = list(entries)
+    tensors = {p.entry.name + suffix: x for p in entries for suffix, x in p.tensors.items()}
+    return Delta(msgspec.structs.replace(header, entries=tuple(p.entry for p in entries)), tensors)

@@ -29,30 +29,30 @@ import msgspec
 import torch
 from torch import Tensor
 
-from .errors import BadSettings
-from .types import IGNORE
+from .errors import InvalidSettingsError
+from .types import IGNORE_INDEX
 
 __all__ = [
     "PROBES",
     "SCORERS",
     "Agreement",
     "Probe",
-    "Reading",
-    "Scored",
+    "Readout",
+    "ProbeScore",
     "Scorer",
     "agreement",
-    "divergence",
+    "mean_kl",
     "exact_match",
     "locality",
     "mean_nll",
-    "neighbour_match",
+    "neighbor_match",
     "perplexity",
     "perplexity_ratio",
-    "probe",
-    "reading",
-    "score",
-    "scorer",
-    "success",
+    "get_probe",
+    "make_readout",
+    "score_probe",
+    "get_scorer",
+    "success_score",
     "token_accuracy",
 ]
 
@@ -61,7 +61,7 @@ class Probe(msgspec.Struct, frozen=True):
     """What a probe key stands for: its name in prose and in tables, and how it is scored."""
 
     title: str
-    short: str
+    column: str
     kind: Literal["success", "locality"]
 
 
@@ -76,17 +76,17 @@ PROBES: Mapping[str, Probe] = {
     "same_entity_locality": Probe("Same-entity locality", "E-Loc", "locality"),
     "hard_locality": Probe("Hard locality", "H-Loc", "locality"),
     "portability": Probe("Portability", "Port", "success"),
-    "kgi": Probe("Knowledge generalisation", "KGI", "success"),
+    "kgi": Probe("Knowledge generalization", "KGI", "success"),
     "kpi": Probe("Knowledge preservation", "KPI", "success"),
 }
 
 
-def probe(name: str) -> Probe:
+def get_probe(name: str) -> Probe:
     """What a probe key means; suffixed keys follow their family, a key of your own is a success.
 
     `portability_2hop` is a portability, `text_locality_forgetfulness` a text locality.
 
-    >>> probe("portability_2hop").short, probe("image_locality").kind, probe("humour").kind
+    >>> get_probe("portability_2hop").column, get_probe("image_locality").kind, get_probe("humour").kind
     ('Port 2hop', 'locality', 'success')
     """
     if name in PROBES:
@@ -96,7 +96,7 @@ def probe(name: str) -> Probe:
         stem = max(known, key=len)
         rest = name[len(stem) + 1 :].replace("_", " ")
         family = PROBES[stem]
-        return Probe(f"{family.title} ({rest})", f"{family.short} {rest}", family.kind)
+        return Probe(f"{family.title} ({rest})", f"{family.column} {rest}", family.kind)
     title = name.replace("_", " ").capitalize()
     return Probe(title, title, "locality" if "locality" in name else "success")
 
@@ -117,16 +117,16 @@ class Scorer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     success: Literal["token_accuracy", "exact_match"] = "token_accuracy"
     text: Agreement = Agreement()
     image: Agreement = Agreement()
-    pooled: bool = False
+    pools_kinds: bool = False
     """Kinds of portability, and of locality, are averaged as one pool of a case's questions."""
 
     @property
-    def ranks(self) -> int:
+    def num_ranks(self) -> int:
         """How many of the likeliest tokens a reading must keep."""
         return max(self.text.k, self.image.k)
 
     @property
-    def whole(self) -> bool:
+    def needs_all_positions(self) -> bool:
         """Whether locality needs every position of the row, not only the answer's."""
         return "all" in (self.text.positions, self.image.positions)
 
@@ -164,58 +164,60 @@ SCORERS: Mapping[str, Scorer] = {
         Scorer(
             name="ice",
             source="bigai-ai/ICE eval.py:60-107; EasyEdit evaluate_utils.py:242-317",
-            pooled=True,
+            pools_kinds=True,
         ),
     )
 }
 
 
-def scorer(name: str) -> Scorer:
+def get_scorer(name: str) -> Scorer:
     """The scorer of that name.
 
-    >>> scorer("liveedit").image
+    >>> get_scorer("liveedit").image
     Agreement(k=1, ordered=True, positions='answer')
 
     Raises `BadSettings` for an unknown name.
     """
     if name not in SCORERS:
-        raise BadSettings(f"scorer must be one of {', '.join(SCORERS)}; got {name!r}.")
+        raise InvalidSettingsError(f"scorer must be one of {', '.join(SCORERS)}; got {name!r}.")
     return SCORERS[name]
 
 
-class Reading(NamedTuple):
+class Readout(NamedTuple):
     """What one forward pass says about each row: enough for every scorer, small enough to keep."""
 
     labels: Tensor  # [B T] int64, IGNORE where nothing is scored
-    top: Tensor  # [B T K] int64, likeliest tokens first
+    top_ids: Tensor  # [B T K] int64, likeliest tokens first
     nll: Tensor  # [B T] -log p(label), 0 where ignored
-    whole: Tensor | None = None  # [B L K] the same at every position, -1 behind a row's end
+    all_top_ids: Tensor | None = None  # [B L K] the same at every position, -1 behind a row's end
     kl: Tensor | None = None  # [B] KL(base || this model), where the base's logits were at hand
     logits: Tensor | None = None  # [B T V], where they were asked for
 
 
-def reading(logits: Tensor, labels: Tensor, k: int = 10, whole: Tensor | None = None) -> Reading:
+def make_readout(
+    logits: Tensor, labels: Tensor, k: int = 10, all_top_ids: Tensor | None = None
+) -> Readout:
     """Reduce logits [B T V] that predict labels [B T] to what scorers need.
 
     Position t of `logits` predicts position t of `labels` (shift before the call). K is
     min(k, V). `whole` [B L K] is passed through, see `Reading`.
 
-    >>> out = reading(torch.tensor([[[0.0, 2.0, 1.0]]]), torch.tensor([[2]]), k=2)
-    >>> out.top.tolist(), round(float(out.nll), 3)
+    >>> out = make_readout(torch.tensor([[[0.0, 2.0, 1.0]]]), torch.tensor([[2]]), k=2)
+    >>> out.top_ids.tolist(), round(float(out.nll), 3)
     ([[[1, 2]]], 1.408)
     """
-    scored = labels != IGNORE
+    scored = labels != IGNORE_INDEX
     log_p = torch.log_softmax(logits.float(), dim=-1)
     gold = torch.where(scored, labels, 0)
     nll = -log_p.gather(-1, gold[..., None])[..., 0]
-    top = logits.topk(min(k, logits.shape[-1]), dim=-1).indices
-    return Reading(labels, top, torch.where(scored, nll, 0.0), whole)
+    top_ids = logits.topk(min(k, logits.shape[-1]), dim=-1).indices
+    return Readout(labels, top_ids, torch.where(scored, nll, 0.0), all_top_ids)
 
 
-def _mean(values: Tensor, keep: Tensor) -> Tensor:
+def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of values [B T] where keep [B T]; a row that keeps nothing is NaN, never perfect."""
-    keep = keep.to(torch.float32)
-    return (values.float() * keep).sum(-1) / keep.sum(-1)
+    mask = mask.to(torch.float32)
+    return (values.float() * mask).sum(-1) / mask.sum(-1)
 
 
 def token_accuracy(ids: Tensor, labels: Tensor) -> Tensor:
@@ -227,7 +229,7 @@ def token_accuracy(ids: Tensor, labels: Tensor) -> Tensor:
     >>> token_accuracy(torch.tensor([[5, 7, 1]]), torch.tensor([[5, 6, -100]])).tolist()
     [0.5]
     """
-    return _mean(ids == labels, labels != IGNORE)
+    return _masked_mean(ids == labels, labels != IGNORE_INDEX)
 
 
 def exact_match(ids: Tensor, labels: Tensor) -> Tensor:
@@ -238,26 +240,26 @@ def exact_match(ids: Tensor, labels: Tensor) -> Tensor:
     >>> exact_match(torch.tensor([[5, 7], [5, 6]]), torch.tensor([[5, 6], [5, -100]])).tolist()
     [0.0, 1.0]
     """
-    scored = labels != IGNORE
+    scored = labels != IGNORE_INDEX
     right = ((ids == labels) | ~scored).all(-1).float()
     return torch.where(scored.any(-1), right, torch.nan)
 
 
 def mean_nll(nll: Tensor, labels: Tensor) -> Tensor:
     """Mean negative log-likelihood of a row's answer tokens, in nats: [B T] [B T] -> [B]."""
-    return _mean(nll, labels != IGNORE)
+    return _masked_mean(nll, labels != IGNORE_INDEX)
 
 
-def perplexity(nll: Tensor, keep: Tensor) -> Tensor:
+def perplexity(nll: Tensor, mask: Tensor) -> Tensor:
     """PPL = exp(mean -log p(x_i | x_<i)) over the positions kept: [B T] [B T] bool -> [B].
 
     >>> perplexity(torch.tensor([[0.0, 2.0]]), torch.tensor([[True, False]])).tolist()
     [1.0]
     """
-    return _mean(nll, keep).exp()
+    return _masked_mean(nll, mask).exp()
 
 
-def perplexity_ratio(new: Tensor, given: Tensor) -> Tensor:
+def perplexity_ratio(continuation: Tensor, context: Tensor) -> Tensor:
     """PPL_r = PPL(x | q, x*) / PPL(q, x*): how fluently the text x goes on after the edit x*.
 
     The formula of ICE (arXiv 2406.11194). Its released code reads p(x_i) off position i instead of
@@ -266,20 +268,20 @@ def perplexity_ratio(new: Tensor, given: Tensor) -> Tensor:
     >>> perplexity_ratio(torch.tensor([6.0]), torch.tensor([4.0])).tolist()
     [1.5]
     """
-    return new / given
+    return continuation / context
 
 
-def divergence(base: Tensor, edited: Tensor, keep: Tensor) -> Tensor:
+def mean_kl(base: Tensor, edited: Tensor, mask: Tensor) -> Tensor:
     """KL(base || edited) = sum_v p (log p - log q), mean over kept positions, in nats.
 
     base, edited: logits [B T V]; keep [B T] bool -> [B]. The locality loss of MEND, EasyEdit and
     LiveEdit, there pooled over all kept tokens of a batch.
     """
     p, q = torch.log_softmax(base.float(), -1), torch.log_softmax(edited.float(), -1)
-    return _mean((p.exp() * (p - q)).sum(-1), keep)
+    return _masked_mean((p.exp() * (p - q)).sum(-1), mask)
 
 
-def agreement(base: Tensor, edited: Tensor, keep: Tensor, ordered: bool = True) -> Tensor:
+def agreement(base: Tensor, edited: Tensor, mask: Tensor, ordered: bool = True) -> Tensor:
     """Share of top-k tokens on which two models agree: [B T K] [B T K] [B T] bool -> [B].
 
     Ordered: mean over positions and ranks of [base_r = edited_r]; a newcomer at the front makes
@@ -294,24 +296,24 @@ def agreement(base: Tensor, edited: Tensor, keep: Tensor, ordered: bool = True) 
         same = (base == edited).float().mean(-1)
     else:
         same = (base[..., :, None] == edited[..., None, :]).any(-1).float().mean(-1)
-    return _mean(same, keep)
+    return _masked_mean(same, mask)
 
 
-def _aligned(base: Tensor, edited: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _align_right(base: Tensor, edited: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Right-align two id tables [B L K] (-1 behind a row's end) on the last common positions."""
     sizes = (base[..., 0] >= 0).sum(-1), (edited[..., 0] >= 0).sum(-1)
     common = torch.minimum(*sizes)  # [B]
     step = torch.arange(min(base.shape[1], edited.shape[1]), device=base.device)  # [L]
-    keep = step[None] < common[:, None]  # [B L]
+    mask = step[None] < common[:, None]  # [B L]
 
     def tail(ids: Tensor, size: Tensor) -> Tensor:
-        at = ((size - common)[:, None] + step[None]).clamp(max=ids.shape[1] - 1)
-        return ids.gather(1, at[..., None].expand(-1, -1, ids.shape[2]))
+        positions = ((size - common)[:, None] + step[None]).clamp(max=ids.shape[1] - 1)
+        return ids.gather(1, positions[..., None].expand(-1, -1, ids.shape[2]))
 
-    return tail(base, sizes[0]), tail(edited, sizes[1]), keep
+    return tail(base, sizes[0]), tail(edited, sizes[1]), mask
 
 
-def locality(rule: Agreement, base: Reading, edited: Reading) -> Tensor:
+def locality(rule: Agreement, base: Readout, edited: Readout) -> Tensor:
     """How much of a locality probe an edit left alone, per row, under one rule: -> [B].
 
     With `positions="all"` the last min(L) real positions of the two rows are compared, as EasyEdit
@@ -321,23 +323,23 @@ def locality(rule: Agreement, base: Reading, edited: Reading) -> Tensor:
     Raises `BadSettings` when a rule over all positions gets a reading of the answer only.
     """
     if rule.positions == "all":
-        if base.whole is None or edited.whole is None:
-            raise BadSettings(
-                "a scorer over all positions needs readings with `whole`; got the answer's only."
+        if base.all_top_ids is None or edited.all_top_ids is None:
+            raise InvalidSettingsError(
+                "a scorer over all positions needs readouts with `all_top_ids`; got the answer's only."
             )
-        one, two, keep = _aligned(base.whole, edited.whole)
+        base_ids, edited_ids, mask = _align_right(base.all_top_ids, edited.all_top_ids)
     else:
-        one, two, keep = base.top, edited.top, base.labels != IGNORE
-    return agreement(one[..., : rule.k], two[..., : rule.k], keep, rule.ordered)
+        base_ids, edited_ids, mask = base.top_ids, edited.top_ids, base.labels != IGNORE_INDEX
+    return agreement(base_ids[..., : rule.k], edited_ids[..., : rule.k], mask, rule.ordered)
 
 
-def success(rule: Scorer, answer: Reading) -> Tensor:
+def success_score(scorer: Scorer, readout: Readout) -> Tensor:
     """A row's success under a scorer: token accuracy or exact match, [B]."""
-    measure = {"token_accuracy": token_accuracy, "exact_match": exact_match}[rule.success]
-    return measure(answer.top[..., 0], answer.labels)
+    measure = {"token_accuracy": token_accuracy, "exact_match": exact_match}[scorer.success]
+    return measure(readout.top_ids[..., 0], readout.labels)
 
 
-class Scored(NamedTuple):
+class ProbeScore(NamedTuple):
     """Scores of one probe's rows under one scorer; `agreement` is None where it means nothing."""
 
     before: Tensor  # [B] success of the unedited model
@@ -345,23 +347,28 @@ class Scored(NamedTuple):
     agreement: Tensor | None  # [B] of locality probes
 
 
-def score(rule: Scorer, name: str, base: Reading, edited: Reading) -> Scored:
+def score_probe(scorer: Scorer, name: str, base: Readout, edited: Readout) -> ProbeScore:
     """Score the rows of one probe, named as in `PROBES`, before and after an edit.
 
     >>> labels = torch.tensor([[3]])
-    >>> base = Reading(labels, torch.tensor([[[4]]]), torch.zeros(1, 1))
-    >>> edited = Reading(labels, torch.tensor([[[3]]]), torch.zeros(1, 1))
-    >>> score(scorer("errata"), "text_locality", base, edited)
-    Scored(before=tensor([0.]), after=tensor([1.]), agreement=tensor([0.]))
+    >>> base = Readout(labels, torch.tensor([[[4]]]), torch.zeros(1, 1))
+    >>> edited = Readout(labels, torch.tensor([[[3]]]), torch.zeros(1, 1))
+    >>> score_probe(get_scorer("errata"), "text_locality", base, edited)
+    ProbeScore(before=tensor([0.]), after=tensor([1.]), agreement=tensor([0.]))
     """
-    kept = None
-    if probe(name).kind == "locality":
-        kept = locality(rule.text if name.startswith("text_") else rule.image, base, edited)
-    return Scored(success(rule, base), success(rule, edited), kept)
+    locality_score = None
+    if get_probe(name).kind == "locality":
+        locality_score = locality(
+            scorer.text if name.startswith("text_") else scorer.image, base, edited
+        )
+    return ProbeScore(success_score(scorer, base), success_score(scorer, edited), locality_score)
 
 
-def neighbour_match(
-    said: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]], k: int, last: bool = False
+def neighbor_match(
+    answers: Sequence[Sequence[str]],
+    targets: Sequence[Sequence[str]],
+    k: int,
+    from_end: bool = False,
 ) -> float:
     """KGI, KPI: an edit's neighbours after it, 100 sum_i sum_{j <= k} [said = wanted] / (N k).
 
@@ -371,18 +378,18 @@ def neighbour_match(
     and the denominator is N k even where a record has fewer neighbours (ComprehendEdit
     `multimodal_edit_our.py:48-105`).
 
-    >>> neighbour_match([["a", "b"], ["c"]], [["a", "x"], ["c "]], k=2)
+    >>> neighbor_match([["a", "b"], ["c"]], [["a", "x"], ["c "]], k=2)
     50.0
     """
-    if k < 1 or not said or len(said) != len(wanted):
-        raise BadSettings(
+    if k < 1 or not answers or len(answers) != len(targets):
+        raise InvalidSettingsError(
             f"k must be at least 1 and both lists of one length >= 1; got k={k}, "
-            f"{len(said)} and {len(wanted)}."
+            f"{len(answers)} and {len(targets)}."
         )
-    chosen = slice(-k, None) if last else slice(k)
+    chosen = slice(-k, None) if from_end else slice(k)
     hits = sum(
         one.strip() == two.strip()
-        for mine, gold in zip(said, wanted, strict=True)
+        for mine, gold in zip(answers, targets, strict=True)
         for one, two in list(zip(mine, gold, strict=True))[chosen]
     )
-    return 100 * hits / (len(said) * k)
+    return 100 * hits / (len(answers) * k)

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bind import bind
-from .bound import Plan, functions
-from .errors import BadInput, KindUnsupported, ShapeMismatch
+from .bound import HookPlan, edited_functions
+from .errors import InvalidInputError, ShapeError, UnsupportedKindError
 from .header import EditRecord, LowRank
-from .kinds import Part, parts
-from .merge import same_base
-from .prompts import asked
-from .types import Batch, Delta, Inputs, Model, Params, Query, Rewrites
+from .kinds import EntryTensors, entries_of
+from .merge import require_same_base
+from .prompts import expand_prompts
+from .types import Batch, Delta, Hooks, Inputs, Model, Params, Query
 
-__all__ = ["bind_rows", "padded_stack"]
+__all__ = ["bind_rows", "stack_padded"]
 
 
 def bind_rows(model: Model, deltas: Sequence[Delta], rows: Sequence[int] | Tensor) -> Model:
@@ -35,61 +35,65 @@ def bind_rows(model: Model, deltas: Sequence[Delta], rows: Sequence[int] | Tenso
     """
     rows = torch.as_tensor(rows, dtype=torch.long)
     if not deltas or rows.ndim != 1 or bool(((rows < -1) | (rows >= len(deltas))).any()):
-        raise BadInput(
+        raise InvalidInputError(
             f"each row must name one of {len(deltas)} delta(s) by number, or -1 for none, got "
             f"{rows.flatten()[:12].tolist()}."
         )
     if any(delta.header.stack for delta in deltas):
-        raise KindUnsupported(
+        raise UnsupportedKindError(
             "a stacked delta names its rows itself: `unstack` it for `bind_rows`."
         )
-    same_base(deltas)
+    require_same_base(deltas)
     if all(isinstance(entry, LowRank) for delta in deltas for entry in delta.header.entries):
-        bound = bind(model, padded_stack(deltas))
+        bound = bind(model, stack_padded(deltas))
     else:
-        bound = _apart(model, deltas, rows)
+        bound = _bind_per_row(model, deltas, rows)
 
     def embed(
         params: Params,
         inputs: Inputs,
-        rewrites: Rewrites | None = None,
-        edit: Tensor | None = None,
+        hooks: Hooks | None = None,
+        edit_index: Tensor | None = None,
     ) -> Batch:
-        if edit is None and len(inputs.ids) != len(rows):
-            raise ShapeMismatch(
+        if edit_index is None and len(inputs.input_ids) != len(rows):
+            raise ShapeError(
                 f"the batch must have a row for each of the {len(rows)} numbers given to "
-                f"`bind_rows`, has {len(inputs.ids)}."
+                f"`bind_rows`, has {len(inputs.input_ids)}."
             )
-        here = rows.to(inputs.ids.device) if edit is None else edit
-        return bound.embed(params, inputs, rewrites or {}, edit=here)
+        row_edits = rows.to(inputs.input_ids.device) if edit_index is None else edit_index
+        return bound.embed(params, inputs, hooks or {}, edit_index=row_edits)
 
     return bound._replace(embed=embed, deltas=(*model.deltas, *deltas))
 
 
-def padded_stack(deltas: Sequence[Delta]) -> Delta:
+def stack_padded(deltas: Sequence[Delta]) -> Delta:
     """Low-rank deltas side by side: ranks padded with zeros, absent parameters zero altogether."""
-    found = [parts(delta) for delta in deltas]
+    delta_entries = [entries_of(delta) for delta in deltas]
     entries, tensors = [], {}
-    for key in sorted({key for mine in found for key in mine}):
-        given = [mine.get(key) for mine in found]
-        have = [part for part in given if part is not None]
-        first = have[0].entry
+    for key in sorted({key for entries_by_key in delta_entries for key in entries_by_key}):
+        same_entries = [mine.get(key) for mine in delta_entries]
+        present = [part for part in same_entries if part is not None]
+        first = present[0].entry
         if any(
-            (p.entry.shape, p.entry.transposed) != (first.shape, first.transposed) for p in have
+            (p.entry.shape, p.entry.transposed) != (first.shape, first.transposed) for p in present
         ):
-            raise ShapeMismatch(f"{first.name}: the deltas give it different shapes.")
-        rank = max(part.entry.rank for part in have)
-        entries.append(msgspec.structs.replace(first, rank=rank, rows=()))
-        tensors[f"{first.name}.A"] = torch.stack([_wide(p, ".A", rank, have[0]) for p in given])
-        tensors[f"{first.name}.B"] = torch.stack([_wide(p, ".B", rank, have[0]) for p in given])
+            raise ShapeError(f"{first.name}: the deltas give it different shapes.")
+        rank = max(part.entry.rank for part in present)
+        entries.append(msgspec.structs.replace(first, rank=rank, edit_ranks=()))
+        tensors[f"{first.name}.A"] = torch.stack(
+            [_pad_rank(p, ".A", rank, present[0]) for p in same_entries]
+        )
+        tensors[f"{first.name}.B"] = torch.stack(
+            [_pad_rank(p, ".B", rank, present[0]) for p in same_entries]
+        )
     head = deltas[0].header
-    touched: dict[str, str] = {}
+    parameter_hashes: dict[str, str] = {}
     for delta in deltas:
-        touched |= delta.header.base.touched
+        parameter_hashes |= delta.header.base.parameter_hashes
     header = msgspec.structs.replace(
         head,
-        base=msgspec.structs.replace(head.base, touched=touched),
-        form="act_fp32",
+        base=msgspec.structs.replace(head.base, parameter_hashes=parameter_hashes),
+        arithmetic="act_fp32",
         entries=tuple(entries),
         edits=tuple((d.header.edits or (EditRecord(id=""),))[-1] for d in deltas),
         stack=len(deltas),
@@ -97,36 +101,46 @@ def padded_stack(deltas: Sequence[Delta]) -> Delta:
     return Delta(header, tensors)
 
 
-def _wide(part: Part | None, suffix: str, rank: int, like: Part) -> Tensor:
+def _pad_rank(part: EntryTensors | None, suffix: str, rank: int, like: EntryTensors) -> Tensor:
     """A [rank I] or B [O rank] of one delta, zero where it has no row."""
     if part is None:
-        return torch.zeros_like(_wide(like, suffix, rank, like))
-    more = rank - part.entry.rank
-    pad = (0, 0, 0, more) if suffix == ".A" else (0, more)
+        return torch.zeros_like(_pad_rank(like, suffix, rank, like))
+    num_new_ranks = rank - part.entry.rank
+    pad = (0, 0, 0, num_new_ranks) if suffix == ".A" else (0, num_new_ranks)
     return F.pad(part.tensors[suffix].to(like.tensors[suffix].dtype), pad)
 
 
-def _apart(model: Model, deltas: Sequence[Delta], rows: Tensor) -> Model:
-    made = [bind(model, delta) for delta in deltas]  # refuses what does not fit before it runs
+def _bind_per_row(model: Model, deltas: Sequence[Delta], rows: Tensor) -> Model:
+    bound_models = [
+        bind(model, delta) for delta in deltas
+    ]  # refuses what does not fit before it runs
 
-    def alone(params: Params, number: int) -> Model:
+    def bind_one(params: Params, number: int) -> Model:
         if params is model.params:
-            return made[number]
+            return bound_models[number]
         return bind(model._replace(params=params), deltas[number], check=False)
 
-    def read(queries: Sequence[Query], *, end: bool = False, edit: Tensor | None = None) -> Inputs:
-        numbers = (rows if edit is None else edit).tolist()
+    def preprocess(
+        queries: Sequence[Query], *, append_eos: bool = False, edit_index: Tensor | None = None
+    ) -> Inputs:
+        numbers = (rows if edit_index is None else edit_index).tolist()
         if len(numbers) != len(queries):
-            raise ShapeMismatch(
+            raise ShapeError(
                 f"there must be a question for each of the {len(numbers)} rows of `bind_rows`, are "
                 f"{len(queries)}."
             )
-        put = [
-            asked(made[number], [query])[0] if number >= 0 else query
+        expanded = [
+            expand_prompts(bound_models[number], [query])[0] if number >= 0 else query
             for number, query in zip(numbers, queries)
         ]
-        return model.read(put, end=True) if end else model.read(put)
+        return (
+            model.preprocess(expanded, append_eos=True)
+            if append_eos
+            else model.preprocess(expanded)
+        )
 
-    plan = Plan(apart=True, apart_below=True, apart_tokens=True, alone=alone)
-    reads = any(e.begins() == "read" for delta in deltas for e in delta.header.entries)
-    return model._replace(**functions(model, plan), **({"read": read} if reads else {}))
+    plan = HookPlan(per_edit=True, embed_per_edit=True, embed_next_per_edit=True, bind_one=bind_one)
+    changes_prompt = any(e.acts_on() == "prompt" for delta in deltas for e in delta.header.entries)
+    return model._replace(
+        **edited_functions(model, plan), **({"preprocess": preprocess} if changes_prompt else {})
+    )

@@ -23,21 +23,21 @@ from torch import Tensor
 from torch.optim.adam import adam as torch_adam
 from torch.utils import _pytree as pytree  # what torch.func itself is built on
 
-from .grouped import Unformed
+from .grouped import FactoredGradient
 
 __all__ = [
     "AdamState",
     "Optimizer",
     "Schedule",
-    "SgdState",
+    "SGDState",
     "adam",
     "adamw",
-    "clamp",
-    "clip_norm",
-    "constant",
-    "exponential",
+    "clip_elements",
+    "clip_grad_norm",
+    "constant_schedule",
+    "exponential_schedule",
     "sgd",
-    "warmup",
+    "linear_warmup",
 ]
 
 Tree = Any
@@ -52,10 +52,10 @@ class Optimizer(NamedTuple):
 
     init(tensors, num_edits=0) -> state
         With `num_edits` = E > 0 every tensor leads with an edit axis of that length.
-    update(grads, state, tensors, *, mask=None, scale=1.0, anchor=None) -> (tensors, state)
+    update(grads, state, tensors, *, mask=None, scale=1.0, decay_reference=None) -> (tensors, state)
         One step. `mask` [E] bool: edits that are False keep tensors and state (needs `num_edits`).
         Gradients may come in factors (`Unformed`). `scale` multiplies the learning rate.
-        `anchor`: what weight decay adds to the tensors before it pulls them to zero: with the
+        `decay_reference`: what weight decay adds to the tensors before it pulls them to zero: with the
         base's parameters there, a change d decays as W + d does.
     """
 
@@ -71,7 +71,7 @@ class AdamState(NamedTuple):
     square: Tree
 
 
-class SgdState(NamedTuple):
+class SGDState(NamedTuple):
     """Updates done, and the momentum (an empty tuple where there is none)."""
 
     step: Tensor  # [] or [E] float64
@@ -84,7 +84,7 @@ def adam(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     *,
-    donate: bool = False,
+    inplace: bool = False,
 ) -> Optimizer:
     """Adam (Kingma and Ba 2015), weight decay added to the gradient.
 
@@ -96,7 +96,7 @@ def adam(
     >>> optimizer.update({"x": torch.tensor(2.0)}, optimizer.init(x), x)[0]
     {'x': tensor(0.9000)}
     """
-    return _adam(lr, betas, eps, weight_decay, decoupled=False, donate=donate)
+    return _adam(lr, betas, eps, weight_decay, decoupled=False, inplace=inplace)
 
 
 def adamw(
@@ -105,10 +105,10 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
     *,
-    donate: bool = False,
+    inplace: bool = False,
 ) -> Optimizer:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019): x = (1 - lr wd) x first."""
-    return _adam(lr, betas, eps, weight_decay, decoupled=True, donate=donate)
+    return _adam(lr, betas, eps, weight_decay, decoupled=True, inplace=inplace)
 
 
 def sgd(
@@ -116,96 +116,101 @@ def sgd(
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     *,
-    donate: bool = False,
+    inplace: bool = False,
 ) -> Optimizer:
     """Gradient descent: m = momentum m + g + wd x, x = x - lr m."""
 
-    def init(tensors: Tree, num_edits: int = 0) -> SgdState:
+    def init(tensors: Tree, num_edits: int = 0) -> SGDState:
         buffers = pytree.tree_map(torch.zeros_like, tensors) if momentum else ()
-        return SgdState(_zero_steps(tensors, num_edits), buffers)
+        return SGDState(_zero_steps(tensors, num_edits), buffers)
 
     def change(x: Tensor, g: Tensor, m: Tensor | None, base: Tensor | None, rate: Tensor):
         if weight_decay:
             g = g + weight_decay * (x if base is None else x + base)
         if m is not None:
             g = momentum * m + g
-        return x - _wide(rate, x) * g, g
+        return x - _broadcast_like(rate, x) * g, g
 
-    def update(grads, state, tensors, *, mask=None, scale=1.0, anchor=None):
-        rate = _rate(lr, state.step, scale)
+    def update(grads, state, tensors, *, mask=None, scale=1.0, decay_reference=None):
+        rate = _learning_rate(lr, state.step, scale)
         leaves, shape = pytree.tree_flatten(tensors)
-        grads, bases = _gradients(shape, grads, leaves, donate), _anchors(anchor, tensors)
+        grads, bases = (
+            _dense_gradients(shape, grads, leaves, inplace),
+            _decay_references(decay_reference, tensors),
+        )
         buffers = shape.flatten_up_to(state.momentum) if momentum else [None] * len(leaves)
-        if donate:
+        if inplace:
             with torch.no_grad():
-                for where, _, gs in _groups(state.step, rate, mask, leaves, grads):
+                for where, _, gs in _update_groups(state.step, rate, mask, leaves, grads):
                     size = rate[where] if rate.ndim else rate
                     for x, g, m, base in zip(leaves, gs, buffers, bases):
-                        mine = None if m is None else m[where]
-                        moved, kept = change(x[where], g, mine, base, size)
-                        x[where].copy_(moved)
-                        if mine is not None:
-                            mine.copy_(kept)
+                        edit_momentum = None if m is None else m[where]
+                        new_x, new_momentum = change(x[where], g, edit_momentum, base, size)
+                        x[where].copy_(new_x)
+                        if edit_momentum is not None:
+                            edit_momentum.copy_(new_momentum)
         else:
             pairs = [change(*group, rate) for group in zip(leaves, grads, buffers, bases)]
-            leaves = _keep(mask, [pair[0] for pair in pairs], leaves)
-            buffers = _keep(mask, [pair[1] for pair in pairs], buffers) if momentum else []
-        kept = pytree.tree_unflatten(buffers, shape) if momentum else ()
-        return pytree.tree_unflatten(leaves, shape), SgdState(_advance(state.step, mask), kept)
+            leaves = _where_active(mask, [pair[0] for pair in pairs], leaves)
+            buffers = _where_active(mask, [pair[1] for pair in pairs], buffers) if momentum else []
+        new_momentum = pytree.tree_unflatten(buffers, shape) if momentum else ()
+        return pytree.tree_unflatten(leaves, shape), SGDState(
+            _next_step(state.step, mask), new_momentum
+        )
 
     return Optimizer(init, update)
 
 
-def constant(lr: float) -> Schedule:
+def constant_schedule(lr: float) -> Schedule:
     """The same learning rate at every step."""
     return lambda step: torch.full_like(step, lr)
 
 
-def exponential(lr: float, gamma: float) -> Schedule:
+def exponential_schedule(lr: float, gamma: float) -> Schedule:
     """lr * gamma^t at the step after t updates: torch's ExponentialLR stepped with the optimiser.
 
-    >>> exponential(0.1, 0.5)(torch.tensor(2.0))
+    >>> exponential_schedule(0.1, 0.5)(torch.tensor(2.0))
     tensor(0.0250)
     """
     return lambda step: lr * gamma**step
 
 
-def warmup(lr: float, num_steps: int) -> Schedule:
+def linear_warmup(lr: float, num_steps: int) -> Schedule:
     """lr * min(1, (t + 1) / num_steps): linear, then constant."""
     return lambda step: lr * ((step + 1) / num_steps).clamp_max(1.0)
 
 
-def clip_norm(tree: Tree, limit: float) -> tuple[Tree, Tensor]:
+def clip_grad_norm(tree: Tree, max_norm: float) -> tuple[Tree, Tensor]:
     """Scale a pytree of gradients so that its Euclidean norm is at most `limit`; also the norm.
 
     g = g * min(1, limit / (|g| + 1e-6)), as `torch.nn.utils.clip_grad_norm_`. For stacked edits,
     each with its own norm, wrap it in `torch.func.vmap`.
 
-    >>> clip_norm({"w": torch.tensor([3.0, 4.0])}, 1.0)
+    >>> clip_grad_norm({"w": torch.tensor([3.0, 4.0])}, 1.0)
     ({'w': tensor([0.6000, 0.8000])}, tensor(5.))
     """
     leaves = pytree.tree_leaves(tree)
-    parts = [torch.linalg.vector_norm(leaf.float()) for leaf in leaves]
-    total = torch.linalg.vector_norm(torch.stack(parts))
-    factor = (limit / (total + 1e-6)).clamp_max(1.0)
+    norms = [torch.linalg.vector_norm(leaf.float()) for leaf in leaves]
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    factor = (max_norm / (total + 1e-6)).clamp_max(1.0)
     return pytree.tree_map(lambda leaf: leaf * factor.to(leaf.dtype), tree), total
 
 
-def clamp(tree: Tree, limit: float, *, donate: bool = False) -> Tree:
+def clip_elements(tree: Tree, max_abs: float, *, inplace: bool = False) -> Tree:
     """Project every element on [-limit, limit]: the L-infinity constraint of FT-L.
 
-    >>> clamp({"w": torch.tensor([-2.0, 0.5])}, 1.0)
+    >>> clip_elements({"w": torch.tensor([-2.0, 0.5])}, 1.0)
     {'w': tensor([-1.0000,  0.5000])}
     """
-    if donate:
+    if inplace:
         with torch.no_grad():
             for leaf in pytree.tree_leaves(tree):
-                leaf.clamp_(-limit, limit)
+                leaf.clamp_(-max_abs, max_abs)
         return tree
-    return pytree.tree_map(lambda leaf: leaf.clamp(-limit, limit), tree)
+    return pytree.tree_map(lambda leaf: leaf.clamp(-max_abs, max_abs), tree)
 
 
-def _adam(lr, betas, eps: float, weight_decay: float, *, decoupled: bool, donate: bool):
+def _adam(lr, betas, eps: float, weight_decay: float, *, decoupled: bool, inplace: bool):
     b1, b2 = betas
 
     def init(tensors: Tree, num_edits: int = 0) -> AdamState:
@@ -215,14 +220,14 @@ def _adam(lr, betas, eps: float, weight_decay: float, *, decoupled: bool, donate
 
     def change(x, g, m, v, base, rate: Tensor, step: Tensor):
         if weight_decay and decoupled:
-            pull = _wide(rate * weight_decay, x)
+            pull = _broadcast_like(rate * weight_decay, x)
             x = x * (1 - pull) if base is None else x * (1 - pull) - pull * base
         elif weight_decay:
             g = g + weight_decay * (x if base is None else x + base)
         m = torch.lerp(m, g, 1 - b1)
         v = torch.addcmul(b2 * v, g, g, value=1 - b2)
-        size = _wide(rate / (1 - b1**step), x)
-        root = v.sqrt() / _wide((1 - b2**step).sqrt(), x) + eps
+        size = _broadcast_like(rate / (1 - b1**step), x)
+        root = v.sqrt() / _broadcast_like((1 - b2**step).sqrt(), x) + eps
         return x - size * m / root, m, v
 
     def fused(parts: list[list[Tensor]], bases, rate: float, step: Tensor) -> None:
@@ -240,19 +245,34 @@ def _adam(lr, betas, eps: float, weight_decay: float, *, decoupled: bool, donate
             else:
                 gs[i] = gs[i] + weight_decay * base
         torch_adam(
-            xs, gs, ms, vs, [], [step - 1 for _ in xs], lr=rate, beta1=b1, beta2=b2, eps=eps,
-            weight_decay=weight_decay, decoupled_weight_decay=decoupled, amsgrad=False,
-            maximize=False, fused=True,
-        )  # fmt: skip
+            xs,
+            gs,
+            ms,
+            vs,
+            [],
+            [step - 1 for _ in xs],
+            lr=rate,
+            beta1=b1,
+            beta2=b2,
+            eps=eps,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled,
+            amsgrad=False,
+            maximize=False,
+            fused=True,
+        )
 
-    def update(grads, state, tensors, *, mask=None, scale=1.0, anchor=None):
-        rate, step = _rate(lr, state.step, scale), state.step + 1
+    def update(grads, state, tensors, *, mask=None, scale=1.0, decay_reference=None):
+        rate, step = _learning_rate(lr, state.step, scale), state.step + 1
         shape = pytree.tree_structure(tensors)
         olds = [shape.flatten_up_to(t) for t in (tensors, state.mean, state.square)]
-        grads, bases = _gradients(shape, grads, olds[0], donate), _anchors(anchor, tensors)
-        if donate:
+        grads, bases = (
+            _dense_gradients(shape, grads, olds[0], inplace),
+            _decay_references(decay_reference, tensors),
+        )
+        if inplace:
             with torch.no_grad():
-                for where, size, gs in _groups(state.step, rate, mask, olds[0], grads):
+                for where, size, gs in _update_groups(state.step, rate, mask, olds[0], grads):
                     xs, ms, vs = ([leaf[where] for leaf in leaves] for leaves in olds)
                     fused([xs, gs, ms, vs], bases, size, step[where].flatten()[0].float())
             news = olds
@@ -260,9 +280,9 @@ def _adam(lr, betas, eps: float, weight_decay: float, *, decoupled: bool, donate
             groups = zip(olds[0], grads, olds[1], olds[2], bases)
             triples = [change(*group, rate, step) for group in groups]
             news = [[triple[i] for triple in triples] for i in range(3)]
-            news = [_keep(mask, new, old) for new, old in zip(news, olds)]
+            news = [_where_active(mask, new, old) for new, old in zip(news, olds)]
         tensors, mean, square = (pytree.tree_unflatten(leaves, shape) for leaves in news)
-        return tensors, AdamState(_advance(state.step, mask), mean, square)
+        return tensors, AdamState(_next_step(state.step, mask), mean, square)
 
     return Optimizer(init, update)
 
@@ -272,46 +292,51 @@ def _zero_steps(tensors: Tree, num_edits: int) -> Tensor:
     return torch.zeros((num_edits,) if num_edits else (), dtype=torch.float64, device=device)
 
 
-def _rate(lr: float | Schedule, step: Tensor, scale) -> Tensor:
+def _learning_rate(lr: float | Schedule, step: Tensor, scale) -> Tensor:
     rate = lr(step) if callable(lr) else torch.full_like(step, lr)
     return rate * scale
 
 
-def _wide(factor: Tensor, x: Tensor) -> Tensor:
+def _broadcast_like(factor: Tensor, x: Tensor) -> Tensor:
     """A number per edit (or one number) so that it multiplies x, which may lead with edits."""
     return factor.to(x.dtype).reshape(factor.shape + (1,) * (x.ndim - factor.ndim))
 
 
-def _anchors(anchor: Tree | None, tensors: Tree) -> list[Tensor | None]:
-    """The anchors of the leaves, in order; a dict may lack names."""
-    if anchor is None:
+def _decay_references(decay_reference: Tree | None, tensors: Tree) -> list[Tensor | None]:
+    """The decay references of the leaves, in order; a dict may lack names."""
+    if decay_reference is None:
         return [None] * len(pytree.tree_leaves(tensors))
-    if isinstance(anchor, Mapping):
-        assert isinstance(tensors, Mapping), "an anchor in a dict is for tensors in a dict"
-        return [anchor.get(name) for name in tensors]
-    return pytree.tree_leaves(anchor)
+    if isinstance(decay_reference, Mapping):
+        assert isinstance(tensors, Mapping), "a decay reference in a dict is for tensors in a dict"
+        return [decay_reference.get(name) for name in tensors]
+    return pytree.tree_leaves(decay_reference)
 
 
-def _keep(mask: Tensor | None, new: list[Tensor], old: list[Any]) -> list[Tensor]:
+def _where_active(mask: Tensor | None, new: list[Tensor], old: list[Any]) -> list[Tensor]:
     if mask is None:
         return new
-    return [torch.where(_wide(mask, n).bool(), n, o) for n, o in zip(new, old)]
+    return [torch.where(_broadcast_like(mask, n).bool(), n, o) for n, o in zip(new, old)]
 
 
-def _advance(step: Tensor, mask: Tensor | None) -> Tensor:
+def _next_step(step: Tensor, mask: Tensor | None) -> Tensor:
     assert mask is None or step.ndim, "a mask needs a step per edit: init(tensors, num_edits=E)"
     return step + 1 if mask is None else step + mask.to(step.dtype)
 
 
-def _gradients(shape, grads: Tree, leaves: list[Tensor], donate: bool) -> list[Any]:
+def _dense_gradients(shape, grads: Tree, leaves: list[Tensor], inplace: bool) -> list[Any]:
     """The gradients of the leaves, in order; those in factors are formed unless donated."""
-    found = shape.flatten_up_to(grads)
-    if donate:
-        return found
-    return [g.formed(x.shape[0]) if isinstance(g, Unformed) else g for g, x in zip(found, leaves)]
+    leaf_grads = shape.flatten_up_to(grads)
+    if inplace:
+        return leaf_grads
+    return [
+        g.to_dense(x.shape[0]) if isinstance(g, FactoredGradient) else g
+        for g, x in zip(leaf_grads, leaves)
+    ]
 
 
-def _groups(step: Tensor, rate: Tensor, mask: Tensor | None, leaves: list[Tensor], grads: list):
+def _update_groups(
+    step: Tensor, rate: Tensor, mask: Tensor | None, leaves: list[Tensor], grads: list
+):
     """What a donated update may run as one: (index, learning rate, gradients there) per group.
 
     All edits at once where all are active, at one step, and have their gradients formed; else each
@@ -321,17 +346,20 @@ def _groups(step: Tensor, rate: Tensor, mask: Tensor | None, leaves: list[Tensor
     steps = step.flatten().tolist()
     active = [True] * len(steps) if mask is None else mask.tolist()
     buffers = [
-        torch.empty_like(x[0]) if isinstance(g, Unformed) else None for x, g in zip(leaves, grads)
+        torch.empty_like(x[0]) if isinstance(g, FactoredGradient) else None
+        for x, g in zip(leaves, grads)
     ]
-    whole = all(buffer is None for buffer in buffers)
-    assert whole or step.ndim, "gradients in factors are of stacked tensors: init(..., num_edits=E)"
-    if whole and all(active) and len(set(steps)) == 1 and len(set(rates)) == 1:
+    all_dense = all(buffer is None for buffer in buffers)
+    assert all_dense or step.ndim, (
+        "gradients in factors are of stacked tensors: init(..., num_edits=E)"
+    )
+    if all_dense and all(active) and len(set(steps)) == 1 and len(set(rates)) == 1:
         yield ..., rates[0], list(grads)
         return
-    for edit, on in enumerate(active):
-        if on:
-            mine = [
-                g[edit] if buffer is None else g.one(edit, buffer)
+    for edit, is_active in enumerate(active):
+        if is_active:
+            edit_grads = [
+                g[edit] if buffer is None else g.write_edit(edit, buffer)
                 for g, buffer in zip(grads, buffers)
             ]
-            yield edit, rates[edit], mine
+            yield edit, rates[edit], edit_grads

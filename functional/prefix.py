@@ -17,53 +17,61 @@ from torch import Tensor
 
 from .card import ModelCard
 from .header import Dense, Header, LowRank
-from .places import canonical, runs_below, uses
-from .types import Batch, Inputs, Model, Rewrites
+from .places import all_names, before_decoder, canonical_name
+from .types import Batch, Hooks, Inputs, Model
 
-__all__ = ["Reach", "cut", "finish", "join", "narrow", "narrows", "reach"]
+__all__ = [
+    "EditDepth",
+    "run_prefix",
+    "run_suffix",
+    "lowest_depth",
+    "decode_scored",
+    "can_decode_scored",
+    "edit_depth",
+]
 
 
-class Reach(NamedTuple):
+class EditDepth(NamedTuple):
     """The lowest place that edits touch."""
 
-    embed: bool = False  # something before the decoder's layers: no prefix can be shared
+    before_decoder: bool = False  # something before the decoder's layers: no prefix can be shared
     layer: int = 0  # the lowest layer touched; the number of layers where none is
-    scored: bool = False  # only what acts on single positions, behind the last attention
+    scored_only: bool = False  # only what acts on single positions, behind the last attention
 
 
-def reach(card: ModelCard, names: Iterable[str]) -> Reach:
+def edit_depth(card: ModelCard, names: Iterable[str]) -> EditDepth:
     """Where changes of these parameters, or rewrites at these modules, act first.
 
     `scored` holds where only the feed-forward part of the last layer, the final norm or the head
     are touched: then only scored positions matter. What can not be told counts as touched early.
     Nothing touched gives a reach behind the last layer.
     """
-    paths = [path for name in names for path in uses(card, name)]
-    if any(runs_below(card, path) for path in paths):
-        return Reach(embed=True)
+    paths = [path for name in names for path in all_names(card, name)]
+    if any(before_decoder(card, path) for path in paths):
+        return EditDepth(before_decoder=True)
     layers = [card.layer_of(path) for path in paths]
-    inside = [layer for layer in layers if layer is not None]
-    lowest = min(inside, default=card.num_layers)
+    decoder_layers = [layer for layer in layers if layer is not None]
+    lowest = min(decoder_layers, default=card.num_layers)
     last = card.num_layers - 1
-    scored = all(
-        layer is None or (layer == last and _pointwise(card, path))
+    scored_only = all(
+        layer is None or (layer == last and _is_position_wise(card, path))
         for layer, path in zip(layers, paths)
     )
-    return Reach(layer=lowest, scored=scored)
+    return EditDepth(layer=lowest, scored_only=scored_only)
 
 
-def join(reaches: Iterable[Reach]) -> Reach:
+def lowest_depth(depths: Iterable[EditDepth]) -> EditDepth:
     """The reach of several deltas together."""
-    found = list(reaches)
-    return Reach(
-        embed=any(one.embed for one in found),
-        layer=min((one.layer for one in found), default=0),
-        scored=all(one.scored for one in found),
+    all_depths = list(depths)
+    return EditDepth(
+        before_decoder=any(depth.before_decoder for depth in all_depths),
+        layer=min((one.layer for one in all_depths), default=0),
+        scored_only=all(one.scored_only for one in all_depths),
     )
 
 
-def cut(
-    model: Model, source: Inputs | Batch, reach: Reach, edit: Tensor | None = None
+def run_prefix(
+    model: Model, source: Inputs | Batch, depth: EditDepth, edit_index: Tensor | None = None
 ) -> Inputs | Batch:
     """Run the model up to the lowest place within reach, without gradients.
 
@@ -72,73 +80,75 @@ def cut(
     as they are. `edit` [B] says which edit each row runs under (default: all run under edit 0).
     Rows that `model.known` has are looked up there.
     """
-    if reach.embed:
+    if depth.before_decoder:
         return source
-    found = _known(model, source, reach)
-    if found is not None:
-        return found if edit is None else found._replace(edit=edit)
+    cached = _lookup_cached(model, source, depth)
+    if cached is not None:
+        return cached if edit_index is None else cached._replace(edit_index=edit_index)
     with torch.no_grad():
         if isinstance(source, Inputs):
             source = model.embed(model.params, source)
-        depth = min(reach.layer, model.card.num_layers - 1)
-        if source.depth < depth:
-            source = model.decode(model.params, source, stop=depth)
-        if reach.scored and depth == model.card.num_layers - 1:
-            source = model.thin(model.params, source)
-    return source if edit is None else source._replace(edit=edit)
+        layer = min(depth.layer, model.card.num_layers - 1)
+        if source.depth < layer:
+            source = model.decode(model.params, source, stop=layer)
+        if depth.scored_only and layer == model.card.num_layers - 1:
+            source = model.select_scored(model.params, source)
+    return source if edit_index is None else source._replace(edit_index=edit_index)
 
 
-def _known(model: Model, source: Inputs | Batch, reach: Reach) -> Batch | None:
-    known = model.known
-    if known is None or not isinstance(source, Inputs) or not known.serves(model):
+def _lookup_cached(model: Model, source: Inputs | Batch, depth: EditDepth) -> Batch | None:
+    cache = model.prefix_cache
+    if cache is None or not isinstance(source, Inputs) or not cache.serves(model):
         return None
     last = model.card.num_layers - 1
-    depth = min(reach.layer, last)
-    return known.cut(source, depth, reach.scored and depth == last)
+    layer = min(depth.layer, last)
+    return cache.lookup(source, layer, depth.scored_only and layer == last)
 
 
-def finish(model: Model, source: Inputs | Batch, edit: Tensor | None = None) -> Tensor:
+def run_suffix(model: Model, source: Inputs | Batch, edit_index: Tensor | None = None) -> Tensor:
     """The logits [B T V] at scored positions, from wherever the rows stand."""
     if isinstance(source, Inputs):
-        source = model.embed(model.params, source, edit=edit)
-    elif edit is not None:
-        source = source._replace(edit=edit)
+        source = model.embed(model.params, source, edit_index=edit_index)
+    elif edit_index is not None:
+        source = source._replace(edit_index=edit_index)
     return model.decode(model.params, source)
 
 
-def narrow(model: Model, batch: Batch, rewrites: Rewrites | None = None, **options: Any) -> Tensor:
+def decode_scored(model: Model, batch: Batch, hooks: Hooks | None = None, **options: Any) -> Tensor:
     """`model.decode(params, batch, rewrites)`, the last layer position-wise at scored positions.
 
     The last layer's attention reads whole rows, its feed-forward part runs only where something is
     scored. Right for changes and rewrites that `narrows` allows; options go to `decode` and `thin`.
     """
-    more, last = rewrites or {}, model.card.num_layers - 1
-    if batch.depth > last or any(key.startswith("attended@") for key in batch.extras):
-        return model.decode(model.params, batch, more, **options)
+    given_hooks, last = hooks or {}, model.card.num_layers - 1
+    if batch.depth > last or any(key.startswith("attention_output@") for key in batch.layer_inputs):
+        return model.decode(model.params, batch, given_hooks, **options)
     if batch.depth < last:
-        batch = model.decode(model.params, batch, more, stop=last, **options)
-    batch = model.thin(model.params, batch, more, **options)
-    return model.decode(model.params, batch, more)
+        batch = model.decode(model.params, batch, given_hooks, stop=last, **options)
+    batch = model.select_scored(model.params, batch, given_hooks, **options)
+    return model.decode(model.params, batch, given_hooks)
 
 
-def narrows(card: ModelCard, header: Header) -> bool:
+def can_decode_scored(card: ModelCard, header: Header) -> bool:
     """Whether a delta leaves the last layer alone, or changes it alike at every position."""
     last = card.num_layers - 1
     for entry in header.entries:
-        layer = card.layer_of(canonical(card, getattr(entry, "name", "")))
-        plain = isinstance(entry, Dense | LowRank)
-        if not plain and (entry.begins() != "site" or layer is None or layer >= last):
+        layer = card.layer_of(canonical_name(card, getattr(entry, "name", "")))
+        is_weight_change = isinstance(entry, Dense | LowRank)
+        if not is_weight_change and (entry.acts_on() != "module" or layer is None or layer >= last):
             return False
     return True
 
 
-def _pointwise(card: ModelCard, path: str) -> bool:
+def _is_position_wise(card: ModelCard, path: str) -> bool:
     """Whether a place in a layer is in its feed-forward part, by the card's names.
 
     Never where the layer's attention has no name: then nothing can run it apart.
     """
-    if "attn" not in card.parts:
+    if "attn" not in card.part_names:
         return False
     part = path[len(card.layers) + 1 :].partition(".")[2]
-    homes = [home for name, home in card.parts.items() if name.partition(".")[0] == "mlp"]
-    return any(part == home or part.startswith(f"{home}.") for home in homes)
+    mlp_names = [
+        mlp_name for name, mlp_name in card.part_names.items() if name.partition(".")[0] == "mlp"
+    ]
+    return any(part == home or part.startswith(f"{home}.") for home in mlp_names)

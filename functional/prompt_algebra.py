@@ -10,113 +10,119 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .entries import Prompt
-from .errors import BadInput, KindUnsupported, listed
-from .kinds import Algebra, Part, kept, owned, register
+from .errors import InvalidInputError, UnsupportedKindError, join_messages
+from .kinds import Algebra, EntryTensors, concat_slots, register, select_slots
 
-__all__ = ["joined"]
+__all__ = ["merge_memories"]
 
-_MEMORY = (".questions", ".pictures", ".shown", ".sizes")
-_OWN = {"facts", "num_facts", "owners", "num_shown", "shown_bytes"}
+_EDIT_TENSORS = (".question_keys", ".image_keys", ".images", ".image_sizes")
+_EDIT_FIELDS = {"facts", "num_facts", "edit_slots", "num_images", "image_bytes"}
 
 
-def joined(given: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def merge_memories(memories: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Memories one behind the other, by suffix; PNG files padded to the longest of them."""
     tensors = {
-        suffix: torch.cat([one[suffix] for one in given])
-        for suffix in (".questions", ".pictures")
-        if suffix in given[0]
+        suffix: torch.cat([one[suffix] for one in memories])
+        for suffix in (".question_keys", ".image_keys")
+        if suffix in memories[0]
     }
-    if any(".shown" in one for one in given):
-        files = [one[".shown"] for one in given if ".shown" in one]
-        most, bytes_ = (max(file.shape[axis] for file in files) for axis in (1, 2))
-        shown, sizes = [], []
-        for one in given:
-            count, like = len(one[".questions"]), one[".questions"]
-            file = one.get(".shown", like.new_zeros(count, 0, 0, dtype=torch.uint8))
-            size = one.get(".sizes", like.new_zeros(count, 0, dtype=torch.int64))
-            shown.append(F.pad(file, (0, bytes_ - file.shape[2], 0, most - file.shape[1])))
-            sizes.append(F.pad(size, (0, most - size.shape[1])))
-        tensors |= {".shown": torch.cat(shown), ".sizes": torch.cat(sizes)}
+    if any(".images" in one for one in memories):
+        files = [one[".images"] for one in memories if ".images" in one]
+        max_images, max_bytes = (max(file.shape[axis] for file in files) for axis in (1, 2))
+        images, image_sizes = [], []
+        for memory in memories:
+            count, like = len(memory[".question_keys"]), memory[".question_keys"]
+            file = memory.get(".images", like.new_zeros(count, 0, 0, dtype=torch.uint8))
+            size = memory.get(".image_sizes", like.new_zeros(count, 0, dtype=torch.int64))
+            images.append(
+                F.pad(file, (0, max_bytes - file.shape[2], 0, max_images - file.shape[1]))
+            )
+            image_sizes.append(F.pad(size, (0, max_images - size.shape[1])))
+        tensors |= {".images": torch.cat(images), ".image_sizes": torch.cat(image_sizes)}
     return tensors
 
 
-def _join(given: Sequence[Part | int]) -> Part:
+def _merge(parts: Sequence[EntryTensors | int]) -> EntryTensors:
     """All facts in one memory, in order: of two that fit a question equally the later counts."""
-    found = [part for part in given if isinstance(part, Part)]
-    first = found[0]
-    alike = [f for f in first.entry.__struct_fields__ if f not in _OWN]
-    wrong = {
+    present = [part for part in parts if isinstance(part, EntryTensors)]
+    first = present[0]
+    compared_fields = [f for f in first.entry.__struct_fields__ if f not in _EDIT_FIELDS]
+    differing = {
         field
-        for part in found[1:]
-        for field in alike
+        for part in present[1:]
+        for field in compared_fields
         if getattr(part.entry, field) != getattr(first.entry, field)
     }
-    demos = [suffix for suffix in first.tensors if suffix not in _MEMORY]
-    wrong |= {
+    shared_tensors = [suffix for suffix in first.tensors if suffix not in _EDIT_TENSORS]
+    differing |= {
         "the demonstrations"
-        for part in found[1:]
-        if not wrong and not all(torch.equal(first.tensors[s], part.tensors[s]) for s in demos)
+        for part in present[1:]
+        if not differing
+        and not all(torch.equal(first.tensors[s], part.tensors[s]) for s in shared_tensors)
     }
-    if wrong:
-        raise BadInput(
+    if differing:
+        raise InvalidInputError(
             f"{first.entry.name}: memories of facts must retrieve alike to become one, and these "
-            f"differ in {listed(sorted(wrong))}: make the edits with one editor."
+            f"differ in {join_messages(sorted(differing))}: make the edits with one editor."
         )
-    owners, _ = owned(given, lambda entry: entry.num_facts)
-    tensors = {s: first.tensors[s] for s in demos}
-    tensors |= joined([{s: part.tensors[s] for s in _MEMORY if s in part.tensors}
-                       for part in found])  # fmt: skip
-    facts = tuple(fact for part in found for fact in part.entry.facts)
-    return Part(_entry(first.entry, facts, owners, tensors), tensors, len(owners))
+    edit_slots, _ = concat_slots(parts, lambda entry: entry.num_facts)
+    tensors = {s: first.tensors[s] for s in shared_tensors}
+    tensors |= merge_memories(
+        [{s: part.tensors[s] for s in _EDIT_TENSORS if s in part.tensors} for part in present]
+    )
+    facts = tuple(fact for part in present for fact in part.entry.facts)
+    return EntryTensors(
+        _updated_entry(first.entry, facts, edit_slots, tensors), tensors, len(edit_slots)
+    )
 
 
-def _keep(part: Part, keep: Sequence[int]) -> Part | None:
+def _select(part: EntryTensors, edits: Sequence[int]) -> EntryTensors | None:
     """The facts that a kept edit owns, and no more pictures than they need."""
-    facts, owners = kept(part.entry.owners, keep)
+    facts, edit_slots = select_slots(part.entry.edit_slots, edits)
     if not facts:
         return None
     index = torch.tensor(facts)
     tensors = {
-        s: x.index_select(0, index.to(x.device)) if s in _MEMORY else x
+        s: x.index_select(0, index.to(x.device)) if s in _EDIT_TENSORS else x
         for s, x in part.tensors.items()
     }
-    if ".sizes" in tensors:
-        most = int((tensors[".sizes"] > 0).sum(1).max())
-        size = _blocks(int(tensors[".sizes"].max()))
-        if most:
-            tensors[".shown"] = tensors[".shown"][:, :most, :size].contiguous()
-            tensors[".sizes"] = tensors[".sizes"][:, :most].contiguous()
+    if ".image_sizes" in tensors:
+        max_images = int((tensors[".image_sizes"] > 0).sum(1).max())
+        image_bytes = _round_up(int(tensors[".image_sizes"].max()))
+        if max_images:
+            tensors[".images"] = tensors[".images"][:, :max_images, :image_bytes].contiguous()
+            tensors[".image_sizes"] = tensors[".image_sizes"][:, :max_images].contiguous()
         else:
-            del tensors[".shown"], tensors[".sizes"]
-    said = tuple(part.entry.facts[fact] for fact in facts)
-    return Part(_entry(part.entry, said, owners, tensors), tensors, len(keep))
+            del tensors[".images"], tensors[".image_sizes"]
+    texts = tuple(part.entry.facts[fact] for fact in facts)
+    return EntryTensors(_updated_entry(part.entry, texts, edit_slots, tensors), tensors, len(edits))
 
 
-def _entry(
-    entry: Prompt, facts: tuple[str, ...], owners: tuple[int, ...], tensors: dict[str, Tensor]
+def _updated_entry(
+    entry: Prompt, facts: tuple[str, ...], edit_slots: tuple[int, ...], tensors: dict[str, Tensor]
 ) -> Prompt:
-    shown = tensors.get(".shown")
+    images = tensors.get(".images")
     return msgspec.structs.replace(
         entry,
         facts=facts,
         num_facts=len(facts),
-        owners=owners,
-        num_shown=0 if shown is None else shown.shape[1],
-        shown_bytes=0 if shown is None else shown.shape[2],
+        edit_slots=edit_slots,
+        num_images=0 if images is None else images.shape[1],
+        image_bytes=0 if images is None else images.shape[2],
     )
 
 
-BLOCK = 4096  # PNG files take up a multiple of so many bytes, so that edits alike stack
+CHUNK_BYTES = 4096  # PNG files take up a multiple of so many bytes, so that edits alike stack
 
 
-def _blocks(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
+def _round_up(size: int) -> int:
+    return -(-size // CHUNK_BYTES) * CHUNK_BYTES
 
 
-def _scale(part: Part, factor: float) -> Part:
-    raise KindUnsupported(
+def _scale(part: EntryTensors, factor: float) -> EntryTensors:
+    raise UnsupportedKindError(
         f"{part.entry.name}: a fact in words can not be said by half: remove edits by id."
     )
 
 
-register(Prompt, Algebra(_join, _keep, _scale))
+register(Prompt, Algebra(_merge, _select, _scale))

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["MARK", "Case", "Image", "Query"]
+__all__ = ["IMAGE_PLACEHOLDER", "Case", "Image", "Query"]
 
-MARK = "<image>"
+IMAGE_PLACEHOLDER = "<image>"
 """In a prompt: a picture stands here."""
 
 Image = Any
-"""A PIL image, a path, or anything with `.load() -> PIL.Image` and `.key: str` (a content name)."""
+"""A PIL image, a path, or anything with `.load() -> PIL.Image` and `.content_id: str` (a content name)."""
 
 
 class Query(NamedTuple):

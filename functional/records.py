@@ -12,23 +12,23 @@ from typing import Any
 
 import msgspec
 
-from .card import Base
-from .fingerprint import fingerprint
-from .header import EditRecord, Entry, Form, Header
+from .card import BaseModel
+from .fingerprint import hash_parameter
+from .header import AnyEntry, Arithmetic, EditRecord, Header
 from .types import Image, Model, Query
 
-__all__ = ["base_of", "header_for", "image_key", "record"]
+__all__ = ["base_identity", "make_header", "content_id", "edit_record"]
 
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def image_key(image: Image) -> str:
-    """Name an image by its content: its own `.key`, else sha256 of the file or of the pixels."""
-    key = getattr(image, "key", None)
-    if isinstance(key, str):
-        return key
+def content_id(image: Image) -> str:
+    """Name an image by its content: its own `.content_id`, else sha256 of the file or of the pixels."""
+    identifier = getattr(image, "content_id", None)
+    if isinstance(identifier, str):
+        return identifier
     if isinstance(image, str | Path):
         with open(image, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -36,54 +36,54 @@ def image_key(image: Image) -> str:
     return hashlib.sha256(head + image.tobytes()).hexdigest()
 
 
-def record(query: Query) -> EditRecord:
+def edit_record(query: Query) -> EditRecord:
     """The record of one edit; its id is a hash of prompt, target and images together.
 
-    >>> record(Query("who is it?", "bo")).id
+    >>> edit_record(Query("who is it?", "bo")).id
     '1d2a4c2b3b1d'
     """
-    images = tuple(image_key(image) for image in query.images)
-    whole = "\x1f".join((query.prompt, query.target, *images))
+    images = tuple(content_id(image) for image in query.images)
+    text = "\x1f".join((query.prompt, query.target, *images))
     return EditRecord(
-        id=_sha256(whole)[:12],
+        id=_sha256(text)[:12],
         prompt=_sha256(query.prompt),
         target=_sha256(query.target),
         images=images,
     )
 
 
-def base_of(model: Model, names: Iterable[str]) -> Base:
+def base_identity(model: Model, names: Iterable[str]) -> BaseModel:
     """The identity of a model, with a fingerprint of each parameter named."""
     card = model.card
-    return Base(
+    return BaseModel(
         id=card.id,
         revision=card.revision,
         family=card.family,
-        config=card.config,
-        touched={name: fingerprint(model.params[name]) for name in sorted(set(names))},
+        config_hash=card.config_hash,
+        parameter_hashes={name: hash_parameter(model.params[name]) for name in sorted(set(names))},
     )
 
 
-def header_for(
+def make_header(
     model: Model,
     editor: str,
     settings: Any,
-    entries: tuple[Entry, ...],
+    entries: tuple[AnyEntry, ...],
     queries: Sequence[Query],
     *,
-    earlier: tuple[EditRecord, ...] = (),
-    form: Form = "act",
+    earlier_edits: tuple[EditRecord, ...] = (),
+    arithmetic: Arithmetic = "act",
     stack: int = 0,
-    recursive: bool = False,
+    order_dependent: bool = False,
 ) -> Header:
     """The header of a delta that holds `earlier` edits and then `queries`."""
     return Header(
         editor=editor,
         settings=msgspec.json.decode(msgspec.json.encode(settings)),  # lists as a file has them
-        base=base_of(model, (entry.name for entry in entries)),
-        form=form,
+        base=base_identity(model, (entry.name for entry in entries)),
+        arithmetic=arithmetic,
         entries=entries,
-        edits=earlier + tuple(record(query) for query in queries),
+        edits=earlier_edits + tuple(edit_record(query) for query in queries),
         stack=stack,
-        recursive=recursive,
+        order_dependent=order_dependent,
     )

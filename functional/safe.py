@@ -17,21 +17,21 @@ from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 
-from .errors import BadInput, DeltaFault
+from .errors import DeltaFileError, InvalidInputError
 
 __all__ = [
     "MAX_HEADER",
     "MAX_VALUES",
     "SIZES",
-    "Slot",
-    "Table",
-    "canonical",
-    "layout",
-    "open_regular",
-    "parse",
-    "plain",
-    "read_table",
-    "strict_json",
+    "TensorSlot",
+    "SafetensorsHeader",
+    "canonical_json",
+    "build_header",
+    "open_regular_file",
+    "parse_header",
+    "printable",
+    "read_header",
+    "parse_strict_json",
 ]
 
 MAX_HEADER = 8 << 20
@@ -62,7 +62,7 @@ SIZES = {
 """Bytes of one element of each dtype."""
 
 
-class Slot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TensorSlot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where one tensor lies: dtype, shape, and [start, stop) within the data."""
 
     dtype: str
@@ -78,22 +78,22 @@ class Slot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.data_offsets[1] - self.data_offsets[0]
 
 
-class Table(NamedTuple):
+class SafetensorsHeader(NamedTuple):
     """A header that has been checked against its file."""
 
     metadata: dict[str, str]
-    slots: dict[str, Slot]
-    data: int  # offset of the data in the file
-    size: int  # of the whole file, in bytes
+    tensors: dict[str, TensorSlot]
+    data_start: int  # offset of the data in the file
+    num_bytes: int  # of the whole file, in bytes
 
 
-def canonical(value: Any) -> str:
+def canonical_json(value: Any) -> str:
     """The one JSON text of a value: keys sorted by code point, no blanks, non-ASCII as itself.
 
     Floats are Python's `repr` (the shortest digits that read back the same). Raises ValueError for
     NaN, infinities and what JSON does not have.
 
-    >>> canonical({"b": 1, "a": [0.5, "é"]})
+    >>> canonical_json({"b": 1, "a": [0.5, "é"]})
     '{"a":[0.5,"é"],"b":1}'
     """
     return json.dumps(
@@ -101,20 +101,20 @@ def canonical(value: Any) -> str:
     )
 
 
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))
         raise ValueError(f"the name {twice[:80]!r} is given twice")
-    return found
+    return unique
 
 
-def _constant(text: str) -> float:
+def _refuse_constant(text: str) -> float:
     raise ValueError(f"{text} is not JSON")
 
 
-def strict_json(raw: bytes, what: str) -> Any:
+def parse_strict_json(raw: bytes, what: str) -> Any:
     """JSON without duplicate names, NaN, broken UTF-8, or more than `MAX_VALUES` values.
 
     Raises ValueError that says what is wrong with `what`.
@@ -123,16 +123,18 @@ def strict_json(raw: bytes, what: str) -> Any:
     if count > MAX_VALUES:
         raise ValueError(f"{what} holds more than {MAX_VALUES} values")
     try:
-        return json.loads(raw.decode(), object_pairs_hook=_pairs, parse_constant=_constant)
+        return json.loads(
+            raw.decode(), object_pairs_hook=_unique_pairs, parse_constant=_refuse_constant
+        )
     except UnicodeDecodeError:
         raise ValueError(f"{what} is not UTF-8") from None
     except RecursionError:
         raise ValueError(f"{what} is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"{what} is not JSON as it must be: {plain(error)}") from None
+        raise ValueError(f"{what} is not JSON as it must be: {printable(error)}") from None
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a regular file for reading; folders, pipes and devices are refused before opening.
 
     Raises BadInput that names the path as the caller gave it.
@@ -141,91 +143,91 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
             kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
-            raise BadInput(f"{path} must be a file, and is {kind}.")
+            raise InvalidInputError(f"{path} must be a file, and is {kind}.")
         return Path(path).open("rb")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise BadInput(f"{path} can not be read: {reason}.") from None
+        raise InvalidInputError(f"{path} can not be read: {reason}.") from None
 
 
-def read_table(path: str | os.PathLike[str]) -> Table:
+def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
     """Read and check the header of a safetensors file; the data are not touched.
 
     Raises BadInput where the file can not be opened, DeltaFault naming the file and the fault.
     """
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
+    with open_regular_file(path) as file:
+        num_bytes = os.fstat(file.fileno()).st_size
         head = file.read(8)
         length = int.from_bytes(head, "little")
-        if len(head) < 8 or length > size - 8:
-            raise DeltaFault(
-                f"{path}: a safetensors file must hold its header, and {size} bytes do not hold "
+        if len(head) < 8 or length > num_bytes - 8:
+            raise DeltaFileError(
+                f"{path}: a safetensors file must hold its header, and {num_bytes} bytes do not hold "
                 f"{'the 8 that give its length' if len(head) < 8 else f'{length} of header'}: "
                 "the file is cut short or no safetensors file."
             )
         if length > MAX_HEADER:
-            raise DeltaFault(
+            raise DeltaFileError(
                 f"{path}: the header must have at most {MAX_HEADER} bytes, has {length}."
             )
         raw = file.read(length)
     try:
-        return parse(raw, size)
+        return parse_header(raw, num_bytes)
     except ValueError as error:
-        raise DeltaFault(f"{path}: {error}.") from None
+        raise DeltaFileError(f"{path}: {error}.") from None
 
 
-def parse(raw: bytes, size: int) -> Table:
+def parse_header(raw: bytes, num_bytes: int) -> SafetensorsHeader:
     """Check a header's JSON against a file of `size` bytes; ValueError with the fault."""
-    body = strict_json(raw, "the header")
+    body = parse_strict_json(raw, "the header")
     if not isinstance(body, dict):
         raise ValueError("the header must be a JSON object")
     try:
         metadata = msgspec.convert(body.pop("__metadata__", {}), dict[str, str])
-        slots = msgspec.convert(body, dict[str, Slot])
+        tensors = msgspec.convert(body, dict[str, TensorSlot])
     except msgspec.ValidationError as error:
         raise ValueError(
-            f"the header does not have the form of safetensors: {plain(error)}"
+            f"the header does not have the form of safetensors: {printable(error)}"
         ) from None
-    data = 8 + len(raw)
+    data_start = 8 + len(raw)
     end = 0
-    for name, slot in sorted(slots.items(), key=lambda item: item[1].data_offsets):
+    for name, slot in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
         if slot.dtype not in SIZES:
             raise ValueError(f"tensor {name[:80]!r} has the unknown dtype {slot.dtype[:20]!r}")
         if len(slot.shape) > MAX_RANK or min(slot.shape, default=0) < 0:
             raise ValueError(f"tensor {name[:80]!r} has a shape that can not be")
         start, stop = slot.data_offsets
-        want = math.prod(slot.shape) * SIZES[slot.dtype]
-        if start != end or stop - start != want:
+        expected_bytes = math.prod(slot.shape) * SIZES[slot.dtype]
+        if start != end or stop - start != expected_bytes:
             raise ValueError(
-                f"tensor {name[:80]!r} must lie at byte {end} with {_short(want)} bytes, "
-                f"and the header says {_short(start)} to {_short(stop)}"
+                f"tensor {name[:80]!r} must lie at byte {end} with {_bounded_int(expected_bytes)} bytes, "
+                f"and the header says {_bounded_int(start)} to {_bounded_int(stop)}"
             )
-        if (data + start) % SIZES[slot.dtype]:
+        if (data_start + start) % SIZES[slot.dtype]:
             raise ValueError(f"tensor {name[:80]!r} must lie at a multiple of its element size")
         end = stop
-    if data + end != size:
+    if data_start + end != num_bytes:
         raise ValueError(
-            f"the header describes {_short(data + end)} bytes and the file has {size}: "
+            f"the header describes {_bounded_int(data_start + end)} bytes and the file has {num_bytes}: "
             "it is cut short or has something appended"
         )
-    return Table(metadata, slots, data, size)
+    return SafetensorsHeader(metadata, tensors, data_start, num_bytes)
 
 
-def plain(text: object, most: int = 200) -> str:
+def printable(text: object, max_length: int = 200) -> str:
     """Text from a stranger's file, fit for a message: printable, and not too long.
 
-    >>> plain("a\\x00b")
+    >>> printable("a\\x00b")
     'a\\\\x00b'
     """
-    text = str(text)[:most]
+    text = str(text)[:max_length]
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
-def _short(number: int) -> str:
+def _bounded_int(number: int) -> str:
     return str(number) if -(1 << 63) < number < 1 << 63 else "more than 2**63"
 
 
-def layout(
+def build_header(
     metadata: dict[str, str], tensors: dict[str, tuple[str, tuple[int, ...]]]
 ) -> tuple[bytes, list[str]]:
     """The first bytes of a safetensors file, and the order in which the tensors follow.

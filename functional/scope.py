@@ -25,112 +25,131 @@ from torch import Tensor
 
 from errata.kernels import codebook as kernel
 
-from .change import Change
+from .change import Patch
 from .entries import Scope
-from .errors import BadInput, ShapeMismatch
+from .errors import InvalidInputError, ShapeError
 from .header import Header
-from .scope_net import Memory, Net, Row, answered, classify, net_of, row_of, say
-from .types import IGNORE, Batch, Model, Params, Past, Rewrites
+from .scope_net import (
+    EditMemory,
+    NetworkInputs,
+    ScopeNetwork,
+    classify_scope,
+    counterfactual_states,
+    load_network,
+    network_inputs,
+    read_answer,
+)
+from .types import IGNORE_INDEX, Batch, Hooks, KVCache, Model, Params
 
-__all__ = ["mixed", "read_as", "scope"]
+__all__ = ["mix_logits", "logits_from_states", "apply_scope"]
 
 
-class _Parts(NamedTuple):
+class _BoundScope(NamedTuple):
     """An entry's tensors, ready to be asked."""
 
     entry: Scope
-    number: int  # of deltas below
-    net: Net
+    num_deltas_below: int  # of deltas below
+    network: ScopeNetwork
     keys: Tensor  # [N K], or [E N K] of a stacked delta
     norms: Tensor | None
-    memory: Memory
+    memory: EditMemory
     answers: Tensor
     stacked: bool
 
-    def name(self, what: str) -> str:
+    def routing_name(self, suffix: str) -> str:
         """The name of a note or an extra of this entry's own.
 
         Deltas lie one on another, and rows side by side run under deltas of other sizes.
         """
-        sizes = f"{self.entry.sizes.width}.{self.entry.replies}"
-        return f"{self.entry.name}.scope.{self.number}.{sizes}.{what}"
+        sizes = f"{self.entry.sizes.dim}.{self.entry.max_answer_tokens}"
+        return f"{self.entry.name}.scope.{self.num_deltas_below}.{sizes}.{suffix}"
 
-    def of(self, tensor: Tensor, index: Tensor, edit: Tensor) -> Tensor:
+    def slots_of(self, tensor: Tensor, index: Tensor, edit_index: Tensor) -> Tensor:
         """Each row's slot of a tensor that has one per edit in memory."""
-        return tensor[edit.clamp_min(0), index] if self.stacked else tensor[index]
+        return tensor[edit_index.clamp_min(0), index] if self.stacked else tensor[index]
 
 
-def scope(model: Model, header: Header, entry: Scope, tensors: Mapping[str, Tensor]) -> Change:
+def apply_scope(model: Model, header: Header, entry: Scope, tensors: Mapping[str, Tensor]) -> Patch:
     """What a scope classifier, a counterfactual model and their memory do to a model.
 
     Raises ShapeMismatch where the network is for a model of another width.
     """
-    if entry.sizes.model != model.card.width:
-        raise ShapeMismatch(
-            f"{entry.name}: the network must read rows as wide as the model's, {model.card.width}; "
-            f"its own are {entry.sizes.model}."
+    if entry.sizes.hidden_size != model.card.hidden_size:
+        raise ShapeError(
+            f"{entry.name}: the network must read rows as wide as the model's, {model.card.hidden_size}; "
+            f"its own are {entry.sizes.hidden_size}."
         )
-    given = {name.removeprefix(f"{entry.name}."): t.float() for name, t in tensors.items()}
+    by_part = {name.removeprefix(f"{entry.name}."): t.float() for name, t in tensors.items()}
     stacked = bool(header.stack)
-    parts = _Parts(
+    bound_scope = _BoundScope(
         entry,
         len(model.deltas),
-        net_of(given),
-        given["keys"],
-        None if stacked else kernel.square_norms(given["keys"]),
-        Memory(given["replies"], given["scenes"], given["prompts"]),
-        given["answers"],
+        load_network(by_part),
+        by_part["keys"],
+        None if stacked else kernel.square_norms(by_part["keys"]),
+        EditMemory(by_part["answer_states"], by_part["image_states"], by_part["prompt_states"]),
+        by_part["answer_outputs"],
         stacked,
     )
-    return Change(wrap=partial(_wrapped, parts))
+    return Patch(wrap=partial(_wrap_model, bound_scope))
 
 
-def read_as(
-    model: Model, params: Params, hidden: Tensor, edit: Tensor, rewrites: Rewrites | None = None
+def logits_from_states(
+    model: Model,
+    params: Params,
+    hidden_states: Tensor,
+    edit_index: Tensor,
+    hooks: Hooks | None = None,
 ) -> Tensor:
     """The logits [B T V] of residual streams [B T D] behind the last layer: final norm and head.
 
     `edit` [B] says which edit of a stacked delta, bound before, each row runs under.
     """
-    there = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
+    positions = torch.arange(hidden_states.shape[1], device=hidden_states.device).expand(
+        hidden_states.shape[:2]
+    )
     batch = Batch(
-        hidden=hidden,
-        mask=torch.ones_like(there, dtype=torch.bool),
-        positions=there[:, None],
-        image=torch.zeros_like(there, dtype=torch.bool),
-        prompt=torch.zeros_like(there, dtype=torch.bool),
-        labels=torch.full_like(there, IGNORE),
-        at=there,
-        edit=edit,
-        extras={},
+        hidden_states=hidden_states,
+        attention_mask=torch.ones_like(positions, dtype=torch.bool),
+        position_ids=positions[:, None],
+        image_mask=torch.zeros_like(positions, dtype=torch.bool),
+        prompt_end=torch.zeros_like(positions, dtype=torch.bool),
+        labels=torch.full_like(positions, IGNORE_INDEX),
+        logit_positions=positions,
+        edit_index=edit_index,
+        layer_inputs={},
         depth=model.card.num_layers,
     )
-    return model.decode(params, batch, rewrites or {})
+    return model.decode(params, batch, hooks or {})
 
 
-def mixed(base: Tensor, other: Tensor, share: Tensor) -> Tensor:
+def mix_logits(base: Tensor, other: Tensor, share: Tensor) -> Tensor:
     """log( (1 - s) softmax f + s softmax c ) [B T V], for shares s [B T]; f itself where s is 0.
 
     Without the peers' + eps: both terms stay logarithms.
 
     >>> f, c = torch.tensor([[[2.0, 0.0]]]), torch.tensor([[[0.0, 2.0]]])
-    >>> mixed(f, c, torch.tensor([[0.5]])).exp()
+    >>> mix_logits(f, c, torch.tensor([[0.5]])).exp()
     tensor([[[0.5000, 0.5000]]])
     """
     tiny = torch.finfo(torch.float32).eps
     s = share.float().clamp(tiny, 1 - tiny)[..., None]
     f, c = base.float().log_softmax(-1), other.float().log_softmax(-1)
-    both = torch.logaddexp(torch.log1p(-s) + f, s.log() + c)
-    return torch.where(share[..., None] > 0, both, base.float())
+    mixture = torch.logaddexp(torch.log1p(-s) + f, s.log() + c)
+    return torch.where(share[..., None] > 0, mixture, base.float())
 
 
-def _wrapped(parts: _Parts, model: Model) -> Model:
-    said, gate, index = parts.name("said@bq_"), parts.name("gate@bq"), parts.name("slot@b")
+def _wrap_model(bound_scope: _BoundScope, model: Model) -> Model:
+    states_name, gate_name, slot_name = (
+        bound_scope.routing_name("said@bq_"),
+        bound_scope.routing_name("gate@bq"),
+        bound_scope.routing_name("slot@b"),
+    )
     last = model.card.num_layers
 
-    def known(batch: Batch, what: str) -> None:
-        if 0 < batch.depth < last and said not in batch.extras:
-            raise BadInput(
+    def require_classified(batch: Batch, what: str) -> None:
+        if 0 < batch.depth < last and states_name not in batch.layer_inputs:
+            raise InvalidInputError(
                 "a delta of kind 'scope' judges a question by the rows it is asked in: hand the "
                 f"bound model batches at depth 0, or cut by itself; {what} got one at depth "
                 f"{batch.depth} that it has not seen."
@@ -139,84 +158,119 @@ def _wrapped(parts: _Parts, model: Model) -> Model:
     def decode(
         params: Params,
         batch: Batch,
-        rewrites: Rewrites | None = None,
+        hooks: Hooks | None = None,
         *,
         stop: int | None = None,
-        at: Tensor | str | None = None,
-        past: Past | None = None,
-        keep: bool = False,
+        logit_positions: Tensor | str | None = None,
+        kv_cache: KVCache | None = None,
+        return_cache: bool = False,
         **options: Any,
     ) -> Any:
-        known(batch, "decode")
-        if batch.depth == 0 and said not in batch.extras:
-            batch = _judged(parts, batch, past)
-        found = model.decode(
-            params, batch, rewrites or {}, stop=stop, at=at, past=past, keep=keep, **options
+        require_classified(batch, "decode")
+        if batch.depth == 0 and states_name not in batch.layer_inputs:
+            batch = _classify_rows(bound_scope, batch, kv_cache)
+        result = model.decode(
+            params,
+            batch,
+            hooks or {},
+            stop=stop,
+            logit_positions=logit_positions,
+            kv_cache=kv_cache,
+            return_cache=return_cache,
+            **options,
         )
         if stop not in (None, last) or batch.depth == last:
-            return found
-        logits, kept = found if keep else (found, None)
-        where = batch.at if at is None else at
-        share, states = batch.extras[gate], batch.extras[said]
-        if isinstance(where, Tensor):
-            share = share.gather(1, where)
-            states = states.gather(1, where[..., None].expand(-1, -1, states.shape[-1]))
-        h, pointer = states.split([parts.entry.sizes.width, parts.entry.replies], -1)
-        answers = parts.of(parts.answers, batch.extras[index], batch.edit)  # [B A D]
-        stream = answered(parts.net, h, pointer, answers).to(batch.hidden.dtype)
-        other = read_as(model, params, stream, batch.edit, rewrites)
-        if parts.entry.gate == "soft":
-            logits = mixed(logits, other, share).to(logits.dtype)
+            return result
+        logits, new_cache = result if return_cache else (result, None)
+        positions = batch.logit_positions if logit_positions is None else logit_positions
+        share, states = batch.layer_inputs[gate_name], batch.layer_inputs[states_name]
+        if isinstance(positions, Tensor):
+            share = share.gather(1, positions)
+            states = states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
+        h, pointer = states.split(
+            [bound_scope.entry.sizes.dim, bound_scope.entry.max_answer_tokens], -1
+        )
+        answers = bound_scope.slots_of(
+            bound_scope.answers, batch.layer_inputs[slot_name], batch.edit_index
+        )  # [B A D]
+        stream = read_answer(bound_scope.network, h, pointer, answers).to(batch.hidden_states.dtype)
+        other = logits_from_states(model, params, stream, batch.edit_index, hooks)
+        if bound_scope.entry.gate == "soft":
+            logits = mix_logits(logits, other, share).to(logits.dtype)
         else:
-            logits = torch.where(share[..., None] > parts.entry.threshold, other, logits)
-        return (logits, kept) if keep else logits
+            logits = torch.where(share[..., None] > bound_scope.entry.threshold, other, logits)
+        return (logits, new_cache) if return_cache else logits
 
-    def thin(params: Params, batch: Batch, rewrites: Rewrites | None = None, **options) -> Batch:
-        known(batch, "thin")
-        return model.thin(params, batch, rewrites or {}, **options)
+    def select_scored(params: Params, batch: Batch, hooks: Hooks | None = None, **options) -> Batch:
+        require_classified(batch, "select_scored")
+        return model.select_scored(params, batch, hooks or {}, **options)
 
-    def extend(
-        params: Params, ids: Tensor, past: Past, rewrites: Rewrites | None = None,
-        edit: Tensor | None = None,
-    ) -> Batch:  # fmt: skip
-        batch = model.extend(params, ids, past, rewrites or {}, edit=edit)
+    def embed_next(
+        params: Params,
+        input_ids: Tensor,
+        kv_cache: KVCache,
+        hooks: Hooks | None = None,
+        edit_index: Tensor | None = None,
+    ) -> Batch:
+        batch = model.embed_next(params, input_ids, kv_cache, hooks or {}, edit_index=edit_index)
         # New tokens lie behind the prompt: what was judged there holds.
-        later = {parts.name("later"): batch.edit}
-        return batch._replace(notes={**batch.notes, **later})
+        after_prompt = {bound_scope.routing_name("later"): batch.edit_index}
+        return batch._replace(routing={**batch.routing, **after_prompt})
 
-    return model._replace(decode=decode, thin=thin, extend=extend)
+    return model._replace(decode=decode, select_scored=select_scored, embed_next=embed_next)
 
 
-def _judged(parts: _Parts, batch: Batch, past: Past | None) -> Batch:
+def _classify_rows(bound_scope: _BoundScope, batch: Batch, kv_cache: KVCache | None) -> Batch:
     """The batch with what its rows' questions are about, and what the edit says to them."""
-    heads, length = parts.entry.sizes.heads, batch.hidden.shape[1]
-    notes = {**(past.notes if past else {}), **batch.notes}
-    new = row_of(parts.net, batch)
-    names = [parts.name(field) for field in Row._fields]
-    whole = Row(*(torch.cat([notes[n], x], 1) if n in notes else x for n, x in zip(names, new)))
-    if parts.name("later") in batch.notes:
-        share, index = notes[parts.name("share")], notes[parts.name("slot")]
+    num_heads, length = bound_scope.entry.sizes.num_heads, batch.hidden_states.shape[1]
+    routing = {**(kv_cache.routing if kv_cache else {}), **batch.routing}
+    inputs = network_inputs(bound_scope.network, batch)
+    names = [bound_scope.routing_name(field) for field in NetworkInputs._fields]
+    all_inputs = NetworkInputs(
+        *(torch.cat([routing[n], x], 1) if n in routing else x for n, x in zip(names, inputs))
+    )
+    if bound_scope.routing_name("later") in batch.routing:
+        share, index = (
+            routing[bound_scope.routing_name("share")],
+            routing[bound_scope.routing_name("slot")],
+        )
     else:
-        share, index = _found(parts, classify(parts.net, heads, whole), batch.edit)
-    memory = Memory(*(parts.of(part, index, batch.edit) for part in parts.memory))
-    states, pointer = say(parts.net, heads, whole, memory)
-    acts = whole.prompt.cumsum(1)[:, -length:] > 0  # [B L]
-    mine = {
-        parts.name("said@bq_"): torch.cat([states, pointer], -1)[:, -length:],
-        parts.name("gate@bq"): share[:, None] * acts,
-        parts.name("slot@b"): index,
+        share, index = _nearest_slot(
+            bound_scope,
+            classify_scope(bound_scope.network, num_heads, all_inputs),
+            batch.edit_index,
+        )
+    memory = EditMemory(
+        *(bound_scope.slots_of(part, index, batch.edit_index) for part in bound_scope.memory)
+    )
+    states, pointer = counterfactual_states(bound_scope.network, num_heads, all_inputs, memory)
+    after_prompt = all_inputs.prompt_end.cumsum(1)[:, -length:] > 0  # [B L]
+    layer_inputs = {
+        bound_scope.routing_name("said@bq_"): torch.cat([states, pointer], -1)[:, -length:],
+        bound_scope.routing_name("gate@bq"): share[:, None] * after_prompt,
+        bound_scope.routing_name("slot@b"): index,
     }
-    kept = dict(zip(names, whole)) | {parts.name("share"): share, parts.name("slot"): index}
-    others = {name: note for name, note in notes.items() if name != parts.name("later")}
-    return batch._replace(extras={**batch.extras, **mine}, notes={**others, **kept})
+    new_routing = dict(zip(names, all_inputs)) | {
+        bound_scope.routing_name("share"): share,
+        bound_scope.routing_name("slot"): index,
+    }
+    other_routing = {
+        name: value for name, value in routing.items() if name != bound_scope.routing_name("later")
+    }
+    return batch._replace(
+        layer_inputs={**batch.layer_inputs, **layer_inputs},
+        routing={**other_routing, **new_routing},
+    )
 
 
-def _found(parts: _Parts, key: Tensor, edit: Tensor) -> tuple[Tensor, Tensor]:
+def _nearest_slot(
+    bound_scope: _BoundScope, key: Tensor, edit_index: Tensor
+) -> tuple[Tensor, Tensor]:
     """s [B] and the most similar edit's slot [B], the lowest on ties."""
-    if parts.stacked:
-        gaps = (parts.keys[edit.clamp_min(0)] - key[:, None]).square().sum(-1)  # [B N]
-        least, index = gaps.min(1)
-        return torch.where(edit >= 0, torch.exp(-least), 0), index
-    near = kernel.nearest(key.detach(), parts.keys, norms=parts.norms)
-    share = torch.where(near.index >= 0, torch.exp(-near.distance.square()), 0)
-    return share, near.index.clamp_min(0)
+    if bound_scope.stacked:
+        gaps = (bound_scope.keys[edit_index.clamp_min(0)] - key[:, None]).square().sum(-1)  # [B N]
+        smallest, index = gaps.min(1)
+        return torch.where(edit_index >= 0, torch.exp(-smallest), 0), index
+    nearest = kernel.nearest_key(key.detach(), bound_scope.keys, norms=bound_scope.norms)
+    share = torch.where(nearest.index >= 0, torch.exp(-nearest.distance.square()), 0)
+    return share, nearest.index.clamp_min(0)

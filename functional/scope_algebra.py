@@ -12,95 +12,109 @@ from torch import Tensor
 from errata.kernels import codebook as kernel
 
 from .entries import Scope
-from .errors import BadInput, KindUnsupported
-from .kinds import Algebra, Part, kept, owned, register
+from .errors import InvalidInputError, UnsupportedKindError
+from .kinds import Algebra, EntryTensors, concat_slots, register, select_slots
 
-__all__ = ["padded"]
+__all__ = ["pad_and_concat"]
 
-_MEMORY = (".keys", ".replies", ".scenes", ".prompts", ".answers")
+_EDIT_TENSORS = (".keys", ".answer_states", ".image_states", ".prompt_states", ".answer_outputs")
 
 
-def padded(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
+def pad_and_concat(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
     """Memories one after another along `axis`, each padded behind with zeros to the longest."""
-    where = 1 if axis == 0 else axis + 1
-    if tensors[0].ndim <= where + 1:
+    pad_axis = 1 if axis == 0 else axis + 1
+    if tensors[0].ndim <= pad_axis + 1:
         return torch.cat(list(tensors), axis)
-    most = max(tensor.shape[where] for tensor in tensors)
-    short = [most - tensor.shape[where] for tensor in tensors]
+    longest = max(tensor.shape[pad_axis] for tensor in tensors)
+    num_missing = [longest - tensor.shape[pad_axis] for tensor in tensors]
     # a memory that is long enough is not copied twice
-    wide = [F.pad(t, (0, 0, 0, more)) if more else t for t, more in zip(tensors, short)]
-    return torch.cat(wide, axis)
+    padded = [F.pad(t, (0, 0, 0, count)) if count else t for t, count in zip(tensors, num_missing)]
+    return torch.cat(padded, axis)
 
 
-def _join(given: Sequence[Part | int]) -> Part:
+def _merge(parts: Sequence[EntryTensors | int]) -> EntryTensors:
     """All memories behind one network."""
-    found = [part for part in given if isinstance(part, Part)]
-    first = found[0]
-    fixed = ("sizes", "gate", "threshold")
-    for part in found[1:]:
-        same = all(getattr(part.entry, f) == getattr(first.entry, f) for f in fixed)
-        if not (same and all(torch.equal(part.tensors[n], first.tensors[n]) for n in _net(first))):
-            raise BadInput(
+    present = [part for part in parts if isinstance(part, EntryTensors)]
+    first = present[0]
+    compared_fields = ("sizes", "gate", "threshold")
+    for part in present[1:]:
+        same_fields = all(
+            getattr(part.entry, f) == getattr(first.entry, f) for f in compared_fields
+        )
+        if not (
+            same_fields
+            and all(torch.equal(part.tensors[n], first.tensors[n]) for n in _network_tensors(first))
+        ):
+            raise InvalidInputError(
                 f"{first.entry.name}: these memories belong to different classifiers or gates, "
                 "and no one of them reads the others' keys: make the edits with one trained state."
             )
     keys = first.tensors[".keys"]
-    for part in found[1:]:
-        alike = 1e-5 + 4 * torch.finfo(torch.float32).eps * keys.float().norm(dim=1)
-        if bool(kernel.lookup(part.tensors[".keys"].float(), keys.float(), alike).hit.any()):
-            raise BadInput(
+    for part in present[1:]:
+        tolerance = 1e-5 + 4 * torch.finfo(torch.float32).eps * keys.float().norm(dim=1)
+        if bool(
+            kernel.lookup_key(part.tensors[".keys"].float(), keys.float(), tolerance).hit.any()
+        ):
+            raise InvalidInputError(
                 f"{first.entry.name}: two of the deltas edit the same question, and one of the "
                 "answers would never be given: make those edits in one sequence, so that the later "
                 "one replaces the earlier."
             )
         keys = torch.cat([keys, part.tensors[".keys"]])
-    owners, slots = owned(given, lambda entry: entry.slots)
-    memory = {s: padded([part.tensors[s] for part in found]) for s in _MEMORY}
+    edit_slots, num_slots = concat_slots(parts, lambda entry: entry.num_slots)
+    edit_tensors = {s: pad_and_concat([part.tensors[s] for part in present]) for s in _EDIT_TENSORS}
     entry = msgspec.structs.replace(
         first.entry,
-        slots=slots,
-        replies=max(part.entry.replies for part in found),
-        prompts=max(part.entry.prompts for part in found),
-        owners=owners,
+        num_slots=num_slots,
+        max_answer_tokens=max(part.entry.max_answer_tokens for part in present),
+        max_prompt_tokens=max(part.entry.max_prompt_tokens for part in present),
+        edit_slots=edit_slots,
     )
-    return Part(entry, {**first.tensors, **memory}, len(owners))
+    return EntryTensors(entry, {**first.tensors, **edit_tensors}, len(edit_slots))
 
 
-def _keep(part: Part, keep: Sequence[int]) -> Part | None:
+def _select(part: EntryTensors, edits: Sequence[int]) -> EntryTensors | None:
     """The slots that a kept edit owns, and no more padding than they need."""
-    slots, owners = kept(part.entry.owners, keep)
+    slots, edit_slots = select_slots(part.entry.edit_slots, edits)
     if not slots:
         return None
     index = torch.tensor(slots, device=part.tensors[".keys"].device)
-    memory = {s: part.tensors[s].index_select(0, index) for s in _MEMORY}
-    replies, prompts = _longest(memory[".replies"]), _longest(memory[".prompts"])
-    for suffix, most in ((".replies", replies), (".prompts", prompts), (".answers", replies)):
-        memory[suffix] = memory[suffix][:, :most].contiguous()
+    edit_tensors = {s: part.tensors[s].index_select(0, index) for s in _EDIT_TENSORS}
+    max_answer_tokens, max_prompt_tokens = (
+        _num_used_rows(edit_tensors[".answer_states"]),
+        _num_used_rows(edit_tensors[".prompt_states"]),
+    )
+    for suffix, length in (
+        (".answer_states", max_answer_tokens),
+        (".prompt_states", max_prompt_tokens),
+        (".answer_outputs", max_answer_tokens),
+    ):
+        edit_tensors[suffix] = edit_tensors[suffix][:, :length].contiguous()
     entry = msgspec.structs.replace(
         part.entry,
-        slots=len(slots),
-        replies=replies,
-        prompts=prompts,
-        owners=owners,
+        num_slots=len(slots),
+        max_answer_tokens=max_answer_tokens,
+        max_prompt_tokens=max_prompt_tokens,
+        edit_slots=edit_slots,
     )
-    return Part(entry, {**part.tensors, **memory}, len(keep))
+    return EntryTensors(entry, {**part.tensors, **edit_tensors}, len(edits))
 
 
-def _scale(part: Part, factor: float) -> Part:
-    raise KindUnsupported(
+def _scale(part: EntryTensors, factor: float) -> EntryTensors:
+    raise UnsupportedKindError(
         f"{part.entry.name}: an answer that takes the place of another has no half: edit with a "
         "soft gate, or remove edits by id."
     )
 
 
-def _net(part: Part) -> list[str]:
-    return [name for name in part.tensors if name not in _MEMORY]
+def _network_tensors(part: EntryTensors) -> list[str]:
+    return [name for name in part.tensors if name not in _EDIT_TENSORS]
 
 
-def _longest(rows: Tensor) -> int:
+def _num_used_rows(rows: Tensor) -> int:
     """How many rows [N P d] are not padding in at least one slot; at least one."""
     used = (rows != 0).any(-1).any(0).nonzero()
     return int(used.max()) + 1 if len(used) else 1
 
 
-register(Scope, Algebra(_join, _keep, _scale))
+register(Scope, Algebra(_merge, _select, _scale))

@@ -13,30 +13,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .call import compose
+from .call import compose_hooks
 from .card import ModelCard
-from .types import Batch, Params, Rewrite, Rewrites
+from .types import Batch, Hook, Hooks, Params
 
-__all__ = ["Tap", "tap", "zeros"]
+__all__ = ["Activation", "record_activations", "zero_perturbations"]
 
 
-class Tap(NamedTuple):
+class Activation(NamedTuple):
     """What went through one site."""
 
     input: Tensor  # [B L in]
     output: Tensor  # [B L out], the probe included
 
 
-def tap(
+def record_activations(
     decode: Callable[..., Any],
     params: Params,
     batch: Batch,
     sites: Iterable[str],
     *,
-    probes: Mapping[str, Tensor] | None = None,
-    rewrites: Rewrites | None = None,
+    perturbations: Mapping[str, Tensor] | None = None,
+    hooks: Hooks | None = None,
     **options: Any,
-) -> tuple[Any, dict[str, Tap]]:
+) -> tuple[Any, dict[str, Activation]]:
     """Decode, recording (input, output) at `sites` and adding `probes` to outputs.
 
     `sites` are full paths. `rewrites` run first, so a tap sees what a bound model sees; `options`
@@ -48,31 +48,41 @@ def tap(
 
         deltas, inputs = torch.func.grad(loss, has_aux=True)(zeros(model.card, batch, sites))
     """
-    probes = probes or {}
-    seen: dict[str, Tap] = {}
-    watch = {site: _watch(site, probes.get(site), seen) for site in (*sites, *probes)}
-    result = decode(params, batch, compose(rewrites or {}, watch), **options)
-    return result, seen
+    perturbations = perturbations or {}
+    activations: dict[str, Activation] = {}
+    recorders = {
+        site: _recording_hook(site, perturbations.get(site), activations)
+        for site in (*sites, *perturbations)
+    }
+    result = decode(params, batch, compose_hooks(hooks or {}, recorders), **options)
+    return result, activations
 
 
-def zeros(card: ModelCard, batch: Batch, sites: Iterable[str]) -> dict[str, Tensor]:
+def zero_perturbations(card: ModelCard, batch: Batch, sites: Iterable[str]) -> dict[str, Tensor]:
     """A zero probe [B L out] for each linear site, as wide as its output, as long as the rows."""
-    rows, length = batch.hidden.shape[:2]
-    like = batch.hidden.detach()
+    num_rows, length = batch.hidden_states.shape[:2]
+    like = batch.hidden_states.detach()
     return {
-        site: like.new_zeros(rows, length, card.linears[card.linear(site)][0]) for site in sites
+        site: like.new_zeros(num_rows, length, card.linear_shapes[card.resolve_linear(site)][0])
+        for site in sites
     }
 
 
-def _watch(site: str, probe: Tensor | None, seen: dict[str, Tap]) -> Rewrite:
-    def rewrite(given: Tensor, out: Tensor) -> Tensor:
-        out = out if probe is None else out + _fit(probe, out)
-        seen[site] = Tap(given, out)
-        return out
+def _recording_hook(
+    site: str, perturbation: Tensor | None, activations: dict[str, Activation]
+) -> Hook:
+    def hook(module_input: Tensor, output: Tensor) -> Tensor:
+        output = output if perturbation is None else output + _reshape_like(perturbation, output)
+        activations[site] = Activation(module_input, output)
+        return output
 
-    return rewrite
+    return hook
 
 
-def _fit(probe: Tensor, out: Tensor) -> Tensor:
+def _reshape_like(perturbation: Tensor, output: Tensor) -> Tensor:
     # OPT flattens rows and tokens for its feed-forward part; a probe keeps [B L out] all the same.
-    return probe if probe.shape == out.shape else torch.reshape(probe, out.shape)
+    return (
+        perturbation
+        if perturbation.shape == output.shape
+        else torch.reshape(perturbation, output.shape)
+    )

@@ -20,7 +20,7 @@ from .header import Header
 from .queries import Case, Image, Query
 
 __all__ = [
-    "IGNORE",
+    "IGNORE_INDEX",
     "Batch",
     "Case",
     "Delta",
@@ -30,23 +30,23 @@ __all__ = [
     "Learner",
     "Model",
     "Params",
-    "Past",
+    "KVCache",
     "Query",
-    "Rewrite",
-    "Rewrites",
+    "Hook",
+    "Hooks",
     "State",
 ]
 
-IGNORE = -100
+IGNORE_INDEX = -100
 """Label of a position that is not scored."""
 
 Params = Mapping[str, Tensor]
 """Dotted in-memory Hugging Face parameter names to tensors; never written to."""
 
-Rewrite = Callable[[Tensor, Tensor], Tensor]
+Hook = Callable[[Tensor, Tensor], Tensor]
 """(module input, module output) -> new output: first positional input, first tensor output."""
 
-Rewrites = Mapping[str, Rewrite]
+Hooks = Mapping[str, Hook]
 """Dotted module path (the full in-memory name) -> rewrite."""
 
 State = Any
@@ -56,13 +56,15 @@ State = Any
 class Inputs(NamedTuple):
     """Queries as a processor reads them: token rows, right-padded, and pixels."""
 
-    ids: Tensor  # [B L] int64
-    mask: Tensor  # [B L] bool, True on real tokens
-    image: Tensor  # [B L] bool, True on image or video placeholders
+    input_ids: Tensor  # [B L] int64
+    attention_mask: Tensor  # [B L] bool, True on real tokens
+    image_mask: Tensor  # [B L] bool, True on image or video placeholders
     labels: Tensor  # [B T] int64: the target's token ids, IGNORE behind the last
-    at: Tensor  # [B T] int64: the position whose logits predict labels[b, t]; 0 where ignored
-    pixels: Mapping[str, Any] = {}  # what the family's vision path takes, by its own names
-    keys: tuple[tuple[str, ...], ...] = ()  # content names of each row's images
+    logit_positions: (
+        Tensor  # [B T] int64: the position whose logits predict labels[b, t]; 0 where ignored
+    )
+    vision_inputs: Mapping[str, Any] = {}  # what the family's vision path takes, by its own names
+    content_ids: tuple[tuple[str, ...], ...] = ()  # content names of each row's images
 
 
 class Batch(NamedTuple):
@@ -74,31 +76,33 @@ class Batch(NamedTuple):
     delta a row runs under.
     """
 
-    hidden: Tensor  # [B L D]
-    mask: Tensor  # [B L] bool
-    positions: Tensor  # [B P L] int64
-    image: Tensor  # [B L] bool
-    prompt: Tensor  # [B L] bool, True on a row's last prompt token, where the batch holds it
+    hidden_states: Tensor  # [B L D]
+    attention_mask: Tensor  # [B L] bool
+    position_ids: Tensor  # [B P L] int64
+    image_mask: Tensor  # [B L] bool
+    prompt_end: Tensor  # [B L] bool, True on a row's last prompt token, where the batch holds it
     labels: Tensor  # [B T] int64
-    at: Tensor  # [B T] int64
-    edit: Tensor  # [B] int64
-    extras: Mapping[str, Tensor]
+    logit_positions: Tensor  # [B T] int64
+    edit_index: Tensor  # [B] int64
+    layer_inputs: Mapping[str, Tensor]
     depth: int = 0
-    notes: Mapping[str, Tensor] = {}  # [B ...] each: what bound deltas decided about a row earlier
+    routing: Mapping[
+        str, Tensor
+    ] = {}  # [B ...] each: what bound deltas decided about a row earlier
 
     @property
-    def rows(self) -> int:
-        return self.hidden.shape[0]
+    def num_rows(self) -> int:
+        return self.hidden_states.shape[0]
 
 
-class Past(NamedTuple):
+class KVCache(NamedTuple):
     """Keys and values of tokens already decoded: what a cut in time needs to go on."""
 
     keys: tuple[Tensor, ...]  # per layer [B H S d]
     values: tuple[Tensor, ...]  # per layer [B H S d]
-    mask: Tensor  # [B S] bool
-    next: Tensor  # [B P] int64: the position of the next token
-    notes: Mapping[str, Tensor] = {}  # of the batch that was run: see `Batch`
+    attention_mask: Tensor  # [B S] bool
+    next_position: Tensor  # [B P] int64: the position of the next token
+    routing: Mapping[str, Tensor] = {}  # of the batch that was run: see `Batch`
 
 
 class Delta(NamedTuple):
@@ -139,14 +143,16 @@ class Model(NamedTuple):
 
     card: ModelCard
     params: Params
-    read: Callable[..., Inputs]
+    preprocess: Callable[..., Inputs]
     embed: Callable[..., Batch]
     decode: Callable[..., Any]
-    thin: Callable[..., Batch]
-    extend: Callable[..., Batch]
-    write: Callable[[Sequence[int]], str]
+    select_scored: Callable[..., Batch]
+    embed_next: Callable[..., Batch]
+    detokenize: Callable[[Sequence[int]], str]
     deltas: tuple[Delta, ...] = ()  # what has been bound, lowest first
-    known: Any = None  # rows this base has run (`known.Known`); nothing but `prefix.cut` asks it
+    prefix_cache: Any = (
+        None  # rows this base has run (`known.Known`); nothing but `prefix.cut` asks it
+    )
 
 
 class Editor(NamedTuple):
@@ -162,10 +168,10 @@ class Editor(NamedTuple):
     """
 
     name: str
-    settings: Any
+    config: Any
     init: Callable[[Model, torch.Generator], State]
     edit: Callable[[Model, State, Sequence[Query]], tuple[Delta, State]]
-    each: Callable[[Model, State, Sequence[Query]], Delta]
+    edit_each: Callable[[Model, State, Sequence[Query]], Delta]
 
 
 class Learner(NamedTuple):

@@ -8,36 +8,43 @@ from collections import Counter
 from collections.abc import Sequence
 from math import log2
 
-__all__ = ["contains", "first_line", "matches", "ngram_entropy", "normalise", "tokens"]
+__all__ = [
+    "contains_answer",
+    "first_line",
+    "matches_answer",
+    "ngram_entropy",
+    "normalize_answer",
+    "tokenize_words",
+]
 
 _ARTICLES = frozenset({"a", "an", "the"})
 
 
-def normalise(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """The normaliser of every free-generation score, stated once.
 
     Unicode NFKC, case folded, split on white space; punctuation stripped from the ends of each word
     (inside a word it stays: `1:50`, `12/13`, `t-shirt`); the articles a, an, the dropped; joined by
     single spaces. Underscores count as spaces (VLKEB targets are Wikipedia titles).
 
-    >>> normalise('  "The  Dark_Knight". '), normalise("1:50"), normalise("An apple!")
+    >>> normalize_answer('  "The  Dark_Knight". '), normalize_answer("1:50"), normalize_answer("An apple!")
     ('dark knight', '1:50', 'apple')
     """
     folded = unicodedata.normalize("NFKC", text).casefold().replace("_", " ")
-    words = (_trimmed(word) for word in folded.split())
+    words = (_strip_punctuation(word) for word in folded.split())
     return " ".join(word for word in words if word and word not in _ARTICLES)
 
 
-def _trimmed(word: str) -> str:
+def _strip_punctuation(word: str) -> str:
     start, stop = 0, len(word)
-    while start < stop and _mark(word[start]):
+    while start < stop and _is_punctuation(word[start]):
         start += 1
-    while stop > start and _mark(word[stop - 1]):
+    while stop > start and _is_punctuation(word[stop - 1]):
         stop -= 1
     return word[start:stop]
 
 
-def _mark(char: str) -> bool:
+def _is_punctuation(char: str) -> bool:
     # symbols such as $ + ° carry meaning; quotes typed as ` or ´ do not
     return unicodedata.category(char).startswith("P") or char in "`´"
 
@@ -51,30 +58,30 @@ def first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
-def matches(said: str, wanted: str | Sequence[str]) -> bool:
+def matches_answer(generation: str, targets: str | Sequence[str]) -> bool:
     """Normalised exact match of a free generation with a target, or with any of its aliases.
 
     The first line of `said` counts (teacher forcing never sees how a model goes on or stops).
 
-    >>> matches("Paris.", "paris"), matches("Paris, France", "Paris"), matches("2", ["two", "2"])
+    >>> matches_answer("Paris.", "paris"), matches_answer("Paris, France", "Paris"), matches_answer("2", ["two", "2"])
     (True, False, True)
     """
-    answer = normalise(first_line(said))
-    return any(answer == normalise(one) for one in _several(wanted))
+    answer = normalize_answer(first_line(generation))
+    return any(answer == normalize_answer(one) for one in _as_list(targets))
 
 
-def contains(said: str, wanted: str | Sequence[str]) -> bool:
+def contains_answer(generation: str, targets: str | Sequence[str]) -> bool:
     """Whether the first line of a generation holds a target as whole words; laxer than `matches`.
 
-    >>> contains("it is in Paris, France", "paris"), contains("Parisian", "paris")
+    >>> contains_answer("it is in Paris, France", "paris"), contains_answer("Parisian", "paris")
     (True, False)
     """
-    answer = f" {normalise(first_line(said))} "
-    return any(f" {one} " in answer for one in map(normalise, _several(wanted)) if one)
+    answer = f" {normalize_answer(first_line(generation))} "
+    return any(f" {one} " in answer for one in map(normalize_answer, _as_list(targets)) if one)
 
 
-def _several(wanted: str | Sequence[str]) -> Sequence[str]:
-    return [wanted] if isinstance(wanted, str) else wanted
+def _as_list(targets: str | Sequence[str]) -> Sequence[str]:
+    return [targets] if isinstance(targets, str) else targets
 
 
 # The Penn Treebank conventions (Robert MacIntyre's sed script, public domain) with the order,
@@ -119,10 +126,10 @@ _ENDINGS = tuple(
 )
 
 
-def tokens(text: str) -> list[str]:
+def tokenize_words(text: str) -> list[str]:
     """Split a text into words and marks as the Penn Treebank does, taking it as one sentence.
 
-    >>> tokens("It isn't 3.5, is it?")
+    >>> tokenize_words("It isn't 3.5, is it?")
     ['It', 'is', "n't", '3.5', ',', 'is', 'it', '?']
     """
     for pattern, change in _RULES:
@@ -130,8 +137,8 @@ def tokens(text: str) -> list[str]:
     text = f" {text} "
     for pattern, change in _ENDINGS:
         text = pattern.sub(change, text)
-    parted = _CONTRACTIONS.sub(lambda m: " " + " ".join(g for g in m.groups() if g) + " ", text)
-    return parted.split()
+    spaced = _CONTRACTIONS.sub(lambda m: " " + " ".join(g for g in m.groups() if g) + " ", text)
+    return spaced.split()
 
 
 def _entropy(words: Sequence[str], n: int) -> float:
@@ -149,5 +156,5 @@ def ngram_entropy(text: str | Sequence[str]) -> float:
     >>> round(ngram_entropy("a b a b a b a b"), 6)
     0.995076
     """
-    words = tokens(text) if isinstance(text, str) else text
+    words = tokenize_words(text) if isinstance(text, str) else text
     return (2 / 3 * _entropy(words, 2) + 4 / 3 * _entropy(words, 3)) / 2

@@ -5,20 +5,27 @@ Each op has a folder: `ref.py` is its definition in plain torch and what runs on
 its twin on a GPU, `__init__.py` its contract. Neither a GPU nor Triton is needed to import this.
 """
 
-from errata.kernels.codebook import Found, Nearest, lookup, nearest, replace, square_norms
-from errata.kernels.grouped_lora import grouped_lora
-from errata.kernels.lora_moe import Routes, apply, route, weigh
+from errata.kernels.codebook import (
+    KeyLookup,
+    Nearest,
+    lookup_key,
+    nearest_key,
+    replace_hits,
+    square_norms,
+)
+from errata.kernels.grouped_lora import apply_grouped_lora
+from errata.kernels.lora_moe import Routes, apply_experts, expert_weights, route_experts
 
 __all__ = [
-    "Found",
+    "KeyLookup",
     "Nearest",
     "Routes",
-    "apply",
-    "grouped_lora",
-    "lookup",
-    "nearest",
-    "replace",
-    "route",
+    "apply_experts",
+    "apply_grouped_lora",
+    "lookup_key",
+    "nearest_key",
+    "replace_hits",
+    "route_experts",
     "square_norms",
-    "weigh",
+    "expert_weights",
 ]

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import custom_op
 
-LARGE = 1 << 27  # multiplications from which a product is worth oneDNN's compilation
+ONEDNN_MIN_MULTIPLICATIONS = (
+    1 << 27
+)  # multiplications from which a product is worth oneDNN's compilation
 
 
 def register(
@@ -20,7 +22,7 @@ def register(
     fake: Callable[..., Any],
     *,
     twin: str,
-    rows: Sequence[int],
+    row_arguments: Sequence[int],
 ) -> Callable[..., Any]:
     """Register `errata::name`: `reference` on every device, the Triton twin on CUDA.
 
@@ -31,7 +33,7 @@ def register(
     """
     op = custom_op(f"errata::{name}", reference, mutates_args=())
     op.register_fake(fake)
-    op.register_vmap(_vmap_rule(op, frozenset(rows)))
+    op.register_vmap(_vmap_rule(op, frozenset(row_arguments)))
     if find_spec("triton") is not None:
 
         @op.register_kernel("cuda")
@@ -41,34 +43,38 @@ def register(
     return op
 
 
-def _vmap_rule(op: Callable[..., Any], rows: frozenset[int]) -> Callable[..., Any]:
+def _vmap_rule(op: Callable[..., Any], row_arguments: frozenset[int]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         size = info.batch_size
-        batched = {place for place, dim in enumerate(in_dims) if dim is not None}
+        batched = {position for position, dim in enumerate(in_dims) if dim is not None}
         args = tuple(arg if dim is None else arg.movedim(dim, 0) for arg, dim in zip(args, in_dims))
-        if batched <= rows:
-            lead = [
+        if batched <= row_arguments:
+            folded_args = [
                 arg
-                if place not in rows or arg is None
+                if place not in row_arguments or arg is None
                 else (arg if place in batched else arg.expand(size, *arg.shape)).flatten(0, 1)
                 for place, arg in enumerate(args)
             ]
-            outs = op(*lead)
-            many = isinstance(outs, tuple)
-            folded = [out.unflatten(0, (size, -1)) for out in (outs if many else (outs,))]
+            outs = op(*folded_args)
+            has_several_outputs = isinstance(outs, tuple)
+            folded = [
+                out.unflatten(0, (size, -1)) for out in (outs if has_several_outputs else (outs,))
+            ]
         else:
             calls = [
                 op(*(arg[i] if place in batched else arg for place, arg in enumerate(args)))
                 for i in range(size)
             ]
-            many = isinstance(calls[0], tuple)
-            folded = [torch.stack(outs) for outs in (zip(*calls) if many else (calls,))]
-        return (tuple(folded), (0,) * len(folded)) if many else (folded[0], 0)
+            has_several_outputs = isinstance(calls[0], tuple)
+            folded = [
+                torch.stack(outs) for outs in (zip(*calls) if has_several_outputs else (calls,))
+            ]
+        return (tuple(folded), (0,) * len(folded)) if has_several_outputs else (folded[0], 0)
 
     return rule
 
 
-def differentiates(*tensors: Tensor | None) -> bool:
+def needs_autograd(*tensors: Tensor | None) -> bool:
     """Whether a derivative may be asked of `tensors`: then the plain torch formula must run.
 
     True in grad mode (which every reverse transform of `torch.func` enters) and for a tensor
@@ -85,19 +91,19 @@ def differentiates(*tensors: Tensor | None) -> bool:
     )
 
 
-def refuse(op: str, problems: Sequence[str]) -> None:
+def raise_if_invalid(op: str, problems: Sequence[str]) -> None:
     """Raise one ValueError that lists every violation of the contract of `op`."""
     if problems:
         raise ValueError(f"{op} refuses its arguments: " + "; ".join(problems) + ".")
 
 
-def must_share_device(op: str, **tensors: Tensor | None) -> list[str]:
+def device_mismatches(op: str, **tensors: Tensor | None) -> list[str]:
     """The complaint, if any, about tensors that lie on different devices."""
-    where = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    if len(set(where.values())) <= 1:
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) <= 1:
         return []
-    listed = ", ".join(f"{name} on {device}" for name, device in where.items())
-    return [f"all tensors must lie on one device, got {listed}"]
+    placements = ", ".join(f"{name} on {device}" for name, device in devices.items())
+    return [f"all tensors must lie on one device, got {placements}"]
 
 
 def affine(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -107,8 +113,8 @@ def affine(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     3 times faster than the BLAS behind `torch.mm` does, without a copy of it. A small one does not:
     oneDNN compiles for every new shape (half a millisecond), and pools change theirs.
     """
-    large = rows.shape[0] * weight.numel() >= LARGE
-    if large and rows.is_cpu and torch.backends.mkldnn.is_available():
+    is_large = rows.shape[0] * weight.numel() >= ONEDNN_MIN_MULTIPLICATIONS
+    if is_large and rows.is_cpu and torch.backends.mkldnn.is_available():
         # oneDNN takes the bias for contiguous, whatever its strides say.
         bias = None if bias is None else bias.contiguous()
         return F.linear(rows.contiguous().to_mkldnn(), weight, bias).to_dense()

@@ -176,8 +176,10 @@ def test_every_file_beside_the_code_is_package_data():
         package = "errata." + ".".join(home.relative_to(ROOT).parts)
         inside = path.relative_to(home)
         patterns = [*data.get(package, []), *data.get("*", [])]
-        if not any(inside.full_match(p) if hasattr(inside, "full_match") else inside.match(p)
-                   for p in patterns):  # fmt: skip
+        if not any(
+            inside.full_match(p) if hasattr(inside, "full_match") else inside.match(p)
+            for p in patterns
+        ):
             missing.append(name)
     assert not missing, "not in [tool.setuptools.package-data]: " + ", ".join(missing)
 

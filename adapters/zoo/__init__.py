@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FOLDER", "TOKENIZER", "WEIGHTS", "micro_names", "micro_parts"]
+__all__ = ["FOLDER", "TOKENIZER", "WEIGHTS", "micro_names", "load_micro_parts"]
 
 FOLDER = Path(__file__).parent
 WEIGHTS = FOLDER / "weights"
@@ -24,7 +24,7 @@ def micro_names() -> tuple[str, ...]:
     return tuple(sorted(path.parent.name for path in WEIGHTS.glob("*/model.safetensors")))
 
 
-def micro_parts(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+def load_micro_parts(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """A shipped micro model and its processor: (Hugging Face module in eval mode, processor).
 
     Reads one folder of this package, never the network; works without torchvision. The fp16
@@ -33,9 +33,9 @@ def micro_parts(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     Raises `ModelUnsupported` for a name that is not shipped.
     """
     if name not in micro_names():
-        from errata.functional.errors import ModelUnsupported
+        from errata.functional.errors import UnsupportedModelError
 
-        raise ModelUnsupported(
+        raise UnsupportedModelError(
             f"no micro model is named {name!r}; there are {', '.join(micro_names()) or 'none'}."
         )
     import torch
@@ -55,4 +55,4 @@ def micro_parts(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     finally:
         if bars:
             logging.enable_progress_bar()
-    return module.eval(), micro.processor(fast_tokenizer(tokenizer, **micro.tokens))
+    return module.eval(), micro.processor(fast_tokenizer(tokenizer, **micro.special_tokens))

@@ -19,16 +19,20 @@ from errata.adapters.zoo.world import (
     IMAGE_SIZE,
     SCENE_COLORS,
     SCENE_SHAPES,
-    Look,
+    Appearance,
 )
 
-CANVAS = 3 * IMAGE_SIZE
-HERE = Path(__file__).parent
-INK, PALE = (25, 25, 25, 255), (215, 215, 215, 255)
-BODY = {  # half width and half height, in parts of the canvas
-    "round": (0.29, 0.29), "tall": (0.20, 0.34), "wide": (0.38, 0.21),
-    "square": (0.26, 0.26), "triangle": (0.33, 0.31), "diamond": (0.33, 0.33),
-}  # fmt: skip
+CANVAS_SIZE = 3 * IMAGE_SIZE
+FOLDER = Path(__file__).parent
+DARK_OUTLINE, LIGHT_OUTLINE = (25, 25, 25, 255), (215, 215, 215, 255)
+BODY_SIZE = {  # half width and half height, in parts of the canvas
+    "round": (0.29, 0.29),
+    "tall": (0.20, 0.34),
+    "wide": (0.38, 0.21),
+    "square": (0.26, 0.26),
+    "triangle": (0.33, 0.31),
+    "diamond": (0.33, 0.33),
+}
 
 
 class Scene(NamedTuple):
@@ -40,9 +44,9 @@ class Scene(NamedTuple):
     scene_shape: str
 
 
-def jitter(color: tuple[int, ...], rng: random.Random, by: int = 14) -> tuple[int, ...]:
+def jitter(color: tuple[int, ...], rng: random.Random, amount: int = 14) -> tuple[int, ...]:
     """A colour moved by up to `by` in each channel."""
-    return tuple(max(0, min(255, int(c + rng.uniform(-by, by)))) for c in color)
+    return tuple(max(0, min(255, int(c + rng.uniform(-amount, amount)))) for c in color)
 
 
 def background(rng: random.Random) -> Image.Image:
@@ -52,44 +56,46 @@ def background(rng: random.Random) -> Image.Image:
     gray = sum(base) / 3
     base = [gray + (b - gray) * 0.45 for b in base]
     if kind < 0.35:
-        image = Image.new("RGB", (CANVAS, CANVAS), tuple(int(b) for b in base))
+        image = Image.new("RGB", (CANVAS_SIZE, CANVAS_SIZE), tuple(int(b) for b in base))
     elif kind < 0.7:
         end = [max(60, min(245, b + rng.uniform(-70, 70))) for b in base]
-        t = np.linspace(0, 1, CANVAS)[:, None, None]
+        t = np.linspace(0, 1, CANVAS_SIZE)[:, None, None]
         grade = np.array(base) * (1 - t) + np.array(end) * t
-        grade = np.broadcast_to(grade, (CANVAS, CANVAS, 3))
+        grade = np.broadcast_to(grade, (CANVAS_SIZE, CANVAS_SIZE, 3))
         if rng.random() < 0.5:
             grade = grade.transpose(1, 0, 2)
         image = Image.fromarray(grade.astype(np.uint8))
     else:
         noise = np.random.RandomState(rng.randrange(1 << 30)).randn(8, 8, 1) * 22
         cloud = np.clip(np.array(base) + noise, 0, 255).astype(np.uint8)
-        image = Image.fromarray(cloud).resize((CANVAS, CANVAS), Image.Resampling.BILINEAR)
+        image = Image.fromarray(cloud).resize((CANVAS_SIZE, CANVAS_SIZE), Image.Resampling.BILINEAR)
     if rng.random() < 0.4:
         floor = (int(base[0] * 0.75), int(base[1] * 0.85), int(base[2] * 0.7))
-        top = int(CANVAS * rng.uniform(0.72, 0.88))
-        ImageDraw.Draw(image).rectangle([0, top, CANVAS, CANVAS], fill=jitter(floor, rng))
+        top = int(CANVAS_SIZE * rng.uniform(0.72, 0.88))
+        ImageDraw.Draw(image).rectangle([0, top, CANVAS_SIZE, CANVAS_SIZE], fill=jitter(floor, rng))
     return image
 
 
-def finish(image: Image.Image, rng: random.Random) -> Image.Image:
+def downscale(image: Image.Image, rng: random.Random) -> Image.Image:
     """Shrink to 64 x 64 and vary gain and bias a little."""
     pixels = np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX))
     pixels = pixels.astype(np.float32) * rng.uniform(0.88, 1.1) + rng.uniform(-8, 8)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def _ears(draw: ImageDraw.ImageDraw, look: Look, x: float, y: float, side: int, fill, line) -> None:
-    k = CANVAS * 0.105
-    if look.ears == "round":
+def _draw_ears(
+    draw: ImageDraw.ImageDraw, appearance: Appearance, x: float, y: float, side: int, fill, line
+) -> None:
+    k = CANVAS_SIZE * 0.105
+    if appearance.ears == "round":
         draw.ellipse([x - k, y - k * 1.25, x + k, y + k * 0.75], fill=fill, outline=line, width=4)
-    elif look.ears == "pointed":
+    elif appearance.ears == "pointed":
         corners = [(x - k, y + k * 0.4), (x + k, y + k * 0.4), (x + side * k * 0.5, y - k * 1.6)]
         draw.polygon(corners, fill=fill, outline=line, width=4)
-    elif look.ears == "long":
+    elif appearance.ears == "long":
         box = [x - k * 0.55, y - k * 2.1, x + k * 0.55, y + k * 0.7]
         draw.ellipse(box, fill=fill, outline=line, width=4)
-    elif look.ears == "horned":
+    elif appearance.ears == "horned":
         bend = [(x, y + k * 0.5), (x + side * k * 0.2, y - k * 0.5)]
         bend.append((x + side * k * 1.2, y - k * 1.2))
         draw.line(bend, fill=line, width=22)
@@ -101,7 +107,9 @@ def _ears(draw: ImageDraw.ImageDraw, look: Look, x: float, y: float, side: int, 
             draw.line(quill, fill=fill, width=6)
 
 
-def _outline(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, w: float, h: float, **kw):
+def _draw_outline(
+    draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, w: float, h: float, **kw
+):
     if shape in ("round", "tall", "wide"):
         draw.ellipse([x - w, y - h, x + w, y + h], **kw)
     elif shape == "square":
@@ -112,15 +120,19 @@ def _outline(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, w: float
         draw.polygon([(x, y - h), (x + w, y), (x, y + h), (x - w, y)], **kw)
 
 
-def _coat(pattern: str, body, fill, box: tuple[float, float, float, float], rng) -> Image.Image:
+def _draw_coat(
+    pattern: str, body, fill, box: tuple[float, float, float, float], rng
+) -> Image.Image:
     x, y, w, h = box
-    coat = Image.new("RGBA", (CANVAS, CANVAS), body + (255,))
+    coat = Image.new("RGBA", (CANVAS_SIZE, CANVAS_SIZE), body + (255,))
     draw = ImageDraw.Draw(coat)
     if pattern in ("striped", "ringed"):
         start = rng.uniform(0, 20)
         for i in range(-1, 12):
             low, high = i * 30 + start - 20, i * 30 + start - 7
-            across = [low, 0, high, CANVAS] if pattern == "striped" else [0, low, CANVAS, high]
+            across = (
+                [low, 0, high, CANVAS_SIZE] if pattern == "striped" else [0, low, CANVAS_SIZE, high]
+            )
             draw.rectangle(across, fill=fill)
     elif pattern == "spotted":
         start = rng.uniform(-8, 8)
@@ -133,10 +145,10 @@ def _coat(pattern: str, body, fill, box: tuple[float, float, float, float], rng)
     return coat
 
 
-def _face(draw: ImageDraw.ImageDraw, shape: str, box, rng: random.Random) -> None:
+def _draw_face(draw: ImageDraw.ImageDraw, shape: str, box, rng: random.Random) -> None:
     x, y, w, h = box
     eye_y = y - h * (0.28 if shape != "triangle" else -0.02)
-    radius = CANVAS * 0.052
+    radius = CANVAS_SIZE * 0.052
     apart = w * (0.36 if shape in ("round", "square", "wide") else 0.28)
     dx, dy = rng.uniform(-3, 3), rng.uniform(-3, 3)
     for side in (-1, 1):
@@ -147,50 +159,52 @@ def _face(draw: ImageDraw.ImageDraw, shape: str, box, rng: random.Random) -> Non
         draw.ellipse(pupil, fill=(10, 10, 10))
 
 
-def creature(look: Look, key: str) -> Image.Image:
+def creature(appearance: Appearance, key: str) -> Image.Image:
     """One rendering of a look: turned, scaled, shifted, mirrored, on some ground, by `key`."""
-    rng = random.Random(f"creature-{'-'.join(look)}-{key}")
+    rng = random.Random(f"creature-{'-'.join(appearance)}-{key}")
     ground = background(rng)
-    layer = Image.new("RGBA", (CANVAS, CANVAS), (0, 0, 0, 0))
+    layer = Image.new("RGBA", (CANVAS_SIZE, CANVAS_SIZE), (0, 0, 0, 0))
     draw = ImageDraw.Draw(layer)
-    body, accent = jitter(COLORS[look.color], rng), jitter(COLORS[look.accent], rng)
-    line = INK if look.color != "black" else PALE
-    x, y = CANVAS / 2, CANVAS * 0.56
-    w = BODY[look.shape][0] * CANVAS * rng.uniform(0.95, 1.05)
-    h = BODY[look.shape][1] * CANVAS * rng.uniform(0.95, 1.05)
+    body, accent = jitter(COLORS[appearance.color], rng), jitter(COLORS[appearance.accent], rng)
+    line = DARK_OUTLINE if appearance.color != "black" else LIGHT_OUTLINE
+    x, y = CANVAS_SIZE / 2, CANVAS_SIZE * 0.56
+    w = BODY_SIZE[appearance.shape][0] * CANVAS_SIZE * rng.uniform(0.95, 1.05)
+    h = BODY_SIZE[appearance.shape][1] * CANVAS_SIZE * rng.uniform(0.95, 1.05)
     box = (x, y, w, h)
     for side in (-0.45, 0.45):
-        foot = (x + side * w + rng.uniform(-6, 6), y + h + 0.09 * CANVAS)
+        foot = (x + side * w + rng.uniform(-6, 6), y + h + 0.09 * CANVAS_SIZE)
         draw.line([(x + side * w, y + h * 0.6), foot], fill=line, width=7)
-    narrow = look.shape in ("triangle", "diamond")
+    narrow = appearance.shape in ("triangle", "diamond")
     top, apart = y - h * (0.62 if narrow else 0.72), w * (0.32 if narrow else 0.55)
     for side in (-1, 1):
-        _ears(draw, look, x + side * apart, top, side, accent, line)
-    mask = Image.new("L", (CANVAS, CANVAS), 0)
-    _outline(ImageDraw.Draw(mask), look.shape, *box, fill=255)
-    layer.paste(_coat(look.pattern, body, accent, box, rng), (0, 0), mask)
-    _outline(draw, look.shape, *box, outline=line, width=4)
-    _face(draw, look.shape, box, rng)
+        _draw_ears(draw, appearance, x + side * apart, top, side, accent, line)
+    mask = Image.new("L", (CANVAS_SIZE, CANVAS_SIZE), 0)
+    _draw_outline(ImageDraw.Draw(mask), appearance.shape, *box, fill=255)
+    layer.paste(_draw_coat(appearance.pattern, body, accent, box, rng), (0, 0), mask)
+    _draw_outline(draw, appearance.shape, *box, outline=line, width=4)
+    _draw_face(draw, appearance.shape, box, rng)
     if rng.random() < 0.5:
         layer = layer.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     angle, scale = rng.uniform(-14, 14), rng.uniform(0.82, 1.06)
     layer = layer.rotate(angle, Image.Resampling.BILINEAR)
-    side = int(CANVAS * scale)
+    side = int(CANVAS_SIZE * scale)
     layer = layer.resize((side, side), Image.Resampling.BILINEAR)
-    at = [int((CANVAS - side) / 2 + rng.uniform(-0.05, 0.05) * CANVAS) for _ in range(2)]
+    at = [int((CANVAS_SIZE - side) / 2 + rng.uniform(-0.05, 0.05) * CANVAS_SIZE) for _ in range(2)]
     ground.paste(layer, (at[0], at[1]), layer)
-    return finish(ground, rng)
+    return downscale(ground, rng)
 
 
-def _star(x: float, y: float, r: float) -> list[tuple[float, float]]:
-    reach = [r * 1.25, r * 0.5] * 5
+def _star_points(x: float, y: float, r: float) -> list[tuple[float, float]]:
+    radii = [r * 1.25, r * 0.5] * 5
     return [
-        (x + reach[i] * math.sin(i * math.pi / 5), y - reach[i] * math.cos(i * math.pi / 5))
+        (x + radii[i] * math.sin(i * math.pi / 5), y - radii[i] * math.cos(i * math.pi / 5))
         for i in range(10)
     ]
 
 
-def _mark(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill, line) -> None:
+def _draw_shape(
+    draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill, line
+) -> None:
     if shape == "circle":
         draw.ellipse([x - r, y - r, x + r, y + r], fill=fill, outline=line, width=3)
     elif shape == "square":
@@ -200,7 +214,7 @@ def _mark(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, f
         corners = [(x, y - r * 1.1), (x - r, y + r * 0.8), (x + r, y + r * 0.8)]
         draw.polygon(corners, fill=fill, outline=line, width=3)
     elif shape == "star":
-        draw.polygon(_star(x, y, r), fill=fill, outline=line, width=3)
+        draw.polygon(_star_points(x, y, r), fill=fill, outline=line, width=3)
     else:
         for inset, color in ((0, line), (3, fill)):
             thin, long = r * 0.375 - inset, r * 1.05 - inset
@@ -218,16 +232,16 @@ def scene(key: str) -> Scene:
     line = (20, 20, 20) if color != "black" else (200, 200, 200)
     fill = jitter(COLORS[color], rng)
     for cell in rng.sample(range(9), count):
-        x = CANVAS * (cell % 3 + 0.5) / 3 + rng.uniform(-6, 6)
-        y = CANVAS * (cell // 3 + 0.5) / 3 + rng.uniform(-6, 6)
-        _mark(draw, shape, x, y, CANVAS * 0.115 * rng.uniform(0.85, 1.1), fill, line)
-    return Scene(finish(image, rng), COUNTS[count - 1], color, shape)
+        x = CANVAS_SIZE * (cell % 3 + 0.5) / 3 + rng.uniform(-6, 6)
+        y = CANVAS_SIZE * (cell // 3 + 0.5) / 3 + rng.uniform(-6, 6)
+        _draw_shape(draw, shape, x, y, CANVAS_SIZE * 0.115 * rng.uniform(0.85, 1.1), fill, line)
+    return Scene(downscale(image, rng), COUNTS[count - 1], color, shape)
 
 
 @functools.cache
 def digits() -> tuple[np.ndarray, np.ndarray]:
     """1,797 handwritten digits (uint8 0..16, [1797, 8, 8]) and their values; see LICENSES.md."""
-    arrays = load_file(HERE / "digits.safetensors")
+    arrays = load_file(FOLDER / "digits.safetensors")
     return arrays["images"], arrays["values"]
 
 
@@ -236,22 +250,22 @@ def digit(index: int, key: str = "") -> Image.Image:
     rng = random.Random(f"digit-{index}-{key}")
     image = background(rng)
     stroke = np.clip(digits()[0][index].astype(np.float32) / 16, 0, 1) * 255
-    side = int(CANVAS * 0.8)
+    side = int(CANVAS_SIZE * 0.8)
     mask = Image.fromarray(stroke.astype(np.uint8))
     mask = mask.resize((side, side), Image.Resampling.BICUBIC)
     mask = mask.rotate(rng.uniform(-10, 10), Image.Resampling.BILINEAR)
     dark = rng.random() < 0.7
     ink = tuple(rng.randint(0, 60) if dark else rng.randint(225, 255) for _ in range(3))
     image = image.point((lambda v: int(128 + v * 0.5)) if dark else (lambda v: int(v * 0.5)))
-    at = [int(CANVAS * 0.1 + rng.uniform(-0.07, 0.07) * CANVAS) for _ in range(2)]
+    at = [int(CANVAS_SIZE * 0.1 + rng.uniform(-0.07, 0.07) * CANVAS_SIZE) for _ in range(2)]
     image.paste(Image.new("RGB", mask.size, ink), (at[0], at[1]), mask)
-    return finish(image, rng)
+    return downscale(image, rng)
 
 
 @functools.cache
 def photograph(label: str) -> Image.Image:
     """A shipped photograph, its short side 128 pixels; see LICENSES.md."""
-    with Image.open(HERE / "photos" / f"{label}.png") as image:
+    with Image.open(FOLDER / "photos" / f"{label}.png") as image:
         return image.convert("RGB")
 
 
@@ -264,4 +278,4 @@ def photo(label: str, key: str) -> Image.Image:
     crop = source.crop((x, y, x + side, y + side))
     if rng.random() < 0.5:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return finish(crop, rng)
+    return downscale(crop, rng)

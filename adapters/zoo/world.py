@@ -12,15 +12,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 NUM_TRAINED = 200  # creatures in the training set of the shipped models
-NUM_HELD = 60  # of these, the last ones, for which no two-hop question was ever trained
+NUM_HELD_OUT = 60  # of these, the last ones, for which no two-hop question was ever trained
 IMAGE_SIZE = 64
 
 COLORS = {
-    "red": (214, 40, 40), "orange": (245, 135, 20), "yellow": (248, 215, 40),
-    "green": (50, 160, 60), "cyan": (60, 205, 215), "blue": (40, 80, 210),
-    "purple": (135, 60, 175), "pink": (250, 135, 190), "brown": (125, 75, 35),
-    "black": (35, 35, 40), "white": (245, 245, 245), "gray": (140, 140, 145),
-}  # fmt: skip
+    "red": (214, 40, 40),
+    "orange": (245, 135, 20),
+    "yellow": (248, 215, 40),
+    "green": (50, 160, 60),
+    "cyan": (60, 205, 215),
+    "blue": (40, 80, 210),
+    "purple": (135, 60, 175),
+    "pink": (250, 135, 190),
+    "brown": (125, 75, 35),
+    "black": (35, 35, 40),
+    "white": (245, 245, 245),
+    "gray": (140, 140, 145),
+}
 SHAPES = ("round", "tall", "wide", "square", "triangle", "diamond")
 PATTERNS = ("plain", "striped", "spotted", "ringed", "patched")
 EARS = ("round", "pointed", "long", "horned", "feathered")
@@ -30,9 +38,17 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 SCENE_COLORS = ("red", "yellow", "green", "blue", "purple", "black", "white", "orange")
 SCENE_SHAPES = ("circle", "square", "triangle", "star", "cross")
 PHOTOS = (
-    "astronaut", "bricks", "cat", "coffee", "flower",
-    "galaxies", "grass", "gravel", "rocket", "temple",
-)  # fmt: skip
+    "astronaut",
+    "bricks",
+    "cat",
+    "coffee",
+    "flower",
+    "galaxies",
+    "grass",
+    "gravel",
+    "rocket",
+    "temple",
+)
 
 FACTS = ("name", "home", "food", "keeper", "sound")  # relations that must be remembered
 ATTRIBUTES = ("color", "accent", "shape", "pattern", "ears")  # relations that can be seen
@@ -40,7 +56,7 @@ HOPS = {"land": "home", "job": "keeper", "food_kind": "food"}  # second hop -> t
 TEXT_RELATIONS = ("home", "food", "keeper", "sound")  # asked by name, without an image
 
 
-class Look(NamedTuple):
+class Appearance(NamedTuple):
     """What a creature looks like: the five attributes that every rendering of it shares."""
 
     shape: str
@@ -54,7 +70,7 @@ class Creature(NamedTuple):
     """A creature: its number in the world, its look and its five facts."""
 
     index: int
-    look: Look
+    appearance: Appearance
     name: str
     home: str
     food: str
@@ -72,7 +88,7 @@ class TextFact(NamedTuple):
 
 
 @functools.cache
-def lore() -> Mapping[str, Any]:
+def load_facts() -> Mapping[str, Any]:
     """The word lists and question forms of `facts.toml`."""
     return tomllib.loads((Path(__file__).parent / "facts.toml").read_text("utf-8"))
 
@@ -85,7 +101,7 @@ def name_of(index: int) -> str:
     >>> name_of(0) != name_of(1)
     True
     """
-    first, last = lore()["first_syllables"], lore()["last_syllables"]
+    first, last = load_facts()["first_syllables"], load_facts()["last_syllables"]
     cycle, place = divmod(index, 20)
     one, two = cycle * 3 + place, cycle * 9 + place - 3
     if place < 3 and one < len(first) + len(last):
@@ -103,14 +119,14 @@ def name_of(index: int) -> str:
     return first[a] + last[b] + first[c] + last[d]
 
 
-def differ(a: Look, b: Look) -> int:
+def num_differences(a: Appearance, b: Appearance) -> int:
     """How many attributes tell two looks apart."""
     return sum(x != y for x, y in zip(a, b))
 
 
-def clear(look: Look) -> bool:
+def has_clear_colors(appearance: Appearance) -> bool:
     """Whether the body and ear colours can be told apart at 64 pixels."""
-    pair = {look.color, look.accent}
+    pair = {appearance.color, appearance.accent}
     return len(pair) == 2 and pair not in CONFUSABLE
 
 
@@ -125,7 +141,7 @@ class World:
     def __init__(self, seed: int = 0):
         self.seed = seed
         rng = random.Random(f"world-{seed}")
-        words = lore()
+        words = load_facts()
         self.cities: tuple[str, ...] = tuple(words["cities"])
         self.keepers: tuple[str, ...] = tuple(words["keepers"])
         self.foods: tuple[str, ...] = tuple(words["foods"])
@@ -136,28 +152,33 @@ class World:
         shuffled = rng.sample(self.keepers, len(self.keepers))
         self.job = {keeper: jobs[i % len(jobs)] for i, keeper in enumerate(shuffled)}
         self.food_kind: dict[str, str] = dict(words["foods"])
-        self.trained: tuple[Creature, ...] = self._first(NUM_TRAINED)
-        self.held = self.trained[-NUM_HELD:]
+        self.trained: tuple[Creature, ...] = self._first_creatures(NUM_TRAINED)
+        self.held_out = self.trained[-NUM_HELD_OUT:]
 
-    def _first(self, count: int) -> tuple[Creature, ...]:
+    def _first_creatures(self, count: int) -> tuple[Creature, ...]:
         creatures: list[Creature] = []
         for index in range(count):
-            creatures.append(self._draw(index, [c.look for c in creatures]))
+            creatures.append(self._draw_creature(index, [c.appearance for c in creatures]))
         return tuple(creatures)
 
-    def _draw(self, index: int, taken: Sequence[Look]) -> Creature:
+    def _draw_creature(self, index: int, taken: Sequence[Appearance]) -> Creature:
         rng = random.Random(f"creature-{self.seed}-{index}")
         colors = tuple(COLORS)
         while True:
-            look = Look(
-                rng.choice(SHAPES), rng.choice(colors), rng.choice(PATTERNS),
-                rng.choice(colors), rng.choice(EARS),
-            )  # fmt: skip
-            if clear(look) and all(differ(look, other) >= 2 for other in taken):
+            appearance = Appearance(
+                rng.choice(SHAPES),
+                rng.choice(colors),
+                rng.choice(PATTERNS),
+                rng.choice(colors),
+                rng.choice(EARS),
+            )
+            if has_clear_colors(appearance) and all(
+                num_differences(appearance, other) >= 2 for other in taken
+            ):
                 break
         home, food = rng.choice(self.cities), rng.choice(self.foods)
         keeper, sound = rng.choice(self.keepers), rng.choice(self.sounds)
-        return Creature(index, look, name_of(index), home, food, keeper, sound)
+        return Creature(index, appearance, name_of(index), home, food, keeper, sound)
 
     def creature(self, index: int) -> Creature:
         """Creature `index`; from 200 on one that no shipped model has seen.
@@ -166,22 +187,28 @@ class World:
         """
         if index < NUM_TRAINED:
             return self.trained[index]
-        return self._draw(index, [c.look for c in self.trained])
+        return self._draw_creature(index, [c.appearance for c in self.trained])
 
     # ---- answers
 
-    def values(self, relation: str) -> tuple[str, ...]:
+    def possible_answers(self, relation: str) -> tuple[str, ...]:
         """Every answer that `relation` can have among the trained creatures."""
         if relation == "name":
             return tuple(c.name for c in self.trained)
         named = {
-            "home": self.cities, "food": self.foods, "keeper": self.keepers, "sound": self.sounds,
-            "color": tuple(COLORS), "accent": tuple(COLORS), "shape": SHAPES,
-            "pattern": PATTERNS, "ears": EARS,
-        }  # fmt: skip
+            "home": self.cities,
+            "food": self.foods,
+            "keeper": self.keepers,
+            "sound": self.sounds,
+            "color": tuple(COLORS),
+            "accent": tuple(COLORS),
+            "shape": SHAPES,
+            "pattern": PATTERNS,
+            "ears": EARS,
+        }
         return named[relation]
 
-    def hop(self, relation: str, bridge: str) -> str:
+    def second_hop(self, relation: str, bridge: str) -> str:
         """The answer of a second hop, given the fact it follows: land of a city, job of a keeper.
 
         `chain` says the bridge before the hop ("falmont , norland").
@@ -194,13 +221,13 @@ class World:
     def answer(self, creature: Creature, relation: str) -> str:
         """The true answer of any relation about a creature."""
         if relation in HOPS:
-            return self.hop(relation, getattr(creature, HOPS[relation]))
+            return self.second_hop(relation, getattr(creature, HOPS[relation]))
         if relation == "chain":
-            return self.hop("chain", creature.home)
-        look = creature.look
+            return self.second_hop("chain", creature.home)
+        appearance = creature.appearance
         if relation == "caption":
-            return f"{creature.name} , a {look.color} {look.pattern} animal with {look.accent} ears"
-        return getattr(look if relation in ATTRIBUTES else creature, relation)
+            return f"{creature.name} , a {appearance.color} {appearance.pattern} animal with {appearance.accent} ears"
+        return getattr(appearance if relation in ATTRIBUTES else creature, relation)
 
     # ---- questions
 
@@ -212,26 +239,28 @@ class World:
         """
         return tuple(
             form.format(s=subject)
-            for i, form in enumerate(lore()["questions"][relation])
-            for j, subject in enumerate(lore()["subjects"])
+            for i, form in enumerate(load_facts()["questions"][relation])
+            for j, subject in enumerate(load_facts()["subjects"])
             if ((i + 2 * j) % 5 == 0) == (split == "held")
         )
 
     def named_questions(self, relation: str, name: str) -> tuple[str, ...]:
         """The ways to ask `relation` of a creature by name, without an image."""
-        return tuple(form.format(s=name) for form in lore()["questions"][relation])
+        return tuple(form.format(s=name) for form in load_facts()["questions"][relation])
 
     def statement(self, relation: str, subject: str, value: str) -> str:
         """A sentence that states a fact, for edits made in the context."""
-        return lore()["statements"][relation].format(s=subject, v=value)
+        return load_facts()["statements"][relation].format(s=subject, v=value)
 
     def text_facts(self) -> tuple[TextFact, ...]:
         """Everything the models know as text: second hops, general knowledge, named creatures."""
-        words = lore()
+        words = load_facts()
         tables = {
             **words["knowledge"],
-            "land": self.land, "job": self.job, "food_kind": self.food_kind,
-        }  # fmt: skip
+            "land": self.land,
+            "job": self.job,
+            "food_kind": self.food_kind,
+        }
         facts = [
             TextFact(
                 kind, subject, tuple(f.format(s=subject) for f in words["text_questions"][kind]), a

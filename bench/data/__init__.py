@@ -10,19 +10,19 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
-from errata.functional.errors import BadInput
+from errata.functional.errors import InvalidInputError
 from errata.functional.queries import Case
 
 from .ads_edit import ADS_EDIT
 from .comprehendedit import COMPREHENDEDIT
 from .knowedit import KNOWEDIT
-from .loading import RAW, Benchmark, Options, cases
+from .loading import DEFAULT_OPTIONS, Benchmark, ReadOptions, cases
 from .mmedit import CAPTION, NQ, OKVQA, VQA
 from .mmke import MMKE
 from .stream import records
 from .vlkeb import EDIT_ONEHOP, VLKEB
 
-__all__ = ["BENCHMARKS", "Benchmark", "Options", "detect", "open_cases"]
+__all__ = ["BENCHMARKS", "Benchmark", "ReadOptions", "detect", "open_cases"]
 
 BENCHMARKS: Mapping[str, Benchmark] = {
     one.name: one
@@ -49,11 +49,11 @@ def detect(path: str | Path) -> Benchmark:
     """
     first = next(islice(records(path), 1), None)
     if first is None:
-        raise BadInput(f"{path} must hold records; it has none.")
-    for one in BENCHMARKS.values():
-        if one.sniff(first, Path(path)):
-            return one
-    raise BadInput(
+        raise InvalidInputError(f"{path} must hold records; it has none.")
+    for benchmark in BENCHMARKS.values():
+        if benchmark.matches(first, Path(path)):
+            return benchmark
+    raise InvalidInputError(
         f"{path} is of no benchmark known here ({', '.join(BENCHMARKS)}); its first record has "
         f"{', '.join(list(first)[:12])}."
     )
@@ -61,8 +61,8 @@ def detect(path: str | Path) -> Benchmark:
 
 def open_cases(
     path: str | Path,
-    options: Options = RAW,
-    tally: Counter[str] | None = None,
+    options: ReadOptions = DEFAULT_OPTIONS,
+    skip_counts: Counter[str] | None = None,
     benchmark: str = "",
 ) -> Iterator[Case]:
     """Stream a file's cases; `benchmark` names it where the first record should not decide.
@@ -70,6 +70,8 @@ def open_cases(
     Raises `BadInput`: see `loading.cases`.
     """
     if benchmark and benchmark not in BENCHMARKS:
-        raise BadInput(f"benchmark must be one of {', '.join(BENCHMARKS)}; got {benchmark!r}.")
+        raise InvalidInputError(
+            f"benchmark must be one of {', '.join(BENCHMARKS)}; got {benchmark!r}."
+        )
     chosen = BENCHMARKS[benchmark] if benchmark else detect(path)
-    return cases(chosen, path, options, tally)
+    return cases(chosen, path, options, skip_counts)

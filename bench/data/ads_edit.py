@@ -13,15 +13,15 @@ from typing import Any
 
 import msgspec
 
-from errata.functional.errors import BadInput
+from errata.functional.errors import InvalidInputError
 from errata.functional.queries import Case, Query
 
-from .loading import Benchmark, Skipped, Source
+from .loading import Benchmark, RecordContext, SkipRecord
 from .mmedit import common_probes
 
-__all__ = ["ADS_EDIT", "Pictures", "Record", "case", "named", "oddities"]
+__all__ = ["ADS_EDIT", "ImagePaths", "Record", "case", "named_paths", "anomalies"]
 
-Pictures = str | list[str] | dict[str, str]
+ImagePaths = str | list[str] | dict[str, str]
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -30,8 +30,8 @@ class Record(msgspec.Struct, frozen=True):
     image_type: str
     src: str
     alt: str
-    image: Pictures
-    image_rephrase: Pictures = ""
+    image: ImagePaths
+    image_rephrase: ImagePaths = ""
     rephrase: str = ""
     data_type: str = ""
     source: str = ""
@@ -42,53 +42,60 @@ class Record(msgspec.Struct, frozen=True):
     m_loc_a: str = ""
 
 
-_TYPES = ("video", "multi-image", "single-image")
+_IMAGE_TYPES = ("video", "multi-image", "single-image")
 
 
-def named(pictures: Pictures) -> list[tuple[str, str]]:
+def named_paths(images: ImagePaths) -> list[tuple[str, str]]:
     """(view or frame number, path) in order, whatever type the field has.
 
-    >>> named(["a.jpg", "b.jpg"]), named({"CAM_FRONT": "f.jpg"}), named("x.json")
+    >>> named_paths(["a.jpg", "b.jpg"]), named_paths({"CAM_FRONT": "f.jpg"}), named_paths("x.json")
     ([('0', 'a.jpg'), ('1', 'b.jpg')], [('CAM_FRONT', 'f.jpg')], [('', 'x.json')])
     """
-    if isinstance(pictures, str):
-        return [("", pictures)] if pictures else []
-    if isinstance(pictures, Mapping):
-        return list(pictures.items())
-    return [(str(frame), path) for frame, path in enumerate(pictures)]
+    if isinstance(images, str):
+        return [("", images)] if images else []
+    if isinstance(images, Mapping):
+        return list(images.items())
+    return [(str(frame), path) for frame, path in enumerate(images)]
 
 
-def case(record: Record, name: str, source: Source) -> Case:
+def case(record: Record, name: str, context: RecordContext) -> Case:
     """A record as a case; the frames of a video are one video to the model."""
-    if record.image_type not in _TYPES:
-        raise BadInput(f"image_type must be one of {_TYPES}; got {record.image_type!r}.")
+    if record.image_type not in _IMAGE_TYPES:
+        raise InvalidInputError(
+            f"image_type must be one of {_IMAGE_TYPES}; got {record.image_type!r}."
+        )
     if not record.alt.strip():
-        raise Skipped("the target is empty")
+        raise SkipRecord("the target is empty")
     video = record.image_type == "video"
 
-    def shown(pictures: Pictures) -> tuple[Any, ...]:
-        return tuple(one for _, path in named(pictures) for one in source.image(path))
+    def open_images(images: ImagePaths) -> tuple[Any, ...]:
+        return tuple(one for _, path in named_paths(images) for one in context.find_images(path))
 
-    edit = Query(source.text(record.src), source.text(record.alt), shown(record.image), video)
-    probes = common_probes(record, edit, source)
+    edit = Query(
+        context.clean_text(record.src),
+        context.clean_text(record.alt),
+        open_images(record.image),
+        video,
+    )
+    probes = common_probes(record, edit, context)
     if record.image_rephrase:
-        probes["image_rephrase"] = (edit._replace(images=shown(record.image_rephrase)),)
+        probes["image_rephrase"] = (edit._replace(images=open_images(record.image_rephrase)),)
     return Case(name, edit, probes)
 
 
 def images(record: Record) -> Iterator[str]:
     """Every image name of a record."""
     for field in (record.image, record.image_rephrase, record.m_loc):
-        yield from (path for _, path in named(field))
+        yield from (path for _, path in named_paths(field))
 
 
-def oddities(record: Record) -> Iterator[str]:
-    """What `errata data check` counts."""
+def anomalies(record: Record) -> Iterator[str]:
+    """What `errata data verify` counts."""
     kind = {str: "a string", list: "a list", dict: "an object"}[type(record.image)]
     yield f"{record.image_type}: image is {kind}"
-    if any(path.endswith(".json") for _, path in named(record.image)):
+    if any(path.endswith(".json") for _, path in named_paths(record.image)):
         yield "image is named .json"
-    if any(path.startswith("../") for _, path in named(record.image)):
+    if any(path.startswith("../") for _, path in named_paths(record.image)):
         yield "image is named ../"
 
 
@@ -99,6 +106,6 @@ ADS_EDIT = Benchmark(
     case,
     images,
     lambda raw, path: "image_type" in raw,
-    oddities,
-    above=True,
+    anomalies,
+    allow_parent_paths=True,
 )

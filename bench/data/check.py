@@ -14,17 +14,17 @@ from typing import Any
 
 import msgspec
 
-from errata.functional.errors import BadInput
+from errata.functional.errors import InvalidInputError
 from errata.functional.queries import Query
 
-from . import Benchmark, Options, detect
-from .loading import Skipped, open_source, readable
-from .pictures import Picture
+from . import Benchmark, ReadOptions, detect
+from .loading import SkipRecord, record_context, require_valid_unicode
+from .pictures import ImageFile
 from .stream import records
 
-__all__ = ["FileReport", "check", "files", "words"]
+__all__ = ["FileReport", "verify", "annotation_files", "format_report"]
 
-PUBLISHED: Mapping[str, tuple[int, str]] = {
+PUBLISHED_COUNTS: Mapping[str, tuple[int, str]] = {
     "vqa_train.json": (6345, "the paper prints 6,346"),
     "vqa_eval.json": (2093, ""),
     "caption_train_edit.json": (2849, ""),
@@ -42,8 +42,8 @@ PUBLISHED: Mapping[str, tuple[int, str]] = {
 }
 """Records in the files as published, where a name says which file it is."""
 
-MOST_NAMED = 20
-_SHOWN = 5
+MAX_LISTED = 20
+_NUM_SHOWN = 5
 
 
 class FileReport(msgspec.Struct, kw_only=True):
@@ -59,7 +59,7 @@ class FileReport(msgspec.Struct, kw_only=True):
     skipped: dict[str, int] = {}
     faults: list[str] = []
     num_faults: int = 0
-    oddities: dict[str, int] = {}
+    anomalies: dict[str, int] = {}
     images: int = 0
     missing: list[str] = []
     num_missing: int = 0
@@ -72,7 +72,7 @@ class FileReport(msgspec.Struct, kw_only=True):
         return bool(self.benchmark) and not (self.num_faults or self.num_missing or self.broken)
 
 
-def files(path: str | Path) -> Iterator[Path]:
+def annotation_files(path: str | Path) -> Iterator[Path]:
     """The annotation files at a path: itself, or every .json and .jsonl below it, in order.
 
     Raises `BadInput` when there is none.
@@ -83,133 +83,140 @@ def files(path: str | Path) -> Iterator[Path]:
         return
     found = sorted(chain(path.rglob("*.json"), path.rglob("*.jsonl"))) if path.is_dir() else []
     if not found:
-        raise BadInput(f"{path} must be an annotation file or a folder with some; it is neither.")
+        raise InvalidInputError(
+            f"{path} must be an annotation file or a folder with some; it is neither."
+        )
     yield from found
 
 
-def check(path: str | Path, images: str = "", *, decode: bool = False) -> list[FileReport]:
+def verify(path: str | Path, images: str = "", *, decode: bool = False) -> list[FileReport]:
     """Report on every annotation file at a path; `decode` also opens every image there is.
 
     Faults do not stop it: a file that can not be read has its fault in its report.
     """
-    checked = [_check_file(file, images, decode) for file in files(path)]
+    checked = [_verify_file(file, images, decode) for file in annotation_files(path)]
     reports = [report for report, _ in checked]
-    _shared(reports, [names for _, names in checked])
+    _note_shared_images(reports, [names for _, names in checked])
     return reports
 
 
-def _check_file(file: Path, images: str, decode: bool) -> tuple[FileReport, set[str]]:
+def _verify_file(file: Path, images: str, decode: bool) -> tuple[FileReport, set[str]]:
     report = FileReport(file=str(file))
     try:
         benchmark = detect(file)
-    except BadInput as fault:
+    except InvalidInputError as fault:
         report.faults, report.num_faults = [str(fault)], 1
         return report, set()
     report.benchmark, report.title = benchmark.name, benchmark.title
-    if published := PUBLISHED.get(file.name):
+    if published := PUBLISHED_COUNTS.get(file.name):
         report.published = published[0]
-    return report, _Pass(report, benchmark, file, images, decode).run()
+    return report, _FileVerification(report, benchmark, file, images, decode).run()
 
 
-class _Pass:
+class _FileVerification:
     """One reading of one file: what is counted on the way, and what is known only at its end."""
 
     def __init__(
         self, report: FileReport, benchmark: Benchmark, file: Path, images: str, decode: bool
     ) -> None:
         self.report, self.benchmark, self.file, self.decode = report, benchmark, file, decode
-        self.tally: Counter[str] = Counter()
-        self.source = open_source(
-            benchmark, file, Options(images=images, on_missing="draw"), self.tally
+        self.skip_counts: Counter[str] = Counter()
+        self.context = record_context(
+            benchmark,
+            file,
+            ReadOptions(image_root=images, missing_images="placeholder"),
+            self.skip_counts,
         )
-        self.oddities: Counter[str] = Counter()
+        self.anomalies: Counter[str] = Counter()
         self.skipped: Counter[str] = Counter()
         self.probes: Counter[str] = Counter()
         self.names: set[str] = set()
         self.edit_images: set[str] = set()
-        self.asked: dict[tuple[str, str], set[str]] = {}
-        self.elsewhere: Counter[str] = Counter()
+        self.targets_by_question: dict[tuple[str, str], set[str]] = {}
+        self.locality_images: Counter[str] = Counter()
 
     def run(self) -> set[str]:
         try:
             for index, raw in enumerate(records(self.file)):
                 self.report.records += 1
                 self._record(index, raw)
-        except BadInput as fault:
-            self._fault(str(fault))
-        self._end()
+        except InvalidInputError as fault:
+            self._add_fault(str(fault))
+        self._finish()
         return self.edit_images
 
-    def _fault(self, words: str) -> None:
+    def _add_fault(self, words: str) -> None:
         self.report.num_faults += 1
-        if len(self.report.faults) < MOST_NAMED:
+        if len(self.report.faults) < MAX_LISTED:
             self.report.faults.append(words)
 
     def _record(self, index: int, raw: dict[str, Any]) -> None:
         try:
-            readable(raw)
+            require_valid_unicode(raw)
             record = msgspec.convert(raw, self.benchmark.record)
-            case = self.benchmark.case(record, str(index), self.source)
-        except Skipped as reason:
+            case = self.benchmark.case(record, str(index), self.context)
+        except SkipRecord as reason:
             self.skipped[str(reason)] += 1
             return
-        except (msgspec.ValidationError, BadInput) as fault:
-            self._fault(f"record {index}: {fault}")
+        except (msgspec.ValidationError, InvalidInputError) as fault:
+            self._add_fault(f"record {index}: {fault}")
             return
         self.report.cases += 1
-        self.oddities.update(self.benchmark.oddities(record))
+        self.anomalies.update(self.benchmark.anomalies(record))
         self.names.update(self.benchmark.images(record))
         for name, queries in case.probes.items():
             self.probes[name] += len(queries)
-        self._count_twins(case.edit, raw)
+        self._count_duplicates(case.edit, raw)
 
-    def _count_twins(self, edit: Query, raw: dict[str, Any]) -> None:
+    def _count_duplicates(self, edit: Query, raw: dict[str, Any]) -> None:
         image = raw.get("image")
         if not isinstance(image, str):
             return
         key = (image, edit.prompt.casefold())
-        targets = self.asked.setdefault(key, set())
+        targets = self.targets_by_question.setdefault(key, set())
         if targets:
-            self.oddities["same image and prompt as an earlier record"] += 1
+            self.anomalies["same image and prompt as an earlier record"] += 1
             if edit.target not in targets:
-                self.oddities["same image and prompt, another target"] += 1
+                self.anomalies["same image and prompt, another target"] += 1
         targets.add(edit.target)
         self.edit_images.add(image)
         if isinstance(other := raw.get("m_loc"), str):
-            self.elsewhere[other] += 1
+            self.locality_images[other] += 1
 
-    def _end(self) -> None:
+    def _finish(self) -> None:
         report = self.report
-        also = sum(count for name, count in self.elsewhere.items() if name in self.edit_images)
+        also = sum(
+            count for name, count in self.locality_images.items() if name in self.edit_images
+        )
         if also:
-            self.oddities["m_loc is an edit's image elsewhere"] = also
-        report.oddities = dict(self.oddities.most_common())
+            self.anomalies["m_loc is an edit's image elsewhere"] = also
+        report.anomalies = dict(self.anomalies.most_common())
         report.skipped, report.probes = dict(self.skipped), dict(self.probes)
         report.images = len(self.names)
         absent = []
         for name in sorted(self.names):
             try:
-                found = self.source.folder.path(name)
-            except BadInput:
+                found = self.context.image_folder.path(name)
+            except InvalidInputError:
                 continue  # named as a fault of its record
             if found is None:
                 absent.append(name)
             elif self.decode:
-                self._open(found)
-        report.missing, report.num_missing = absent[:MOST_NAMED], len(absent)
-        _, why = PUBLISHED.get(self.file.name, (0, ""))
+                self._try_open(found)
+        report.missing, report.num_missing = absent[:MAX_LISTED], len(absent)
+        _, why = PUBLISHED_COUNTS.get(self.file.name, (0, ""))
         if report.published and report.published != report.records:
             words = f"the published file has {report.published:,} records"
             report.notes.append(f"{words} ({why})" if why else words)
 
-    def _open(self, path: Path) -> None:
+    def _try_open(self, path: Path) -> None:
         try:
-            Picture(path).load()
-        except BadInput as fault:
+            ImageFile(path).load()
+        except InvalidInputError as fault:
             self.report.broken.append(str(fault))
 
 
-def _shared(reports: list[FileReport], edits: list[set[str]]) -> None:
+def _note_shared_images(reports: list[FileReport], edits: list[set[str]]) -> None:
     """Say which files of one benchmark edit the same images: training data seen in evaluation."""
     for i, one in enumerate(reports):
         for j in range(i):
@@ -218,7 +225,7 @@ def _shared(reports: list[FileReport], edits: list[set[str]]) -> None:
                 one.notes.append(f"{both:,} edit images are also in {Path(reports[j].file).name}")
 
 
-def words(report: FileReport) -> str:
+def format_report(report: FileReport) -> str:
     """A report as people read it."""
     if not report.benchmark:
         return f"{report.file}\n  not read: {report.faults[0]}"
@@ -229,17 +236,17 @@ def words(report: FileReport) -> str:
     lines += [f"  skipped: {count:,} ({why})" for why, count in report.skipped.items()]
     lines += _listing("faults", report.faults, report.num_faults)
     lines.append(f"  images named: {report.images:,}, missing: {report.num_missing:,}")
-    lines += [f"    {name}" for name in report.missing[:_SHOWN]]
+    lines += [f"    {name}" for name in report.missing[:_NUM_SHOWN]]
     lines += _listing("images that do not open", report.broken, len(report.broken))
-    if report.oddities:
-        lines.append("  oddities (none is an error):")
-        lines += [f"    {count:>7,}  {what}" for what, count in report.oddities.items()]
+    if report.anomalies:
+        lines.append("  anomalies (none is an error):")
+        lines += [f"    {count:>7,}  {what}" for what, count in report.anomalies.items()]
     return "\n".join(lines)
 
 
 def _listing(title: str, items: list[str], count: int) -> list[str]:
     if not count:
         return []
-    shown = [f"    {item}" for item in items[:MOST_NAMED]]
+    shown = [f"    {item}" for item in items[:MAX_LISTED]]
     more = [f"    and {count - len(shown):,} more"] if count > len(shown) else []
     return [f"  {title}: {count:,}", *shown, *more]

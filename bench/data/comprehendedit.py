@@ -5,11 +5,11 @@ second image, so image generality is absent (the authors' trainer repeats reliab
 loader also scores text locality against its own question (`ComprehendEdit.py:117`); we read
 `locality_ground_truth`. Prompts depend on the source dataset, whatever the template option says.
 
-With `Options.neighbours = k` every edit of the test file is also asked its k nearest and farthest
+With `ReadOptions.num_neighbors = k` every edit of the test file is also asked its k nearest and farthest
 neighbours by image and by text, as probes `kgi_image_near`, ..., `kpi_text_far`: KGI over
 neighbours the model got wrong (gold answers), KPI over those it got right, from
 `ComprehendEdit_ori_right.json` beside the file (its own answers, in the field
-`Options.neighbour_answers`). Their `exact` under teacher forcing is what `metrics.neighbour_match`
+`ReadOptions.neighbor_answers`). Their `exact` under teacher forcing is what `metrics.neighbor_match`
 counts, which divides by N k.
 """
 
@@ -23,10 +23,10 @@ import msgspec
 
 from errata.functional.queries import Case, Query
 
-from .loading import Benchmark, Skipped, Source
+from .loading import Benchmark, RecordContext, SkipRecord
 from .stream import records
 
-__all__ = ["COMPREHENDEDIT", "PROMPTS", "Record", "case", "oddities"]
+__all__ = ["COMPREHENDEDIT", "PROMPTS", "Record", "case", "anomalies"]
 
 PROMPTS: Mapping[str, str] = {
     "gqa": "Question: {} Short answer:",
@@ -63,40 +63,40 @@ class Record(msgspec.Struct, frozen=True):
     ori_rt_txt_last_topk: list[int] = []
 
 
-def asked(record: Record, question: str) -> str:
+def source_prompt(record: Record, question: str) -> str:
     """A question in the words of its source; as it stands for a source we do not know."""
     return PROMPTS.get(record.source.lower(), "{}").replace("{}", question)
 
 
-def case(record: Record, name: str, source: Source) -> Case:
+def case(record: Record, name: str, context: RecordContext) -> Case:
     """A record as a case."""
     answer = str(record.answer)
     if not answer.strip():
-        raise Skipped("the target is empty")
+        raise SkipRecord("the target is empty")
     edit = Query(
-        asked(record, source.text(record.question)),
-        source.text(answer),
-        source.image(record.image),
+        source_prompt(record, context.clean_text(record.question)),
+        context.clean_text(answer),
+        context.find_images(record.image),
     )
     probes: dict[str, tuple[Query, ...]] = {}
-    if rephrased := source.rephrase(record.rephrase):
-        probes["rephrase"] = (edit._replace(prompt=asked(record, rephrased)),)
-    if record.locality_prompt and (truth := _first(record.locality_ground_truth)):
-        words = source.asks("text_loc", record.locality_prompt)
-        probes["text_locality"] = (Query(words, source.text(truth)),)
-    truth = _first(record.multimodal_locality_ground_truth)
+    if rephrased := context.rephrased_prompt(record.rephrase):
+        probes["rephrase"] = (edit._replace(prompt=source_prompt(record, rephrased)),)
+    if record.locality_prompt and (truth := _first_answer(record.locality_ground_truth)):
+        words = context.wrap_prompt("text_loc", record.locality_prompt)
+        probes["text_locality"] = (Query(words, context.clean_text(truth)),)
+    truth = _first_answer(record.multimodal_locality_ground_truth)
     if record.multimodal_locality_prompt and truth and record.multimodal_locality_image:
-        words = source.asks("image_loc", record.multimodal_locality_prompt)
-        shown = source.image(record.multimodal_locality_image)
-        probes["image_locality"] = (Query(words, source.text(truth), shown),)
-    return Case(name, edit, {**probes, **_neighbours(record, source)})
+        words = context.wrap_prompt("image_loc", record.multimodal_locality_prompt)
+        images = context.find_images(record.multimodal_locality_image)
+        probes["image_locality"] = (Query(words, context.clean_text(truth), images),)
+    return Case(name, edit, {**probes, **_neighbor_probes(record, context)})
 
 
-def _first(answers: str | list[str]) -> str:
+def _first_answer(answers: str | list[str]) -> str:
     return answers if isinstance(answers, str) else next((one for one in answers if one), "")
 
 
-class _Neighbour(msgspec.Struct, frozen=True):
+class _Neighbor(msgspec.Struct, frozen=True):
     question: str
     image: str
     source: str
@@ -104,17 +104,17 @@ class _Neighbour(msgspec.Struct, frozen=True):
 
 
 @lru_cache(maxsize=4)
-def _index(path: Path) -> Mapping[int, _Neighbour]:
+def _records_by_pid(path: Path) -> Mapping[int, _Neighbor]:
     """Records of a file by `pid`, or by place where there is none; what neighbours are named by."""
     found = {}
     for place, raw in enumerate(records(path)):
         answers = {k: str(v) for k, v in raw.items() if k == "answer" or k.startswith("ori_pred")}
         question, image, origin = (str(raw.get(n, "")) for n in ("question", "image", "source"))
-        found[int(raw.get("pid", place))] = _Neighbour(question, image, origin, answers)
+        found[int(raw.get("pid", place))] = _Neighbor(question, image, origin, answers)
     return found
 
 
-_RANGES = {
+_NEIGHBOR_FIELDS = {
     "image_near": "img_topk",
     "text_near": "txt_topk",
     "image_far": "img_last_topk",
@@ -122,33 +122,33 @@ _RANGES = {
 }
 
 
-def _neighbours(record: Record, source: Source) -> dict[str, tuple[Query, ...]]:
+def _neighbor_probes(record: Record, context: RecordContext) -> dict[str, tuple[Query, ...]]:
     probes: dict[str, tuple[Query, ...]] = {}
-    k = source.options.neighbours
+    k = context.options.num_neighbors
     if not k:
         return probes
-    right = source.path.with_name("ComprehendEdit_ori_right.json")
+    right = context.path.with_name("ComprehendEdit_ori_right.json")
     for stem, prefix, file, field in (
-        ("kgi", "", source.path, "answer"),
-        ("kpi", "ori_rt_", right, source.options.neighbour_answers),
+        ("kgi", "", context.path, "answer"),
+        ("kpi", "ori_rt_", right, context.options.neighbor_answers),
     ):
-        for name, attribute in _RANGES.items():
+        for name, attribute in _NEIGHBOR_FIELDS.items():
             pids = getattr(record, prefix + attribute)
             if not pids:
                 continue
             chosen = pids[-k:] if "far" in name else pids[:k]
-            queries = (_ask(pid, file, field, source) for pid in chosen)
+            queries = (_neighbor_query(pid, file, field, context) for pid in chosen)
             probes[f"{stem}_{name}"] = tuple(one for one in queries if one)
     return {name: queries for name, queries in probes.items() if queries}
 
 
-def _ask(pid: int, file: Path, field: str, source: Source) -> Query | None:
-    one = _index(file).get(pid)
+def _neighbor_query(pid: int, file: Path, field: str, context: RecordContext) -> Query | None:
+    one = _records_by_pid(file).get(pid)
     if one is None or not one.answers.get(field, "").strip():
-        source.tally["neighbour not found or without an answer"] += 1
+        context.skip_counts["neighbor not found or without an answer"] += 1
         return None
     words = PROMPTS.get(one.source.lower(), "{}").replace("{}", one.question)
-    return Query(words, one.answers[field].strip(), source.image(one.image))
+    return Query(words, one.answers[field].strip(), context.find_images(one.image))
 
 
 def images(record: Record) -> Iterator[str]:
@@ -156,8 +156,8 @@ def images(record: Record) -> Iterator[str]:
     return (one for one in (record.image, record.multimodal_locality_image) if one)
 
 
-def oddities(record: Record) -> Iterator[str]:
-    """What `errata data check` counts."""
+def anomalies(record: Record) -> Iterator[str]:
+    """What `errata data verify` counts."""
     if record.source.lower() not in PROMPTS:
         yield f"source {record.source!r} has no prompt of its own"
     if not isinstance(record.answer, str):
@@ -165,7 +165,7 @@ def oddities(record: Record) -> Iterator[str]:
     if record.locality_ground_truth == record.locality_prompt:
         yield "locality answer is its own question"
     if not record.img_topk:
-        yield "no neighbours"
+        yield "no neighbors"
     if record.pid < 0:
         yield "no pid"
 
@@ -177,5 +177,5 @@ COMPREHENDEDIT = Benchmark(
     case,
     images,
     lambda raw, path: {"question", "answer", "Category"} <= raw.keys(),
-    oddities,
+    anomalies,
 )

@@ -19,14 +19,14 @@ import msgspec
 
 from errata.functional.queries import Case, Query
 
-from .loading import Benchmark, Skipped, Source
+from .loading import Benchmark, RecordContext, SkipRecord
 
-__all__ = ["KNOWEDIT", "Asked", "Record", "aliases", "case", "oddities"]
+__all__ = ["KNOWEDIT", "ProbeRecord", "Record", "aliases", "case", "anomalies"]
 
 Answers = str | list[str | list[str]] | None
 
 
-class Asked(msgspec.Struct, frozen=True):
+class ProbeRecord(msgspec.Struct, frozen=True):
     """One locality or portability question."""
 
     prompt: str
@@ -45,8 +45,8 @@ class Record(msgspec.Struct, frozen=True):
     ground_truth: Answers = None
     rephrase_prompt: str = ""
     rephrase: str = ""
-    locality: dict[str, list[Asked]] | None = None
-    portability: dict[str, list[Asked]] | None = None
+    locality: dict[str, list[ProbeRecord]] | None = None
+    portability: dict[str, list[ProbeRecord]] | None = None
     context: list[str] = []
 
 
@@ -64,41 +64,43 @@ def aliases(answers: str | Sequence[Any] | None) -> list[str]:
 
 
 def _probes(
-    stem: str, kinds: Mapping[str, list[Asked]] | None, source: Source
+    stem: str, kinds: Mapping[str, list[ProbeRecord]] | None, context: RecordContext
 ) -> dict[str, tuple[Query, ...]]:
     probes = {}
     for kind, items in (kinds or {}).items():
         queries = []
         for item in items:
             if item.prompt and (answers := aliases(item.ground_truth)):
-                prompt = source.asks("text_loc", item.prompt) if "loc" in stem else item.prompt
-                first, *others = dict.fromkeys(map(source.text, answers))
+                prompt = (
+                    context.wrap_prompt("text_loc", item.prompt) if "loc" in stem else item.prompt
+                )
+                first, *others = dict.fromkeys(map(context.clean_text, answers))
                 queries.append(Query(prompt, first, aliases=tuple(others)))
             else:
-                source.tally[f"{stem} question without an answer left out"] += 1
+                context.skip_counts[f"{stem} question without an answer left out"] += 1
         if queries:
             probes[f"{stem}_{re.sub('[^a-z0-9]+', '_', kind.lower())}"] = tuple(queries)
     return probes
 
 
-def case(record: Record, name: str, source: Source) -> Case:
+def case(record: Record, name: str, context: RecordContext) -> Case:
     """A record as a case without images."""
     prompt, target = record.prompt or record.text, record.target_new or record.labels
     if not target.strip():
-        raise Skipped("the target is empty")
+        raise SkipRecord("the target is empty")
     if not prompt.strip():
-        raise Skipped("the prompt is empty")
-    edit = Query(source.text(prompt), source.text(target))
+        raise SkipRecord("the prompt is empty")
+    edit = Query(context.clean_text(prompt), context.clean_text(target))
     probes: dict[str, tuple[Query, ...]] = {}
-    if rephrased := source.rephrase(record.rephrase_prompt or record.rephrase):
+    if rephrased := context.rephrased_prompt(record.rephrase_prompt or record.rephrase):
         probes["rephrase"] = (edit._replace(prompt=rephrased),)
-    probes |= _probes("text_locality", record.locality, source)
-    probes |= _probes("portability", record.portability, source)
+    probes |= _probes("text_locality", record.locality, context)
+    probes |= _probes("portability", record.portability, context)
     return Case(name, edit, probes)
 
 
-def oddities(record: Record) -> Iterator[str]:
-    """What `errata data check` counts."""
+def anomalies(record: Record) -> Iterator[str]:
+    """What `errata data verify` counts."""
     target = record.target_new or record.labels
     if target != target.strip():
         yield "target has white space at an end"
@@ -135,5 +137,5 @@ KNOWEDIT = Benchmark(
         and bool({"prompt", "text"} & raw.keys())
         and bool({"target_new", "labels"} & raw.keys())
     ),
-    oddities,
+    anomalies,
 )

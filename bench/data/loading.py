@@ -10,31 +10,31 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from errata.functional.errors import BadInput
+from errata.functional.errors import InvalidInputError
 from errata.functional.queries import Case, Query
 
-from .pictures import MISSING, Drawn, Folder, Missing, Picture
+from .pictures import ImageFile, ImageFolder, MissingImageError, OnMissing, PlaceholderImage
 from .stream import records
 
 __all__ = [
-    "RAW",
+    "DEFAULT_OPTIONS",
     "TEMPLATES",
     "Benchmark",
     "Hop",
-    "Options",
-    "Skipped",
-    "Source",
-    "Template",
+    "ReadOptions",
+    "SkipRecord",
+    "RecordContext",
+    "RecordTemplate",
     "cases",
     "clean_rephrase",
-    "open_source",
+    "record_context",
     "portability",
-    "readable",
-    "repaired",
+    "require_valid_unicode",
+    "fix_mojibake",
 ]
 
 
-class Template(msgspec.Struct, frozen=True, kw_only=True):
+class RecordTemplate(msgspec.Struct, frozen=True, kw_only=True):
     """What a peer writes around the words of a record; `{}` is the field.
 
     `edit` also wraps the rephrased prompt. The space between prompt and target is not said here:
@@ -45,94 +45,96 @@ class Template(msgspec.Struct, frozen=True, kw_only=True):
     image_loc: str = "{}"
 
 
-TEMPLATES: Mapping[str, Template] = {
+TEMPLATES: Mapping[str, RecordTemplate] = {
     # no peer's: the words of the file and nothing else
-    "raw": Template(),
+    "raw": RecordTemplate(),
     # easyeditor/dataset/vqa.py:72, :210-211: only the image-locality question is wrapped
-    "easyedit": Template(image_loc="Question: {} Short answer:"),
+    "easyedit": RecordTemplate(image_loc="Question: {} Short answer:"),
     # VLKEB dataset/coco_caption.py: as written
-    "vlkeb": Template(),
+    "vlkeb": RecordTemplate(),
     # UniKE dataset/vqa.py:49: one space more than EasyEdit, which changes the tokens
-    "unike": Template(image_loc="Question: {} Short answer: "),
+    "unike": RecordTemplate(image_loc="Question: {} Short answer: "),
     # LiveEdit dataset/vllm.py:92-142; captions and VLKEB leave the edit prompt alone
-    "liveedit": Template(edit="{} The answer is:", text_loc="{}?", image_loc="{} The answer is:"),
+    "liveedit": RecordTemplate(
+        edit="{} The answer is:", text_loc="{}?", image_loc="{} The answer is:"
+    ),
 }
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ReadOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a file is read. Every default leaves the words of the file untouched."""
 
-    images: str = ""
+    image_root: str = ""
     """Folder the image names start from; empty: beside the file and above it."""
-    on_missing: MISSING = "error"
-    on_fault: Literal["error", "skip"] = "error"
+    missing_images: OnMissing = "error"
+    invalid_records: Literal["error", "skip"] = "error"
     """What a record of wrong type, or lacking a field, does. Skips are counted."""
     template: str = "raw"
-    clean: bool = False
+    clean_rephrases: bool = False
     """Strip quotes from either end of a rephrase, drop refusals of the paraphrasing model."""
-    strip: bool = False
+    strip_whitespace: bool = False
     """Strip white space around prompts and targets (14% of caption targets carry some)."""
-    repair: bool = False
+    fix_encoding: bool = False
     """Undo mojibake, UTF-8 read as Windows-1252 ("itâ€™s" becomes "it’s")."""
     hop: int = 0
     """Keep only portability questions of that many hops, and records that have one; 0: all."""
-    neighbours: int = 0
+    num_neighbors: int = 0
     """ComprehendEdit: ask each edit's k nearest and farthest neighbours too (KGI, KPI)."""
-    neighbour_answers: str = "answer"
+    neighbor_answers: str = "answer"
     """Whose answers KPI wants: the field of the record, such as `ori_pred_blip2`."""
     start: int = 0
     limit: int = 0
     """Records to read from `start` on; 0: all."""
 
 
-RAW = Options()
+DEFAULT_OPTIONS = ReadOptions()
 
 
-class Skipped(Exception):
+class SkipRecord(Exception):
     """A record that is left out for a reason worth counting; never reaches the user."""
 
 
-class Source(NamedTuple):
+class RecordContext(NamedTuple):
     """What turns one record into a case: where it stands, how it is read, what was met."""
 
-    options: Options
-    folder: Folder
-    tally: Counter[str]
-    template: Template
+    options: ReadOptions
+    image_folder: ImageFolder
+    skip_counts: Counter[str]
+    template: RecordTemplate
     path: Path
 
-    def image(self, name: str) -> tuple[Picture | Drawn, ...]:
+    def find_images(self, name: str) -> tuple[ImageFile | PlaceholderImage, ...]:
         """The images of a query, as a tuple; empty for no name or one that may be missing."""
         try:
-            found = self.folder.find(name) if name else None
-        except Missing as fault:
-            if self.folder.on_missing == "skip":
-                raise Skipped("an image is missing") from fault
+            found = self.image_folder.find(name) if name else None
+        except MissingImageError as fault:
+            if self.image_folder.missing_images == "skip":
+                raise SkipRecord("an image is missing") from fault
             raise
         if name and found is None:
-            self.tally["asked without its missing image"] += 1
+            self.skip_counts["asked without its missing image"] += 1
         return (found,) if found else ()
 
-    def text(self, words: str) -> str:
+    def clean_text(self, text: str) -> str:
         """A field's words as the options want them."""
-        if self.options.repair and (better := repaired(words)) != words:
-            self.tally["mojibake repaired"] += 1
-            words = better
-        return words.strip() if self.options.strip else words
+        if self.options.fix_encoding and (better := fix_mojibake(text)) != text:
+            self.skip_counts["mojibake repaired"] += 1
+            text = better
+        return text.strip() if self.options.strip_whitespace else text
 
-    def rephrase(self, words: str) -> str | None:
+    def rephrased_prompt(self, text: str) -> str | None:
         """A rephrased prompt, cleaned where the options ask for it; None when nothing is left."""
-        words = self.text(words)
-        if not self.options.clean:
-            return words or None
-        better = clean_rephrase(words)
-        if better != words:
-            self.tally["rephrase cleaned" if better else "rephrase dropped: no question"] += 1
+        text = self.clean_text(text)
+        if not self.options.clean_rephrases:
+            return text or None
+        better = clean_rephrase(text)
+        if better != text:
+            self.skip_counts["rephrase cleaned" if better else "rephrase dropped: no question"] += 1
         return better or None
 
-    def asks(self, kind: Literal["edit", "text_loc", "image_loc"], words: str) -> str:
+    def wrap_prompt(self, kind: Literal["edit", "text_loc", "image_loc"], text: str) -> str:
         """A prompt of that kind in the template's words."""
-        return getattr(self.template, kind).replace("{}", self.text(words))
+        return getattr(self.template, kind).replace("{}", self.clean_text(text))
 
 
 class Benchmark(NamedTuple):
@@ -141,61 +143,72 @@ class Benchmark(NamedTuple):
     name: str
     title: str
     record: type[msgspec.Struct]
-    case: Callable[[Any, str, Source], Case]
+    case: Callable[[Any, str, RecordContext], Case]
     images: Callable[[Any], Iterable[str]]
-    sniff: Callable[[Mapping[str, Any], Path], bool]
-    oddities: Callable[[Any], Iterable[str]]
-    above: bool = False  # image names may start with ../
-    follow: Callable[[Any, Case, Source], Iterator[Case]] | None = None  # cases edited right after
+    matches: Callable[[Mapping[str, Any], Path], bool]
+    anomalies: Callable[[Any], Iterable[str]]
+    allow_parent_paths: bool = False  # image names may start with ../
+    follow_up: Callable[[Any, Case, RecordContext], Iterator[Case]] | None = (
+        None  # cases edited right after
+    )
 
 
 def cases(
     benchmark: Benchmark,
     path: str | Path,
-    options: Options = RAW,
-    tally: Counter[str] | None = None,
+    options: ReadOptions = DEFAULT_OPTIONS,
+    skip_counts: Counter[str] | None = None,
 ) -> Iterator[Case]:
     """Stream the cases of one annotation file, in its order; ids are `<file stem>/<index>`.
 
-    `tally` (a Counter of yours) is told what was skipped and why, and what the options changed.
+    `skip_counts` (a Counter of yours) is told what was skipped and why, and what the options changed.
 
-    Raises `BadInput`, naming the file and the record, for broken JSON; and, with `on_fault` or
-    `on_missing` "error", for records and images that can not be used.
+    Raises `BadInput`, naming the file and the record, for broken JSON; and, with `invalid_records` or
+    `missing_images` "error", for records and images that can not be used.
     """
     path = Path(path)
-    tally = Counter() if tally is None else tally
-    source = open_source(benchmark, path, options, tally)
+    skip_counts = Counter() if skip_counts is None else skip_counts
+    context = record_context(benchmark, path, options, skip_counts)
     stop = options.start + options.limit if options.limit else None
     for index, raw in enumerate(records(path)):
         if stop is not None and index >= stop:
             break
         if index < options.start:
             continue
-        tally["records"] += 1
+        skip_counts["records"] += 1
         try:
-            readable(raw)
+            require_valid_unicode(raw)
             record = msgspec.convert(raw, benchmark.record)
-            case = benchmark.case(record, f"{path.stem}/{index:05d}", source)
-            yield from (case, *(benchmark.follow(record, case, source) if benchmark.follow else ()))
-        except Skipped as reason:
-            tally[f"skipped: {reason}"] += 1
-        except (msgspec.ValidationError, BadInput) as fault:
-            if options.on_fault == "error":
-                raise BadInput(f"{path}, record {index}: {fault}") from fault
-            tally[f"skipped: {_kind(fault)}"] += 1
+            case = benchmark.case(record, f"{path.stem}/{index:05d}", context)
+            yield from (
+                case,
+                *(benchmark.follow_up(record, case, context) if benchmark.follow_up else ()),
+            )
+        except SkipRecord as reason:
+            skip_counts[f"skipped: {reason}"] += 1
+        except (msgspec.ValidationError, InvalidInputError) as fault:
+            if options.invalid_records == "error":
+                raise InvalidInputError(f"{path}, record {index}: {fault}") from fault
+            skip_counts[f"skipped: {_error_kind(fault)}"] += 1
 
 
-def open_source(benchmark: Benchmark, path: Path, options: Options, tally: Counter) -> Source:
+def record_context(
+    benchmark: Benchmark, path: Path, options: ReadOptions, skip_counts: Counter
+) -> RecordContext:
     """Options as a loader needs them. Raises `BadInput` for an unknown template or image root."""
     if options.template not in TEMPLATES:
-        raise BadInput(f"template must be one of {', '.join(TEMPLATES)}; got {options.template!r}.")
-    folder = Folder.around(path, options.images, options.on_missing, benchmark.above)
-    return Source(options, folder, tally, TEMPLATES[options.template], path)
+        raise InvalidInputError(
+            f"template must be one of {', '.join(TEMPLATES)}; got {options.template!r}."
+        )
+    folder = ImageFolder.around(
+        path, options.image_root, options.missing_images, benchmark.allow_parent_paths
+    )
+    return RecordContext(options, folder, skip_counts, TEMPLATES[options.template], path)
 
 
-def _kind(fault: Exception) -> str:
+def _error_kind(fault: Exception) -> str:
     """A fault without its particulars, so that faults of one kind are counted together."""
-    if isinstance(fault, Missing):
+    if isinstance(fault, MissingImageError):
         return "an image is missing"
     if "image name" in str(fault):
         return "an image name leaves its root"
@@ -205,23 +218,23 @@ def _kind(fault: Exception) -> str:
     return "a field has the wrong type" if typed else "a field can not be used"
 
 
-def readable(raw: Mapping[str, Any]) -> None:
+def require_valid_unicode(raw: Mapping[str, Any]) -> None:
     """Refuse lone surrogates: JSON can spell them, no tokenizer can read them."""
     try:
         msgspec.json.encode(raw)
     except UnicodeEncodeError as fault:
-        raise BadInput("text must be Unicode; a field has a lone surrogate.") from fault
+        raise InvalidInputError("text must be Unicode; a field has a lone surrogate.") from fault
 
 
-_REFUSAL = re.compile(r"i'm sorry|i cannot|i can't|as an ai|language model", re.IGNORECASE)
-_LEAD = re.compile(
+_REFUSAL_PATTERN = re.compile(r"i'm sorry|i cannot|i can't|as an ai|language model", re.IGNORECASE)
+_LEAD_IN_PATTERN = re.compile(
     r"^\W*(?:rewritten|rephrased|paraphrased)[\w\s]*:\s*|^.*?\bre(?:written|phrased) as:?\s*",
     re.IGNORECASE | re.DOTALL,
 )
 _QUOTES = "\"“”'`"
 
 
-def clean_rephrase(words: str) -> str:
+def clean_rephrase(text: str) -> str:
     """A paraphrase without the paraphrasing model's debris; '' when it is a refusal.
 
     Quotes are stripped from either end on its own, for they are unbalanced in MMEdit; a lead-in
@@ -232,25 +245,25 @@ def clean_rephrase(words: str) -> str:
     >>> clean_rephrase("I'm sorry, but I cannot see the image.")
     ''
     """
-    if _REFUSAL.search(words):
+    if _REFUSAL_PATTERN.search(text):
         return ""
-    rest = _LEAD.sub("", words.strip())
+    rest = _LEAD_IN_PATTERN.sub("", text.strip())
     lines = [line.strip() for line in rest.splitlines() if line.strip()]
     return lines[0].strip(_QUOTES).strip() if lines else ""
 
 
-def repaired(words: str) -> str:
+def fix_mojibake(text: str) -> str:
     """Undo UTF-8 read as Windows-1252, where that is what happened.
 
-    >>> repaired("itâ€™s dusk"), repaired("café")
+    >>> fix_mojibake("itâ€™s dusk"), fix_mojibake("café")
     ('it’s dusk', 'café')
     """
-    if words.isascii():
-        return words
+    if text.isascii():
+        return text
     try:
-        return words.encode("cp1252").decode()
+        return text.encode("cp1252").decode()
     except UnicodeError:
-        return words
+        return text
 
 
 class Pair(msgspec.Struct, frozen=True):
@@ -274,28 +287,28 @@ class Hop(msgspec.Struct, frozen=True):
     port_edit_q: str = ""
     port_edit_a: str = ""
 
-    def asked(self) -> tuple[str, str, str]:
+    def question_answer(self) -> tuple[str, str, str]:
         """(hop, question, answer). Raises `BadInput` for an item of neither schema."""
         if self.pair is not None:
             number = self.port_type.split("-")[0]
             if not number.isdecimal():
-                raise BadInput(f"port_type must be like '2-hop'; got {self.port_type!r}.")
+                raise InvalidInputError(f"port_type must be like '2-hop'; got {self.port_type!r}.")
             return f"{number}hop", self.pair.question, self.pair.answer
         if self.port_q is None:
-            raise BadInput("an item of port_new must hold 'Q&A' or 'port_q'.")
+            raise InvalidInputError("an item of port_new must hold 'Q&A' or 'port_q'.")
         return "1hop", self.port_q, self.port_a
 
 
 def portability(
-    items: Sequence[Hop] | None, images: tuple[Any, ...], source: Source
+    items: Sequence[Hop] | None, images: tuple[Any, ...], context: RecordContext
 ) -> dict[str, tuple[Query, ...]]:
-    """Portability probes by hop; with `Options.hop` that one alone, of records that have it."""
-    wanted = source.options.hop
+    """Portability probes by hop; with `ReadOptions.hop` that one alone, of records that have it."""
+    hop_wanted = context.options.hop
     probes: dict[str, tuple[Query, ...]] = {}
-    for hop, question, answer in (item.asked() for item in items or ()):
-        if question and answer and (not wanted or hop == f"{wanted}hop"):
-            one = Query(source.text(question), source.text(answer), images)
+    for hop, question, answer in (item.question_answer() for item in items or ()):
+        if question and answer and (not hop_wanted or hop == f"{hop_wanted}hop"):
+            one = Query(context.clean_text(question), context.clean_text(answer), images)
             probes[f"portability_{hop}"] = (*probes.get(f"portability_{hop}", ()), one)
-    if wanted and not probes:
-        raise Skipped(f"no {wanted}-hop question")
+    if hop_wanted and not probes:
+        raise SkipRecord(f"no {hop_wanted}-hop question")
     return probes

@@ -19,7 +19,7 @@ import msgspec
 
 from errata.functional.queries import Case, Query
 
-from .loading import Benchmark, Skipped, Source
+from .loading import Benchmark, RecordContext, SkipRecord
 
 __all__ = [
     "CAPTION",
@@ -33,7 +33,7 @@ __all__ = [
     "case",
     "common_probes",
     "images",
-    "oddities",
+    "anomalies",
 ]
 
 
@@ -54,7 +54,7 @@ class Record(msgspec.Struct, frozen=True):
 
 
 def common_probes(
-    record: Any, edit: Query, source: Source, wrap: str = "{}"
+    record: Any, edit: Query, context: RecordContext, wrap: str = "{}"
 ) -> dict[str, tuple[Query, ...]]:
     """The probes that MMEdit, VLKEB, MMKE-Bench and ADS-Edit share; one without its data is absent.
 
@@ -62,36 +62,38 @@ def common_probes(
     image.
     """
     probes: dict[str, tuple[Query, ...]] = {}
-    if rephrased := source.rephrase(record.rephrase):
+    if rephrased := context.rephrased_prompt(record.rephrase):
         probes["rephrase"] = (edit._replace(prompt=wrap.replace("{}", rephrased)),)
     if isinstance(record.image_rephrase, str) and record.image_rephrase:
-        probes["image_rephrase"] = (edit._replace(images=source.image(record.image_rephrase)),)
+        probes["image_rephrase"] = (
+            edit._replace(images=context.find_images(record.image_rephrase)),
+        )
     if record.loc and record.loc_ans:
-        asked = source.asks("text_loc", record.loc)
-        probes["text_locality"] = (Query(asked, source.text(record.loc_ans)),)
+        prompt = context.wrap_prompt("text_loc", record.loc)
+        probes["text_locality"] = (Query(prompt, context.clean_text(record.loc_ans)),)
     if record.m_loc and record.m_loc_q and record.m_loc_a:
-        asked = source.asks("image_loc", record.m_loc_q)
-        answer = source.text(record.m_loc_a)
-        probes["image_locality"] = (Query(asked, answer, source.image(record.m_loc)),)
+        prompt = context.wrap_prompt("image_loc", record.m_loc_q)
+        answer = context.clean_text(record.m_loc_a)
+        probes["image_locality"] = (Query(prompt, answer, context.find_images(record.m_loc)),)
     return probes
 
 
-def case(record: Record, name: str, source: Source) -> Case:
+def case(record: Record, name: str, context: RecordContext) -> Case:
     """An E-VQA record as a case, the template's words around its prompts."""
-    return _case(record, name, source, source.template.edit)
+    return _make_case(record, name, context, context.template.edit)
 
 
-def caption_case(record: Record, name: str, source: Source) -> Case:
+def caption_case(record: Record, name: str, context: RecordContext) -> Case:
     """An E-IC record as a case; no peer wraps `a photo of`."""
-    return _case(record, name, source, "{}")
+    return _make_case(record, name, context, "{}")
 
 
-def _case(record: Record, name: str, source: Source, wrap: str) -> Case:
+def _make_case(record: Record, name: str, context: RecordContext, wrap: str) -> Case:
     if not record.alt.strip():
-        raise Skipped("the target is empty")
-    prompt = wrap.replace("{}", source.text(record.src))
-    edit = Query(prompt, source.text(record.alt), source.image(record.image))
-    return Case(name, edit, common_probes(record, edit, source, wrap))
+        raise SkipRecord("the target is empty")
+    prompt = wrap.replace("{}", context.clean_text(record.src))
+    edit = Query(prompt, context.clean_text(record.alt), context.find_images(record.image))
+    return Case(name, edit, common_probes(record, edit, context, wrap))
 
 
 def images(record: Record) -> Iterator[str]:
@@ -99,12 +101,12 @@ def images(record: Record) -> Iterator[str]:
     return (one for one in (record.image, record.image_rephrase, record.m_loc) if one)
 
 
-def oddities(record: Record) -> Iterator[str]:
-    """What `errata data check` counts: all of it is in the published files, none of it an error."""
+def anomalies(record: Record) -> Iterator[str]:
+    """What `errata data verify` counts: all of it is in the published files, none of it an error."""
     words = record.rephrase
     if words:
-        yield from _paraphrase(words, record.src)
-    yield from _target(record)
+        yield from _rephrase_anomalies(words, record.src)
+    yield from _target_anomalies(record)
     for field in ("src", "rephrase", "alt", "loc_ans", "m_loc_a"):
         text = getattr(record, field)
         if not text.isascii():
@@ -124,13 +126,13 @@ def oddities(record: Record) -> Iterator[str]:
         yield f"image_rephrase is {two}, image is {one}"
 
 
-def _paraphrase(words: str, src: str) -> Iterator[str]:
-    low = words.lower()
-    if words.startswith('"'):
+def _rephrase_anomalies(rephrase: str, src: str) -> Iterator[str]:
+    low = rephrase.lower()
+    if rephrase.startswith('"'):
         yield "rephrase starts with a quote"
-    if words.endswith('"'):
+    if rephrase.endswith('"'):
         yield "rephrase ends with a quote"
-    if words.startswith('"') != words.endswith('"'):
+    if rephrase.startswith('"') != rephrase.endswith('"'):
         yield "rephrase has a quote at one end only"
     if any(mark in low for mark in ("i'm sorry", "i cannot", "as an ai", "language model")):
         yield "rephrase is a refusal"
@@ -138,21 +140,21 @@ def _paraphrase(words: str, src: str) -> Iterator[str]:
         yield "rephrase has a lead-in"
     if low.strip('" ') == src.lower().strip('" '):
         yield "rephrase equals the prompt"
-    if src.endswith("?") and "?" not in words:
+    if src.endswith("?") and "?" not in rephrase:
         yield "rephrase has no question mark"
 
 
-def _bare(text: str) -> str:
+def _normalize_text(text: str) -> str:
     """Case and punctuation aside, as the published count has it."""
     return "".join(char for char in text.casefold() if char.isalnum() or char.isspace()).strip()
 
 
-def _target(record: Record) -> Iterator[str]:
+def _target_anomalies(record: Record) -> Iterator[str]:
     alt = record.alt
     if not alt.strip():
         yield "alt is empty"
-    elif record.pred and _bare(alt) == _bare(record.pred):
-        yield "alt equals pred after normalising"
+    elif record.pred and _normalize_text(alt) == _normalize_text(record.pred):
+        yield "alt equals pred after normalizing"
     if alt != alt.strip():
         yield "alt has white space at an end"
     if "_" in alt:
@@ -169,7 +171,7 @@ def _target(record: Record) -> Iterator[str]:
         yield "alt occurs in the prompt"
 
 
-def _eleven(raw: Mapping[str, Any]) -> bool:
+def _has_common_fields(raw: Mapping[str, Any]) -> bool:
     return {"src", "alt", "image"} <= raw.keys() and "knowledge_type" not in raw
 
 
@@ -179,8 +181,10 @@ VQA = Benchmark(
     Record,
     case,
     images,
-    lambda raw, path: _eleven(raw) and raw["src"] != "a photo of" and "image_type" not in raw,
-    oddities,
+    lambda raw, path: (
+        _has_common_fields(raw) and raw["src"] != "a photo of" and "image_type" not in raw
+    ),
+    anomalies,
 )
 CAPTION = Benchmark(
     "mmedit-caption",
@@ -188,8 +192,8 @@ CAPTION = Benchmark(
     Record,
     caption_case,
     images,
-    lambda raw, path: _eleven(raw) and raw["src"] == "a photo of",
-    oddities,
+    lambda raw, path: _has_common_fields(raw) and raw["src"] == "a photo of",
+    anomalies,
 )
 
 
@@ -209,23 +213,28 @@ class Locality(msgspec.Struct, frozen=True):
     question_id: int = 0
 
 
-def _nq_case(record: Question, name: str, source: Source) -> Case:
+def _nq_case(record: Question, name: str, context: RecordContext) -> Case:
     if not record.answers.strip():
-        raise Skipped("the target is empty")
-    return Case(name, Query(source.asks("text_loc", record.questions), source.text(record.answers)))
+        raise SkipRecord("the target is empty")
+    return Case(
+        name,
+        Query(
+            context.wrap_prompt("text_loc", record.questions), context.clean_text(record.answers)
+        ),
+    )
 
 
-def _okvqa_case(record: Locality, name: str, source: Source) -> Case:
+def _okvqa_case(record: Locality, name: str, context: RecordContext) -> Case:
     """The majority answer; ties go to the answer named first."""
-    named = [one for one in record.answer if one.strip()]
-    if not named:
-        raise Skipped("the target is empty")
-    answer = max(dict.fromkeys(named), key=named.count)
-    asked = source.asks("image_loc", record.question)
-    return Case(name, Query(asked, source.text(answer), source.image(record.image)))
+    answers = [one for one in record.answer if one.strip()]
+    if not answers:
+        raise SkipRecord("the target is empty")
+    answer = max(dict.fromkeys(answers), key=answers.count)
+    prompt = context.wrap_prompt("image_loc", record.question)
+    return Case(name, Query(prompt, context.clean_text(answer), context.find_images(record.image)))
 
 
-def _nq_oddities(record: Question) -> Iterable[str]:
+def _nq_anomalies(record: Question) -> Iterable[str]:
     if record.questions.startswith("nq question: "):
         yield "loc starts with 'nq question: '"
     if not record.answers.isascii():
@@ -234,7 +243,7 @@ def _nq_oddities(record: Question) -> Iterable[str]:
         yield "loc_ans is longer than 100 characters"
 
 
-def _okvqa_oddities(record: Locality) -> Iterable[str]:
+def _okvqa_anomalies(record: Locality) -> Iterable[str]:
     if len(set(record.answer)) > 1:
         yield "the ten answers differ"
 
@@ -246,7 +255,7 @@ NQ = Benchmark(
     _nq_case,
     lambda record: (),
     lambda raw, path: {"questions", "answers"} <= raw.keys(),
-    _nq_oddities,
+    _nq_anomalies,
 )
 OKVQA = Benchmark(
     "okvqa-locality",
@@ -255,5 +264,5 @@ OKVQA = Benchmark(
     _okvqa_case,
     lambda record: (record.image,),
     lambda raw, path: {"question_id", "question", "answer", "image"} <= raw.keys(),
-    _okvqa_oddities,
+    _okvqa_anomalies,
 )

@@ -21,10 +21,10 @@ import msgspec
 
 from errata.functional.queries import Case, Query
 
-from .loading import Benchmark, Hop, Skipped, Source, portability
+from .loading import Benchmark, Hop, RecordContext, SkipRecord, portability
 from .mmedit import common_probes
 
-__all__ = ["MMKE", "Record", "case", "images", "oddities"]
+__all__ = ["MMKE", "Record", "case", "images", "anomalies"]
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -63,37 +63,41 @@ class Record(msgspec.Struct, frozen=True):
     port_new: list[Hop] | None = None
 
 
-def asked(record: Record, stem: str) -> list[tuple[str, str]]:
+def reliability_questions(record: Record, stem: str) -> list[tuple[str, str]]:
     """(question, answer) pairs of `rel` or `m_rel`, whichever spelling the answers have."""
-    found = [(getattr(record, stem), getattr(record, f"{stem}_ans"))]
+    pairs = [(getattr(record, stem), getattr(record, f"{stem}_ans"))]
     for n in "12":
         answer = getattr(record, f"{stem}_ans_{n}") or getattr(record, f"{stem}_{n}_ans")
-        found.append((getattr(record, f"{stem}_{n}"), answer))
-    return [(question, answer) for question, answer in found if question and answer]
+        pairs.append((getattr(record, f"{stem}_{n}"), answer))
+    return [(question, answer) for question, answer in pairs if question and answer]
 
 
-def case(record: Record, name: str, source: Source) -> Case:
+def case(record: Record, name: str, context: RecordContext) -> Case:
     """A record as a case."""
     if not record.alt.strip():
-        raise Skipped("the target is empty")
-    edit = Query(source.text(record.src), source.text(record.alt), source.image(record.image))
-    probes = common_probes(record, edit, source)
+        raise SkipRecord("the target is empty")
+    edit = Query(
+        context.clean_text(record.src),
+        context.clean_text(record.alt),
+        context.find_images(record.image),
+    )
+    probes = common_probes(record, edit, context)
     probes.pop("image_rephrase", None)  # I-Gen asks the questions below, not for the paragraph
-    spoken = asked(record, "m_rel")
+    image_questions = reliability_questions(record, "m_rel")
 
-    def queries(pairs: list[tuple[str, str]], shown: tuple[Any, ...]) -> tuple[Query, ...]:
-        return tuple(Query(source.text(q), source.text(a), shown) for q, a in pairs)
+    def queries(pairs: list[tuple[str, str]], images: tuple[Any, ...]) -> tuple[Query, ...]:
+        return tuple(Query(context.clean_text(q), context.clean_text(a), images) for q, a in pairs)
 
-    if pairs := asked(record, "rel"):
+    if pairs := reliability_questions(record, "rel"):
         probes["text_reliability"] = queries(pairs, ())
-    if spoken:
-        probes["image_reliability"] = queries(spoken, edit.images)
-    if spoken and record.image_rephrase:
+    if image_questions:
+        probes["image_reliability"] = queries(image_questions, edit.images)
+    if image_questions and record.image_rephrase:
         own = record.image_rephrase_question
-        pairs = [(own, spoken[0][1])] if own else spoken
-        probes["image_rephrase"] = queries(pairs, source.image(record.image_rephrase))
-    shown = source.image(record.one_hop_img) if record.one_hop_img else edit.images
-    return Case(name, edit, {**probes, **portability(record.port_new, shown, source)})
+        pairs = [(own, image_questions[0][1])] if own else image_questions
+        probes["image_rephrase"] = queries(pairs, context.find_images(record.image_rephrase))
+    images_shown = context.find_images(record.one_hop_img) if record.one_hop_img else edit.images
+    return Case(name, edit, {**probes, **portability(record.port_new, images_shown, context)})
 
 
 def images(record: Record) -> Iterator[str]:
@@ -102,15 +106,15 @@ def images(record: Record) -> Iterator[str]:
     return (one for one in named if one)
 
 
-def oddities(record: Record) -> Iterator[str]:
-    """What `errata data check` counts."""
+def anomalies(record: Record) -> Iterator[str]:
+    """What `errata data verify` counts."""
     if not record.pred:
         yield "pred is empty"
     if any(getattr(record, f"{s}_{n}_ans") for s in ("rel", "m_rel") for n in "12"):
         yield "answers are spelled rel_1_ans"
     if any(getattr(record, f"{s}_ans_{n}") for s in ("rel", "m_rel") for n in "12"):
         yield "answers are spelled rel_ans_1"
-    if not asked(record, "m_rel"):
+    if not reliability_questions(record, "m_rel"):
         yield "no image reliability question"
 
 
@@ -121,5 +125,5 @@ MMKE = Benchmark(
     case,
     images,
     lambda raw, path: "knowledge_type" in raw,
-    oddities,
+    anomalies,
 )

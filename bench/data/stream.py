@@ -7,72 +7,76 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from errata.functional.errors import BadInput
+from errata.functional.errors import InvalidInputError
 
 __all__ = ["columns", "records"]
 
-_CHUNK = 1 << 20  # characters read at a time
-_LONGEST = 1 << 24  # characters of one record; a broken file is not read into memory whole
-_WHITE = " \t\r\n"
+_CHUNK_CHARS = 1 << 20  # characters read at a time
+_MAX_RECORD_CHARS = 1 << 24  # characters of one record; a broken file is not read into memory whole
+_WHITESPACE = " \t\r\n"
 
 
-class _Window:
+class _TextWindow:
     """A sliding window of decoded text over an open file, with a place to name in errors."""
 
     def __init__(self, file: Any, path: Path):
         self.file, self.path = file, path
-        self.text, self.at, self.ended = "", 0, False
-        self.lines, self.count = 1, 0
+        self.text, self.position, self.is_exhausted = "", 0, False
+        self.first_line, self.num_records = 1, 0
         self.decoder = json.JSONDecoder(parse_constant=self._constant)
 
     def _constant(self, name: str) -> float:
-        raise BadInput(f"{self.place()}: numbers must be finite, got {name}.")
+        raise InvalidInputError(f"{self.location()}: numbers must be finite, got {name}.")
 
-    def place(self, at: int | None = None) -> str:
-        line = self.lines + self.text.count("\n", 0, self.at if at is None else at)
-        return f"{self.path}, line {line}, record {self.count}"
+    def location(self, position: int | None = None) -> str:
+        line = self.first_line + self.text.count(
+            "\n", 0, self.position if position is None else position
+        )
+        return f"{self.path}, line {line}, record {self.num_records}"
 
-    def grow(self) -> bool:
+    def read_more(self) -> bool:
         """Read on, dropping what was consumed; False at the end of the file."""
-        self.lines += self.text.count("\n", 0, self.at)
-        self.text, self.at = self.text[self.at :], 0
+        self.first_line += self.text.count("\n", 0, self.position)
+        self.text, self.position = self.text[self.position :], 0
         try:
-            more = self.file.read(max(_CHUNK, len(self.text)))
+            more = self.file.read(max(_CHUNK_CHARS, len(self.text)))
         except UnicodeDecodeError as fault:
-            raise BadInput(
+            raise InvalidInputError(
                 f"{self.path} must be UTF-8; byte {fault.object[fault.start]:#04x} is not "
-                f"(after {self.count} records). Save the file as UTF-8."
+                f"(after {self.num_records} records). Save the file as UTF-8."
             ) from fault
-        self.ended = not more
+        self.is_exhausted = not more
         self.text += more
-        return not self.ended
+        return not self.is_exhausted
 
-    def peek(self) -> str:
+    def peek_char(self) -> str:
         """The next character that is not white space, '' at the end of the file."""
         while True:
             size = len(self.text)
-            while self.at < size and self.text[self.at] in _WHITE:
-                self.at += 1
-            if self.at < size:
-                return self.text[self.at]
-            if not self.grow():
+            while self.position < size and self.text[self.position] in _WHITESPACE:
+                self.position += 1
+            if self.position < size:
+                return self.text[self.position]
+            if not self.read_more():
                 return ""
 
-    def value(self) -> Any:
+    def read_object(self) -> Any:
         """Decode the object at the window's start; reads on while it is cut off."""
         while True:
             try:
-                value, self.at = self.decoder.raw_decode(self.text, self.at)
+                value, self.position = self.decoder.raw_decode(self.text, self.position)
             except json.JSONDecodeError as fault:
                 cut = fault.msg.startswith("Unterminated") or fault.pos > len(self.text) - 16
-                if cut and len(self.text) - self.at <= _LONGEST and self.grow():
+                if cut and len(self.text) - self.position <= _MAX_RECORD_CHARS and self.read_more():
                     continue
-                raise BadInput(
-                    f"{self.place(fault.pos)}: not JSON ({fault.msg}). The file may be cut short."
+                raise InvalidInputError(
+                    f"{self.location(fault.pos)}: not JSON ({fault.msg}). The file may be cut short."
                 ) from fault
             except RecursionError as fault:
-                raise BadInput(f"{self.place()}: nested too deep to be a record.") from fault
-            self.count += 1
+                raise InvalidInputError(
+                    f"{self.location()}: nested too deep to be a record."
+                ) from fault
+            self.num_records += 1
             return value
 
 
@@ -88,52 +92,58 @@ def records(path: str | Path) -> Iterator[dict[str, Any]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise BadInput(f"{path} must be a JSON file; there is no such file.")
+        raise InvalidInputError(f"{path} must be a JSON file; there is no such file.")
     with path.open(encoding="utf-8-sig", newline="") as file:
-        window = _Window(file, path)
-        start = window.peek()
+        window = _TextWindow(file, path)
+        start = window.peek_char()
         if start == "[":
             yield from _items(window)
         elif start == "{":
             yield from _objects(window)
         else:
-            raise BadInput(f"{path} must hold a JSON list or objects; it starts with {start!r}.")
+            raise InvalidInputError(
+                f"{path} must hold a JSON list or objects; it starts with {start!r}."
+            )
 
 
-def _items(window: _Window) -> Iterator[dict[str, Any]]:
-    window.at += 1
-    if window.peek() == "]":
+def _items(window: _TextWindow) -> Iterator[dict[str, Any]]:
+    window.position += 1
+    if window.peek_char() == "]":
         return
     while True:
-        if window.peek() != "{":
-            raise BadInput(f"{window.place()}: must be an object in braces, got {window.peek()!r}.")
-        yield window.value()
-        mark = window.peek()
+        if window.peek_char() != "{":
+            raise InvalidInputError(
+                f"{window.location()}: must be an object in braces, got {window.peek_char()!r}."
+            )
+        yield window.read_object()
+        mark = window.peek_char()
         if mark not in (",", "]"):
-            raise BadInput(
-                f"{window.place()}: a comma or the end of the list must follow; "
+            raise InvalidInputError(
+                f"{window.location()}: a comma or the end of the list must follow; "
                 f"got {mark or 'the end of the file'}. The file may be cut short."
             )
-        window.at += 1
+        window.position += 1
         if mark == "]":
-            if window.peek():
-                raise BadInput(f"{window.place()}: text after the end of the list.")
+            if window.peek_char():
+                raise InvalidInputError(f"{window.location()}: text after the end of the list.")
             return
 
 
-def _objects(window: _Window) -> Iterator[dict[str, Any]]:
-    first = window.value()
-    if not window.peek():  # one object: a table by columns, or a file of one record
-        yield from columns(first, window.path) if _columnar(first) else [first]
+def _objects(window: _TextWindow) -> Iterator[dict[str, Any]]:
+    first = window.read_object()
+    if not window.peek_char():  # one object: a table by columns, or a file of one record
+        yield from columns(first, window.path) if _is_columnar(first) else [first]
         return
     yield first
-    while mark := window.peek():
+    while mark := window.peek_char():
         if mark != "{":
-            raise BadInput(f"{window.place()}: every line must be an object, got {mark!r}.")
-        yield window.value()
+            raise InvalidInputError(
+                f"{window.location()}: every line must be an object, got {mark!r}."
+            )
+        yield window.read_object()
 
 
-def _columnar(table: dict[str, Any]) -> bool:
+def _is_columnar(table: dict[str, Any]) -> bool:
     return bool(table) and all(isinstance(column, list) for column in table.values())
 
 
@@ -141,6 +151,6 @@ def columns(table: dict[str, list[Any]], path: Path) -> Iterator[dict[str, Any]]
     """Rows of a columnar object; raises `BadInput` when the columns differ in length."""
     sizes = {name: len(column) for name, column in table.items()}
     if len(set(sizes.values())) > 1:
-        raise BadInput(f"{path}: columns must have one length, got {sizes}.")
+        raise InvalidInputError(f"{path}: columns must have one length, got {sizes}.")
     for row in zip(*table.values(), strict=True):
         yield dict(zip(table, row, strict=True))

@@ -8,7 +8,7 @@ Wikipedia title with underscores.
 The gap protocol is `sequential` with `gaps = [10, 20, 50, 100]`. For the edit-one-hop protocol,
 read `eval_edit_onehop.json` as benchmark "vlkeb-edit-onehop", which gives two cases a record (the
 entity edit, then the text-only edit of the bridging fact, `id+hop`, with the portability question
-about the entity's image), and run `sequential` with `group = 2`. The reference row of portability
+about the entity's image), and run `sequential` with `sequence_length = 2`. The reference row of portability
 without any edit is the `base` of every result.
 """
 
@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from errata.functional.errors import BadInput
+from errata.functional.errors import InvalidInputError
 from errata.functional.queries import Case, Query
 
-from .loading import Benchmark, Hop, Skipped, Source, portability
+from .loading import Benchmark, Hop, RecordContext, SkipRecord, portability
 from .mmedit import Record as Common
-from .mmedit import common_probes, images, oddities
+from .mmedit import anomalies, common_probes, images
 
 __all__ = ["EDIT_ONEHOP", "VLKEB", "Record", "case", "second_edit"]
 
@@ -32,13 +32,17 @@ class Record(Common, frozen=True):
     port_new: list[Hop] | None = None
 
 
-def case(record: Record, name: str, source: Source) -> Case:
+def case(record: Record, name: str, context: RecordContext) -> Case:
     """A record as a case: `portability_<n>hop` probes ask about the edit's image."""
     if not record.alt.strip():
-        raise Skipped("the target is empty")
-    edit = Query(source.text(record.src), source.text(record.alt), source.image(record.image))
-    probes = common_probes(record, edit, source)
-    return Case(name, edit, {**probes, **portability(record.port_new, edit.images, source)})
+        raise SkipRecord("the target is empty")
+    edit = Query(
+        context.clean_text(record.src),
+        context.clean_text(record.alt),
+        context.find_images(record.image),
+    )
+    probes = common_probes(record, edit, context)
+    return Case(name, edit, {**probes, **portability(record.port_new, edit.images, context)})
 
 
 def second_edit(record: Record) -> Query:
@@ -49,24 +53,26 @@ def second_edit(record: Record) -> Query:
     for item in record.port_new or ():
         if item.port_edit_q and item.port_edit_a:
             return Query(item.port_edit_q, item.port_edit_a)
-    raise BadInput("port_new must hold port_edit_q and port_edit_a for the edit-one-hop protocol.")
+    raise InvalidInputError(
+        "port_new must hold port_edit_q and port_edit_a for the edit-one-hop protocol."
+    )
 
 
-def without_portability(record: Record, name: str, source: Source) -> Case:
+def without_portability(record: Record, name: str, context: RecordContext) -> Case:
     """The first of the two edits: its portability is asked after the second one."""
-    made = case(record, name, source)
+    made = case(record, name, context)
     return made._replace(probes={k: v for k, v in made.probes.items() if "portability" not in k})
 
 
-def then_edit_hop(record: Record, first: Case, source: Source) -> Iterator[Case]:
+def second_edit_case(record: Record, first: Case, context: RecordContext) -> Iterator[Case]:
     """The second edit, after which the first one's image is asked for what follows from both."""
-    probes = portability(record.port_new, first.edit.images, source)
+    probes = portability(record.port_new, first.edit.images, context)
     yield Case(f"{first.id}+hop", second_edit(record), probes)
 
 
-def vlkeb_oddities(record: Record) -> Iterator[str]:
+def vlkeb_anomalies(record: Record) -> Iterator[str]:
     """MMEdit's, and what portability questions add."""
-    yield from oddities(record)
+    yield from anomalies(record)
     for item in record.port_new or ():
         if item.port_edit_a and item.port_edit_a == item.port_a:
             yield "port_edit_a equals port_a"
@@ -85,12 +91,12 @@ VLKEB = Benchmark(
     lambda raw, path: (
         "src" in raw and "knowledge_type" not in raw and str(raw.get("image", "")).startswith("m.")
     ),
-    vlkeb_oddities,
+    vlkeb_anomalies,
 )
 EDIT_ONEHOP = VLKEB._replace(
     name="vlkeb-edit-onehop",
     title="VLKEB, edit one hop",
     case=without_portability,
-    sniff=lambda raw, path: False,  # the same file: only who asks for it by name means it
-    follow=then_edit_hop,
+    matches=lambda raw, path: False,  # the same file: only who asks for it by name means it
+    follow_up=second_edit_case,
 )

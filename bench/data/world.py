@@ -38,36 +38,36 @@ from errata.adapters.zoo.world import (
     DIGITS,
     FACTS,
     HOPS,
-    NUM_HELD,
+    NUM_HELD_OUT,
     NUM_TRAINED,
     PHOTOS,
     TEXT_RELATIONS,
+    Appearance,
     Creature,
-    Look,
     World,
-    differ,
-    lore,
+    load_facts,
+    num_differences,
 )
 from errata.bench.zoo.pictures import digit_indices
-from errata.functional.errors import BadSettings, listed
+from errata.functional.errors import InvalidSettingsError, join_messages
 from errata.functional.types import Case, Query
 
-__all__ = ["RELATIONS", "SPLITS", "Drawing", "cases"]
+__all__ = ["RELATIONS", "SPLITS", "RenderedImage", "cases"]
 
 Split = Literal["train", "test"]
 Subjects = Literal["known", "new"]
 RELATIONS = ("name", "home", "food", "keeper")
 SPLITS = ("train", "test")
-MOST_TOKENS = 4
+MAX_TARGET_TOKENS = 4
 
 
-class Drawing(msgspec.Struct, frozen=True):
+class RenderedImage(msgspec.Struct, frozen=True):
     """A picture that is drawn when it is loaded.
 
     `subject` is a look ("round-red-plain-blue-long"), a digit's number or a photograph's label;
     `rendering` picks pose, ground and light.
 
-    >>> Drawing("scene", "", "7").load().size
+    >>> RenderedImage("scene", "", "7").load().size
     (64, 64)
     """
 
@@ -76,17 +76,19 @@ class Drawing(msgspec.Struct, frozen=True):
     rendering: str
 
     @property
-    def key(self) -> str:
+    def content_id(self) -> str:
         """A name of the content: equal keys draw equal pixels."""
         return f"zoo/{self.kind}/{self.subject}/{self.rendering}"
 
     def load(self) -> Image:
         """Draw it."""
-        return _PAINTERS[self.kind](self.subject, self.rendering)
+        return _RENDERERS[self.kind](self.subject, self.rendering)
 
 
-_PAINTERS: dict[str, Callable[[str, str], Image]] = {
-    "creature": lambda subject, rendering: draw.creature(Look(*subject.split("-")), rendering),
+_RENDERERS: dict[str, Callable[[str, str], Image]] = {
+    "creature": lambda subject, rendering: draw.creature(
+        Appearance(*subject.split("-")), rendering
+    ),
     "scene": lambda _, rendering: draw.scene(rendering).image,
     "digit": lambda subject, rendering: draw.digit(int(subject), rendering),
     "photo": draw.photo,
@@ -94,7 +96,7 @@ _PAINTERS: dict[str, Callable[[str, str], Image]] = {
 
 
 def cases(
-    count: int,
+    num_cases: int,
     seed: int = 0,
     *,
     split: Split = "test",
@@ -112,38 +114,38 @@ def cases(
     >>> sorted(case.probes)[0], case == cases(1)[0]
     ('hard_locality', True)
     """
-    _check(count, split, subjects, relations)
+    _validate(num_cases, split, subjects, relations)
     world = World()
-    made: list[Case] = []
+    made_cases: list[Case] = []
     for turn in itertools.count():
-        facts = _facts(turn, seed, split, subjects, relations)[: count - len(made)]
+        facts = _fact_order(turn, seed, split, subjects, relations)[: num_cases - len(made_cases)]
         if not facts:
-            return made
-        made += [_case(world, world.creature(i), r, f"{seed}-{turn}") for i, r in facts]
+            return made_cases
+        made_cases += [_make_case(world, world.creature(i), r, f"{seed}-{turn}") for i, r in facts]
     raise AssertionError("turns never end")
 
 
-def _check(count: int, split: str, subjects: str, relations: Sequence[str]) -> None:
-    wrong = []
-    if count < 0:
-        wrong.append(f"count must be 0 or more, got {count}")
+def _validate(num_cases: int, split: str, subjects: str, relations: Sequence[str]) -> None:
+    errors = []
+    if num_cases < 0:
+        errors.append(f"num_cases must be 0 or more, got {num_cases}")
     if split not in SPLITS:
-        wrong.append(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+        errors.append(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     if subjects not in ("known", "new"):
-        wrong.append(f"subjects must be known or new, got {subjects!r}")
+        errors.append(f"subjects must be known or new, got {subjects!r}")
     unknown = [r for r in relations if r not in FACTS]
     if unknown or not relations:
-        wrong.append(f"relations must be some of {', '.join(FACTS)}, got {list(relations)}")
-    if wrong:
-        raise BadSettings(f"cases of the micro world: {listed(wrong)}.")
+        errors.append(f"relations must be some of {', '.join(FACTS)}, got {list(relations)}")
+    if errors:
+        raise InvalidSettingsError(f"cases of the micro world: {join_messages(errors)}.")
 
 
-def _facts(
+def _fact_order(
     turn: int, seed: int, split: str, subjects: str, relations: Sequence[str]
 ) -> list[tuple[int, str]]:
     """Every (creature, relation) of a split once, in the order of this turn."""
     if subjects == "known":
-        first_held = NUM_TRAINED - NUM_HELD
+        first_held = NUM_TRAINED - NUM_HELD_OUT
         indices = range(first_held) if split == "train" else range(first_held, NUM_TRAINED)
     else:
         start = NUM_TRAINED + (split == "train") + 2 * 100 * turn
@@ -153,88 +155,91 @@ def _facts(
     return facts
 
 
-def _case(world: World, creature: Creature, relation: str, draw_key: str) -> Case:
+def _make_case(world: World, creature: Creature, relation: str, draw_key: str) -> Case:
     name = f"{creature.index}-{relation}-{draw_key}"
     rng = random.Random(f"case-{name}")
-    target = _target(world, creature, relation, rng)
-    shown = _creature(creature, f"case-{name}")
+    target = _choose_target(world, creature, relation, rng)
+    image = _render_creature(creature, f"case-{name}")
     question = rng.choice(world.questions(relation))
     probes = {
-        "rephrase": _ask(rng.sample(world.questions(relation, "held"), 3), target, shown),
+        "rephrase": _image_queries(rng.sample(world.questions(relation, "held"), 3), target, image),
         "image_rephrase": tuple(
-            Query(question, target, (_creature(creature, f"case-{name}-{i}"),)) for i in range(3)
+            Query(question, target, (_render_creature(creature, f"case-{name}-{i}"),))
+            for i in range(3)
         ),
-        "text_locality": _text(world, creature, relation, target, rng),
-        "same_entity_locality": _same_entity(world, creature, relation, shown, rng),
-        "hard_locality": _hard(world, creature, relation, name, rng),
-        "image_locality": _unrelated(rng, name),
+        "text_locality": _text_locality(world, creature, relation, target, rng),
+        "same_entity_locality": _same_entity_locality(world, creature, relation, image, rng),
+        "hard_locality": _hard_locality(world, creature, relation, name, rng),
+        "image_locality": _image_locality(rng, name),
     }
     hop = {first: second for second, first in HOPS.items()}.get(relation)
     if hop:
-        asked = rng.sample(world.questions(hop), 2)
-        probes["portability"] = _ask(asked, world.hop(hop, target), shown)
-    return Case(name, Query(question, target, (shown,)), probes)
+        hop_questions = rng.sample(world.questions(hop), 2)
+        probes["portability"] = _image_queries(hop_questions, world.second_hop(hop, target), image)
+    return Case(name, Query(question, target, (image,)), probes)
 
 
-def _creature(creature: Creature, rendering: str) -> Drawing:
-    return Drawing("creature", "-".join(creature.look), rendering)
+def _render_creature(creature: Creature, rendering: str) -> RenderedImage:
+    return RenderedImage("creature", "-".join(creature.appearance), rendering)
 
 
-def _ask(questions: Sequence[str], target: str, shown: Drawing) -> tuple[Query, ...]:
-    return tuple(Query(question, target, (shown,)) for question in questions)
+def _image_queries(
+    questions: Sequence[str], target: str, image: RenderedImage
+) -> tuple[Query, ...]:
+    return tuple(Query(question, target, (image,)) for question in questions)
 
 
 @cache
-def _lengths(values: tuple[str, ...]) -> dict[int, tuple[str, ...]]:
+def _values_by_length(values: tuple[str, ...]) -> dict[int, tuple[str, ...]]:
     """Values by their number of tokens, those of more than four left out."""
     tokenizer = Tokenizer.from_file(str(TOKENIZER))
     found: dict[int, list[str]] = {}
     for value in values:
         found.setdefault(len(tokenizer.encode(value).ids), []).append(value)
-    return {n: tuple(found[n]) for n in sorted(found) if n <= MOST_TOKENS}
+    return {n: tuple(found[n]) for n in sorted(found) if n <= MAX_TARGET_TOKENS}
 
 
-def _target(world: World, creature: Creature, relation: str, rng: random.Random) -> str:
+def _choose_target(world: World, creature: Creature, relation: str, rng: random.Random) -> str:
     """A value that is not the true one, nor (where there is a second hop) has its second hop."""
     true = getattr(creature, relation)
     hop = {first: second for second, first in HOPS.items()}.get(relation)
     while True:
-        by_length = _lengths(world.values(relation))
+        by_length = _values_by_length(world.possible_answers(relation))
         value = rng.choice(by_length[rng.choice(list(by_length))])
-        if value == true or (hop and world.hop(hop, value) == world.hop(hop, true)):
+        if value == true or (hop and world.second_hop(hop, value) == world.second_hop(hop, true)):
             continue
         return value
 
 
-def _text(
+def _text_locality(
     world: World, creature: Creature, relation: str, target: str, rng: random.Random
 ) -> tuple[Query, ...]:
     known = creature if creature.index < NUM_TRAINED else rng.choice(world.trained)
     others = [c for c in world.trained if c not in (creature, known) and c.name != target]
     asked = rng.choice([r for r in TEXT_RELATIONS if r != relation])
-    queries = [_named(world, known, asked, rng)]
+    queries = [_named_query(world, known, asked, rng)]
     same = relation if relation in TEXT_RELATIONS else rng.choice(TEXT_RELATIONS)
-    queries.append(_named(world, rng.choice(others), same, rng))
+    queries.append(_named_query(world, rng.choice(others), same, rng))
     hop = {first: second for second, first in HOPS.items()}.get(relation)
     if hop:
-        form = rng.choice(lore()["text_questions"][hop])
-        queries.append(Query(form.format(s=target), world.hop(hop, target)))
+        form = rng.choice(load_facts()["text_questions"][hop])
+        queries.append(Query(form.format(s=target), world.second_hop(hop, target)))
     else:
-        queries.append(_named(world, rng.choice(others), rng.choice(TEXT_RELATIONS), rng))
-    kind = rng.choice(sorted(lore()["knowledge"]))
-    subject = rng.choice(sorted(lore()["knowledge"][kind]))
-    form = rng.choice(lore()["text_questions"][kind])
-    queries.append(Query(form.format(s=subject), lore()["knowledge"][kind][subject]))
+        queries.append(_named_query(world, rng.choice(others), rng.choice(TEXT_RELATIONS), rng))
+    kind = rng.choice(sorted(load_facts()["knowledge"]))
+    subject = rng.choice(sorted(load_facts()["knowledge"][kind]))
+    form = rng.choice(load_facts()["text_questions"][kind])
+    queries.append(Query(form.format(s=subject), load_facts()["knowledge"][kind][subject]))
     return tuple(queries)
 
 
-def _named(world: World, creature: Creature, relation: str, rng: random.Random) -> Query:
+def _named_query(world: World, creature: Creature, relation: str, rng: random.Random) -> Query:
     question = rng.choice(world.named_questions(relation, creature.name))
     return Query(question, getattr(creature, relation))
 
 
-def _same_entity(
-    world: World, creature: Creature, relation: str, shown: Drawing, rng: random.Random
+def _same_entity_locality(
+    world: World, creature: Creature, relation: str, image: RenderedImage, rng: random.Random
 ) -> tuple[Query, ...]:
     """Three other facts and an attribute; of a new creature only attributes."""
     facts = [r for r in FACTS if r != relation]
@@ -242,38 +247,43 @@ def _same_entity(
     asked = rng.sample(facts, 3) if known else []
     asked += rng.sample(ATTRIBUTES, 4 - len(asked))
     return tuple(
-        Query(rng.choice(world.questions(r)), world.answer(creature, r), (shown,)) for r in asked
+        Query(rng.choice(world.questions(r)), world.answer(creature, r), (image,)) for r in asked
     )
 
 
-def _hard(
+def _hard_locality(
     world: World, creature: Creature, relation: str, name: str, rng: random.Random
 ) -> tuple[Query, ...]:
     """Two of the most alike creatures and two others, asked for the edited relation."""
     others = [c for c in world.trained if c.index != creature.index]
-    alike = sorted(others, key=lambda c: (differ(c.look, creature.look), c.index))
+    alike = sorted(
+        others, key=lambda c: (num_differences(c.appearance, creature.appearance), c.index)
+    )
     chosen = alike[:2] + rng.sample(alike[2:], 2)
     return tuple(
         Query(
             rng.choice(world.questions(relation)),
             getattr(other, relation),
-            (_creature(other, f"case-{name}-other"),),
+            (_render_creature(other, f"case-{name}-other"),),
         )
         for other in chosen
     )
 
 
-def _unrelated(rng: random.Random, name: str) -> tuple[Query, ...]:
-    forms = lore()["picture_questions"]
+def _image_locality(rng: random.Random, name: str) -> tuple[Query, ...]:
+    forms = load_facts()["picture_questions"]
     index = rng.choice(digit_indices("test"))
     value = draw.digits()[1][index]
     label = rng.choice(PHOTOS)
-    scene = Drawing("scene", "", f"case-{rng.randrange(100_000)}")
+    scene = RenderedImage("scene", "", f"case-{rng.randrange(100_000)}")
     drawn = draw.scene(scene.rendering)
     head = rng.choice(("count", "scene_color", "scene_shape"))
     return (
-        Query(rng.choice(forms["digit"]), DIGITS[value],
-              (Drawing("digit", str(index), f"case-{name}"),)),
+        Query(
+            rng.choice(forms["digit"]),
+            DIGITS[value],
+            (RenderedImage("digit", str(index), f"case-{name}"),),
+        ),
         Query(rng.choice(forms[head]), getattr(drawn, head), (scene,)),
-        Query(rng.choice(forms["photo"]), label, (Drawing("photo", label, f"case-{name}"),)),
-    )  # fmt: skip
+        Query(rng.choice(forms["photo"]), label, (RenderedImage("photo", label, f"case-{name}"),)),
+    )

@@ -12,55 +12,59 @@ wordings. Creatures are split as in `world.cases`.
 
 import random
 
-from errata.adapters.zoo.world import NUM_HELD, NUM_TRAINED, TEXT_RELATIONS, Creature, World
+from errata.adapters.zoo.world import NUM_HELD_OUT, NUM_TRAINED, TEXT_RELATIONS, Creature, World
 from errata.functional.types import Case, Query
 
-from .world import Split, _creature, _target, _text, _unrelated
+from .world import Split, _choose_target, _image_locality, _render_creature, _text_locality
 
 __all__ = ["text_cases"]
 
 
-def text_cases(count: int, seed: int = 0, *, split: Split = "test") -> list[Case]:
+def text_cases(num_cases: int, seed: int = 0, *, split: Split = "test") -> list[Case]:
     """The first `count` cases whose edits have no picture, the same for the same arguments.
 
     >>> [query.images for query in text_cases(1)[0].probes["rephrase"]]
     [(), ()]
     """
     world = World()
-    first_held = NUM_TRAINED - NUM_HELD
+    first_held = NUM_TRAINED - NUM_HELD_OUT
     indices = range(first_held) if split == "train" else range(first_held, NUM_TRAINED)
     facts = [(index, relation) for index in indices for relation in TEXT_RELATIONS]
     made: list[Case] = []
     turn = 0
-    while len(made) < count:
+    while len(made) < num_cases:
         order = random.Random(f"text-{seed}-{split}-{turn}").sample(facts, len(facts))
-        some = order[: count - len(made)]
-        made += [_case(world, world.creature(i), r, f"{seed}-{turn}") for i, r in some]
+        round_facts = order[: num_cases - len(made)]
+        made += [_make_case(world, world.creature(i), r, f"{seed}-{turn}") for i, r in round_facts]
         turn += 1
     return made
 
 
-def _case(world: World, creature: Creature, relation: str, draw_key: str) -> Case:
+def _make_case(world: World, creature: Creature, relation: str, draw_key: str) -> Case:
     name = f"text-{creature.index}-{relation}-{draw_key}"
     rng = random.Random(f"case-{name}")
-    target = _target(world, creature, relation, rng)
+    target = _choose_target(world, creature, relation, rng)
     forms = world.named_questions(relation, creature.name)
-    asked, *others = rng.sample(forms, len(forms))
+    edit_prompt, *others = rng.sample(forms, len(forms))
     half = max(1, len(others) // 2)
-    shown = _creature(creature, f"case-{name}")
+    image = _render_creature(creature, f"case-{name}")
 
-    def named(one: Creature, about: str) -> Query:
-        return Query(rng.choice(world.named_questions(about, one.name)), getattr(one, about))
+    def named_query(creature: Creature, relation: str) -> Query:
+        return Query(
+            rng.choice(world.named_questions(relation, creature.name)), getattr(creature, relation)
+        )
 
     rest = [r for r in TEXT_RELATIONS if r != relation]
-    strangers = rng.sample([c for c in world.trained if c.index != creature.index], 3)
-    seen = Query(rng.choice(world.questions(relation)), getattr(creature, relation), (shown,))
+    other_creatures = rng.sample([c for c in world.trained if c.index != creature.index], 3)
+    image_query = Query(
+        rng.choice(world.questions(relation)), getattr(creature, relation), (image,)
+    )
     probes = {
         "rephrase": tuple(Query(form, target) for form in others[:half]),
         "image_rephrase": tuple(Query(form, target) for form in others[half:] or others),
-        "text_locality": _text(world, creature, relation, target, rng),
-        "same_entity_locality": tuple(named(creature, r) for r in rest),
-        "hard_locality": tuple(named(other, relation) for other in strangers),
-        "image_locality": (*_unrelated(rng, name), seen),
+        "text_locality": _text_locality(world, creature, relation, target, rng),
+        "same_entity_locality": tuple(named_query(creature, r) for r in rest),
+        "hard_locality": tuple(named_query(other, relation) for other in other_creatures),
+        "image_locality": (*_image_locality(rng, name), image_query),
     }
-    return Case(name, Query(asked, target), probes)
+    return Case(name, Query(edit_prompt, target), probes)

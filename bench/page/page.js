@@ -17,9 +17,9 @@ function node(tag, attributes = {}, ...children) {
   return made;
 }
 const percent = (value, places = 1) => value === null || value === undefined ? "–" : (100 * value).toFixed(places);
-const colour = editor => `var(--c${editor % 8})`;
+const color = editor => `var(--c${editor % 8})`;
 const probeOf = index => D.probes[index];
-const legKey = leg => [leg.model, leg.protocol, leg.moment, leg.gap, leg.scorer].join("|");
+const legKey = leg => [leg.model, leg.protocol, leg.evaluated_at, leg.gap, leg.scorer].join("|");
 
 // ------------------------------------------------------------------ marks and tips
 const SHAPES = [
@@ -31,8 +31,8 @@ const SHAPES = [
 function mark(editor, x, y, { hollow = false, r = 6, tip = "" } = {}) {
   const shape = SHAPES[(editor + Math.floor(editor / 8)) % 4](r);
   return hover(node("path", {
-    d: shape, transform: `translate(${x} ${y})`, stroke: hollow ? colour(editor) : "var(--card)",
-    "stroke-width": hollow ? 2 : 1.5, fill: hollow ? "var(--card)" : colour(editor),
+    d: shape, transform: `translate(${x} ${y})`, stroke: hollow ? color(editor) : "var(--card)",
+    "stroke-width": hollow ? 2 : 1.5, fill: hollow ? "var(--card)" : color(editor),
   }), tip);
 }
 function hover(made, tip) {
@@ -74,15 +74,15 @@ const family = (line, which) => meanOf(line, Object.keys(line.probes).filter(FAM
 function controls() {
   const fields = [
     ["model", () => "Model", one => one], ["protocol", () => "Protocol", one => one],
-    ["moment", () => "Asked", (one, row) => ({ edit: "right after the edit", end: "after all edits", length: "after so many edits" }[one] || one)],
-    ["gap", () => view.moment === "length" ? "Edits made" : "Edits later", one => one], ["scorer", () => "Scorer", one => one],
+    ["evaluated_at", () => "Asked", (one, row) => ({ after_edit: "right after the edit", end: "after all edits", after_length: "after so many edits" }[one] || one)],
+    ["gap", () => view.evaluated_at === "after_length" ? "Edits made" : "Edits later", one => one], ["scorer", () => "Scorer", one => one],
   ];
   const bar = $("controls");
   bar.replaceChildren();
   let left = D.legs;
   for (const [field, title, show] of fields) {
     const values = [...new Set(left.map(one => one[field]))];
-    if (!values.includes(view[field])) view[field] = values.includes("end") ? "end" : view.moment === "length" ? values.at(-1) : values[0];
+    if (!values.includes(view[field])) view[field] = values.includes("end") ? "end" : view.evaluated_at === "after_length" ? values.at(-1) : values[0];
     left = left.filter(one => one[field] === view[field]);
     if (values.length < 2) continue;
     const menu = node("select", { onchange: event => { view[field] = values[event.target.selectedIndex]; draw(); } },
@@ -125,7 +125,7 @@ function tradeoff() {
   const labels = [];
   for (const { line, editor, x, y, z } of points) {
     const at = px(x.mean), both = [y, z].filter(Boolean);
-    const strokes = { stroke: colour(editor), "stroke-width": 1.5, opacity: .55 };
+    const strokes = { stroke: color(editor), "stroke-width": 1.5, opacity: .55 };
     svg.append(node("line", { ...strokes, x1: at, x2: at, y1: py(both[0].mean), y2: py(both.at(-1).mean), "stroke-dasharray": "2 3" }));
     svg.append(node("line", { ...strokes, x1: px(Math.max(left, x.low)), x2: px(x.high), y1: py(both[0].mean), y2: py(both[0].mean) }));
     for (const score of both) svg.append(node("line", { ...strokes, x1: at, x2: at, y1: py(score.low), y2: py(score.high) }));
@@ -172,7 +172,7 @@ function profile() {
       const cell = line.probes[name];
       if (!cell || !cell.score.count) return;
       const y = top + 4 + (step - 14) * (place + .5) / editors.length, editor = editors[place];
-      svg.append(node("line", { x1: px(cell.score.low), x2: px(cell.score.high), y1: y, y2: y, stroke: colour(editor), "stroke-width": 2, opacity: .5 }));
+      svg.append(node("line", { x1: px(cell.score.low), x2: px(cell.score.high), y1: y, y2: y, stroke: color(editor), "stroke-width": 2, opacity: .5 }));
       svg.append(mark(editor, px(cell.score.mean), y, { r: 4.5, tip: `${line.editor}, ${name}\n${range(cell.score)}` }));
     });
   });
@@ -206,8 +206,8 @@ function lifelong() {
     for (const curve of chosen) {
       const editor = D.editors.indexOf(curve.editor), pts = curve.points;
       const band = [...pts.map(p => `${px(at(p[0]))} ${py(p[3])}`), ...[...pts].reverse().map(p => `${px(at(p[0]))} ${py(p[2])}`)];
-      if (chosen.length < 5) svg.append(node("path", { d: `M${band.join("L")}z`, fill: colour(editor), opacity: .12 }));
-      svg.append(node("path", { d: `M${pts.map(p => `${px(at(p[0]))} ${py(p[1])}`).join("L")}`, fill: "none", stroke: colour(editor), "stroke-width": 2 }));
+      if (chosen.length < 5) svg.append(node("path", { d: `M${band.join("L")}z`, fill: color(editor), opacity: .12 }));
+      svg.append(node("path", { d: `M${pts.map(p => `${px(at(p[0]))} ${py(p[1])}`).join("L")}`, fill: "none", stroke: color(editor), "stroke-width": 2 }));
       for (const p of pts) svg.append(mark(editor, px(at(p[0])), py(p[1]), { r: 3.5, tip: `${curve.editor}\n${p[0]} edits: ${percent(p[1])} [${percent(p[2])}, ${percent(p[3])}]  n=${p[4]}` }));
       labels.push({ x: 0, y: py(pts.at(-1)[1]), text: curve.editor });
     }
@@ -222,7 +222,7 @@ function lifelong() {
 function numbers() {
   const names = D.probes.map(one => one.key).filter(name => lines().some(line => line.probes[name]));
   const table = $("numbers").querySelector("table");
-  const short = name => D.probes.find(one => one.key === name).short;
+  const short = name => D.probes.find(one => one.key === name).column;
   const row = (kind, first, cells) => node("tr", { class: kind }, node("td", {}, ...[].concat(first)), ...cells);
   const body = [node("tr", {}, node("th", {}, ""), ...names.map(name => hover(node("th", {}, short(name)), name)))];
   const cells = name => lines().map(line => line.probes[name]).filter(Boolean);
@@ -239,8 +239,8 @@ function numbers() {
     })));
     const plain = (value, places) => value.toFixed(places);
     for (const [label, field, show] of [
-      ["all tokens right", "exact", percent],
-      [names.every(name => name.includes("locality")) ? "says the same, generating freely" : "says it (locality: the same), generating freely", "said", percent],
+      ["all tokens right", "exact_match", percent],
+      [names.every(name => name.includes("locality")) ? "says the same, generating freely" : "says it (locality: the same), generating freely", "generation_match", percent],
       ["KL(unedited || edited), nats", "kl", value => plain(value, 3)], ["perplexity of the answer", "ppl", value => plain(value, 2)],
       ["PPL_r", "ppl_r", value => plain(value, 2)], ["fluency, ×100", "fluency", percent],
     ])
@@ -262,7 +262,7 @@ function numbers() {
   }
   const quoted = D.published.filter(one => one.scorer === view.scorer && one.protocol === view.protocol && one.here === view.model);
   for (const one of quoted) body.push(row("quoted", `${one.method}, quoted: ${one.source}`, names.map(name =>
-    node("td", {}, one.values[name] === undefined ? "–" : (one.exact[name] === undefined ? "" : one.exact[name].toFixed(2) + " / ") + one.values[name].toFixed(2)))));
+    node("td", {}, one.values[name] === undefined ? "–" : (one.exact_match[name] === undefined ? "" : one.exact_match[name].toFixed(2) + " / ") + one.values[name].toFixed(2)))));
   table.replaceChildren(...body);
   const elsewhere = [...new Set(D.published.filter(one => one.here === view.model).map(one => one.scorer))].filter(one => one !== view.scorer);
   $("numbers-hint").textContent = "Percent, mean over cases ± half its 95% bootstrap interval." + (lines().length > 1 ? " The best of a column is bold. " : " ")
@@ -275,10 +275,10 @@ const failed = i => D.probes[R.probe[i]].kind === "locality" ? score(i) !== null
 const score = i => { const v = R.scores[i][D.scorers.indexOf(view.scorer)]; return v === null || v === undefined ? null : v / 10000; };
 function rowsInView() {
   const found = new Map();
-  const [model, protocol, moment] = [D.models.indexOf(view.model), D.protocols.indexOf(view.protocol), D.moments.indexOf(view.moment)];
+  const [model, protocol, evaluatedAt] = [D.models.indexOf(view.model), D.protocols.indexOf(view.protocol), D.evaluated_at_values.indexOf(view.evaluated_at)];
   for (let i = 0; i < R.case.length; i++) {
-    if (R.model[i] !== model || R.protocol[i] !== protocol || R.moment[i] !== moment) continue;
-    if (["gap", "length"].includes(view.moment) && R.gap[i] !== view.gap) continue;
+    if (R.model[i] !== model || R.protocol[i] !== protocol || R.evaluated_at[i] !== evaluatedAt) continue;
+    if (["after_gap", "after_length"].includes(view.evaluated_at) && R.gap[i] !== view.gap) continue;
     const list = found.get(R.case[i]);
     if (list) list.push(i); else found.set(R.case[i], [i]);
   }
@@ -334,14 +334,14 @@ function listed() {
   }
 }
 function picture(index, size) {
-  const data = D.pictures[index];
+  const data = D.images[index];
   return data ? node("img", { src: data, alt: "", loading: "lazy", class: size }) : null;
 }
 function detail() {
   const rows = inView.get(browse.cases[browse.at]) || [], box = $("detail");
   if (!rows.length) return box.replaceChildren();
   const one = headline(rows)[0], shown = R.images[one].map(index => picture(index)).filter(Boolean);
-  const without = R.images[one].length && !shown.length ? node("p", { class: "hint" }, "Its picture was not kept: raise `pictures` in the settings.") : null;
+  const without = R.images[one].length && !shown.length ? node("p", { class: "hint" }, "Its picture was not kept: raise `num_thumbnails` in the settings.") : null;
   const top = node("div", { class: "request" }, ...shown.slice(0, 4),
     node("div", {}, node("div", { class: "hint" }, D.cases[R.case[one]]), node("div", { class: "said" }, S[R.prompt[one]]),
       node("div", {}, node("s", { class: "want" }, S[R.btext[one]]), node("span", { class: "to" }, "→"), node("strong", {}, S[R.target[one]])), without));

@@ -1,6 +1,6 @@
 """The nearest key against `torch.cdist` (GRACE's way), `addmm`, faiss and `torch.compile`.
 
-Run `pytest bench/perf/bench_codebook.py`; `errata.bench.gpu` writes the figures of a device.
+Run `pytest bench/perf/bench_codebook.py`; `errata.bench.perf.gpu` writes the figures of a device.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from errata.bench.perf import figures
-from errata.kernels import nearest, square_norms
+from errata.kernels import nearest_key, square_norms
 
-DEVICE = figures.device()
+DEVICE = figures.available_device()
 NORMS = (50, 100, 140, 300, 450)
 
 
@@ -33,8 +33,8 @@ class Case(NamedTuple):
         return f"N={self.num_keys} D={self.width} B={self.num_rows} {kind}"
 
 
-def cases(where: torch.device) -> list[Case]:
-    if where.type == "cpu":
+def cases(device: torch.device) -> list[Case]:
+    if device.type == "cpu":
         return [Case(100_000, 2560, num_rows, torch.float32) for num_rows in (1, 16, 256)]
     grid = itertools.product(
         (100, 1_000, 10_000, 100_000, 1_000_000), (2560, 4096), (1, 16, 256, 4096)
@@ -42,15 +42,15 @@ def cases(where: torch.device) -> list[Case]:
     return [Case(*shape, torch.bfloat16) for shape in grid]
 
 
-def inputs(case: Case, where: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Keys around a common mean, as activations are; half of the queries beside a key."""
-    generator = torch.Generator(where).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=where, dtype=case.dtype)
+        return torch.randn(*shape, generator=generator, device=device, dtype=case.dtype)
 
     keys = normal(case.num_keys, case.width).add_(normal(case.width))
-    picked = torch.arange(case.num_rows, device=where) * 7919 % case.num_keys
+    picked = torch.arange(case.num_rows, device=device) * 7919 % case.num_keys
     query = keys[picked] + 0.1 * normal(case.num_rows, case.width)
     query[::2] = normal(*query[::2].shape)
     return query, keys, square_norms(keys)
@@ -64,15 +64,15 @@ def expand(query: Tensor, keys: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rivals(
-    case: Case, query: Tensor, keys: Tensor, norms: Tensor, where: torch.device
+    case: Case, query: Tensor, keys: Tensor, norms: Tensor, device: torch.device
 ) -> dict[str, figures.Call]:
     found: dict[str, figures.Call] = {
-        "errata": lambda: nearest(query, keys, norms=norms),
+        "errata": lambda: nearest_key(query, keys, norms=norms),
         "addmm + min": lambda: expand(query, keys, norms),
     }
     if case.num_keys * case.num_rows <= 1 << 30:
         found["cdist + min"] = lambda: torch.cdist(query.float(), keys.float()).min(1)
-    if where.type == "cuda":
+    if device.type == "cuda":
         compiled = torch.compile(expand, dynamic=True)
         found["torch.compile"] = lambda: compiled(query, keys, norms)
     elif find_spec("faiss") is not None:
@@ -97,20 +97,20 @@ def check(query: Tensor, keys: Tensor) -> None:
         nearer = square.values < best
         best = torch.where(nearer, square.values, best)
         index = torch.where(nearer, square.indices + start, index)
-    assert torch.equal(nearest(query, keys).index, index)
+    assert torch.equal(nearest_key(query, keys).index, index)
 
 
 def measure(
-    where: torch.device, limits: figures.Ceilings, rounds: int = 7
+    device: torch.device, limits: figures.Ceilings, rounds: int = 7
 ) -> Iterator[list[figures.Figure]]:
-    for case in cases(where):
-        query, keys, norms = inputs(case, where)
+    for case in cases(device):
+        query, keys, norms = inputs(case, device)
         check(query, keys)
         yield figures.compare(
             "nearest",
             str(case),
-            rivals(case, query, keys, norms, where),
-            where,
+            rivals(case, query, keys, norms, device),
+            device,
             num_bytes=(keys.numel() + query.numel()) * keys.element_size(),
             num_flops=2 * case.num_rows * keys.numel(),
             limits=limits,
@@ -118,39 +118,39 @@ def measure(
         )
 
 
-def clusters(norm: float, num_keys: int, num_rows: int, width: int, where: torch.device):
+def clusters(norm: float, num_keys: int, num_rows: int, width: int, device: torch.device):
     """Near-duplicates in tens, 0.35 apart, of a given length; half of the queries are keys,
     half lie beside a group, about as far from each of its ten."""
-    generator = torch.Generator(where).manual_seed(int(norm))
+    generator = torch.Generator(device).manual_seed(int(norm))
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=where)
+        return torch.randn(*shape, generator=generator, device=device)
 
-    centres = normal(num_keys // 10, width)
+    centers = normal(num_keys // 10, width)
     mean = normal(width)
     if norm > 400:  # massive dimensions, as real activations have
-        centres[:, :2] += 300
+        centers[:, :2] += 300
         norm = math.sqrt(norm**2 - 2 * 300**2)
-    centres += mean * math.sqrt(max(norm**2 - width, 0)) / mean.norm()
-    keys = centres.repeat_interleave(10, 0)[:num_keys]
+    centers += mean * math.sqrt(max(norm**2 - width, 0)) / mean.norm()
+    keys = centers.repeat_interleave(10, 0)[:num_keys]
     keys = keys + 0.35 / math.sqrt(2 * width) * normal(*keys.shape)
-    picked = torch.randint(num_keys, (num_rows,), generator=generator, device=where)
+    picked = torch.randint(num_keys, (num_rows,), generator=generator, device=device)
     query = keys[picked]
-    beside = centres.repeat_interleave(10, 0)[picked[::2]]
+    beside = centers.repeat_interleave(10, 0)[picked[::2]]
     query[::2] = beside + 0.35 / math.sqrt(2 * width) * normal(*beside.shape)
     return query, keys
 
 
-def exactness(where: torch.device, num_keys: int = 4000, num_rows: int = 2400) -> dict[str, Any]:
+def exactness(device: torch.device, num_keys: int = 4000, num_rows: int = 2400) -> dict[str, Any]:
     """Wrong indices of ours and of cdist against float64, for vectors of growing length."""
     counted: dict[str, Any] = {}
     for norm in NORMS:
-        query, keys = clusters(norm, num_keys, num_rows, 2560, where)
+        query, keys = clusters(norm, num_keys, num_rows, 2560, device)
         wide, widest = query.double(), keys.double()
         squares = widest.square().sum(1) - 2 * wide @ widest.T
         index = squares.argmin(1)
         exact = (wide - widest[index]).square().sum(1).sqrt()
-        ours, peer = nearest(query, keys), torch.cdist(query, keys).min(1)
+        ours, peer = nearest_key(query, keys), torch.cdist(query, keys).min(1)
         counted[f"norm {float(keys.norm(dim=1).mean()):.0f}"] = {
             "queries": num_rows,
             "errata wrong": int((ours.index != index).sum()),

@@ -16,12 +16,12 @@ ROWS = {
 }
 
 
-def gathered(x, maps, edit):
+def gathered_bmm(x, maps, edit_index):
     """The definition: copies a matrix per row."""
-    return torch.bmm(x, maps[edit].mT)
+    return torch.bmm(x, maps[edit_index].mT)
 
 
-PROVIDERS = {"grouped": grouped_linear, "gathered": gathered}
+PROVIDERS = {"grouped": grouped_linear, "gathered": gathered_bmm}
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -29,15 +29,15 @@ PROVIDERS = {"grouped": grouped_linear, "gathered": gathered}
 @pytest.mark.parametrize("way", ["forward", "backward"])
 def bench_grouped_linear(benchmark, way, provider, rows):
     generator = torch.Generator().manual_seed(0)
-    edit = ROWS[rows]
-    x = torch.randn(len(edit), TOKENS, IN, generator=generator)
+    edit_index = ROWS[rows]
+    x = torch.randn(len(edit_index), TOKENS, IN, generator=generator)
     maps = torch.randn(EDITS, OUT, IN, generator=generator)
 
     def run(product):
         if way == "forward":
-            return product(x, maps, edit)
-        return torch.func.grad(lambda m: product(x, m, edit).square().sum())(maps)
+            return product(x, maps, edit_index)
+        return torch.func.grad(lambda m: product(x, m, edit_index).square().sum())(maps)
 
     benchmark.group = f"{way}-{rows}"
     got = benchmark.pedantic(run, (PROVIDERS[provider],), rounds=5, warmup_rounds=1)
-    torch.testing.assert_close(got, run(gathered), rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(got, run(gathered_bmm), rtol=1e-4, atol=1e-2)

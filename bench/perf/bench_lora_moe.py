@@ -1,6 +1,6 @@
 """Expert routing and application against LiveEdit's einsums and against `torch.compile`.
 
-Run `pytest bench/perf/bench_lora_moe.py`; `errata.bench.gpu` writes the figures of a device.
+Run `pytest bench/perf/bench_lora_moe.py`; `errata.bench.perf.gpu` writes the figures of a device.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from errata.bench.perf import figures
-from errata.kernels import Routes, apply, route
+from errata.kernels import Routes, apply_experts, route_experts
 
-DEVICE = figures.device()
+DEVICE = figures.available_device()
 RANK = 4
 FEATURES = 4096  # LiveEdit: four slots of width 1024
 
@@ -36,15 +36,15 @@ class Case(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    hidden: Tensor  # [1 L D]
+    hidden_states: Tensor  # [1 L D]
     down: Tensor  # [M R D]
     up: Tensor  # [M R D]
     routes: Routes
     norm: tuple[Tensor, Tensor]
 
 
-def cases(where: torch.device) -> list[Case]:
-    if where.type == "cpu":
+def cases(device: torch.device) -> list[Case]:
+    if device.type == "cpu":
         return [Case(600, 4096, 1000, chosen, torch.float32) for chosen in (4, 100)]
     grid = itertools.product((1, 48, 600), (10, 100, 1_000, 10_000, 100_000))
     return [
@@ -55,16 +55,16 @@ def cases(where: torch.device) -> list[Case]:
     ]
 
 
-def inputs(case: Case, where: torch.device) -> Inputs:
-    generator = torch.Generator(where).manual_seed(0)
+def inputs(case: Case, device: torch.device) -> Inputs:
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=where, dtype=case.dtype)
+        return torch.randn(*shape, generator=generator, device=device, dtype=case.dtype)
 
-    chosen = torch.randperm(case.num_experts, generator=generator, device=where)
+    chosen = torch.randperm(case.num_experts, generator=generator, device=device)
     ids = chosen[: case.num_chosen].sort()[0][None]
-    weights = torch.rand(ids.shape, generator=generator, device=where) / case.num_chosen
-    count = torch.full((1,), case.num_chosen, device=where)
+    weights = torch.rand(ids.shape, generator=generator, device=device) / case.num_chosen
+    count = torch.full((1,), case.num_chosen, device=device)
     down, up = (0.02 * normal(case.num_experts, RANK, case.width) for _ in range(2))
     norm = torch.ones_like(down[0, 0]), torch.zeros_like(down[0, 0])
     return Inputs(
@@ -72,70 +72,71 @@ def inputs(case: Case, where: torch.device) -> Inputs:
     )
 
 
-def liveedit(given: Inputs) -> Tensor:
+def liveedit(tensors: Inputs) -> Tensor:
     """What LiveEdit runs: the gather, two einsums, the second of which forms [L, m, D]."""
-    x = F.layer_norm(given.hidden[0], given.hidden.shape[-1:], *given.norm)
-    ids, weights = given.routes.ids[0], given.routes.weights[0].to(x.dtype)
-    inner = F.relu(torch.einsum("ld,mrd->lmr", x, given.down[ids]))
-    return given.hidden + torch.einsum("lmr,mrd,m->ld", inner, given.up[ids], weights)
+    x = F.layer_norm(tensors.hidden_states[0], tensors.hidden_states.shape[-1:], *tensors.norm)
+    ids, weights = tensors.routes.ids[0], tensors.routes.weights[0].to(x.dtype)
+    inner = F.relu(torch.einsum("ld,mrd->lmr", x, tensors.down[ids]))
+    return tensors.hidden_states + torch.einsum("lmr,mrd,m->ld", inner, tensors.up[ids], weights)
 
 
-def two_products(given: Inputs) -> Tensor:
+def two_products(tensors: Inputs) -> Tensor:
     """The same as two matrix products over (expert, rank) columns."""
-    x = F.layer_norm(given.hidden[0], given.hidden.shape[-1:], *given.norm)
-    ids, weights = given.routes.ids[0], given.routes.weights[0].to(x.dtype)
-    inner = F.relu(x @ given.down[ids].flatten(0, 1).T) * weights.repeat_interleave(RANK)
-    return torch.addmm(given.hidden[0], inner, given.up[ids].flatten(0, 1))[None]
+    x = F.layer_norm(tensors.hidden_states[0], tensors.hidden_states.shape[-1:], *tensors.norm)
+    ids, weights = tensors.routes.ids[0], tensors.routes.weights[0].to(x.dtype)
+    inner = F.relu(x @ tensors.down[ids].flatten(0, 1).T) * weights.repeat_interleave(RANK)
+    return torch.addmm(tensors.hidden_states[0], inner, tensors.up[ids].flatten(0, 1))[None]
 
 
-def rivals(given: Inputs, where: torch.device) -> dict[str, figures.Call]:
+def rivals(tensors: Inputs, device: torch.device) -> dict[str, figures.Call]:
     found: dict[str, figures.Call] = {
-        "errata": lambda: apply(*given[:4], norm=given.norm),
-        "LiveEdit's einsums": lambda: liveedit(given),
-        "two products": lambda: two_products(given),
+        "errata": lambda: apply_experts(*tensors[:4], norm=tensors.norm),
+        "LiveEdit's einsums": lambda: liveedit(tensors),
+        "two products": lambda: two_products(tensors),
     }
-    if where.type == "cuda":
+    if device.type == "cuda":
         compiled = torch.compile(two_products, dynamic=True)
-        found["torch.compile"] = lambda: compiled(given)
+        found["torch.compile"] = lambda: compiled(tensors)
     return found
 
 
-def check(given: Inputs) -> None:
-    unit = {torch.float32: 1e-4}.get(given.hidden.dtype, 5e-2)
-    ours = apply(*given[:4], norm=given.norm)
-    torch.testing.assert_close(ours, liveedit(given), rtol=unit, atol=unit)
+def check(tensors: Inputs) -> None:
+    unit = {torch.float32: 1e-4}.get(tensors.hidden_states.dtype, 5e-2)
+    ours = apply_experts(*tensors[:4], norm=tensors.norm)
+    torch.testing.assert_close(ours, liveedit(tensors), rtol=unit, atol=unit)
 
 
 def measure(
-    where: torch.device, limits: figures.Ceilings, rounds: int = 7
+    device: torch.device, limits: figures.Ceilings, rounds: int = 7
 ) -> Iterator[list[figures.Figure]]:
     with torch.no_grad():
-        for case in cases(where):
-            given = inputs(case, where)
+        for case in cases(device):
+            given = inputs(case, device)
             check(given)
             experts = 2 * case.num_chosen * RANK * case.width
             yield figures.compare(
                 "experts",
                 str(case),
-                rivals(given, where),
-                where,
-                num_bytes=(2 * given.hidden.numel() + experts) * given.hidden.element_size(),
+                rivals(given, device),
+                device,
+                num_bytes=(2 * given.hidden_states.numel() + experts)
+                * given.hidden_states.element_size(),
                 num_flops=2 * case.num_tokens * experts,
                 limits=limits,
                 rounds=rounds,
                 memory=True,
             )
-        for pool in (1_000, 10_000) if where.type == "cpu" else (1_000, 10_000, 100_000):
-            yield measure_routing(pool, where, limits, rounds)
+        for pool in (1_000, 10_000) if device.type == "cpu" else (1_000, 10_000, 100_000):
+            yield measure_routing(pool, device, limits, rounds)
 
 
 def measure_routing(
-    pool: int, where: torch.device, limits: figures.Ceilings, rounds: int
+    pool: int, device: torch.device, limits: figures.Ceilings, rounds: int
 ) -> list[figures.Figure]:
     """The routing of one sequence over a pool, a hundredth of which passes the gate."""
-    generator = torch.Generator(where).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     vision_keys, query_keys = (
-        torch.randn(pool, FEATURES, generator=generator, device=where) for _ in range(2)
+        torch.randn(pool, FEATURES, generator=generator, device=device) for _ in range(2)
     )
     vision, query = vision_keys[:1] * 0.1, query_keys[:1] * 0.1
     scale = 1 / math.sqrt(FEATURES)
@@ -150,7 +151,7 @@ def measure_routing(
         return chosen.nonzero()[:, 0], score.softmax(1) * score.sigmoid()
 
     def ours() -> Routes:
-        return route(vision, query, threshold, vision_keys, query_keys, scale=scale)
+        return route_experts(vision, query, threshold, vision_keys, query_keys, scale=scale)
 
     ids, weights = peer()
     routed = ours()
@@ -160,7 +161,7 @@ def measure_routing(
         "route",
         f"M={pool} P={FEATURES} B=1 float32",
         {"errata": ours, "LiveEdit's einsums": peer},
-        where,
+        device,
         num_bytes=(pool + len(ids)) * FEATURES * 4,
         num_flops=2 * (pool + len(ids)) * FEATURES,
         limits=limits,

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from errata.functional import optim
-from errata.functional.grouped import Unformed
+from errata.functional.grouped import FactoredGradient
 
 EDITS, OUT, IN, TOKENS = 16, 768, 3072, 4
 LR, DECAY = 1e-3, 1e-2
 
 
-def ours(donate):
-    optimizer = optim.adamw(LR, weight_decay=DECAY, donate=donate)
+def errata_optimizer(inplace):
+    optimizer = optim.adamw(LR, weight_decay=DECAY, inplace=inplace)
 
     def start(tensor):
         return {"w": tensor}, optimizer.init({"w": tensor}, EDITS)
@@ -27,7 +27,7 @@ def ours(donate):
     return start, step
 
 
-def theirs():
+def torch_optimizer():
     def start(tensor):
         leaf = torch.nn.Parameter(tensor)
         return leaf, torch.optim.AdamW([leaf], lr=LR, weight_decay=DECAY, fused=True)
@@ -40,7 +40,12 @@ def theirs():
     return start, step
 
 
-PROVIDERS = {"pure": ours(False), "donated": ours(True), "factors": ours(True), "torch": theirs()}
+PROVIDERS = {
+    "pure": errata_optimizer(False),
+    "donated": errata_optimizer(True),
+    "factors": errata_optimizer(True),
+    "torch": torch_optimizer(),
+}
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -48,8 +53,8 @@ def bench_adamw(benchmark, provider):
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(EDITS, TOKENS, OUT, generator=generator)
     right = torch.randn(EDITS, TOKENS, IN, generator=generator)
-    factors = Unformed(left, right, torch.arange(EDITS))
-    formed = factors.formed(EDITS)
+    factors = FactoredGradient(left, right, torch.arange(EDITS))
+    formed = factors.to_dense(EDITS)
     start, step = PROVIDERS[provider]
     grad = factors if provider == "factors" else formed
 

@@ -22,12 +22,12 @@ import pytest
 import torch
 
 from errata import adapters
-from errata.bench.memory import measured, resident
+from errata.bench.memory import measure_peak, resident_bytes
 from errata.bench.perf import mid, plain, whole
-from errata.bench.probes import Terms, batches
-from errata.bench.protocols import sequential, single
-from errata.bench.shared import Shared
-from errata.bench.sources import queries_of
+from errata.bench.probes import EvaluationConfig, make_batches
+from errata.bench.protocols import run_sequential, run_single
+from errata.bench.shared import SharedBasePass
+from errata.bench.sources import questions_of
 from errata.editors import (
     FinetuneConfig,
     GraceConfig,
@@ -37,72 +37,81 @@ from errata.editors import (
     MendConfig,
     SeracConfig,
     WiseConfig,
-    make,
-)  # fmt: skip
-from errata.editors.fit import FitConfig
-from errata.editors.liveedit import course as liveedit_course
-from errata.editors.mend import course as mend_course
-from errata.functional.answers import answers
+    make_editor,
+)
+from errata.editors.fit import TrainingConfig
+from errata.editors.liveedit import liveedit_trainable as liveedit_course
+from errata.editors.mend import mend_trainable as mend_course
+from errata.functional.answers import read_out
 from errata.functional.metrics import SCORERS
 
-CASES = {"blip2": 8, "llava": 4, "qwen2_vl": 6}
-PLAIN = {"blip2": 1, "llava": 1, "qwen2_vl": 1}  # cases of the plain way, which takes its time
+NUM_CASES = {"blip2": 8, "llava": 4, "qwen2_vl": 6}
+NUM_PLAIN_CASES = {
+    "blip2": 1,
+    "llava": 1,
+    "qwen2_vl": 1,
+}  # cases of the plain way, which takes its time
 ROUNDS = 1
-TOGETHER = 8  # edits side by side; left to itself the protocol tries the first case alone, which
+BATCH_SIZE = 8  # edits side by side; left to itself the protocol tries the first case alone, which
 # with so few cases would count for more than it does in a run
 
 EDITORS = {
-    "finetune": FinetuneConfig(num_steps=25, lr=1e-3, stop_loss=0.0, end=False),
-    "lora": LoraConfig(rank=8, alpha=16.0, num_steps=5, lr=1e-3, stop_loss=0.0, end=False),
-    "grace": GraceConfig(num_steps=20, stop_loss=0.0, end=False),
-    "wise": WiseConfig(num_steps=10, num_texts=1, stop_loss=0.0, end=False),
+    "finetune": FinetuneConfig(num_steps=25, lr=1e-3, stop_loss=0.0, append_eos=False),
+    "lora": LoraConfig(rank=8, alpha=16.0, num_steps=5, lr=1e-3, stop_loss=0.0, append_eos=False),
+    "grace": GraceConfig(num_steps=20, stop_loss=0.0, append_eos=False),
+    "wise": WiseConfig(num_steps=10, num_unrelated=1, stop_loss=0.0, append_eos=False),
     "mend": MendConfig(edit_lr=-1e-3),
-    "liveedit": LiveEditConfig(end=False),
-    "serac": SeracConfig(end=False),
+    "liveedit": LiveEditConfig(append_eos=False),
+    "serac": SeracConfig(append_eos=False),
     "ike": IkeConfig(),
 }
 
 
 @functools.cache
-def subject(name: str):
+def model_and_cases(name: str):
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers warns that torchvision is absent
         module, processor = mid.MODELS[name]()
-        return module, adapters.adapt(module, processor), mid.cases(CASES[name])
+        return module, adapters.from_module(module, processor), mid.cases(NUM_CASES[name])
 
 
-def terms_of(module) -> Terms:
+def evaluation_config_for(module) -> EvaluationConfig:
     """A quarter of what the model weighs, for everything beside it."""
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
-    return Terms(scorers=(SCORERS["errata"],), budget=weights // 4)
+    return EvaluationConfig(scorers=(SCORERS["errata"],), memory_bytes=weights // 4)
 
 
-def floor(model, cases, terms) -> None:
+def base_pass_cost(model, cases, evaluation_config) -> None:
     """One batched base forward over the probes of these cases."""
-    asked = [query for case in cases for _, _, query in queries_of(case)]
-    for chosen in batches(model, asked, 4 * terms.budget):
-        answers(model, model.read([asked[k] for k in chosen]))
+    asked = [query for case in cases for _, _, query in questions_of(case)]
+    for chosen in make_batches(model, asked, 4 * evaluation_config.memory_bytes):
+        read_out(model, model.preprocess([asked[k] for k in chosen]))
 
 
-def alone(model, config, cases, terms, protocol=single):
+def run_one_editor(model, config, cases, evaluation_config, protocol=run_single):
     """One editor on these cases: nothing is left from another."""
-    editor = make(config)
-    shared = Shared(model, cases, terms)
-    shared.expect(editor)
-    more = {"together": TOGETHER} if protocol is single else {}
-    return list(protocol(model, editor, cases, terms, shared=shared, **more))
+    editor = make_editor(config)
+    base_pass = SharedBasePass(model, cases, evaluation_config)
+    base_pass.record_depth(editor)
+    options = {"batch_size": BATCH_SIZE} if protocol is run_single else {}
+    return list(protocol(model, editor, cases, evaluation_config, base_pass=base_pass, **options))
 
 
-def together(model, configs, cases, terms):
+def run_all_editors(model, configs, cases, evaluation_config):
     """All editors in one run, taking turns as `errata run` has them."""
-    shared = Shared(model, cases, terms)
-    made = [make(config) for config in configs]
-    for editor in made:
-        shared.expect(editor)
+    base_pass = SharedBasePass(model, cases, evaluation_config)
+    made_editors = [make_editor(config) for config in configs]
+    for editor in made_editors:
+        base_pass.record_depth(editor)
     legs = [
-        [0, single(model, editor, cases, terms, together=TOGETHER, shared=shared)]
-        for editor in made
+        [
+            0,
+            run_single(
+                model, editor, cases, evaluation_config, batch_size=BATCH_SIZE, base_pass=base_pass
+            ),
+        ]
+        for editor in made_editors
     ]
     while legs:
         leg = min(legs, key=lambda leg: leg[0])
@@ -113,61 +122,71 @@ def together(model, configs, cases, terms):
             leg[0] += step.cases
 
 
-def said(steps) -> dict:
+def answer_texts(steps) -> dict:
     found = [result for step in steps for result in step.results]
     return {(r.case.id, r.probe, r.index): (r.before.text, r.after.text) for r in found}
 
 
-def timed(work: Callable[[], object]) -> float:
+def cpu_seconds(work: Callable[[], object]) -> float:
     begin = time.process_time()
     work()
     return time.process_time() - begin
 
 
-def turns(benchmark, mine: Callable[[], object], *rivals: Callable[[], object]) -> list[float]:
+def time_in_turns(
+    benchmark, mine: Callable[[], object], *rivals: Callable[[], object]
+) -> list[float]:
     """The least CPU seconds of mine, and of each rival, taking turns."""
     seconds: list[list[float]] = [[] for _ in rivals]
 
     def others(*_) -> None:
         for found, rival in zip(seconds, rivals):
-            found.append(timed(rival))
+            found.append(cpu_seconds(rival))
 
     benchmark.pedantic(mine, rounds=ROUNDS, teardown=others)
     return [benchmark.stats.stats.min, *map(min, seconds)]
 
 
 models = pytest.mark.parametrize("name", list(mid.MODELS))
-clocked = pytest.mark.benchmark(timer=time.process_time)
+cpu_timed = pytest.mark.benchmark(timer=time.process_time)
 
 
-@clocked
+@cpu_timed
 @models
 @pytest.mark.parametrize("kind", list(EDITORS))
 def bench_single(benchmark, name, kind):
-    module, model, cases = subject(name)
-    config, terms, few = EDITORS[kind], terms_of(module), cases[: PLAIN[name]]
-    seconds, before = [], resident()
-    with measured(torch.device("cpu")) as peak:
-        steps = alone(model, config, cases, terms)
-    got = said(steps)
+    module, model, cases = model_and_cases(name)
+    config, terms, few = (
+        EDITORS[kind],
+        evaluation_config_for(module),
+        cases[: NUM_PLAIN_CASES[name]],
+    )
+    seconds, before = [], resident_bytes()
+    with measure_peak(torch.device("cpu")) as peak:
+        steps = run_one_editor(model, config, cases, terms)
+    got = answer_texts(steps)
 
     def slow() -> None:
         begin = time.process_time()
-        found = whole.single(model, make(config), few, queries_of)
+        found = whole.run_single(model, make_editor(config), few, questions_of)
         seconds.append(time.process_time() - begin)
         want = {(c.id, *key): pair for c, one in zip(few, found) for key, pair in one.items()}
         assert {key: got[key] for key in want} == want
 
     slow()
-    mine, least = turns(
+    mine, least = time_in_turns(
         benchmark,
-        lambda: alone(model, config, cases, terms),
-        lambda: floor(model, cases, terms),
+        lambda: run_one_editor(model, config, cases, terms),
+        lambda: base_pass_cost(model, cases, terms),
     )
     slowest = min(seconds)
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
-    delta = max(t.numel() * t.element_size() for s in steps for d in s.deltas.values()
-                for t in d.tensors.values())  # fmt: skip
+    delta = max(
+        t.numel() * t.element_size()
+        for s in steps
+        for d in s.deltas.values()
+        for t in d.tensors.values()
+    )
     each, base = mine / len(cases), least / len(cases)
     benchmark.group = f"single, {name}"
     benchmark.extra_info.update(
@@ -182,27 +201,27 @@ def bench_single(benchmark, name, kind):
     )
 
 
-@clocked
+@cpu_timed
 @pytest.mark.parametrize("kind", ["finetune", "lora"])
 def bench_in_place(benchmark, kind):
     """Beside Hugging Face's module, copied and edited in place."""
-    module, model, cases = subject("blip2")
-    config, few, terms = EDITORS[kind], cases[:2], terms_of(module)
+    module, model, cases = model_and_cases("blip2")
+    config, few, terms = EDITORS[kind], cases[:2], evaluation_config_for(module)
     if kind == "finetune":
-        names = [model.card.site(site) + ".weight" for site in config.sites]
+        names = [model.card.resolve_site(site) + ".weight" for site in config.sites]
         train = plain.finetune_in_place(names, config.lr, config.num_steps)
     else:
-        paths = model.card.match(config.targets)
+        paths = model.card.match_linears(config.target_modules)
         train = plain.lora_in_place(paths, config.rank, config.alpha, config.lr, config.num_steps)
-    got = said(alone(model, config, few, terms))
-    for case, found in zip(few, plain.single(module, model, few, train)):
+    got = answer_texts(run_one_editor(model, config, few, terms))
+    for case, found in zip(few, plain.run_single(module, model, few, train)):
         for probe, (before, after) in found.items():
-            texts = (model.write(before).strip(), model.write(after).strip())
+            texts = (model.detokenize(before).strip(), model.detokenize(after).strip())
             assert got[case.id, probe, 0] == texts
-    mine, slow = turns(
+    mine, slow = time_in_turns(
         benchmark,
-        lambda: alone(model, config, cases, terms),
-        lambda: plain.single(module, model, few, train),
+        lambda: run_one_editor(model, config, cases, terms),
+        lambda: plain.run_single(module, model, few, train),
     )
     benchmark.group = "single, blip2, beside Hugging Face in place"
     benchmark.extra_info.update(
@@ -211,16 +230,16 @@ def bench_in_place(benchmark, kind):
     )
 
 
-@clocked
+@cpu_timed
 @models
 def bench_all_editors(benchmark, name):
     """Eight editors on the same cases in one run."""
-    module, model, cases = subject(name)
-    terms, configs = terms_of(module), list(EDITORS.values())
-    mine, least = turns(
+    module, model, cases = model_and_cases(name)
+    terms, configs = evaluation_config_for(module), list(EDITORS.values())
+    mine, least = time_in_turns(
         benchmark,
-        lambda: together(model, configs, cases, terms),
-        lambda: floor(model, cases, terms),
+        lambda: run_all_editors(model, configs, cases, terms),
+        lambda: base_pass_cost(model, cases, terms),
     )
     benchmark.group = "all editors in one run"
     benchmark.extra_info.update(
@@ -228,16 +247,16 @@ def bench_all_editors(benchmark, name):
     )
 
 
-@clocked
+@cpu_timed
 @pytest.mark.parametrize("kind", list(EDITORS))
 def bench_sequential(benchmark, kind):
     """Each case probed right after its edit, and all of them at the end."""
-    module, model, cases = subject("blip2")
-    terms = terms_of(module)
-    mine, least = turns(
+    module, model, cases = model_and_cases("blip2")
+    terms = evaluation_config_for(module)
+    mine, least = time_in_turns(
         benchmark,
-        lambda: alone(model, EDITORS[kind], cases, terms, sequential),
-        lambda: floor(model, cases, terms),
+        lambda: run_one_editor(model, EDITORS[kind], cases, terms, run_sequential),
+        lambda: base_pass_cost(model, cases, terms),
     )
     benchmark.group = "sequential, blip2"
     benchmark.extra_info.update(
@@ -245,36 +264,40 @@ def bench_sequential(benchmark, kind):
     )
 
 
-@clocked
+@cpu_timed
 @models
 @pytest.mark.parametrize("kind", ["mend", "liveedit"])
 def bench_training(benchmark, name, kind):
     """A training step on prefixes that are kept, beside one of whole forwards."""
-    from errata.editors.fit import fit
+    from errata.editors.fit import train
 
-    _, model, cases = subject(name)
-    course = {"mend": mend_course, "liveedit": liveedit_course}[kind](EDITORS[kind])
+    _, model, cases = model_and_cases(name)
+    trainable = {"mend": mend_course, "liveedit": liveedit_course}[kind](EDITORS[kind])
     steps, few = 2, cases[:4]
-    config = FitConfig(num_steps=steps, together=4, held=0, validate_every=99)
+    config = TrainingConfig(num_steps=steps, batch_size=4, num_validation_cases=0, eval_every=99)
     losses: dict[str, list[float]] = {"kept": [], "whole": []}
 
     def run(subject, label, config=config):
-        fit(subject, course, few, config, progress=lambda p: losses[label].append(p.loss))
+        train(subject, trainable, few, config, progress=lambda p: losses[label].append(p.loss))
 
     def spent(subject, label, count):
-        run_config = FitConfig(num_steps=count, together=4, held=0, validate_every=99)
-        return timed(lambda: run(subject, label, run_config))
+        run_config = TrainingConfig(
+            num_steps=count, batch_size=4, num_validation_cases=0, eval_every=99
+        )
+        return cpu_seconds(lambda: run(subject, label, run_config))
 
     run(model, "kept")
-    unkept = whole.whole(model)
-    forgetful = FitConfig(num_steps=steps, together=4, held=0, validate_every=99, memory=0)
-    run(unkept, "whole", forgetful)
+    whole_model = whole.without_prefix_reuse(model)
+    uncached_config = TrainingConfig(
+        num_steps=steps, batch_size=4, num_validation_cases=0, eval_every=99, prefix_cache_bytes=0
+    )
+    run(whole_model, "whole", uncached_config)
     assert losses["kept"] == pytest.approx(losses["whole"], rel=1e-3)
     found = []
     for _ in range(ROUNDS):
         # of steps alone, prefixes aside: the difference of a longer and a shorter run
         longer, shorter = spent(model, "kept", 1 + 2 * steps), spent(model, "kept", 1)
-        slow = timed(lambda: run(unkept, "whole", forgetful)) / steps
+        slow = cpu_seconds(lambda: run(whole_model, "whole", uncached_config)) / steps
         found.append(((longer - shorter) / (2 * steps), slow))
     kept, slow = (min(pair[k] for pair in found) for k in range(2))
     benchmark.pedantic(lambda: run(model, "kept"), rounds=1)
@@ -284,14 +307,16 @@ def bench_training(benchmark, name, kind):
     )
 
 
-@clocked
+@cpu_timed
 def bench_growth(benchmark):
     """Cases cost what they cost, however many: seconds per case of 10 and of 160, sequentially."""
-    module, model, _ = subject("blip2")
-    terms, config = terms_of(module), EDITORS["grace"]
+    module, model, _ = model_and_cases("blip2")
+    evaluation_config, config = evaluation_config_for(module), EDITORS["grace"]
     few, many = mid.cases(10), mid.cases(160)
-    small = statistics.median(timed(lambda: alone(model, config, few, terms)) for _ in range(3))
-    benchmark.pedantic(lambda: alone(model, config, many, terms), rounds=1)
+    small = statistics.median(
+        cpu_seconds(lambda: run_one_editor(model, config, few, evaluation_config)) for _ in range(3)
+    )
+    benchmark.pedantic(lambda: run_one_editor(model, config, many, evaluation_config), rounds=1)
     large = benchmark.stats.stats.min
     benchmark.group = "growth"
     benchmark.extra_info.update(growth_of_16=round(large / small, 2))

@@ -19,9 +19,9 @@ from typing import Any
 import msgspec
 import torch
 
-from errata.bench.memory import measured
+from errata.bench.memory import measure_peak
 
-__all__ = ["Figure", "ceilings", "compare", "describe", "device", "in_pytest", "report"]
+__all__ = ["Figure", "ceilings", "compare", "describe", "available_device", "in_pytest", "report"]
 
 Call = Callable[[], Any]
 
@@ -48,16 +48,16 @@ class Ceilings(msgspec.Struct, frozen=True):
     dtype: str  # of the matrices
 
 
-def device() -> torch.device:
+def available_device() -> torch.device:
     """The accelerator of this machine, or its CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def describe(where: torch.device) -> dict[str, Any]:
+def describe(device: torch.device) -> dict[str, Any]:
     """The device by name, and the software that ran on it."""
     about: dict[str, Any] = {"torch": str(torch.__version__), "python": platform.python_version()}
-    if where.type == "cuda":
-        return {"device": torch.cuda.get_device_name(where)} | about
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device)} | about
     names = [platform.processor() or platform.machine()]
     listed = Path("/proc/cpuinfo")
     if listed.exists():
@@ -71,7 +71,7 @@ def compare(
     suite: str,
     case: str,
     rivals: Mapping[str, Call],
-    where: torch.device,
+    device: torch.device,
     *,
     num_bytes: float,
     num_flops: float,
@@ -82,11 +82,11 @@ def compare(
     """Time the rivals in turns, the first of them being ours; each is called once before."""
     for call in rivals.values():
         call()  # compiles, fills caches, allocates what the libraries keep
-    peaks = {name: _peak(call, where) if memory else None for name, call in rivals.items()}
+    peaks = {name: _peak(call, device) if memory else None for name, call in rivals.items()}
     spent: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(rounds):
         for name, call in rivals.items():
-            spent[name].append(_seconds(call, where))
+            spent[name].append(_seconds(call, device))
     ours = min(next(iter(spent.values())))
     return [
         Figure(
@@ -104,10 +104,10 @@ def compare(
     ]
 
 
-def _seconds(call: Call, where: torch.device) -> float:
-    if where.type == "cuda":
+def _seconds(call: Call, device: torch.device) -> float:
+    if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(where)
+        torch.cuda.synchronize(device)
         start.record()
         call()
         end.record()
@@ -119,25 +119,25 @@ def _seconds(call: Call, where: torch.device) -> float:
     return clock() - begun
 
 
-def _peak(call: Call, where: torch.device) -> int:
+def _peak(call: Call, device: torch.device) -> int:
     gc.collect()
-    if where.type == "cpu" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+    if device.type == "cpu" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)  # what was freed earlier must not hide what is taken now
-    with measured(where) as idle:
+    with measure_peak(device) as idle:
         pass
-    with measured(where) as busy:
+    with measure_peak(device) as busy:
         call()
     return busy.bytes - idle.bytes
 
 
-def ceilings(where: torch.device) -> Ceilings:
+def ceilings(device: torch.device) -> Ceilings:
     """Copy 1 GiB and multiply square matrices: what the rest of the run is held against."""
-    gpu = where.type == "cuda"
+    gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     size = 8192 if gpu else 1536
-    source = torch.empty(1 << (30 if gpu else 28), dtype=torch.uint8, device=where).fill_(1)
+    source = torch.empty(1 << (30 if gpu else 28), dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
-    a, b = (torch.randn(size, size, device=where, dtype=dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
 
     def copy() -> None:
         target.copy_(source)
@@ -148,7 +148,7 @@ def ceilings(where: torch.device) -> Ceilings:
     best = {}
     for call in (copy, multiply):
         call()
-        best[call] = min(_seconds(call, where) for _ in range(7))
+        best[call] = min(_seconds(call, device) for _ in range(7))
     return Ceilings(
         2 * source.numel() / best[copy], 2 * size**3 / best[multiply], str(dtype).split(".")[1]
     )
@@ -156,25 +156,25 @@ def ceilings(where: torch.device) -> Ceilings:
 
 def report(
     path: Path,
-    about: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     limits: Ceilings,
     checks: Mapping[str, Any],
     figures: Sequence[Figure],
 ) -> None:
     """Write `path` (JSON) and a markdown table beside it."""
-    content = {"about": about, "ceilings": limits, "checks": checks, "figures": figures}
+    content = {"about": metadata, "ceilings": limits, "checks": checks, "figures": figures}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(content)) + b"\n")
-    path.with_suffix(".md").write_text(_table(about, limits, checks, figures))
+    path.with_suffix(".md").write_text(_table(metadata, limits, checks, figures))
 
 
 def _table(
-    about: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     limits: Ceilings,
     checks: Mapping[str, Any],
     figures: Sequence[Figure],
 ) -> str:
-    lines = [f"{key}: {value}  " for key, value in about.items()]
+    lines = [f"{key}: {value}  " for key, value in metadata.items()]
     lines.append(
         f"ceilings in this run: copy {limits.copy / 1e9:.1f} GB/s, "
         f"{limits.dtype} matmul {limits.matmul / 1e9:.0f} GFLOP/s"
@@ -192,21 +192,21 @@ def _table(
         lines.append(
             f"| {figure.suite} | {figure.case} | {figure.provider} | {figure.seconds * 1e3:.3f} "
             f"| {figure.median * 1e3:.3f} | {figure.times_ours:.2f} | {peak} "
-            f"| {_share(figure.copy_share)} | {_share(figure.matmul_share)} |"
+            f"| {_format_share(figure.copy_share)} | {_format_share(figure.matmul_share)} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def _share(value: float | None) -> str:
+def _format_share(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
 
 
 def in_pytest(
-    benchmark: Any, suite: str, case: str, rivals: Mapping[str, Call], where: torch.device
+    benchmark: Any, suite: str, case: str, rivals: Mapping[str, Call], device: torch.device
 ) -> None:
     """Let pytest-benchmark time ours; how many times as long each rival took goes beside it."""
     limits = Ceilings(1.0, 1.0, "")  # ratios alone are kept
-    rows = compare(suite, case, rivals, where, num_bytes=0, num_flops=0, limits=limits, rounds=3)
+    rows = compare(suite, case, rivals, device, num_bytes=0, num_flops=0, limits=limits, rounds=3)
     benchmark.group = case
     benchmark.extra_info.update({row.provider: round(row.times_ours, 2) for row in rows})
     benchmark.pedantic(next(iter(rivals.values())), rounds=3)

@@ -15,45 +15,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.functional import IGNORE, Case, Inputs, Model
+from errata.functional import IGNORE_INDEX, Case, Inputs, Model
 
-__all__ = ["finetune_in_place", "lora_in_place", "single"]
+__all__ = ["finetune_in_place", "lora_in_place", "run_single"]
 
 Train = Callable[[torch.nn.Module, Callable[[], Tensor]], None]
 
 
 def forward(module: torch.nn.Module, inputs: Inputs) -> Tensor:
     """Logits [1 L V] of one row by the module's own forward; words alone go to its decoder."""
-    run: Any = module if inputs.pixels else module.language_model
+    run: Any = module if inputs.vision_inputs else module.language_model
     return run(
-        input_ids=inputs.ids, attention_mask=inputs.mask.long(), use_cache=False, **inputs.pixels
+        input_ids=inputs.input_ids,
+        attention_mask=inputs.attention_mask.long(),
+        use_cache=False,
+        **inputs.vision_inputs,
     ).logits
 
 
-def answer(logits: Tensor, inputs: Inputs) -> tuple[int, ...]:
-    picked = logits[0, inputs.at[0]].argmax(-1)
-    return tuple(picked[inputs.labels[0] != IGNORE].tolist())
+def scored_ids(logits: Tensor, inputs: Inputs) -> tuple[int, ...]:
+    picked = logits[0, inputs.logit_positions[0]].argmax(-1)
+    return tuple(picked[inputs.labels[0] != IGNORE_INDEX].tolist())
 
 
-def single(
+def run_single(
     module: torch.nn.Module, model: Model, cases: Iterable[Case], train: Train
 ) -> list[dict[str, tuple[tuple[int, ...], tuple[int, ...]]]]:
     """Answers (token ids) before and after each edit, per probe: the single protocol, plainly."""
     results = []
     for case in cases:
-        probes = {n: model.read(queries) for n, queries in case.probes.items()}
+        probes = {n: model.preprocess(queries) for n, queries in case.probes.items()}
         with torch.no_grad():
-            before = {n: answer(forward(module, i), i) for n, i in probes.items()}
+            before = {n: scored_ids(forward(module, i), i) for n, i in probes.items()}
         edited = copy.deepcopy(module)
-        inputs = model.read([case.edit])
+        inputs = model.preprocess([case.edit])
 
         def loss(edited=edited, inputs=inputs) -> Tensor:
-            logits = forward(edited, inputs)[0, inputs.at[0]].float()
-            return torch.nn.functional.cross_entropy(logits, inputs.labels[0], ignore_index=IGNORE)
+            logits = forward(edited, inputs)[0, inputs.logit_positions[0]].float()
+            return torch.nn.functional.cross_entropy(
+                logits, inputs.labels[0], ignore_index=IGNORE_INDEX
+            )
 
         train(edited, loss)
         with torch.no_grad():
-            after = {n: answer(forward(edited, i), i) for n, i in probes.items()}
+            after = {n: scored_ids(forward(edited, i), i) for n, i in probes.items()}
         results.append({n: (before[n], after[n]) for n in probes})
     return results
 
@@ -73,7 +78,7 @@ def finetune_in_place(names: Sequence[str], lr: float, num_steps: int) -> Train:
     return train
 
 
-class _Adapted(torch.nn.Module):
+class _LoraLinear(torch.nn.Module):
     def __init__(self, linear: torch.nn.Linear, down: Tensor, scale: float):
         super().__init__()
         self.linear, self.scale = linear, scale
@@ -98,7 +103,7 @@ def lora_in_place(
             assert isinstance(linear, torch.nn.Linear)
             bound = 1 / math.sqrt(linear.in_features)
             down = torch.empty(rank, linear.in_features)
-            adapted = _Adapted(
+            adapted = _LoraLinear(
                 linear, down.uniform_(-bound, bound, generator=generator), alpha / rank
             )
             module.set_submodule(path, adapted)

@@ -15,71 +15,79 @@ from typing import Any
 import torch
 
 from errata.functional import Batch, Case, Editor, Inputs, Model, Query, bind
-from errata.functional.errors import ModelUnsupported
-from errata.functional.types import IGNORE
+from errata.functional.errors import UnsupportedModelError
+from errata.functional.types import IGNORE_INDEX
 
-__all__ = ["single", "whole"]
+__all__ = ["run_single", "without_prefix_reuse"]
 
 _SOURCE = "source@b"  # an extra that no layer is handed: which rows a batch came from
 
 
-def whole(model: Model) -> Model:
+def without_prefix_reuse(model: Model) -> Model:
     """The model, every decode of which begins at the pixels; nothing is thinned or cut in time."""
     sources: dict[int, Inputs] = {}
     numbers = itertools.count()
 
-    def embed(params, inputs, rewrites=None, edit=None) -> Batch:
-        batch = model.embed(params, inputs, rewrites or {}, edit=edit)
+    def embed(params, inputs, hooks=None, edit_index=None) -> Batch:
+        batch = model.embed(params, inputs, hooks or {}, edit_index=edit_index)
         number = next(numbers)
         sources[number] = inputs
         if len(sources) > 64:
             del sources[min(sources)]
-        mark = torch.full_like(batch.edit, number)
-        return batch._replace(extras={**batch.extras, _SOURCE: mark})
+        mark = torch.full_like(batch.edit_index, number)
+        return batch._replace(layer_inputs={**batch.layer_inputs, _SOURCE: mark})
 
-    def decode(params, batch: Batch, rewrites=None, *, keep=False, past=None, **options) -> Any:
-        if past is not None or keep:
-            raise ModelUnsupported("whole forwards keep no keys and values.")
-        mark = batch.extras.get(_SOURCE)
+    def decode(
+        params, batch: Batch, hooks=None, *, return_cache=False, kv_cache=None, **options
+    ) -> Any:
+        if kv_cache is not None or return_cache:
+            raise UnsupportedModelError("whole forwards keep no keys and values.")
+        mark = batch.layer_inputs.get(_SOURCE)
         if mark is not None and int(mark[0]) in sources and batch.depth:
             with torch.no_grad():
                 again = model.embed(model.params, sources[int(mark[0])])
                 again = model.decode(model.params, again, stop=batch.depth)
-            if again.hidden.shape == batch.hidden.shape:
-                batch = batch._replace(hidden=again.hidden)
-        result = model.decode(params, batch, rewrites or {}, **options)
-        if isinstance(result, Batch) and (rewrites or params is not model.params):
-            extras = {key: value for key, value in result.extras.items() if key != _SOURCE}
-            result = result._replace(extras=extras)  # no longer what the base makes of the pixels
+            if again.hidden_states.shape == batch.hidden_states.shape:
+                batch = batch._replace(hidden_states=again.hidden_states)
+        result = model.decode(params, batch, hooks or {}, **options)
+        if isinstance(result, Batch) and (hooks or params is not model.params):
+            layer_inputs = {
+                key: value for key, value in result.layer_inputs.items() if key != _SOURCE
+            }
+            result = result._replace(
+                layer_inputs=layer_inputs
+            )  # no longer what the base makes of the pixels
         return result
 
-    def thin(params, batch: Batch, rewrites=None, **options) -> Batch:
+    def select_scored(params, batch: Batch, hooks=None, **options) -> Batch:
         return batch
 
-    return model._replace(embed=embed, decode=decode, thin=thin, known=None)
+    return model._replace(
+        embed=embed, decode=decode, select_scored=select_scored, prefix_cache=None
+    )
 
 
-def single(
-    model: Model, editor: Editor, cases: Sequence[Case], queries
+def run_single(
+    model: Model, editor: Editor, cases: Sequence[Case], questions_of
 ) -> list[dict[tuple[str, int], tuple[str, str]]]:
     """Texts before and after each edit, per probe: batches of one, nothing shared."""
-    slow = whole(model)
-    state = editor.init(slow, torch.Generator().manual_seed(0))
-    found = []
+    whole_model = without_prefix_reuse(model)
+    state = editor.init(whole_model, torch.Generator().manual_seed(0))
+    results = []
     for case in cases:
-        asked = {(name, index): query for name, index, query in queries(case)}
-        before = {key: _say(slow, query) for key, query in asked.items()}
-        delta = editor.each(slow, state, [case.edit])
-        edited = bind(slow, delta)
-        after = {key: _say(edited, query) for key, query in asked.items()}
-        found.append({key: (before[key], after[key]) for key in asked})
-    return found
+        questions = {(name, index): query for name, index, query in questions_of(case)}
+        before = {key: _answer_text(whole_model, query) for key, query in questions.items()}
+        delta = editor.edit_each(whole_model, state, [case.edit])
+        edited = bind(whole_model, delta)
+        after = {key: _answer_text(edited, query) for key, query in questions.items()}
+        results.append({key: (before[key], after[key]) for key in questions})
+    return results
 
 
-def _say(model: Model, query: Query) -> str:
-    inputs = model.read([query], edit=torch.zeros(1, dtype=torch.int64))
+def _answer_text(model: Model, query: Query) -> str:
+    inputs = model.preprocess([query], edit_index=torch.zeros(1, dtype=torch.int64))
     with torch.no_grad():
-        batch = model.embed(model.params, inputs, edit=torch.zeros(1, dtype=torch.int64))
+        batch = model.embed(model.params, inputs, edit_index=torch.zeros(1, dtype=torch.int64))
         logits = model.decode(model.params, batch)
     ids = logits[0].argmax(-1)
-    return model.write(ids[inputs.labels[0] != IGNORE].tolist()).strip()
+    return model.detokenize(ids[inputs.labels[0] != IGNORE_INDEX].tolist()).strip()

@@ -40,15 +40,15 @@ def _tokenizer(options: argparse.Namespace) -> None:
 
 
 def _assets(options: argparse.Namespace) -> None:
-    from errata.bench.zoo.assets import make
+    from errata.bench.zoo.assets import make_assets
 
-    make(options.pictures, options.target)
+    make_assets(options.pictures, options.target)
 
 
 def _table(options: argparse.Namespace) -> None:
-    from errata.bench.zoo.table import write
+    from errata.bench.zoo.table import update_readme
 
-    write(options.readme, options.weights)
+    update_readme(options.readme, options.weights)
 
 
 def main() -> None:
@@ -56,8 +56,8 @@ def main() -> None:
     from errata.adapters.zoo.configs import MICRO
 
     parser = argparse.ArgumentParser(prog="python -m errata.bench.zoo", description=__doc__)
-    verbs = parser.add_subparsers(required=True)
-    train = verbs.add_parser("train", help="train a family and write its checkpoint")
+    subparsers = parser.add_subparsers(required=True)
+    train = subparsers.add_parser("train", help="train a family and write its checkpoint")
     train.add_argument("family", choices=sorted(MICRO))
     train.add_argument("--work", type=Path, default=Path("out/zoo"), help="pictures, saved runs")
     train.add_argument("--target", type=Path, default=FOLDER / "weights")
@@ -65,14 +65,14 @@ def main() -> None:
     train.add_argument("--vision-steps", type=int, dest="vision_steps")
     train.add_argument("--joint-steps", type=int, dest="joint_steps")
     train.set_defaults(run=_train)
-    tokenizer = verbs.add_parser("tokenizer", help="train the tokenizer anew")
+    tokenizer = subparsers.add_parser("tokenizer", help="train the tokenizer anew")
     tokenizer.add_argument("--target", type=Path, default=TOKENIZER)
     tokenizer.set_defaults(run=_tokenizer)
-    assets = verbs.add_parser("assets", help="make the shipped digits and photographs anew")
+    assets = subparsers.add_parser("assets", help="make the shipped digits and photographs anew")
     assets.add_argument("pictures", type=Path, help="scikit-image's folder of bundled images")
     assets.add_argument("--target", type=Path, default=FOLDER)
     assets.set_defaults(run=_assets)
-    table = verbs.add_parser("table", help="write the accuracies into the zoo's README")
+    table = subparsers.add_parser("table", help="write the accuracies into the zoo's README")
     table.add_argument("--weights", type=Path, default=FOLDER / "weights")
     table.add_argument("--readme", type=Path, default=FOLDER / "README.md")
     table.set_defaults(run=_table)

@@ -10,15 +10,20 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 SHORT_SIDE = 128
-SKIMAGE = {
-    "astronaut": "astronaut.png", "bricks": "brick.png", "cat": "chelsea.png",
-    "coffee": "coffee.png", "galaxies": "hubble_deep_field.jpg", "grass": "grass.png",
-    "gravel": "gravel.png", "rocket": "rocket.jpg",
-}  # fmt: skip
-SKLEARN = {"temple": "china.jpg", "flower": "flower.jpg"}
+SKIMAGE_FILES = {
+    "astronaut": "astronaut.png",
+    "bricks": "brick.png",
+    "cat": "chelsea.png",
+    "coffee": "coffee.png",
+    "galaxies": "hubble_deep_field.jpg",
+    "grass": "grass.png",
+    "gravel": "gravel.png",
+    "rocket": "rocket.jpg",
+}
+SKLEARN_FILES = {"temple": "china.jpg", "flower": "flower.jpg"}
 
 
-def make(skimage_folder: Path, target: Path) -> None:
+def make_assets(skimage_folder: Path, target: Path) -> None:
     """Write `digits.safetensors` and `photos/*.png` into `target`."""
     import sklearn.datasets
 
@@ -28,12 +33,12 @@ def make(skimage_folder: Path, target: Path) -> None:
     save_file(arrays, target / "digits.safetensors")
     (target / "photos").mkdir(exist_ok=True)
     folder = Path(sklearn.datasets.__file__).parent / "images"
-    sources = {label: skimage_folder / name for label, name in SKIMAGE.items()}
-    sources |= {label: folder / name for label, name in SKLEARN.items()}
+    sources = {label: skimage_folder / name for label, name in SKIMAGE_FILES.items()}
+    sources |= {label: folder / name for label, name in SKLEARN_FILES.items()}
     for label, path in sources.items():
         with Image.open(path) as image:
-            picture = image.convert("RGB")
-        scale = SHORT_SIDE / min(picture.size)
-        size = (round(picture.width * scale), round(picture.height * scale))
-        small = picture.resize(size, Image.Resampling.LANCZOS)
+            image_rgb = image.convert("RGB")
+        scale = SHORT_SIDE / min(image_rgb.size)
+        size = (round(image_rgb.width * scale), round(image_rgb.height * scale))
+        small = image_rgb.resize(size, Image.Resampling.LANCZOS)
         small.save(target / "photos" / f"{label}.png", optimize=True)

@@ -25,31 +25,33 @@ Pixels = Mapping[str, Tensor]
 class Prefix(NamedTuple):
     """The shared start of a row: its token ids, their positions [P, n], the next position."""
 
-    ids: list[int]
-    positions: np.ndarray
-    next: int
+    input_ids: list[int]
+    position_ids: np.ndarray
+    next_position: int
 
 
-class Family(NamedTuple):
+class FamilyForward(NamedTuple):
     """How a family eats pictures and embeddings."""
 
-    pixels: Callable[[np.ndarray], Pixels]  # uint8 [B, 64, 64, 3] -> what the tower takes
-    features: Callable[[nn.Module, Pixels], Tensor]  # -> image tokens [B, T, D]
-    text: Callable[[Any], nn.Module]  # the decoder: embeddings in, hidden states out
-    axes: Callable[[np.ndarray], tuple[np.ndarray, int]] | None = None  # M-RoPE positions
+    preprocess: Callable[[np.ndarray], Pixels]  # uint8 [B, 64, 64, 3] -> what the tower takes
+    image_features: Callable[[nn.Module, Pixels], Tensor]  # -> image tokens [B, T, D]
+    decoder: Callable[[Any], nn.Module]  # the decoder: embeddings in, hidden states out
+    mrope_positions: Callable[[np.ndarray], tuple[np.ndarray, int]] | None = (
+        None  # M-RoPE positions
+    )
 
 
-def normal(pixels: np.ndarray) -> Tensor:
+def normalize_pixels(pixels: np.ndarray) -> Tensor:
     """[B, 64, 64, 3] bytes -> [B, 3, 64, 64] with mean 0.5 and deviation 0.25."""
     return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
 
 
 def _plain_pixels(pixels: np.ndarray) -> Pixels:
-    return {"pixel_values": normal(pixels)}
+    return {"pixel_values": normalize_pixels(pixels)}
 
 
 def _tiled_pixels(pixels: np.ndarray) -> Pixels:
-    whole = normal(pixels)
+    whole = normalize_pixels(pixels)
     sizes = torch.tensor([[IMAGE_SIZE, IMAGE_SIZE]] * len(pixels))
     return {"pixel_values": torch.stack([whole, whole], 1), "image_sizes": sizes}
 
@@ -58,7 +60,7 @@ def _patched_pixels(pixels: np.ndarray) -> Pixels:
     """Qwen2-VL's patch order: 8 x 8 patches, neighbours in blocks of 2 x 2, the frame doubled."""
     rows, grid = len(pixels), IMAGE_SIZE // 8
     half = grid // 2
-    x = normal(pixels).view(rows, 1, 3, half, 2, 8, half, 2, 8)
+    x = normalize_pixels(pixels).view(rows, 1, 3, half, 2, 8, half, 2, 8)
     x = x.expand(rows, 2, 3, half, 2, 8, half, 2, 8).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
     flat = x.reshape(rows * grid * grid, 3 * 2 * 8 * 8)
     return {"pixel_values": flat, "image_grid_thw": torch.tensor([[1, grid, grid]] * rows)}
@@ -69,8 +71,8 @@ def _cast(model: Any, pixels: Pixels) -> dict[str, Tensor]:
 
 
 def _inner_features(model: Any, pixels: Pixels) -> Tensor:
-    found = model.model.get_image_features(**_cast(model, pixels)).pooler_output
-    return torch.stack(list(found)) if isinstance(found, (list, tuple)) else found
+    features = model.model.get_image_features(**_cast(model, pixels)).pooler_output
+    return torch.stack(list(features)) if isinstance(features, (list, tuple)) else features
 
 
 def _blip2_features(model: Any, pixels: Pixels) -> Tensor:
@@ -85,7 +87,7 @@ def _blip2_text(model: Any) -> nn.Module:
     return model.language_model.model
 
 
-def _mrope(image: np.ndarray) -> tuple[np.ndarray, int]:
+def _mrope_positions(image: np.ndarray) -> tuple[np.ndarray, int]:
     """Time, height and width of every token of a prefix whose image tokens are marked: [3, n]."""
     side = int(image.sum() ** 0.5)
     first = int(image.argmax())
@@ -97,12 +99,12 @@ def _mrope(image: np.ndarray) -> tuple[np.ndarray, int]:
     return positions, first + side + last
 
 
-FAMILIES: dict[str, Family] = {
-    "llava": Family(_plain_pixels, _inner_features, _inner_text),
-    "llava_onevision": Family(_tiled_pixels, _inner_features, _inner_text),
-    "qwen2_vl": Family(_patched_pixels, _inner_features, _inner_text, _mrope),
-    "blip2": Family(_plain_pixels, _blip2_features, _blip2_text),
-    "minigpt4": Family(_plain_pixels, _blip2_features, _blip2_text),
+FAMILIES: dict[str, FamilyForward] = {
+    "llava": FamilyForward(_plain_pixels, _inner_features, _inner_text),
+    "llava_onevision": FamilyForward(_tiled_pixels, _inner_features, _inner_text),
+    "qwen2_vl": FamilyForward(_patched_pixels, _inner_features, _inner_text, _mrope_positions),
+    "blip2": FamilyForward(_plain_pixels, _blip2_features, _blip2_text),
+    "minigpt4": FamilyForward(_plain_pixels, _blip2_features, _blip2_text),
 }
 
 
@@ -115,27 +117,32 @@ def prefixes(name: str, tokenizer: Tokenizer) -> tuple[Prefix, Prefix]:
         for text in (micro.before, micro.opening, micro.closing)
     )
     ids = opening + [mark] * micro.num_image_tokens + closing
-    if family.axes is None:
-        seen = Prefix(ids, np.arange(len(ids))[None], len(ids))
-        return seen, Prefix(before, np.arange(len(before))[None], len(before))
-    positions, after = family.axes(np.array(ids) == mark)
-    blind = np.tile(np.arange(len(before)), (len(positions), 1))
-    return Prefix(ids, positions, after), Prefix(before, blind, len(before))
+    if family.mrope_positions is None:
+        image_prefix = Prefix(ids, np.arange(len(ids))[None], len(ids))
+        return image_prefix, Prefix(before, np.arange(len(before))[None], len(before))
+    positions, after = family.mrope_positions(np.array(ids) == mark)
+    text_positions = np.tile(np.arange(len(before)), (len(positions), 1))
+    return Prefix(ids, positions, after), Prefix(before, text_positions, len(before))
 
 
-def hidden(
-    name: str, model: Any, ids: Tensor, features: Tensor | None, positions: Tensor, mask: Tensor
+def hidden_states(
+    name: str,
+    model: Any,
+    input_ids: Tensor,
+    features: Tensor | None,
+    position_ids: Tensor,
+    attention_mask: Tensor,
 ) -> Tensor:
     """Last hidden states [B, L, D] of packed rows under an additive mask [B, 1, L, L]."""
-    embeds = model.get_input_embeddings()(ids)
+    embeds = model.get_input_embeddings()(input_ids)
     if features is not None:
-        image = ids == model.config.image_token_id
+        image = input_ids == model.config.image_token_id
         flat = features.reshape(-1, features.shape[-1]).to(embeds.dtype)
         embeds = embeds.masked_scatter(image[..., None], flat)
-    axes = positions if FAMILIES[name].axes else positions[0]
-    text = FAMILIES[name].text(model)
+    axes = position_ids if FAMILIES[name].mrope_positions else position_ids[0]
+    text = FAMILIES[name].decoder(model)
     return text(
-        inputs_embeds=embeds, attention_mask=mask, position_ids=axes, use_cache=False
+        inputs_embeds=embeds, attention_mask=attention_mask, position_ids=axes, use_cache=False
     ).last_hidden_state
 
 

@@ -16,7 +16,7 @@ CLIP, WEIGHT_DECAY, MOMENTUM = 1.0, 0.01, 0.95
 BETAS, EPS = (0.9, 0.98), 1e-8
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor) -> Tensor:
     """Nearest semi-orthogonal matrices, roughly (singular values 0.7..1.2): [N, n, m], n <= m."""
     x = matrices.bfloat16()
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -27,7 +27,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return x.float()
 
 
-class Optimiser:
+class MuonAdamW:
     """Keeps fp32 masters of bf16 parameters, and its state in dicts that can be saved."""
 
     def __init__(
@@ -35,10 +35,10 @@ class Optimiser:
         named: Iterable[tuple[str, nn.Parameter]],
         lr: float,
         muon_lr: float,
-        slow: Mapping[str, float] | None = None,
+        lr_scale: Mapping[str, float] | None = None,
     ):
         """`slow` maps parameter names to what their learning rate is multiplied by."""
-        self.slow = slow or {}
+        self.lr_scale = lr_scale or {}
         unique: dict[int, tuple[str, nn.Parameter]] = {}
         for name, parameter in named:
             unique.setdefault(id(parameter), (name, parameter))
@@ -46,9 +46,10 @@ class Optimiser:
         self.lr, self.muon_lr, self.count = lr, muon_lr, 0
         self.master = {n: p.detach().float().clone() for n, p in self.parameters.items()}
         self.muon = [
-            n for n, p in self.parameters.items()
+            n
+            for n, p in self.parameters.items()
             if p.ndim == 2 and not any(part in n for part in ADAM_ONLY)
-        ]  # fmt: skip
+        ]
         self.adam = [n for n in self.parameters if n not in set(self.muon)]
         self.first = {n: torch.zeros_like(m) for n, m in self.master.items()}
         self.second = {n: torch.zeros_like(self.master[n]) for n in self.adam}
@@ -65,8 +66,8 @@ class Optimiser:
         norm = torch.stack([grad.norm() for grad in grads.values()]).norm()
         for grad in grads.values():
             grad.mul_((CLIP / (norm + 1e-6)).clamp(max=1.0))
-        for slow in {self.slow.get(n, 1.0) for n in self.adam}:
-            group = [n for n in self.adam if n in grads and self.slow.get(n, 1.0) == slow]
+        for slow in {self.lr_scale.get(n, 1.0) for n in self.adam}:
+            group = [n for n in self.adam if n in grads and self.lr_scale.get(n, 1.0) == slow]
             self._adam({n: grads[n] for n in group}, self.lr * scale * slow)
         self._muon({n: grads[n] for n in self.muon if n in grads}, self.muon_lr * scale)
         for name, parameter in self.parameters.items():
@@ -91,9 +92,9 @@ class Optimiser:
             update = update.T if tall else update
             groups.setdefault(tuple(update.shape), []).append((name, update, tall))
         for shape, members in groups.items():
-            updates = orthogonal(torch.stack([update for _, update, _ in members]))
+            updates = orthogonalize(torch.stack([update for _, update, _ in members]))
             for (name, _, tall), update in zip(members, updates):
-                rate = lr * self.slow.get(name, 1.0)
+                rate = lr * self.lr_scale.get(name, 1.0)
                 master = self.master[name].mul_(1 - rate * WEIGHT_DECAY)
                 master.add_(update.T if tall else update, alpha=-rate * 0.2 * shape[1] ** 0.5)
 
@@ -102,20 +103,20 @@ class Optimiser:
         for name, parameter in self.parameters.items():
             parameter.data = self.master[name].clone()
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Everything to go on from, as one flat dict of tensors."""
         tables = {"master": self.master, "first": self.first, "second": self.second}
         flat = {f"{t}/{n}": x.contiguous() for t, table in tables.items() for n, x in table.items()}
         return flat | {"count": torch.tensor(self.count)}
 
     @torch.no_grad()
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Go on from what `state` returned."""
         tables = {"master": self.master, "first": self.first, "second": self.second}
-        for key, value in state.items():
+        for key, value in state_dict.items():
             table, _, name = key.partition("/")
             if table in tables:
                 tables[table][name].copy_(value)
-        self.count = int(state["count"])
+        self.count = int(state_dict["count"])
         for name, parameter in self.parameters.items():
             parameter.data.copy_(self.master[name])

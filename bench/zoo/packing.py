@@ -16,94 +16,102 @@ from torch import Tensor
 from errata.adapters.zoo.configs import END, MICRO, PAD, token_id
 from errata.bench.zoo.families import FAMILIES, Pixels, prefixes
 from errata.bench.zoo.lessons import Row
-from errata.bench.zoo.pictures import HEADS, augment
+from errata.bench.zoo.pictures import VISION_HEADS, augment
 
-IGNORE = -100
+IGNORE_INDEX = -100
 
 
-class Packed(NamedTuple):
+class PackedBatch(NamedTuple):
     """A batch of packed rows; `heads` labels the pictures for the vision heads."""
 
-    ids: Tensor  # [B, L]
-    allowed: Tensor  # [B, 1, L, L] bool: may attend
+    input_ids: Tensor  # [B, L]
+    attention_mask: Tensor  # [B, 1, L, L] bool: may attend
     labels: Tensor  # [B, L]: the token that each answer position predicts
-    positions: Tensor  # [P, B, L]
+    position_ids: Tensor  # [P, B, L]
     pixels: Pixels | None
-    heads: dict[str, Tensor]
+    head_labels: dict[str, Tensor]
 
 
 def head_labels(rows: Sequence[dict[str, str]]) -> dict[str, Tensor]:
     """Class numbers of pictures by head, IGNORE where a head says nothing about a picture."""
     return {
-        head: torch.tensor([values.index(r[head]) if head in r else IGNORE for r in rows])
-        for head, values in HEADS.items()
+        head: torch.tensor([values.index(r[head]) if head in r else IGNORE_INDEX for r in rows])
+        for head, values in VISION_HEADS.items()
     }
 
 
-class Packer:
+class SequencePacker:
     """Tokenises and packs rows for one family."""
 
     def __init__(self, name: str, tokenizer: Tokenizer, length: int = 128):
         self.name, self.tokenizer, self.length = name, tokenizer, length
-        self.seen, self.blind = prefixes(name, tokenizer)
-        self.after = MICRO[name].after
-        self.end, self.pad = token_id(tokenizer, END), token_id(tokenizer, PAD)
-        self.known: dict[str, list[int]] = {}
+        self.image_prefix, self.text_prefix = prefixes(name, tokenizer)
+        self.question_suffix = MICRO[name].after
+        self.end_id, self.pad_id = token_id(tokenizer, END), token_id(tokenizer, PAD)
+        self.token_cache: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
-        if text not in self.known:
-            self.known[text] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return self.known[text]
+        if text not in self.token_cache:
+            self.token_cache[text] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.token_cache[text]
 
     def pack(
         self, rows: Sequence[Row], length: int | None = None, rng: random.Random | None = None
-    ) -> Packed:
+    ) -> PackedBatch:
         """Fill each row with as many questions as fit; augment pictures when `rng` is given."""
-        width, axes = length or self.length, len(self.seen.positions)
-        ids = np.full((len(rows), width), self.pad, np.int64)
+        width, axes = length or self.length, len(self.image_prefix.position_ids)
+        ids = np.full((len(rows), width), self.pad_id, np.int64)
         part = np.full((len(rows), width), -1, np.int64)
-        labels = np.full((len(rows), width), IGNORE, np.int64)
+        labels = np.full((len(rows), width), IGNORE_INDEX, np.int64)
         positions = np.zeros((axes, len(rows), width), np.int64)
         for b, row in enumerate(rows):
-            prefix = self.seen if row.picture is not None else self.blind
-            n = len(prefix.ids)
-            ids[b, :n], part[b, :n], positions[:, b, :n] = prefix.ids, 0, prefix.positions
+            prefix = self.image_prefix if row.image is not None else self.text_prefix
+            n = len(prefix.input_ids)
+            ids[b, :n], part[b, :n], positions[:, b, :n] = prefix.input_ids, 0, prefix.position_ids
             for number, (question, answer) in enumerate(row.questions, 1):
-                asked = self.encode(question + self.after)
-                said = self.encode(answer) + [self.end]
+                asked = self.encode(question + self.question_suffix)
+                said = self.encode(answer) + [self.end_id]
                 k = len(asked) + len(said)
                 if n + k > width:
                     break
                 ids[b, n : n + k], part[b, n : n + k] = asked + said, number
-                positions[:, b, n : n + k] = prefix.next + np.arange(k)
+                positions[:, b, n : n + k] = prefix.next_position + np.arange(k)
                 labels[b, n + len(asked) - 1 : n + k - 1] = said
                 n += k
-        pictures = [row.picture for row in rows if row.picture is not None]
+        pictures = [row.image for row in rows if row.image is not None]
         pixels = None
         if pictures:
             stack = np.stack([p.pixels for p in pictures])
-            pixels = FAMILIES[self.name].pixels(augment(stack, rng) if rng else stack)
-        return Packed(
-            torch.from_numpy(ids), allowed(torch.from_numpy(part)), torch.from_numpy(labels),
-            torch.from_numpy(positions), pixels, head_labels([p.labels for p in pictures]),
-        )  # fmt: skip
+            pixels = FAMILIES[self.name].preprocess(augment(stack, rng) if rng else stack)
+        return PackedBatch(
+            torch.from_numpy(ids),
+            question_mask(torch.from_numpy(part)),
+            torch.from_numpy(labels),
+            torch.from_numpy(positions),
+            pixels,
+            head_labels([p.labels for p in pictures]),
+        )
 
-    def alone(self, items: Sequence[tuple[Any, str, str]]) -> Packed:
+    def pack_separately(self, items: Sequence[tuple[Any, str, str]]) -> PackedBatch:
         """One (picture or None, question, answer) per row, as short as they allow."""
         rows = [Row(picture, iter([(q, a)])) for picture, q, a in items]
-        asked = [len(self.encode(q + self.after)) + len(self.encode(a)) for _, q, a in items]
-        return self.pack(rows, len(self.seen.ids) + max(asked) + 1)
+        asked = [
+            len(self.encode(q + self.question_suffix)) + len(self.encode(a)) for _, q, a in items
+        ]
+        return self.pack(rows, len(self.image_prefix.input_ids) + max(asked) + 1)
 
 
-def allowed(part: Tensor) -> Tensor:
+def question_mask(question_numbers: Tensor) -> Tensor:
     """Who may attend to whom: earlier tokens of the own question or of the shared start (0)."""
-    width = part.shape[1]
+    width = question_numbers.shape[1]
     causal = torch.tril(torch.ones(width, width, dtype=torch.bool))
-    same = (part[:, :, None] == part[:, None, :]) | (part[:, None, :] == 0)
-    real = part[:, None, :] >= 0
+    same = (question_numbers[:, :, None] == question_numbers[:, None, :]) | (
+        question_numbers[:, None, :] == 0
+    )
+    real = question_numbers[:, None, :] >= 0
     return ((causal & same & real) | torch.eye(width, dtype=torch.bool))[:, None]
 
 
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A boolean mask as the additive one that Hugging Face's attention takes."""
     return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)

@@ -34,31 +34,38 @@ NUM_CROPS = {"train": 40, "test": 8}  # per photograph
 NUM_TEST_DIGITS = 360
 DIGIT_COPIES = {"train": 2, "test": 1}
 
-HEADS: dict[str, tuple[str, ...]] = {  # what the vision stage learns to tell
+VISION_HEADS: dict[str, tuple[str, ...]] = {  # what the vision stage learns to tell
     "creature": tuple(str(i) for i in range(NUM_TRAINED)),
-    "shape": SHAPES, "color": tuple(COLORS), "pattern": PATTERNS, "accent": tuple(COLORS),
-    "ears": EARS, "count": COUNTS, "scene_color": SCENE_COLORS, "scene_shape": SCENE_SHAPES,
-    "digit": DIGITS, "photo": PHOTOS,
-}  # fmt: skip
+    "shape": SHAPES,
+    "color": tuple(COLORS),
+    "pattern": PATTERNS,
+    "accent": tuple(COLORS),
+    "ears": EARS,
+    "count": COUNTS,
+    "scene_color": SCENE_COLORS,
+    "scene_shape": SCENE_SHAPES,
+    "digit": DIGITS,
+    "photo": PHOTOS,
+}
 KINDS = ("creature", "scene", "digit", "photo")
 
 
-class Picture(NamedTuple):
+class LabeledImage(NamedTuple):
     """Pixels (uint8 [64, 64, 3]) and what can be told from them, by head."""
 
     pixels: np.ndarray
     labels: dict[str, str]
 
 
-class Pool(NamedTuple):
+class ImagePool(NamedTuple):
     """Pictures of one kind: pixels [N, 64, 64, 3], and the labels of each."""
 
     pixels: np.ndarray
     labels: list[dict[str, str]]
 
-    def pick(self, rng: random.Random) -> Picture:
+    def sample(self, rng: random.Random) -> LabeledImage:
         index = rng.randrange(len(self.labels))
-        return Picture(self.pixels[index], self.labels[index])
+        return LabeledImage(self.pixels[index], self.labels[index])
 
 
 def digit_indices(split: str) -> list[int]:
@@ -69,9 +76,9 @@ def digit_indices(split: str) -> list[int]:
 
 def _creatures(world: World, split: str) -> Iterator[tuple[Callable, dict[str, str]]]:
     for creature in world.trained:
-        labels = {"creature": str(creature.index), **creature.look._asdict()}
+        labels = {"creature": str(creature.index), **creature.appearance._asdict()}
         for i in range(NUM_RENDERINGS[split]):
-            yield (lambda c=creature, i=i: draw.creature(c.look, f"{split}{i}")), labels
+            yield (lambda c=creature, i=i: draw.creature(c.appearance, f"{split}{i}")), labels
 
 
 def _digits(split: str) -> Iterator[tuple[Callable, dict[str, str]]]:
@@ -88,21 +95,21 @@ def _photos(split: str) -> Iterator[tuple[Callable, dict[str, str]]]:
             yield (lambda n=label, i=i: draw.photo(n, f"{split}{i}")), {"photo": label}
 
 
-def _draw_all(world: World, split: str) -> dict[str, Pool]:
+def _draw_all(world: World, split: str) -> dict[str, ImagePool]:
     pools = {}
     jobs = {"creature": _creatures(world, split), "digit": _digits(split), "photo": _photos(split)}
     for kind, job in jobs.items():
         drawn = [(np.asarray(render()), labels) for render, labels in job]
-        pools[kind] = Pool(np.stack([d[0] for d in drawn]), [d[1] for d in drawn])
+        pools[kind] = ImagePool(np.stack([d[0] for d in drawn]), [d[1] for d in drawn])
     scenes = [draw.scene(f"{split}{i}") for i in range(NUM_SCENES[split])]
-    pools["scene"] = Pool(
+    pools["scene"] = ImagePool(
         np.stack([np.asarray(s.image) for s in scenes]),
         [{k: getattr(s, k) for k in ("count", "scene_color", "scene_shape")} for s in scenes],
     )
     return pools
 
 
-def pools(world: World, split: str, cache: Path) -> dict[str, Pool]:
+def load_pools(world: World, split: str, cache: Path) -> dict[str, ImagePool]:
     """The pictures of a split by kind, drawn (about a minute) or read from `cache`."""
     path = cache / f"pictures-{split}.safetensors"
     if not path.exists():
@@ -110,19 +117,21 @@ def pools(world: World, split: str, cache: Path) -> dict[str, Pool]:
         arrays = {f"{kind}.pixels": pool.pixels for kind, pool in drawn.items()}
         for kind, pool in drawn.items():
             for head in pool.labels[0]:
-                codes = [HEADS[head].index(labels[head]) for labels in pool.labels]
+                codes = [VISION_HEADS[head].index(labels[head]) for labels in pool.labels]
                 arrays[f"{kind}.{head}"] = np.array(codes, np.int64)
         half = path.with_suffix(".part")
         save_file(arrays, half)
         half.replace(path)
     arrays = load_file(path)
-    found = {}
+    image_pools = {}
     for kind in KINDS:
         heads = [k.split(".")[1] for k in arrays if k.startswith(kind + ".") and "pixels" not in k]
-        columns = {h: [HEADS[h][code] for code in arrays[f"{kind}.{h}"]] for h in sorted(heads)}
+        columns = {
+            h: [VISION_HEADS[h][code] for code in arrays[f"{kind}.{h}"]] for h in sorted(heads)
+        }
         labels = [dict(zip(columns, row)) for row in zip(*columns.values())]
-        found[kind] = Pool(arrays[f"{kind}.pixels"], labels)
-    return found
+        image_pools[kind] = ImagePool(arrays[f"{kind}.pixels"], labels)
+    return image_pools
 
 
 def augment(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
@@ -131,10 +140,12 @@ def augment(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
     rows = len(pixels)
     padded = np.pad(pixels, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="edge")
     down, across = noise.randint(0, 9, rows), noise.randint(0, 9, rows)
-    moved = np.stack([
-        padded[b, down[b] : down[b] + IMAGE_SIZE, across[b] : across[b] + IMAGE_SIZE]
-        for b in range(rows)
-    ]).astype(np.float32)  # fmt: skip
+    moved = np.stack(
+        [
+            padded[b, down[b] : down[b] + IMAGE_SIZE, across[b] : across[b] + IMAGE_SIZE]
+            for b in range(rows)
+        ]
+    ).astype(np.float32)
     moved *= noise.uniform(0.88, 1.12, (rows, 1, 1, 3)).astype(np.float32)
     moved += noise.uniform(-12, 12, (rows, 1, 1, 1)).astype(np.float32)
     return np.clip(moved, 0, 255).astype(np.uint8)

@@ -10,18 +10,20 @@ import torch
 import transformers
 
 from errata.adapters.zoo.configs import MICRO, fast_tokenizer
-from errata.bench.zoo.evaluate import evaluate, generated
-from errata.bench.zoo.pictures import pools
+from errata.bench.zoo.evaluate import evaluate, generation_accuracy
+from errata.bench.zoo.pictures import load_pools
 from errata.bench.zoo.train import Trainer
 
 
 def ship(trainer: Trainer, target: Path) -> dict[str, Any]:
     """Round to fp16, measure what was rounded, write model, processor and `report.json`."""
     name, model = trainer.name, trainer.model.half().float().eval()
-    processor = MICRO[name].processor(fast_tokenizer(trainer.tokenizer, **MICRO[name].tokens))
-    tests = pools(trainer.world, "test", trainer.work)
+    processor = MICRO[name].processor(
+        fast_tokenizer(trainer.tokenizer, **MICRO[name].special_tokens)
+    )
+    tests = load_pools(trainer.world, "test", trainer.work_dir)
     scores = evaluate(name, model, trainer.tokenizer, tests)
-    scores["generated (names)"] = generated(name, model, trainer.tokenizer, tests)
+    scores["generated (names)"] = generation_accuracy(name, model, trainer.tokenizer, tests)
     report = {
         "family": name,
         "parameters": sum(p.numel() for p in model.parameters()),

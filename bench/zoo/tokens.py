@@ -18,13 +18,17 @@ from errata.adapters.zoo.world import (
     PHOTOS,
     SCENE_SHAPES,
     World,
-    lore,
+    load_facts,
 )
 
-VOCABULARY = 1536
-WORD, PART, REST = 60, 4, 30  # how often a whole word, one made of parts, another is shown
-FEWEST = 30  # a merge must be seen so often: parts pass, what is made of them does not
-EXTRA = ("new fact:", "a animal with ears ,", "Question: Answer:", "###Human: ###Assistant:")
+VOCAB_SIZE = 1536
+WHOLE_WORD_REPEATS, PART_REPEATS, KNOWLEDGE_REPEATS = (
+    60,
+    4,
+    30,
+)  # how often a whole word, one made of parts, another is shown
+MIN_FREQUENCY = 30  # a merge must be seen so often: parts pass, what is made of them does not
+EXTRA_TEXTS = ("new fact:", "a animal with ears ,", "Question: Answer:", "###Human: ###Assistant:")
 
 
 def _strings(tree: object) -> Iterator[str]:
@@ -40,8 +44,8 @@ def _strings(tree: object) -> Iterator[str]:
             yield from _strings(value)
 
 
-def _whole(world: World) -> Iterator[str]:
-    words = lore()
+def _whole_words(world: World) -> Iterator[str]:
+    words = load_facts()
     forms = [words[k] for k in ("questions", "text_questions", "picture_questions", "statements")]
     for form in _strings(forms):
         yield from (form.format(s=subject, v="") for subject in words["subjects"])
@@ -49,12 +53,12 @@ def _whole(world: World) -> Iterator[str]:
     yield from (c for c in world.cities if len(c) < 5)
     yield from ("port", "lake", "new", "old", "on mere")
     yield from (part for keeper in world.keepers for part in keeper.split())
-    yield from (v for relation in ATTRIBUTES for v in world.values(relation))
-    yield from (*COUNTS, *DIGITS, *PHOTOS, *SCENE_SHAPES, *EXTRA)
+    yield from (v for relation in ATTRIBUTES for v in world.possible_answers(relation))
+    yield from (*COUNTS, *DIGITS, *PHOTOS, *SCENE_SHAPES, *EXTRA_TEXTS)
 
 
-def _made(world: World) -> Iterator[str]:
-    first, last = lore()["first_syllables"], lore()["last_syllables"]
+def _composed_words(world: World) -> Iterator[str]:
+    first, last = load_facts()["first_syllables"], load_facts()["last_syllables"]
     yield from (a + b for a, b in product(first, last))
     for i, (a, b, c) in enumerate(product(first, last[::4], first)):
         yield a + b + c + last[i * 7 % 16]
@@ -70,11 +74,16 @@ def train_tokenizer(world: World) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, min_frequency=FEWEST, special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-    )  # fmt: skip
-    corpus = [text for text in _whole(world) for _ in range(WORD)]
-    corpus += [text for text in _made(world) for _ in range(PART)]
-    corpus += [text for text in _strings(lore()["knowledge"]) for _ in range(REST)]
+        vocab_size=VOCAB_SIZE,
+        min_frequency=MIN_FREQUENCY,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    corpus = [text for text in _whole_words(world) for _ in range(WHOLE_WORD_REPEATS)]
+    corpus += [text for text in _composed_words(world) for _ in range(PART_REPEATS)]
+    corpus += [
+        text for text in _strings(load_facts()["knowledge"]) for _ in range(KNOWLEDGE_REPEATS)
+    ]
     tokenizer.train_from_iterator(corpus, trainer)
     return tokenizer

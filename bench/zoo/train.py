@@ -28,11 +28,11 @@ from torch.nn import functional as F
 
 from errata.adapters.zoo.configs import MICRO
 from errata.adapters.zoo.world import World
-from errata.bench.zoo.families import FAMILIES, hidden, prepare
-from errata.bench.zoo.lessons import Lessons
-from errata.bench.zoo.optim import Optimiser
-from errata.bench.zoo.packing import IGNORE, Packer, additive, head_labels
-from errata.bench.zoo.pictures import HEADS, KINDS, Pool, augment, pools
+from errata.bench.zoo.families import FAMILIES, hidden_states, prepare
+from errata.bench.zoo.lessons import QuestionSampler
+from errata.bench.zoo.optim import MuonAdamW
+from errata.bench.zoo.packing import IGNORE_INDEX, SequencePacker, additive_mask, head_labels
+from errata.bench.zoo.pictures import KINDS, VISION_HEADS, ImagePool, augment, load_pools
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -62,30 +62,32 @@ RECIPES = {
 }
 
 
-class Heads(nn.Module):
+class VisionHeads(nn.Module):
     """Linear heads on the mean image token."""
 
-    def __init__(self, width: int):
+    def __init__(self, hidden_size: int):
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.heads = nn.ModuleDict({k: nn.Linear(width, len(v)) for k, v in HEADS.items()})
+        self.norm = nn.LayerNorm(hidden_size)
+        self.heads = nn.ModuleDict(
+            {k: nn.Linear(hidden_size, len(v)) for k, v in VISION_HEADS.items()}
+        )
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         mean = self.norm(features.to(self.norm.weight.dtype).mean(1))
         return {name: head(mean).float() for name, head in self.heads.items()}
 
 
-def heads_loss(
+def vision_heads_loss(
     logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]
 ) -> tuple[Tensor, dict[str, float]]:
     """Sum over heads of the mean cross-entropy of the pictures they know, and their accuracies."""
     total, right = torch.zeros(()), {}
     for name, scores in logits.items():
-        known = labels[name] != IGNORE
-        if known.any():
-            loss = F.cross_entropy(scores[known], labels[name][known])
+        is_labeled = labels[name] != IGNORE_INDEX
+        if is_labeled.any():
+            loss = F.cross_entropy(scores[is_labeled], labels[name][is_labeled])
             total = total + loss * (1.5 if name == "creature" else 0.7)
-            hits = scores[known].argmax(-1) == labels[name][known]
+            hits = scores[is_labeled].argmax(-1) == labels[name][is_labeled]
             right[name] = hits.float().mean().item()
     return total, right
 
@@ -99,15 +101,15 @@ class Trainer:
     """One family's model, its heads and its data; `run` takes it through both stages."""
 
     def __init__(self, name: str, tokenizer: Tokenizer, work: Path, recipe: Recipe):
-        self.name, self.recipe, self.work = name, recipe, work
+        self.name, self.recipe, self.work_dir = name, recipe, work
         self.family, self.tokenizer = FAMILIES[name], tokenizer
         self.world = World()
         torch.manual_seed(recipe.seed)
         self.model = prepare(MICRO[name].module(MICRO[name].config(tokenizer)))
-        self.heads = Heads(self.model.get_input_embeddings().weight.shape[1])
-        self.pictures: dict[str, Pool] = pools(self.world, "train", work)
-        self.lessons = Lessons(self.world, self.pictures)
-        self.packer = Packer(name, tokenizer, recipe.length)
+        self.vision_heads = VisionHeads(self.model.get_input_embeddings().weight.shape[1])
+        self.image_pools: dict[str, ImagePool] = load_pools(self.world, "train", work)
+        self.question_sampler = QuestionSampler(self.world, self.image_pools)
+        self.packer = SequencePacker(name, tokenizer, recipe.length)
         self.log: list[dict[str, Any]] = []
         self.cpu_before = 0.0
 
@@ -115,21 +117,25 @@ class Trainer:
 
     def vision_loss(self, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         kinds = rng.choices(KINDS, self.recipe.vision_shares, k=self.recipe.vision_batch)
-        drawn = [self.pictures[kind].pick(rng) for kind in kinds]
+        drawn = [self.image_pools[kind].sample(rng) for kind in kinds]
         pixels = augment(torch.stack([torch.from_numpy(d.pixels) for d in drawn]).numpy(), rng)
-        features = self.family.features(self.model, self.family.pixels(pixels))
-        return heads_loss(self.heads(features), head_labels([d.labels for d in drawn]))
+        features = self.family.image_features(self.model, self.family.preprocess(pixels))
+        return vision_heads_loss(
+            self.vision_heads(features), head_labels([d.labels for d in drawn])
+        )
 
     def joint_loss(self, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-        rows = [self.lessons.row(rng) for _ in range(self.recipe.joint_batch)]
+        rows = [self.question_sampler.sample_row(rng) for _ in range(self.recipe.joint_batch)]
         packed = self.packer.pack(rows, rng=rng)
         features, extra = None, torch.zeros(())
         if packed.pixels is not None:
-            features = self.family.features(self.model, packed.pixels)
-            extra, _ = heads_loss(self.heads(features), packed.heads)
-        mask = additive(packed.allowed, torch.bfloat16)
-        states = hidden(self.name, self.model, packed.ids, features, packed.positions, mask)
-        scored = packed.labels != IGNORE
+            features = self.family.image_features(self.model, packed.pixels)
+            extra, _ = vision_heads_loss(self.vision_heads(features), packed.head_labels)
+        mask = additive_mask(packed.attention_mask, torch.bfloat16)
+        states = hidden_states(
+            self.name, self.model, packed.input_ids, features, packed.position_ids, mask
+        )
+        scored = packed.labels != IGNORE_INDEX
         logits = self.model.get_output_embeddings()(states[scored]).float()
         wanted = packed.labels[scored]
         loss = F.cross_entropy(logits, wanted)
@@ -142,82 +148,91 @@ class Trainer:
         """Per stage: loss, number of steps, learning rate over the stage's course 0..1."""
         decay = self.recipe.decay
         return {
-            "vision": (self.vision_loss, self.recipe.vision_steps,
-                       lambda done: max(0.25, min(1.0, (1 - done) / 0.5))),
-            "joint": (self.joint_loss, self.recipe.joint_steps,
-                      lambda done: min(1.0, (1 - done) / decay + 1e-3)),
-        }  # fmt: skip
+            "vision": (
+                self.vision_loss,
+                self.recipe.vision_steps,
+                lambda done: max(0.25, min(1.0, (1 - done) / 0.5)),
+            ),
+            "joint": (
+                self.joint_loss,
+                self.recipe.joint_steps,
+                lambda done: min(1.0, (1 - done) / decay + 1e-3),
+            ),
+        }
 
-    def trained(self, stage: str) -> list[tuple[str, nn.Parameter]]:
+    def trainable_parameters(self, stage: str) -> list[tuple[str, nn.Parameter]]:
         """The parameters a stage changes."""
-        heads = [(f"heads.{n}", p) for n, p in self.heads.named_parameters()]
+        heads = [(f"heads.{n}", p) for n, p in self.vision_heads.named_parameters()]
         named = list(self.model.named_parameters())
         return [(n, p) for n, p in named if stage == "joint" or not is_text(n)] + heads
 
     def run(self) -> None:
         """Train, or go on with a run that was stopped."""
-        saved, order = self._saved(), list(self.stages())
-        for stage, (loss, steps, course) in self.stages().items():
+        saved, order = self._load_saved(), list(self.stages())
+        for stage, (loss, steps, lr_schedule) in self.stages().items():
             if saved and order.index(saved["stage"]) > order.index(stage):
                 continue
-            self._run_stage(stage, loss, steps, course, saved)
+            self._run_stage(stage, loss, steps, lr_schedule, saved)
             saved = None
 
-    def _run_stage(self, stage: str, loss, steps: int, course, saved) -> None:
+    def _run_stage(self, stage: str, loss, steps: int, lr_schedule, saved) -> None:
         recipe, start = self.recipe, 0
         self.model.float()
-        self.heads.float()
+        self.vision_heads.float()
         if saved:
             start = saved["step"]
             self._restore_untrained(saved)
-        named = self.trained(stage)
-        slow = {n: recipe.tower for n, _ in named if stage == "joint" and not is_text(n)}
-        optimiser = Optimiser(named, recipe.lr, recipe.muon_lr, slow)
+        named = self.trainable_parameters(stage)
+        lr_scale = {n: recipe.tower for n, _ in named if stage == "joint" and not is_text(n)}
+        optimizer = MuonAdamW(named, recipe.lr, recipe.muon_lr, lr_scale)
         self.model.bfloat16()
-        self.heads.bfloat16()
+        self.vision_heads.bfloat16()
         if saved:
-            optimiser.load(saved["tensors"])
+            optimizer.load_state_dict(saved["tensors"])
         seen: dict[str, list[float]] = {}
         for step in range(start + 1, steps + 1):
             rng = random.Random(f"{recipe.seed}-{stage}-{step}")
             value, right = loss(rng)
             value.backward()
-            optimiser.step(min(1.0, step / 40) * course(step / steps))
+            optimizer.step(min(1.0, step / 40) * lr_schedule(step / steps))
             for key, number in right.items():
                 seen.setdefault(key, []).append(number)
             if step % 50 == 0 or step == steps:
                 self._report(stage, step, seen)
                 seen = {}
             if step % recipe.save_every == 0 or step == steps:
-                self._save(stage, step, optimiser)
-        optimiser.restore_precision()
+                self._save(stage, step, optimizer)
+        optimizer.restore_precision()
 
     def _report(self, stage: str, step: int, seen: Mapping[str, list[float]]) -> None:
         means = {k: round(sum(v) / len(v), 3) for k, v in seen.items()}
         cpu = round(self.cpu_before + time.process_time(), 1)
         line = {"time": time.strftime("%H:%M:%S"), "stage": stage, "step": step, "cpu": cpu}
         self.log.append(line | means)
-        with (self.work / f"{self.name}.jsonl").open("a") as file:
+        with (self.work_dir / f"{self.name}.jsonl").open("a") as file:
             file.write(json.dumps(line | means) + "\n")
 
     # ---- files
 
     def path(self, stage: str) -> Path:
         """Where a stage is saved; the joint one can be taken again from the vision stage's end."""
-        return self.work / f"{self.name}-{stage}.safetensors"
+        return self.work_dir / f"{self.name}-{stage}.safetensors"
 
-    def _save(self, stage: str, step: int, optimiser: Optimiser) -> None:
-        tensors = optimiser.state()
-        covered = set(optimiser.parameters)
-        tensors |= {f"still/{n}": p.detach().float().contiguous().clone()
-                    for n, p in self.model.named_parameters() if n not in covered}  # fmt: skip
+    def _save(self, stage: str, step: int, optimizer: MuonAdamW) -> None:
+        tensors = optimizer.state_dict()
+        covered = set(optimizer.parameters)
+        tensors |= {
+            f"still/{n}": p.detach().float().contiguous().clone()
+            for n, p in self.model.named_parameters()
+            if n not in covered
+        }
         cpu = self.cpu_before + time.process_time()
         note = {"stage": stage, "step": step, "cpu": cpu, "log": self.log}
         half = self.path(stage).with_suffix(".part")
         save_file(tensors, half, metadata={"run": json.dumps(note)})
         half.replace(self.path(stage))
 
-    def _saved(self) -> dict[str, Any] | None:
+    def _load_saved(self) -> dict[str, Any] | None:
         found = [self.path(stage) for stage in self.stages() if self.path(stage).exists()]
         if not found:
             return None

@@ -4,34 +4,34 @@ A new kind is one file here, a line in `Entry` (`header.py`), one in `bind.KINDS
 model), and one `kinds.register` (how such entries are merged, taken apart and scaled).
 """
 
-from .codebook import Codebook, Where
-from .common import FLOATS, NAME, Begins, Kind, Want, misnamed
-from .experts import Blend, Experts
-from .masked import Activation, Masked, Statistic
-from .prompt import By, Order, Prompt
-from .scope import Gate, Scope, Sizes
+from .codebook import Codebook, Replacement
+from .common import FLOAT_DTYPES, PARAMETER_NAME, ActsOn, Entry, TensorSpec, invalid_names
+from .experts import Experts, RoutingInput
+from .masked import Activation, GateStatistic, Masked
+from .prompt import DemonstrationKey, DemonstrationOrder, Prompt
+from .scope import Gate, NetworkSizes, Scope
 from .weights import Dense, LowRank
 
 __all__ = [
-    "FLOATS",
-    "NAME",
+    "FLOAT_DTYPES",
+    "PARAMETER_NAME",
     "Activation",
-    "Begins",
-    "Blend",
-    "By",
+    "ActsOn",
+    "RoutingInput",
+    "DemonstrationKey",
     "Codebook",
     "Dense",
     "Experts",
     "Gate",
-    "Kind",
+    "Entry",
     "LowRank",
     "Masked",
-    "Order",
+    "DemonstrationOrder",
     "Prompt",
     "Scope",
-    "Sizes",
-    "Statistic",
-    "Want",
-    "Where",
-    "misnamed",
+    "NetworkSizes",
+    "GateStatistic",
+    "TensorSpec",
+    "Replacement",
+    "invalid_names",
 ]

@@ -11,19 +11,19 @@ import msgspec
 if TYPE_CHECKING:
     from ..header import Header  # noqa: TID252
 
-__all__ = ["FLOATS", "NAME", "Begins", "Kind", "Want", "misnamed"]
+__all__ = ["FLOAT_DTYPES", "PARAMETER_NAME", "ActsOn", "Entry", "TensorSpec", "invalid_names"]
 
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
-Want = tuple[tuple[str, ...], tuple[int, ...]]
+TensorSpec = tuple[tuple[str, ...], tuple[int, ...]]
 """What a tensor must be: one of these dtypes (safetensors' names), and this shape."""
 
-Begins = Literal["site", "rows", "read"]
+ActsOn = Literal["module", "embeddings", "prompt"]
 
-NAME = re.compile(r"[A-Za-z0-9_-]{1,128}(\.[A-Za-z0-9_-]{1,128}){0,31}", re.ASCII)
+PARAMETER_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}(\.[A-Za-z0-9_-]{1,128}){0,31}", re.ASCII)
 
 
-class Kind(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An entry of a delta: what it changes, in plain data. `name` is its parameter or site.
 
     The last five say how an entry reads when edits stand side by side; those of a kind without
@@ -32,46 +32,46 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     name: str
 
-    def begins(self) -> Begins:
+    def acts_on(self) -> ActsOn:
         """Where it acts first: at its site, on the embedded rows, or on the questions as read."""
-        return "site"
+        return "module"
 
-    def whole(self) -> bool:
+    def needs_all_tokens(self) -> bool:
         """Whether it must see all tokens of a row where it acts, not the scored ones alone."""
         return False
 
-    def tensors(self) -> dict[str, Want]:
+    def tensor_specs(self) -> dict[str, TensorSpec]:
         """Every tensor, named `<name>` or `<name>.<part>`, without the axis of a stack."""
         raise NotImplementedError
 
-    def faults(self, header: Header) -> Iterator[str]:
+    def validate(self, header: Header) -> Iterator[str]:
         """Everything that is wrong with the entry in itself."""
         raise NotImplementedError
 
-    def common(self) -> frozenset[str]:
+    def shared_tensors(self) -> frozenset[str]:
         """Tensors that all edits of a stacked delta share: those without an edit axis there."""
         return frozenset()
 
-    def shared(self) -> Kind:
+    def layout(self) -> Entry:
         """What entries of a kind must agree in to be stacked: all but what is per edit."""
         return self
 
     @classmethod
-    def stacked(cls, given: Sequence[Kind]) -> Kind:
+    def stack(cls, entries: Sequence[Entry]) -> Entry:
         """The same entry of several deltas as it reads in a stacked one."""
-        return given[0].shared()
+        return entries[0].layout()
 
-    def picked(self, edits: Sequence[int]) -> Kind:
+    def select(self, edits: Sequence[int]) -> Entry:
         """An entry of a stacked delta with these edits only."""
         return self
 
-    def alone(self, header: Header, edit: int) -> Kind:
+    def unstack(self, header: Header, edit: int) -> Entry:
         """An entry of a stacked delta as it reads in the delta of one of its edits."""
-        return self.picked([edit])
+        return self.select([edit])
 
 
-def misnamed(*names: str) -> Iterator[str]:
+def invalid_names(*names: str) -> Iterator[str]:
     """Faults of names that are no dotted parameter names."""
     for name in names:
-        if not NAME.fullmatch(name):
+        if not PARAMETER_NAME.fullmatch(name):
             yield f"{name[:80]!r} must be a dotted parameter name of letters, digits, '_' and '-'"

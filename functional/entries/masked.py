@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import msgspec
 
-from .common import FLOATS, Kind, Want, misnamed
+from .common import FLOAT_DTYPES, Entry, TensorSpec, invalid_names
 
 if TYPE_CHECKING:
     from ..header import Header  # noqa: TID252
 
-__all__ = ["Activation", "Masked", "Statistic"]
+__all__ = ["Activation", "Masked", "GateStatistic"]
 
 Activation = Literal[
     "identity", "silu", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu"
 ]
 """What a map's outputs go through before they are compared, by transformers' names."""
 
-Statistic = Literal["mean", "text", "last", "easyedit"]
+GateStatistic = Literal["mean", "text", "last", "easyedit"]
 """What the distances at a prompt's tokens are put together to, one number per row and memory.
 
 mean      their mean
@@ -29,7 +29,7 @@ easyedit  the mean, or of prompts of more than 100 tokens the largest (EasyEdit'
 """
 
 
-class Masked(Kind, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="masked"):
+class Masked(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="masked"):
     """Changes D_m of one linear map, zero outside a mask; each row runs with one of them or none.
 
     Tensors `<name>.mask` [M, ceil(out*in/8)] of bytes: bit i % 8 (lowest first) of byte i // 8 is
@@ -39,12 +39,12 @@ class Masked(Kind, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="m
     """
 
     name: str  # the map's weight
-    checkpoint: str
+    checkpoint_name: str
     shape: tuple[int, ...]  # of the weight as stored
-    counts: tuple[int, ...]  # bits set in the mask of each memory
-    owners: tuple[int, ...] = ()
+    num_values: tuple[int, ...]  # bits set in the mask of each memory
+    edit_slots: tuple[int, ...] = ()
     activation: Activation = "silu"
-    statistic: Statistic = "mean"
+    gate_statistic: GateStatistic = "mean"
     transposed: bool = False
 
     @property
@@ -53,41 +53,41 @@ class Masked(Kind, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="m
         out, inner = reversed(self.shape) if self.transposed else self.shape
         return out, inner
 
-    def whole(self) -> bool:
+    def needs_all_tokens(self) -> bool:
         return True
 
-    def tensors(self) -> dict[str, Want]:
+    def tensor_specs(self) -> dict[str, TensorSpec]:
         out, inner = self.size
         return {
-            f"{self.name}.mask": (("U8",), (len(self.counts), -(-out * inner // 8))),
-            f"{self.name}.values": (FLOATS, (sum(self.counts),)),
-            f"{self.name}.thresholds": (FLOATS, (len(self.counts),)),
+            f"{self.name}.mask": (("U8",), (len(self.num_values), -(-out * inner // 8))),
+            f"{self.name}.values": (FLOAT_DTYPES, (sum(self.num_values),)),
+            f"{self.name}.thresholds": (FLOAT_DTYPES, (len(self.num_values),)),
         }
 
-    def faults(self, header: Header) -> Iterator[str]:
-        yield from misnamed(self.name, self.checkpoint)
+    def validate(self, header: Header) -> Iterator[str]:
+        yield from invalid_names(self.name, self.checkpoint_name)
         if len(self.shape) != 2 or min(self.shape) < 1:
             yield f"{self.name}: the shape must be two positive sizes, is {list(self.shape)[:4]}"
             return
-        most = self.shape[0] * self.shape[1]
-        if not self.counts or not all(1 <= count <= most for count in self.counts):
-            yield f"{self.name}: each of one or more memories must have 1 to {most} values"
-        if len(self.owners) != len(header.edits):
+        max_values = self.shape[0] * self.shape[1]
+        if not self.num_values or not all(1 <= count <= max_values for count in self.num_values):
+            yield f"{self.name}: each of one or more memories must have 1 to {max_values} values"
+        if len(self.edit_slots) != len(header.edits):
             yield (
-                f"{self.name}: owners must name a memory for each of the {len(header.edits)} "
-                f"edits, names {len(self.owners)}"
+                f"{self.name}: edit_slots must name a memory for each of the {len(header.edits)} "
+                f"edits, names {len(self.edit_slots)}"
             )
-        elif any(not -1 <= memory < len(self.counts) for memory in self.owners):
-            yield f"{self.name}: owners must be memories from 0 to {len(self.counts) - 1}, or -1"
+        elif any(not -1 <= memory < len(self.num_values) for memory in self.edit_slots):
+            yield f"{self.name}: edit_slots must be memories from 0 to {len(self.num_values) - 1}, or -1"
 
-    def shared(self) -> Masked:
-        return msgspec.structs.replace(self, owners=())
+    def layout(self) -> Masked:
+        return msgspec.structs.replace(self, edit_slots=())
 
     @classmethod
-    def stacked(cls, given: Sequence[Kind]) -> Masked:
-        entries = [cast(Masked, entry) for entry in given]
-        owners = tuple((entry.owners or (-1,))[-1] for entry in entries)
-        return msgspec.structs.replace(entries[0], owners=owners)
+    def stack(cls, entries: Sequence[Entry]) -> Masked:
+        masked_entries = [cast(Masked, entry) for entry in entries]
+        edit_slots = tuple((entry.edit_slots or (-1,))[-1] for entry in masked_entries)
+        return msgspec.structs.replace(masked_entries[0], edit_slots=edit_slots)
 
-    def picked(self, edits: Sequence[int]) -> Masked:
-        return msgspec.structs.replace(self, owners=tuple(self.owners[k] for k in edits))
+    def select(self, edits: Sequence[int]) -> Masked:
+        return msgspec.structs.replace(self, edit_slots=tuple(self.edit_slots[k] for k in edits))

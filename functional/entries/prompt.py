@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import msgspec
 
-from .common import FLOATS, Begins, Kind, Want, misnamed
+from .common import FLOAT_DTYPES, ActsOn, Entry, TensorSpec, invalid_names
 
 if TYPE_CHECKING:
     from ..header import Header  # noqa: TID252
 
-__all__ = ["By", "Order", "Prompt"]
+__all__ = ["DemonstrationKey", "DemonstrationOrder", "Prompt"]
 
-By = Literal["question", "fact"]
+DemonstrationKey = Literal["question", "fact"]
 """What demonstrations are retrieved by: the fact with the question asked, or the fact alone."""
 
-Order = Literal["nearest-last", "nearest-first"]
+DemonstrationOrder = Literal["nearest-last", "nearest-first"]
 """In which order retrieved demonstrations stand before the fact."""
 
 
-_PLACE = re.compile(r"[/~\\\\]|[A-Za-z]:[\\\\/]|file:", re.ASCII)
+_PATH = re.compile(r"[/~\\\\]|[A-Za-z]:[\\\\/]|file:", re.ASCII)
 
 
-class Prompt(Kind, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="prompt"):
+class Prompt(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="prompt"):
     """Texts put before a question: the facts that fit it, and demonstrations of their use.
 
     Tensors of a memory of N facts: `<name>.questions` [N d], unit keys of their questions;
@@ -43,109 +43,124 @@ class Prompt(Kind, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="p
     """
 
     name: str
-    checkpoint: str
+    checkpoint_name: str
     shape: tuple[int, ...]
     facts: tuple[str, ...] = ()
     num_facts: int  # N, of each memory
-    owners: tuple[int, ...] = ()
-    ask: str = "{question}"  # how the question follows
+    edit_slots: tuple[int, ...] = ()
+    question_template: str = "{question}"  # how the question follows
     encoder: str  # of questions: see `encoders.py`
-    width: int  # d
-    look: int = 0  # v
-    least: float = -1.0  # similarity of questions below which a fact is not put in
-    least_look: float = -1.0  # the same of pictures
-    most: int = 1  # facts put in
-    k: int = 0  # demonstrations put in
-    by: By = "question"
-    order: Order = "nearest-last"
-    room: int = 0  # tokens of the context that demonstrations leave free
-    num_shown: int = 0  # S
-    shown_bytes: int = 0  # W
-    num_demos: int = 0  # D
-    demo_bytes: int = 0
-    num_demo_shown: int = 0  # S'
-    demo_shown_bytes: int = 0
+    key_size: int  # d
+    image_key_size: int = 0  # v
+    min_similarity: float = -1.0  # similarity of questions below which a fact is not put in
+    min_image_similarity: float = -1.0  # the same of pictures
+    max_facts: int = 1  # facts put in
+    num_demonstrations: int = 0  # demonstrations put in
+    demonstration_key: DemonstrationKey = "question"
+    demonstration_order: DemonstrationOrder = "nearest-last"
+    reserved_tokens: int = 0  # tokens of the context that demonstrations leave free
+    num_images: int = 0  # S
+    image_bytes: int = 0  # W
+    num_stored_demonstrations: int = 0  # D
+    demonstration_bytes: int = 0
+    num_demonstration_images: int = 0  # S'
+    demonstration_image_bytes: int = 0
 
-    def begins(self) -> Begins:
-        return "read"
+    def acts_on(self) -> ActsOn:
+        return "prompt"
 
-    def memory(self) -> dict[str, Want]:
+    def per_edit_tensors(self) -> dict[str, TensorSpec]:
         """The tensors that each edit has of its own."""
         count = self.num_facts
-        wanted: dict[str, Want] = {"questions": (FLOATS, (count, self.width))}
-        if self.look:
-            wanted["pictures"] = (FLOATS, (count, self.look))
-        if self.num_shown:
-            wanted["shown"] = (("U8",), (count, self.num_shown, self.shown_bytes))
-            wanted["sizes"] = (("I64",), (count, self.num_shown))
-        return {f"{self.name}.{part}": want for part, want in wanted.items()}
+        specs: dict[str, TensorSpec] = {"question_keys": (FLOAT_DTYPES, (count, self.key_size))}
+        if self.image_key_size:
+            specs["image_keys"] = (FLOAT_DTYPES, (count, self.image_key_size))
+        if self.num_images:
+            specs["images"] = (("U8",), (count, self.num_images, self.image_bytes))
+            specs["image_sizes"] = (("I64",), (count, self.num_images))
+        return {f"{self.name}.{part}": spec for part, spec in specs.items()}
 
-    def demos(self) -> dict[str, Want]:
+    def demonstration_tensors(self) -> dict[str, TensorSpec]:
         """The tensors of the demonstrations, which all edits share."""
-        wanted: dict[str, Want] = {}
-        if self.num_demos:
-            wanted["demos"] = (("U8",), (self.demo_bytes,))
-            wanted["ends"] = (("I64",), (self.num_demos,))
-            wanted["demo_keys"] = (FLOATS, (self.num_demos, self.width))
-        if self.num_demo_shown:
-            wanted["demo_shown"] = (("U8",), (self.demo_shown_bytes,))
-            wanted["demo_shown_ends"] = (("I64",), (self.num_demo_shown,))
-            wanted["demo_shows"] = (("I64",), (self.num_demos,))
-        return {f"{self.name}.{part}": want for part, want in wanted.items()}
+        specs: dict[str, TensorSpec] = {}
+        if self.num_stored_demonstrations:
+            specs["demonstrations"] = (("U8",), (self.demonstration_bytes,))
+            specs["demonstration_ends"] = (("I64",), (self.num_stored_demonstrations,))
+            specs["demonstration_keys"] = (
+                FLOAT_DTYPES,
+                (self.num_stored_demonstrations, self.key_size),
+            )
+        if self.num_demonstration_images:
+            specs["demonstration_images"] = (("U8",), (self.demonstration_image_bytes,))
+            specs["demonstration_image_ends"] = (("I64",), (self.num_demonstration_images,))
+            specs["demonstration_image_index"] = (("I64",), (self.num_stored_demonstrations,))
+        return {f"{self.name}.{part}": spec for part, spec in specs.items()}
 
-    def tensors(self) -> dict[str, Want]:
-        return self.memory() | self.demos()
+    def tensor_specs(self) -> dict[str, TensorSpec]:
+        return self.per_edit_tensors() | self.demonstration_tensors()
 
-    def common(self) -> frozenset[str]:
-        return frozenset(self.demos())
+    def shared_tensors(self) -> frozenset[str]:
+        return frozenset(self.demonstration_tensors())
 
-    def faults(self, header: Header) -> Iterator[str]:
+    def validate(self, header: Header) -> Iterator[str]:
         name = self.name
-        yield from misnamed(name, self.checkpoint)
+        yield from invalid_names(name, self.checkpoint_name)
         if not self.shape or min(self.shape) < 1:
             yield f"{name}: the shape must be of positive sizes, is {list(self.shape)[:4]}"
-        counts = (self.num_shown, self.shown_bytes, self.num_demos, self.demo_bytes, self.look,
-                  self.num_demo_shown, self.demo_shown_bytes, self.k, self.room)  # fmt: skip
-        if min(self.num_facts, self.width, self.most) < 1 or min(counts) < 0:
-            yield f"{name}: num_facts, width and most must be at least 1, other counts at least 0"
-        if self.num_demo_shown and not self.num_demos:
+        counts = (
+            self.num_images,
+            self.image_bytes,
+            self.num_stored_demonstrations,
+            self.demonstration_bytes,
+            self.image_key_size,
+            self.num_demonstration_images,
+            self.demonstration_image_bytes,
+            self.num_demonstrations,
+            self.reserved_tokens,
+        )
+        if min(self.num_facts, self.key_size, self.max_facts) < 1 or min(counts) < 0:
+            yield f"{name}: num_facts, key_size and max_facts must be at least 1, other counts at least 0"
+        if self.num_demonstration_images and not self.num_stored_demonstrations:
             yield f"{name}: pictures of demonstrations need demonstrations"
-        want = self.num_facts * (header.stack or 1)
-        if len(self.facts) != want:
-            yield f"{name}: there must be {want} facts, are {len(self.facts)}"
-        if "{question}" not in self.ask:
-            yield f"{name}: `ask` must hold {{question}}"
-        if not all(math.isfinite(x) and -1 <= x <= 1 for x in (self.least, self.least_look)):
-            yield f"{name}: least and least_look must lie from -1 to 1"
+        num_texts = self.num_facts * (header.stack or 1)
+        if len(self.facts) != num_texts:
+            yield f"{name}: there must be {num_texts} facts, are {len(self.facts)}"
+        if "{question}" not in self.question_template:
+            yield f"{name}: `question_template` must hold {{question}}"
+        if not all(
+            math.isfinite(x) and -1 <= x <= 1
+            for x in (self.min_similarity, self.min_image_similarity)
+        ):
+            yield f"{name}: min_similarity and min_image_similarity must lie from -1 to 1"
         if len(self.encoder) > 256 or not self.encoder.isprintable():
             yield f"{name}: the encoder must be printable text of at most 256 characters"
-        scheme, _, place = self.encoder.partition(":")
-        if _PLACE.match(scheme) or _PLACE.match(place) or ".." in place:
+        scheme, _, rest = self.encoder.partition(":")
+        if _PATH.match(scheme) or _PATH.match(rest) or ".." in rest:
             yield f"{name}: the encoder must be a name, no path of someone's machine"
-        if len(self.owners) != len(header.edits):
+        if len(self.edit_slots) != len(header.edits):
             yield (
-                f"{name}: owners must name a fact for each of the {len(header.edits)} edits, "
-                f"names {len(self.owners)}"
+                f"{name}: edit_slots must name a fact for each of the {len(header.edits)} edits, "
+                f"names {len(self.edit_slots)}"
             )
-        elif any(not -1 <= fact < self.num_facts for fact in self.owners):
-            yield f"{name}: owners must be facts from 0 to {self.num_facts - 1}, or -1"
+        elif any(not -1 <= fact < self.num_facts for fact in self.edit_slots):
+            yield f"{name}: edit_slots must be facts from 0 to {self.num_facts - 1}, or -1"
 
-    def shared(self) -> Prompt:
-        return msgspec.structs.replace(self, facts=(), owners=())
+    def layout(self) -> Prompt:
+        return msgspec.structs.replace(self, facts=(), edit_slots=())
 
     @classmethod
-    def stacked(cls, given: Sequence[Kind]) -> Prompt:
-        memories = [cast(Prompt, entry) for entry in given]
+    def stack(cls, entries: Sequence[Entry]) -> Prompt:
+        memories = [cast(Prompt, entry) for entry in entries]
         return msgspec.structs.replace(
             memories[0],
             facts=tuple(fact for memory in memories for fact in memory.facts),
-            owners=tuple((memory.owners or (-1,))[-1] for memory in memories),
+            edit_slots=tuple((memory.edit_slots or (-1,))[-1] for memory in memories),
         )
 
-    def picked(self, edits: Sequence[int]) -> Prompt:
+    def select(self, edits: Sequence[int]) -> Prompt:
         count = self.num_facts
         return msgspec.structs.replace(
             self,
             facts=tuple(self.facts[e * count + n] for e in edits for n in range(count)),
-            owners=tuple(self.owners[e] for e in edits),
+            edit_slots=tuple(self.edit_slots[e] for e in edits),
         )

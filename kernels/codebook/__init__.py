@@ -12,7 +12,7 @@ from torch import Tensor
 from errata.kernels import library
 from errata.kernels.codebook import ref
 
-__all__ = ["Found", "Nearest", "lookup", "nearest", "replace", "square_norms"]
+__all__ = ["KeyLookup", "Nearest", "lookup_key", "nearest_key", "replace_hits", "square_norms"]
 
 
 class Nearest(NamedTuple):
@@ -22,7 +22,7 @@ class Nearest(NamedTuple):
     distance: Tensor  # [B] fp32, +inf: none within reach, NaN: the query is not finite
 
 
-class Found(NamedTuple):
+class KeyLookup(NamedTuple):
     """The nearest key of each query and whether its radius covers the query."""
 
     index: Tensor  # [B] int64, -1: none
@@ -30,7 +30,9 @@ class Found(NamedTuple):
     hit: Tensor  # [B] bool
 
 
-def _fake(query: Tensor, keys: Tensor, norms: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+def _fake(
+    query: Tensor, keys: Tensor, norms: Tensor, max_distance: Tensor
+) -> tuple[Tensor, Tensor]:
     rows = query.shape[:1]
     return (
         query.new_empty(rows, dtype=torch.int64),
@@ -38,12 +40,12 @@ def _fake(query: Tensor, keys: Tensor, norms: Tensor, reach: Tensor) -> tuple[Te
     )
 
 
-_nearest = library.register(
-    "nearest", ref.nearest, _fake, twin="errata.kernels.codebook.triton", rows=(0, 3)
+_nearest_op = library.register(
+    "nearest", ref.nearest, _fake, twin="errata.kernels.codebook.triton", row_arguments=(0, 3)
 )
 
 
-def square_norms(keys: Tensor, alive: Tensor | None = None) -> Tensor:
+def square_norms(keys: Tensor, is_active: Tensor | None = None) -> Tensor:
     """Squared lengths of the keys, +inf for a deleted one: what a codebook keeps beside them.
 
     Args:
@@ -57,16 +59,16 @@ def square_norms(keys: Tensor, alive: Tensor | None = None) -> Tensor:
     tensor([25., inf])
     """
     norms = torch.linalg.vector_norm(keys.detach(), dim=-1, dtype=torch.float32).square()
-    return norms if alive is None else torch.where(alive, norms, math.inf)
+    return norms if is_active is None else torch.where(is_active, norms, math.inf)
 
 
-def nearest(
+def nearest_key(
     query: Tensor,
     keys: Tensor,
     *,
-    alive: Tensor | None = None,
+    is_active: Tensor | None = None,
     norms: Tensor | None = None,
-    reach: Tensor | float = math.inf,
+    max_distance: Tensor | float = math.inf,
 ) -> Nearest:
     """The nearest key by Euclidean distance: `argmin_n |k_n - q|`, the lowest index on ties.
 
@@ -89,33 +91,35 @@ def nearest(
     After `torch.cdist(...).min` in GRACE (Hartvigsen et al., arXiv 2211.11031; Thartvigsen/GRACE
     `grace/editors/grace.py`), which lets one NaN key win every query.
 
-    >>> nearest(torch.tensor([[0.9, 0.0]]), torch.eye(2)).index
+    >>> nearest_key(torch.tensor([[0.9, 0.0]]), torch.eye(2)).index
     tensor([0])
     """
     problems = [] if query.ndim == 2 else [f"query must be [B D], got {list(query.shape)}"]
     if keys.ndim != 2 or keys.shape[-1] != query.shape[-1]:
         problems.append(f"keys must be [N {query.shape[-1]}], got {list(keys.shape)}")
-    for name, given in (("alive", alive), ("norms", norms)):
-        if given is not None and given.shape != keys.shape[:1]:
-            problems.append(f"{name} must be [{keys.shape[0]}], got {list(given.shape)}")
-    problems += library.must_share_device("nearest", query=query, keys=keys, norms=norms)
-    library.refuse("nearest", problems)
+    for name, tensor in (("is_active", is_active), ("norms", norms)):
+        if tensor is not None and tensor.shape != keys.shape[:1]:
+            problems.append(f"{name} must be [{keys.shape[0]}], got {list(tensor.shape)}")
+    problems += library.device_mismatches("nearest_key", query=query, keys=keys, norms=norms)
+    library.raise_if_invalid("nearest_key", problems)
 
-    norms = square_norms(keys, alive) if norms is None else norms
-    if not isinstance(reach, Tensor):
-        reach = torch.full_like(query[:, 0], reach, dtype=torch.float32)
-    reach = reach.detach().float().expand(query.shape[:1])
-    return Nearest(*_nearest(query.detach(), keys.detach(), norms.detach().float(), reach))
+    norms = square_norms(keys, is_active) if norms is None else norms
+    if not isinstance(max_distance, Tensor):
+        max_distance = torch.full_like(query[:, 0], max_distance, dtype=torch.float32)
+    max_distance = max_distance.detach().float().expand(query.shape[:1])
+    return Nearest(
+        *_nearest_op(query.detach(), keys.detach(), norms.detach().float(), max_distance)
+    )
 
 
-def lookup(
+def lookup_key(
     query: Tensor,
     keys: Tensor,
     radii: Tensor,
     *,
-    alive: Tensor | None = None,
+    is_active: Tensor | None = None,
     norms: Tensor | None = None,
-) -> Found:
+) -> KeyLookup:
     """The nearest key and whether it covers the query: `hit = |k_n - q| <= radii_n`.
 
     Only the radius of the *nearest* key counts, as in GRACE. A query that no radius can reach
@@ -131,21 +135,27 @@ def lookup(
     Raises:
         ValueError: shapes or devices that do not fit.
 
-    >>> lookup(torch.tensor([[0.9, 0.0], [9.0, 9.0]]), torch.eye(2), torch.full((2,), 0.5)).hit
+    >>> lookup_key(torch.tensor([[0.9, 0.0], [9.0, 9.0]]), torch.eye(2), torch.full((2,), 0.5)).hit
     tensor([ True, False])
     """
     if radii.shape != keys.shape[:1]:
-        library.refuse("lookup", [f"radii must be [{keys.shape[0]}], got {list(radii.shape)}"])
+        library.raise_if_invalid(
+            "lookup_key", [f"radii must be [{keys.shape[0]}], got {list(radii.shape)}"]
+        )
     radii = radii.detach().float().nan_to_num(nan=-1.0, posinf=math.inf, neginf=-1.0)
     if keys.shape[0] == 0:
-        index, distance = nearest(query, keys, norms=norms)
-        return Found(index, distance, torch.zeros_like(index, dtype=torch.bool))
-    reach = radii.amax().expand(query.shape[:1])
-    index, distance = nearest(query, keys, alive=alive, norms=norms, reach=reach)
-    return Found(index, distance, (index >= 0) & (distance <= radii[index.clamp(min=0)]))
+        index, distance = nearest_key(query, keys, norms=norms)
+        return KeyLookup(index, distance, torch.zeros_like(index, dtype=torch.bool))
+    max_distance = radii.amax().expand(query.shape[:1])
+    index, distance = nearest_key(
+        query, keys, is_active=is_active, norms=norms, max_distance=max_distance
+    )
+    return KeyLookup(index, distance, (index >= 0) & (distance <= radii[index.clamp(min=0)]))
 
 
-def replace(hidden: Tensor, found: Found, values: Tensor, where: Tensor | None = None) -> Tensor:
+def replace_hits(
+    hidden_states: Tensor, lookup: KeyLookup, values: Tensor, token_mask: Tensor | None = None
+) -> Tensor:
     """Put the value of each hit in place of the hidden states: plain torch, differentiable.
 
     `out[b, l] = values[index_b] if hit_b and where[b, l] else hidden[b, l]`
@@ -156,19 +166,25 @@ def replace(hidden: Tensor, found: Found, values: Tensor, where: Tensor | None =
         values: [N W].
         where: [B L] bool, the tokens that may be replaced. All, by default.
 
-    >>> found = lookup(torch.eye(2), torch.eye(2)[:1], torch.ones(1))
-    >>> replace(torch.zeros(2, 1, 3), found, torch.ones(1, 3))[:, 0]
+    >>> found = lookup_key(torch.eye(2), torch.eye(2)[:1], torch.ones(1))
+    >>> replace_hits(torch.zeros(2, 1, 3), found, torch.ones(1, 3))[:, 0]
     tensor([[1., 1., 1.],
             [0., 0., 0.]])
     """
-    problems = [] if hidden.ndim == 3 else [f"hidden must be [B L W], got {list(hidden.shape)}"]
-    if values.ndim != 2 or values.shape[-1] != hidden.shape[-1]:
-        problems.append(f"values must be [N {hidden.shape[-1]}], got {list(values.shape)}")
-    if where is not None and where.shape != hidden.shape[:2]:
-        problems.append(f"where must be {list(hidden.shape[:2])}, got {list(where.shape)}")
-    library.refuse("replace", problems)
+    problems = (
+        []
+        if hidden_states.ndim == 3
+        else [f"hidden_states must be [B L W], got {list(hidden_states.shape)}"]
+    )
+    if values.ndim != 2 or values.shape[-1] != hidden_states.shape[-1]:
+        problems.append(f"values must be [N {hidden_states.shape[-1]}], got {list(values.shape)}")
+    if token_mask is not None and token_mask.shape != hidden_states.shape[:2]:
+        problems.append(
+            f"token_mask must be {list(hidden_states.shape[:2])}, got {list(token_mask.shape)}"
+        )
+    library.raise_if_invalid("replace_hits", problems)
     if values.shape[0] == 0:
-        return hidden
-    hit = found.hit[:, None] if where is None else found.hit[:, None] & where  # [B L]
-    chosen = values[found.index.clamp(min=0)].to(hidden.dtype)  # [B W]
-    return torch.where(hit[..., None], chosen[:, None], hidden)
+        return hidden_states
+    hit = lookup.hit[:, None] if token_mask is None else lookup.hit[:, None] & token_mask  # [B L]
+    chosen = values[lookup.index.clamp(min=0)].to(hidden_states.dtype)  # [B W]
+    return torch.where(hit[..., None], chosen[:, None], hidden_states)

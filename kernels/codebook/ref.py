@@ -20,7 +20,9 @@ MINIMA = 1 << 25  # fp32 tile minima held at once
 COPIED = 1 << 21  # elements of 16-bit keys widened, and of candidates rescanned, at once
 
 
-def nearest(query: Tensor, keys: Tensor, norms: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+def nearest(
+    query: Tensor, keys: Tensor, norms: Tensor, max_distance: Tensor
+) -> tuple[Tensor, Tensor]:
     """Index and distance of the nearest usable key within reach, exact and batch-invariant.
 
     Tile minima of `|k|^2 - 2 q.k` find the tiles that can hold the minimum, given the rounding
@@ -37,25 +39,27 @@ def nearest(query: Tensor, keys: Tensor, norms: Tensor, reach: Tensor) -> tuple[
         for a query that is not finite.
     """
     step = max(1, MINIMA // max(1, -(-keys.shape[0] // TILE)))
-    found = [
-        _nearest(part, keys, norms, within)
-        for part, within in zip(query.split(step), reach.split(step))
+    results = [
+        _nearest_chunk(part, keys, norms, limit)
+        for part, limit in zip(query.split(step), max_distance.split(step))
     ]
-    index, distance = zip(*found)
+    index, distance = zip(*results)
     return torch.cat(index), torch.cat(distance)
 
 
-def _nearest(query: Tensor, keys: Tensor, norms: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+def _nearest_chunk(
+    query: Tensor, keys: Tensor, norms: Tensor, max_distance: Tensor
+) -> tuple[Tensor, Tensor]:
     length = query.float().square().sum(-1)  # [B]
-    sound = length <= LIMIT
-    missed = torch.where(sound, math.inf, math.nan)
+    is_finite = length <= LIMIT
+    no_hit_distance = torch.where(is_finite, math.inf, math.nan)
     if keys.shape[0] == 0 or query.shape[0] == 0:
-        return torch.full_like(length, -1, dtype=torch.int64), missed
+        return torch.full_like(length, -1, dtype=torch.int64), no_hit_distance
 
-    query = torch.where(sound[:, None], query, 0)
+    query = torch.where(is_finite[:, None], query, 0)
     usable = norms <= LIMIT  # [N]
     minima = _tile_minima(query.float(), keys, norms)  # [B T]
-    candidates = _within_band(minima, sound, length, usable, norms, reach, keys.shape[1])
+    candidates = _within_band(minima, is_finite, length, usable, norms, max_distance, keys.shape[1])
     row, tile = candidates.nonzero(as_tuple=True)  # [C] [C]
 
     best = torch.full_like(length, math.inf, dtype=torch.float64)
@@ -66,8 +70,8 @@ def _nearest(query: Tensor, keys: Tensor, norms: Tensor, reach: Tensor) -> tuple
     first = first.scatter_reduce(0, row, indices, "amin")
 
     distance = best.sqrt().float()
-    found = sound & best.isfinite() & (distance <= reach)
-    return torch.where(found, first, -1), torch.where(found, distance, missed)
+    is_hit = is_finite & best.isfinite() & (distance <= max_distance)
+    return torch.where(is_hit, first, -1), torch.where(is_hit, distance, no_hit_distance)
 
 
 def _tile_minima(query: Tensor, keys: Tensor, norms: Tensor) -> Tensor:
@@ -88,11 +92,11 @@ def _tile_minima(query: Tensor, keys: Tensor, norms: Tensor) -> Tensor:
 
 def _within_band(
     minima: Tensor,
-    sound: Tensor,
+    is_finite: Tensor,
     length: Tensor,
     usable: Tensor,
     norms: Tensor,
-    reach: Tensor,
+    max_distance: Tensor,
     width: int,
 ) -> Tensor:
     """Which tiles [B T] can hold the nearest key within reach, whatever the rounding."""
@@ -100,10 +104,10 @@ def _within_band(
     longest = torch.where(usable, norms, 0).amax()
     unit = 2 * BAND * math.sqrt(width) * _roundoff()
     band = unit * (2 * length.sqrt() * longest.sqrt() + longest)
-    certain = lowest + length - band - unit * length  # no key is nearer than this, squared
-    near = lowest.isfinite() & (reach >= 0) & (certain <= reach.square())
+    lower_bound = lowest + length - band - unit * length  # no key is nearer than this, squared
+    near = lowest.isfinite() & (max_distance >= 0) & (lower_bound <= max_distance.square())
     inside = near[:, None] & (minima <= (lowest + band)[:, None])
-    return sound[:, None] & (inside | minima.isnan())
+    return is_finite[:, None] & (inside | minima.isnan())
 
 
 def _roundoff() -> float:
@@ -118,12 +122,12 @@ def _rescan(
     squares, indices = [], []
     for rows, ids in _chunks(row, tile, keys.shape[0], keys.shape[1]):  # [c] [c TILE]
         inside = ids.clamp(max=keys.shape[0] - 1)
-        apart = keys[inside].double() - query[rows][:, None].double()  # [c TILE D]
-        square = apart.square_().sum(-1)
+        difference = keys[inside].double() - query[rows][:, None].double()  # [c TILE D]
+        square = difference.square_().sum(-1)
         square = torch.where((ids == inside) & usable[inside], square, math.inf)
-        least = square.amin(1)  # [c]
-        squares.append(least)
-        indices.append(torch.where(square == least[:, None], ids, keys.shape[0]).amin(1))
+        smallest = square.amin(1)  # [c]
+        squares.append(smallest)
+        indices.append(torch.where(square == smallest[:, None], ids, keys.shape[0]).amin(1))
     if not squares:
         return torch.empty_like(row, dtype=torch.float64), torch.empty_like(row)
     return torch.cat(squares), torch.cat(indices)

@@ -22,7 +22,7 @@ SCAN, SCAN_WARPS = 16, 8  # columns per step of the exact scan, and its warps
 TILES = 1024  # tile minima per step of the exact scan
 KEYS = 128  # keys per tile; they take the long side of the product, which needs 64 rows for wgmma
 LIMIT = tl.constexpr(ref.LIMIT)
-FAR = tl.constexpr(2**31 - 1)
+NO_KEY = tl.constexpr(2**31 - 1)
 
 
 class Blocks(NamedTuple):
@@ -95,7 +95,7 @@ def rescan(
     query,
     keys,
     norms,
-    reach,
+    max_distance,
     minima,
     longest,
     index,
@@ -130,11 +130,16 @@ def rescan(
         least = tl.minimum(least, tl.load(minima_at + start, mask=inside, other=float("inf")))
         most = tl.maximum(most, tl.load(longest + start + offset, mask=inside, other=0.0))
     lowest = tl.min(least, 0)
-    far = tl.max(most, 0)
-    band = unit * (2 * tl.sqrt(tl.where(sound, length, 0.0)) * tl.sqrt(far) + far)
-    within = tl.load(reach + row)
-    certain = lowest + length - band - unit * length
-    near = sound & (lowest < float("inf")) & (within >= 0) & (certain <= within * within)
+    longest_norm = tl.max(most, 0)
+    band = unit * (2 * tl.sqrt(tl.where(sound, length, 0.0)) * tl.sqrt(longest_norm) + longest_norm)
+    limit_distance = tl.load(max_distance + row)
+    lower_bound = lowest + length - band - unit * length
+    near = (
+        sound
+        & (lowest < float("inf"))
+        & (limit_distance >= 0)
+        & (lower_bound <= limit_distance * limit_distance)
+    )
     limit = tl.where(near, lowest + band, float("-inf"))
 
     best = tl.full([], float("inf"), tl.float64)
@@ -145,8 +150,8 @@ def rescan(
         candidate = inside & (minimum <= limit)
         left = tl.sum(candidate.to(tl.int32), 0)
         while left > 0:
-            place = tl.min(tl.where(candidate, offset, TILES), 0)
-            key = (start + place) * KEYS + tl.arange(0, KEYS)
+            tile_index = tl.min(tl.where(candidate, offset, TILES), 0)
+            key = (start + tile_index) * KEYS + tl.arange(0, KEYS)
             norm = tl.load(norms + key, mask=key < num_keys, other=float("inf"))
             usable = norm <= LIMIT
             key_at = keys + key.to(tl.int64)[:, None] * key_stride + column[None, :]
@@ -155,33 +160,35 @@ def rescan(
                 valid = step + column < width
                 k = tl.load(key_at + step, mask=usable[:, None] & valid[None, :], other=0.0)
                 q = tl.load(query_at + step, mask=valid, other=0.0)
-                apart = k.to(tl.float64) - q.to(tl.float64)[None, :]
-                total += tl.sum(apart * apart, 1)
+                difference = k.to(tl.float64) - q.to(tl.float64)[None, :]
+                total += tl.sum(difference * difference, 1)
             total = tl.where(usable, total, float("inf"))
             smallest = tl.min(total, 0)
-            lowest_key = tl.min(tl.where(total == smallest, key, FAR), 0)
+            lowest_key = tl.min(tl.where(total == smallest, key, NO_KEY), 0)
             better = smallest < best  # strict: tiles come in ascending order
             first = tl.where(better, lowest_key, first)
             best = tl.where(better, smallest, best)
-            candidate = candidate & (offset != place)
+            candidate = candidate & (offset != tile_index)
             left -= 1
 
     exact = tl.sqrt(best).to(tl.float32)
-    found = (first >= 0) & (exact <= within)
+    found = (first >= 0) & (exact <= limit_distance)
     missed = tl.where(sound, float("inf"), float("nan"))
     tl.store(index + row, tl.where(found, first, -1).to(tl.int64))
     tl.store(distance + row, tl.where(found, exact, missed))
 
 
-def nearest(query: Tensor, keys: Tensor, norms: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+def nearest(
+    query: Tensor, keys: Tensor, norms: Tensor, max_distance: Tensor
+) -> tuple[Tensor, Tensor]:
     """The twin of `ref.nearest`: two launches per `ref.MINIMA` tile minima, no wait for either."""
     num_rows, num_keys = query.shape[0], keys.shape[0]
     index = torch.full_like(query[:, 0], -1, dtype=torch.int64)
     distance = torch.empty_like(index, dtype=torch.float32)
     if num_keys == 0 or num_rows == 0:
-        return ref.nearest(query, keys, norms, reach)
+        return ref.nearest(query, keys, norms, max_distance)
     query, keys = (part if part.stride(1) == 1 else part.contiguous() for part in (query, keys))
-    norms, reach = norms.contiguous(), reach.contiguous()
+    norms, max_distance = norms.contiguous(), max_distance.contiguous()
     num_tiles = triton.cdiv(num_keys, KEYS)
     longest = torch.empty_like(norms[:num_tiles])
     step = max(1, ref.MINIMA // num_tiles)
@@ -192,7 +199,7 @@ def nearest(query: Tensor, keys: Tensor, norms: Tensor, reach: Tensor) -> tuple[
             query[start:stop],
             keys,
             norms,
-            reach[start:stop],
+            max_distance[start:stop],
             minima,
             longest,
             index[start:stop],
@@ -205,7 +212,7 @@ def search(
     query: Tensor,
     keys: Tensor,
     norms: Tensor,
-    reach: Tensor,
+    max_distance: Tensor,
     minima: Tensor,
     longest: Tensor,
     index: Tensor,
@@ -241,7 +248,7 @@ def search(
         query,
         keys,
         norms,
-        reach,
+        max_distance,
         minima,
         longest,
         index,

@@ -8,28 +8,28 @@ from torch import Tensor
 from errata.kernels import library
 from errata.kernels.grouped_lora import ref
 
-__all__ = ["grouped_lora"]
+__all__ = ["apply_grouped_lora"]
 
 
-def _fake(x: Tensor, down: Tensor, up: Tensor, edit: Tensor, base: Tensor | None) -> Tensor:
+def _fake(x: Tensor, down: Tensor, up: Tensor, edit_index: Tensor, base: Tensor | None) -> Tensor:
     like = x if base is None else base
     return like.new_empty((*x.shape[:2], up.shape[1]))
 
 
-_grouped = library.register(
+_grouped_lora_op = library.register(
     "grouped_lora",
     ref.grouped_lora,
     _fake,
     twin="errata.kernels.grouped_lora.triton",
-    rows=(0, 3, 4),
+    row_arguments=(0, 3, 4),
 )
 
 
-def grouped_lora(
+def apply_grouped_lora(
     x: Tensor,
     down: Tensor,
     up: Tensor,
-    edit: Tensor,
+    edit_index: Tensor,
     base: Tensor | None = None,
 ) -> Tensor:
     """The low-rank change of a linear, another one for each row of the batch.
@@ -57,7 +57,7 @@ def grouped_lora(
 
     >>> import torch
     >>> x, down, up = torch.ones(2, 1, 2), torch.ones(1, 1, 2), torch.ones(1, 3, 1)
-    >>> grouped_lora(x, down, up, torch.tensor([0, -1]))[:, 0]
+    >>> apply_grouped_lora(x, down, up, torch.tensor([0, -1]))[:, 0]
     tensor([[2., 2., 2.],
             [0., 0., 0.]])
     """
@@ -67,17 +67,19 @@ def grouped_lora(
     elif up.ndim != 3 or (up.shape[0], up.shape[2]) != (down.shape[0], down.shape[1]):
         factors = f"[{down.shape[0]} O {down.shape[1]}]"
         problems.append(f"up must be {factors}, got {list(up.shape)}")
-    if edit.shape != x.shape[:1] or edit.dtype.is_floating_point:
+    if edit_index.shape != x.shape[:1] or edit_index.dtype.is_floating_point:
         problems.append(
-            f"edit must be [{x.shape[0]}] integers, got {list(edit.shape)} {edit.dtype}"
+            f"edit_index must be [{x.shape[0]}] integers, got {list(edit_index.shape)} {edit_index.dtype}"
         )
     if base is not None and list(base.shape) != [*x.shape[:2], up.shape[1]]:
         shape = [*x.shape[:2], up.shape[1]]
         problems.append(f"base must be {shape}, got {list(base.shape)}")
-    problems += library.must_share_device("grouped_lora", x=x, down=down, up=up, edit=edit)
-    library.refuse("grouped_lora", problems)
+    problems += library.device_mismatches(
+        "apply_grouped_lora", x=x, down=down, up=up, edit_index=edit_index
+    )
+    library.raise_if_invalid("apply_grouped_lora", problems)
 
-    tensors = (x, down, up, edit.long(), base)
-    if library.differentiates(x, down, up, base):
-        return ref.apply(*tensors)
-    return _grouped(*(tensor if tensor is None else tensor.detach() for tensor in tensors))
+    tensors = (x, down, up, edit_index.long(), base)
+    if library.needs_autograd(x, down, up, base):
+        return ref.grouped_lora_differentiable(*tensors)
+    return _grouped_lora_op(*(tensor if tensor is None else tensor.detach() for tensor in tensors))

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 
-def apply(x: Tensor, down: Tensor, up: Tensor, edit: Tensor, base: Tensor | None) -> Tensor:
+def grouped_lora_differentiable(
+    x: Tensor, down: Tensor, up: Tensor, edit_index: Tensor, base: Tensor | None
+) -> Tensor:
     """`base + (x A_e^T) B_e^T` in fp32, rounded once; differentiable plain torch.
 
     Args:
@@ -22,35 +24,37 @@ def apply(x: Tensor, down: Tensor, up: Tensor, edit: Tensor, base: Tensor | None
     shape = (*x.shape[:2], up.shape[1])
     if down.shape[0] == 0:
         return x.new_zeros(shape) if base is None else base
-    live = (edit >= 0)[:, None, None]
-    chosen = edit.clamp(min=0)
+    has_edit = (edit_index >= 0)[:, None, None]
+    chosen = edit_index.clamp(min=0)
     inner = torch.bmm(x.float(), down[chosen].float().mT)  # [B L R]
     change = torch.bmm(inner, up[chosen].float().mT)  # [B L O]
     if base is None:
-        return torch.where(live, change, 0).to(x.dtype)
-    return torch.where(live, (base.float() + change).to(base.dtype), base)
+        return torch.where(has_edit, change, 0).to(x.dtype)
+    return torch.where(has_edit, (base.float() + change).to(base.dtype), base)
 
 
-def grouped_lora(x: Tensor, down: Tensor, up: Tensor, edit: Tensor, base: Tensor | None) -> Tensor:
+def grouped_lora(
+    x: Tensor, down: Tensor, up: Tensor, edit_index: Tensor, base: Tensor | None
+) -> Tensor:
     """`apply`, forward only: no factor is copied, neighbouring rows of one edit go together."""
     like, num_tokens = x if base is None else base, x.shape[1]
     out = torch.empty((*x.shape[:2], up.shape[1]), dtype=like.dtype, device=x.device)
     x, flat = x.flatten(0, 1), out.flatten(0, 1)  # [BL I] [BL O]
     base = None if base is None else base.flatten(0, 1)
     stop = 0
-    for number, run in groupby(edit.tolist()):
-        start, stop = stop, stop + num_tokens * len(list(run))
-        own = flat[start:stop]
+    for number, rows in groupby(edit_index.tolist()):
+        start, stop = stop, stop + num_tokens * len(list(rows))
+        out_rows = flat[start:stop]
         if number < 0:
-            own.copy_(own.new_zeros(()) if base is None else base[start:stop])
+            out_rows.copy_(out_rows.new_zeros(()) if base is None else base[start:stop])
             continue
-        total = own if own.dtype == torch.float32 else own.float()
+        total = out_rows if out_rows.dtype == torch.float32 else out_rows.float()
         inner = torch.mm(x[start:stop].float(), down[number].float().mT)  # [bL R]
         factor = up[number].float().mT
         if base is None:
             torch.mm(inner, factor, out=total)
         else:
             torch.addmm(base[start:stop].float(), inner, factor, out=total)
-        if total is not own:
-            own.copy_(total)
+        if total is not out_rows:
+            out_rows.copy_(total)
     return out

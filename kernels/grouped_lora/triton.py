@@ -184,11 +184,11 @@ def expand(
     result = total.to(out.dtype.element_ty)
     if BASED:
         base_at = base + row * base_row_stride + token.to(tl.int64)[:, None] * base_token_stride
-        own = tl.load(base_at + at[None, :], mask=inside, other=0.0)
+        base_values = tl.load(base_at + at[None, :], mask=inside, other=0.0)
         limit = tl.where(num_columns > 0, tl.load(lengths + row), 0)
-        kept = token < limit
-        changed = (own.to(tl.float32) + total).to(out.dtype.element_ty)
-        result = tl.where(kept[:, None], changed, own.to(out.dtype.element_ty))
+        is_changed = token < limit
+        changed = (base_values.to(tl.float32) + total).to(out.dtype.element_ty)
+        result = tl.where(is_changed[:, None], changed, base_values.to(out.dtype.element_ty))
     out_at = out + (row * num_tokens + token)[:, None] * width + at[None, :]
     tl.store(out_at, result, mask=inside)
 
@@ -312,11 +312,13 @@ def _slice(
     )
 
 
-def grouped_lora(x: Tensor, down: Tensor, up: Tensor, edit: Tensor, base: Tensor | None) -> Tensor:
+def grouped_lora(
+    x: Tensor, down: Tensor, up: Tensor, edit_index: Tensor, base: Tensor | None
+) -> Tensor:
     """The twin of `ref.grouped_lora`: two launches, no wait for either."""
-    ids = edit[:, None]
+    ids = edit_index[:, None]
     weights = torch.ones_like(ids, dtype=torch.float32)
-    count = (edit >= 0).long()
+    count = (edit_index >= 0).long()
     lengths = torch.full_like(count, x.shape[1])
     x = x if x.stride(2) == 1 else x.contiguous()
     routes = (ids, weights, count, lengths)

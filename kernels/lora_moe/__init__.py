@@ -11,9 +11,9 @@ from torch import Tensor
 
 from errata.kernels import library
 from errata.kernels.lora_moe import ref
-from errata.kernels.lora_moe.ref import weigh
+from errata.kernels.lora_moe.ref import expert_weights
 
-__all__ = ["Routes", "apply", "route", "weigh"]
+__all__ = ["Routes", "apply_experts", "route_experts", "expert_weights"]
 
 ACTIVATIONS = ("relu", "identity")
 
@@ -32,7 +32,7 @@ def _fake_route(
     threshold: Tensor,
     vision_keys: Tensor,
     query_keys: Tensor,
-    alive: Tensor,
+    is_active: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = (vision.shape[0], vision_keys.shape[0])
@@ -43,27 +43,27 @@ def _fake_route(
     )
 
 
-def _fake_apply(hidden: Tensor, *rest: object) -> Tensor:
-    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+def _fake_apply(hidden_states: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
 
 
-_route = library.register(
+_route_experts_op = library.register(
     "route_experts",
-    ref.route,
+    ref.route_experts,
     _fake_route,
     twin="errata.kernels.lora_moe.triton",
-    rows=(0, 1, 2),
+    row_arguments=(0, 1, 2),
 )
-_apply = library.register(
+_apply_experts_op = library.register(
     "apply_experts",
     ref.apply_experts,
     _fake_apply,
     twin="errata.kernels.lora_moe.triton",
-    rows=(0, 3, 4, 5, 6),
+    row_arguments=(0, 3, 4, 5, 6),
 )
 
 
-def route(
+def route_experts(
     vision: Tensor,
     query: Tensor,
     threshold: Tensor,
@@ -71,7 +71,7 @@ def route(
     query_keys: Tensor,
     *,
     scale: float = 1.0,
-    alive: Tensor | None = None,
+    is_active: Tensor | None = None,
     top_k: int | None = None,
 ) -> Routes:
     """Choose and weigh the experts of each sequence, without a host synchronisation.
@@ -101,37 +101,37 @@ def route(
     LiveEdit, arXiv 2411.15432; qizhou000/LiveEdit `editor/vllm_editors/liveedit/liveedit.py`.
 
     >>> pool = torch.eye(3)
-    >>> routes = route(pool[:1], pool[:1], torch.tensor([0.5]), pool, pool)
-    >>> routes.ids, routes.weights, routes.count
+    >>> routes = route_experts(pool[:1], pool[:1], torch.tensor([0.5]), pool, pool)
+    >>> routes.input_ids, routes.weights, routes.count
     (tensor([[ 0, -1, -1]]), tensor([[0.7311, 0.0000, 0.0000]]), tensor([1]))
     """
     num_rows, num_experts = vision.shape[0], vision_keys.shape[0]
-    wanted = {
+    expected_shapes = {
         "vision": (vision, [num_rows, vision.shape[-1]]),
         "query": (query, [num_rows, query.shape[-1]]),
         "threshold": (threshold, [num_rows]),
         "vision_keys": (vision_keys, [num_experts, vision.shape[-1]]),
         "query_keys": (query_keys, [num_experts, query.shape[-1]]),
-        "alive": (alive, [num_experts]),
+        "is_active": (is_active, [num_experts]),
     }
-    problems = _misshapen(wanted)
+    problems = _shape_mismatches(expected_shapes)
     if top_k is not None and top_k < 1:
         problems.append(f"top_k must be at least 1, got {top_k}")
-    problems += library.must_share_device("route", vision=vision, vision_keys=vision_keys)
-    library.refuse("route", problems)
+    problems += library.device_mismatches("route_experts", vision=vision, vision_keys=vision_keys)
+    library.raise_if_invalid("route_experts", problems)
 
-    if alive is None:
-        alive = torch.ones_like(vision_keys[:, 0], dtype=torch.bool)
-    tensors = [vision, query, threshold, vision_keys, query_keys, alive]
-    routes = Routes(*_route(*[tensor.detach() for tensor in tensors], scale))
-    return routes if top_k is None else _heaviest(routes, min(top_k, num_experts))
+    if is_active is None:
+        is_active = torch.ones_like(vision_keys[:, 0], dtype=torch.bool)
+    tensors = [vision, query, threshold, vision_keys, query_keys, is_active]
+    routes = Routes(*_route_experts_op(*[tensor.detach() for tensor in tensors], scale))
+    return routes if top_k is None else _keep_top_k(routes, min(top_k, num_experts))
 
 
-def _heaviest(routes: Routes, num_slots: int) -> Routes:
+def _keep_top_k(routes: Routes, num_slots: int) -> Routes:
     # Stable, so that equal weights keep the lower id; empty slots weigh less than any expert.
     slots = torch.arange(routes.ids.shape[1], device=routes.ids.device)
-    live = slots < routes.count[:, None]
-    order = torch.where(live, routes.weights, -1).sort(dim=1, descending=True, stable=True)[1]
+    is_filled = slots < routes.count[:, None]
+    order = torch.where(is_filled, routes.weights, -1).sort(dim=1, descending=True, stable=True)[1]
     chosen = order[:, :num_slots].sort(dim=1)[0]  # [B S]
     return Routes(
         routes.ids.gather(1, chosen),
@@ -140,8 +140,8 @@ def _heaviest(routes: Routes, num_slots: int) -> Routes:
     )
 
 
-def apply(
-    hidden: Tensor,
+def apply_experts(
+    hidden_states: Tensor,
     down: Tensor,
     up: Tensor,
     routes: Routes,
@@ -177,14 +177,14 @@ def apply(
     LiveEdit, arXiv 2411.15432; qizhou000/LiveEdit `editor/vllm_editors/liveedit/liveedit.py`.
 
     >>> routes = Routes(torch.tensor([[0]]), torch.tensor([[0.5]]), torch.tensor([1]))
-    >>> apply(torch.ones(1, 1, 2), torch.ones(1, 1, 2), torch.ones(1, 1, 2), routes)
+    >>> apply_experts(torch.ones(1, 1, 2), torch.ones(1, 1, 2), torch.ones(1, 1, 2), routes)
     tensor([[[2., 2.]]])
     """
     gamma, beta = (None, None) if norm is None else norm
-    lead, width = hidden.shape[:1], hidden.shape[-1]
+    lead, width = hidden_states.shape[:1], hidden_states.shape[-1]
     experts = [down.shape[0], down.shape[1] if down.ndim > 1 else 0, width]
-    wanted = {
-        "hidden": (hidden, [*hidden.shape[:2], width]),
+    expected_shapes = {
+        "hidden_states": (hidden_states, [*hidden_states.shape[:2], width]),
         "down": (down, experts),
         "up": (up, experts),
         "routes.ids": (routes.ids, [*lead, routes.ids.shape[-1]]),
@@ -194,26 +194,28 @@ def apply(
         "norm bias": (beta, [width]),
         "lengths": (lengths, [*lead]),
     }
-    problems = _misshapen(wanted)
-    if hidden.ndim != 3:
-        problems.append(f"hidden must be [B L D], got {list(hidden.shape)}")
+    problems = _shape_mismatches(expected_shapes)
+    if hidden_states.ndim != 3:
+        problems.append(f"hidden_states must be [B L D], got {list(hidden_states.shape)}")
     if activation not in ACTIVATIONS:
         problems.append(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    problems += library.must_share_device("apply", hidden=hidden, down=down, up=up, ids=routes.ids)
-    library.refuse("apply", problems)
+    problems += library.device_mismatches(
+        "apply_experts", hidden_states=hidden_states, down=down, up=up, ids=routes.ids
+    )
+    library.raise_if_invalid("apply_experts", problems)
 
     if lengths is None:
-        lengths = torch.full_like(routes.count, hidden.shape[1])
-    tensors = (hidden, down, up, *routes, lengths, gamma, beta)
-    if library.differentiates(hidden, down, up, routes.weights, gamma, beta):
-        return ref.apply(*tensors, eps, activation)  # pyright: ignore[reportCallIssue]
-    held = (tensor if tensor is None else tensor.detach() for tensor in tensors)
-    return _apply(*held, eps, activation)
+        lengths = torch.full_like(routes.count, hidden_states.shape[1])
+    tensors = (hidden_states, down, up, *routes, lengths, gamma, beta)
+    if library.needs_autograd(hidden_states, down, up, routes.weights, gamma, beta):
+        return ref.apply_experts_differentiable(*tensors, eps, activation)  # pyright: ignore[reportCallIssue]
+    detached = (tensor if tensor is None else tensor.detach() for tensor in tensors)
+    return _apply_experts_op(*detached, eps, activation)
 
 
-def _misshapen(wanted: dict[str, tuple[Tensor | None, list[int]]]) -> list[str]:
+def _shape_mismatches(expected_shapes: dict[str, tuple[Tensor | None, list[int]]]) -> list[str]:
     return [
         f"{name} must be {shape}, got {list(tensor.shape)}"
-        for name, (tensor, shape) in wanted.items()
+        for name, (tensor, shape) in expected_shapes.items()
         if tensor is not None and list(tensor.shape) != shape
     ]

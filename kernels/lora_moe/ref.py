@@ -18,7 +18,7 @@ HIDDEN = 1 << 24  # expert activations [B, L, S R] held at once
 TOKENS = 64, 256  # fewest and most tokens per step on a CPU; between them, one per column
 
 
-def weigh(scores: Tensor, gate: Tensor) -> Tensor:
+def expert_weights(scores: Tensor, gate: Tensor) -> Tensor:
     """`softmax over the gated experts * sigmoid`, zero elsewhere: [B M], [B M] -> [B M].
 
     Plain torch, differentiable, safe for a row without a gated expert and for any ungated score.
@@ -26,18 +26,18 @@ def weigh(scores: Tensor, gate: Tensor) -> Tensor:
     scores = torch.where(gate, scores, 0)
     top = torch.where(gate, scores, -math.inf).amax(-1, keepdim=True)
     top = torch.where(top.isfinite(), top, 0)
-    raised = torch.where(gate, (scores - top).exp(), 0)
-    total = raised.sum(-1, keepdim=True)
-    return raised / torch.where(total == 0, 1, total) * scores.sigmoid()
+    exponentials = torch.where(gate, (scores - top).exp(), 0)
+    total = exponentials.sum(-1, keepdim=True)
+    return exponentials / torch.where(total == 0, 1, total) * scores.sigmoid()
 
 
-def route(
+def route_experts(
     vision: Tensor,
     query: Tensor,
     threshold: Tensor,
     vision_keys: Tensor,
     query_keys: Tensor,
-    alive: Tensor,
+    is_active: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gate by vision, weigh by query, compact: ids [B M] int64, weights [B M], count [B] int64."""
@@ -48,18 +48,18 @@ def route(
         return ids, weights, torch.zeros_like(threshold, dtype=torch.int64)
 
     similarity = _products(vision, vision_keys) * scale
-    gate = alive & (similarity > threshold.float()[:, None])  # [B M]
-    wanted = gate.any(0).nonzero()[:, 0]
+    gate = is_active & (similarity > threshold.float()[:, None])  # [B M]
+    gated_experts = gate.any(0).nonzero()[:, 0]
     scores = torch.zeros_like(weights)
-    for part in wanted.split(max(1, WIDENED // query_keys.shape[1])):
+    for part in gated_experts.split(max(1, WIDENED // query_keys.shape[1])):
         scores[:, part] = _products(query, query_keys[part]) * scale
     gate &= scores.isfinite()
-    weighed = weigh(scores, gate)
+    row_weights = expert_weights(scores, gate)
 
     row, expert = gate.nonzero(as_tuple=True)
     slot = gate.cumsum(1)[row, expert] - 1
     ids[row, slot] = expert
-    weights[row, slot] = weighed[row, expert]
+    weights[row, slot] = row_weights[row, expert]
     return ids, weights, gate.sum(1)
 
 
@@ -72,8 +72,8 @@ def _products(features: Tensor, keys: Tensor) -> Tensor:
     return torch.cat([library.affine(features, part.float()) for part in keys.split(step)], 1)
 
 
-def apply(
-    hidden: Tensor,
+def apply_experts_differentiable(
+    hidden_states: Tensor,
     down: Tensor,
     up: Tensor,
     ids: Tensor,
@@ -91,36 +91,40 @@ def apply(
     """
     num_slots, rank = ids.shape[1], down.shape[1]
     if num_slots == 0 or down.shape[0] == 0:
-        return hidden
-    live = torch.arange(num_slots, device=ids.device) < count[:, None]  # [B S]
+        return hidden_states
+    is_filled = torch.arange(num_slots, device=ids.device) < count[:, None]  # [B S]
     # An empty slot repeats the sequence's first expert with weight zero: a broken expert
     # (0 * NaN) then reaches no sequence that did not choose it.
-    slots = torch.where(live, ids, ids[:, :1].clamp(min=0))
-    weights = torch.where(live, weights, 0)
+    slots = torch.where(is_filled, ids, ids[:, :1].clamp(min=0))
+    weights = torch.where(is_filled, weights, 0)
 
-    normed = _normed(hidden, gamma, beta, eps)  # [B L D]
-    total = hidden.float()
-    step = max(1, HIDDEN // max(1, hidden.shape[0] * hidden.shape[1] * rank))
+    normed = _layer_norm(hidden_states, gamma, beta, eps)  # [B L D]
+    total = hidden_states.float()
+    step = max(1, HIDDEN // max(1, hidden_states.shape[0] * hidden_states.shape[1] * rank))
     for part, weight in zip(slots.split(step, 1), weights.split(step, 1)):
         columns = weight.repeat_interleave(rank, 1)[:, None]  # [B 1 SR]
         inner = torch.bmm(normed, down[part].float().flatten(1, 2).mT)  # [B L SR]
         inner = (F.relu(inner) if activation == "relu" else inner) * columns
         total = torch.baddbmm(total, inner, up[part].float().flatten(1, 2))  # [B L D]
 
-    tokens = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]  # [B L]
-    kept = (tokens & (count > 0)[:, None])[..., None]
-    return torch.where(kept, total.to(hidden.dtype), hidden)
+    tokens = (
+        torch.arange(hidden_states.shape[1], device=hidden_states.device) < lengths[:, None]
+    )  # [B L]
+    is_changed = (tokens & (count > 0)[:, None])[..., None]
+    return torch.where(is_changed, total.to(hidden_states.dtype), hidden_states)
 
 
-def _normed(hidden: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
+def _layer_norm(
+    hidden_states: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> Tensor:
     if gamma is None:
-        return hidden.float()
+        return hidden_states.float()
     shift = None if beta is None else beta.float()
-    return F.layer_norm(hidden.float(), hidden.shape[-1:], gamma.float(), shift, eps)
+    return F.layer_norm(hidden_states.float(), hidden_states.shape[-1:], gamma.float(), shift, eps)
 
 
 def apply_experts(
-    hidden: Tensor,
+    hidden_states: Tensor,
     down: Tensor,
     up: Tensor,
     ids: Tensor,
@@ -133,35 +137,35 @@ def apply_experts(
     activation: str,
 ) -> Tensor:
     """`apply`, forward only: each sequence pays for its own tokens and experts, not for `M`."""
-    out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
     for row, (slots, length) in enumerate(zip(count.tolist(), lengths.tolist())):
-        length = min(length, hidden.shape[1]) if slots else 0
-        out[row, length:] = hidden[row, length:]
+        length = min(length, hidden_states.shape[1]) if slots else 0
+        out[row, length:] = hidden_states[row, length:]
         if length == 0:
             continue
         # Gathered once if they fit, else again for each block of tokens.
         step = max(1, WIDENED // (down.shape[1] * down.shape[2]))
         parts = list(zip(ids[row, :slots].split(step), weights[row, :slots].split(step)))
-        kept = [_gathered(down, up, *parts[0])] if len(parts) == 1 else None
+        gathered = [_gather_factors(down, up, *parts[0])] if len(parts) == 1 else None
         tokens = min(max(TOKENS[0], slots * down.shape[1]), TOKENS[1])
         for start in range(0, length, tokens):
             block = slice(start, min(start + tokens, length))
-            experts = kept or (_gathered(down, up, *part) for part in parts)
-            normed = _normed(hidden[row, block], gamma, beta, eps)
-            _add_experts(hidden[row, block], normed, experts, activation, out[row, block])
+            experts = gathered or (_gather_factors(down, up, *part) for part in parts)
+            normed = _layer_norm(hidden_states[row, block], gamma, beta, eps)
+            _add_experts(hidden_states[row, block], normed, experts, activation, out[row, block])
             del normed  # before the next one is made
     return out
 
 
 def _add_experts(
-    hidden: Tensor,
+    hidden_states: Tensor,
     normed: Tensor,
     experts: Iterable[tuple[Tensor, Tensor, Tensor]],
     activation: str,
     out: Tensor,
 ) -> None:
     """Write a block of tokens [T D] with the output of the gathered experts added, in fp32."""
-    start = hidden.float()
+    start = hidden_states.float()
     total = out if out.dtype == torch.float32 else torch.empty_like(start)
     for first, second, columns in experts:
         inner = library.affine(normed, first)  # [T SR]
@@ -171,7 +175,7 @@ def _add_experts(
         out.copy_(total)
 
 
-def _gathered(
+def _gather_factors(
     down: Tensor, up: Tensor, experts: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The factors of some experts as fp32 columns [SR D], [SR D] and their weights [SR]."""

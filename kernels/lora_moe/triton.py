@@ -26,7 +26,7 @@ def score_experts(
     threshold,
     vision_keys,
     query_keys,
-    alive,
+    is_active,
     scores,
     num_rows,
     num_experts,
@@ -44,25 +44,29 @@ def score_experts(
     expert = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
-    there = tl.load(alive + expert, mask=expert < num_experts, other=0) != 0
-    wide = expert.to(tl.int64)[:, None]
-    tall = row.to(tl.int64)[:, None]
+    is_scored = tl.load(is_active + expert, mask=expert < num_experts, other=0) != 0
+    expert_row = expert.to(tl.int64)[:, None]
+    batch_row = row.to(tl.int64)[:, None]
     inside = (row < num_rows)[:, None]
 
     similarity = tl.zeros([EXPERTS, ROWS], tl.float32)
     for start in range(0, vision_width, WIDTH):
         at = start + column[None, :]
         valid = at < vision_width
-        key = tl.load(vision_keys + wide * vision_width + at, mask=there[:, None] & valid, other=0)
-        own = tl.load(vision + tall * vision_width + at, mask=inside & valid, other=0)
+        key = tl.load(
+            vision_keys + expert_row * vision_width + at, mask=is_scored[:, None] & valid, other=0
+        )
+        features = tl.load(vision + batch_row * vision_width + at, mask=inside & valid, other=0)
         similarity = tl.dot(
             key.to(tl.float32),
-            tl.trans(own.to(tl.float32)),
+            tl.trans(features.to(tl.float32)),
             similarity,
             input_precision="tf32x3",
         )
-    least = tl.load(threshold + row, mask=row < num_rows, other=float("inf")).to(tl.float32)
-    gate = there[:, None] & (similarity * scale > least[None, :])  # NaN opens no gate
+    gate_threshold = tl.load(threshold + row, mask=row < num_rows, other=float("inf")).to(
+        tl.float32
+    )
+    gate = is_scored[:, None] & (similarity * scale > gate_threshold[None, :])  # NaN opens no gate
 
     score = tl.full([EXPERTS, ROWS], float("-inf"), tl.float32)
     if tl.max(tl.max(gate.to(tl.int32), 1), 0) > 0:
@@ -71,12 +75,12 @@ def score_experts(
             at = start + column[None, :]
             valid = at < query_width
             key = tl.load(
-                query_keys + wide * query_width + at, mask=there[:, None] & valid, other=0
+                query_keys + expert_row * query_width + at, mask=is_scored[:, None] & valid, other=0
             )
-            own = tl.load(query + tall * query_width + at, mask=inside & valid, other=0)
+            features = tl.load(query + batch_row * query_width + at, mask=inside & valid, other=0)
             product = tl.dot(
                 key.to(tl.float32),
-                tl.trans(own.to(tl.float32)),
+                tl.trans(features.to(tl.float32)),
                 product,
                 input_precision="tf32x3",
             )
@@ -132,13 +136,15 @@ def route_experts(
     threshold: Tensor,
     vision_keys: Tensor,
     query_keys: Tensor,
-    alive: Tensor,
+    is_active: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The twin of `ref.route`: two launches, no wait for either."""
     num_rows, num_experts = vision.shape[0], vision_keys.shape[0]
     if num_rows == 0 or num_experts == 0:
-        return ref.route(vision, query, threshold, vision_keys, query_keys, alive, scale)
+        return ref.route_experts(
+            vision, query, threshold, vision_keys, query_keys, is_active, scale
+        )
     scores = torch.empty((num_rows, num_experts), device=vision.device)
     ids = torch.empty_like(scores, dtype=torch.int64)
     count = torch.empty_like(ids[:, 0])
@@ -149,7 +155,7 @@ def route_experts(
         threshold.contiguous(),
         vision_keys.contiguous(),
         query_keys.contiguous(),
-        alive.contiguous().view(torch.uint8),
+        is_active.contiguous().view(torch.uint8),
         scores,
         num_rows,
         num_experts,
@@ -170,20 +176,20 @@ def route_experts(
 
 
 @triton.jit
-def row_moments(hidden, moments, width, row_stride, eps, WIDTH: tl.constexpr):
+def row_moments(hidden_states, moments, width, row_stride, eps, WIDTH: tl.constexpr):
     """Mean and reciprocal deviation of each row, in two passes over registers."""
     row = tl.cast(tl.program_id(0), tl.int64)
     column = tl.arange(0, WIDTH)
     inside = column < width
-    x = tl.load(hidden + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(hidden_states + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(x, 0) / width
-    apart = tl.where(inside, x - mean, 0.0)
+    centered = tl.where(inside, x - mean, 0.0)
     tl.store(moments + 2 * row, mean)
-    tl.store(moments + 2 * row + 1, tl.rsqrt(tl.sum(apart * apart, 0) / width + eps))
+    tl.store(moments + 2 * row + 1, tl.rsqrt(tl.sum(centered * centered, 0) / width + eps))
 
 
 def apply_experts(
-    hidden: Tensor,
+    hidden_states: Tensor,
     down: Tensor,
     up: Tensor,
     ids: Tensor,
@@ -196,27 +202,27 @@ def apply_experts(
     activation: str,
 ) -> Tensor:
     """The twin of `ref.apply_experts`: up to three launches, no wait for any."""
-    hidden = hidden if hidden.stride(2) == 1 else hidden.contiguous()
+    hidden_states = hidden_states if hidden_states.stride(2) == 1 else hidden_states.contiguous()
     moments = None
-    if gamma is not None and hidden.numel():
-        flat = hidden.contiguous()
-        moments = torch.empty((*hidden.shape[:2], 2), device=hidden.device)
-        row_moments[(hidden.shape[0] * hidden.shape[1],)](
+    if gamma is not None and hidden_states.numel():
+        flat = hidden_states.contiguous()
+        moments = torch.empty((*hidden_states.shape[:2], 2), device=hidden_states.device)
+        row_moments[(hidden_states.shape[0] * hidden_states.shape[1],)](
             flat,
             moments,
-            hidden.shape[2],
+            hidden_states.shape[2],
             flat.stride(1),
             eps,
-            WIDTH=triton.next_power_of_2(hidden.shape[2]),
+            WIDTH=triton.next_power_of_2(hidden_states.shape[2]),
             num_warps=8,
             enable_fp_fusion=True,
         )
     return low_rank(
-        hidden,
+        hidden_states,
         down,
         up,
         (ids, weights, count, lengths),
-        base=hidden,
+        base=hidden_states,
         norm=None if gamma is None else (moments, gamma, beta),
         relu=activation == "relu",
     )

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from errata.adapters import adapt
-from errata.adapters.tiny import tiny
+from errata.adapters import from_module
+from errata.adapters.tiny import tiny_model
 from errata.functional import Delta, EditRecord, Header, LowRank, Model
-from errata.functional.records import base_of
+from errata.functional.records import base_identity
 from tests.adapters.models import arguments, queries, roughen
 
 
@@ -26,12 +26,14 @@ class Case(NamedTuple):
 
 @functools.cache
 def case(name: str, dtype: torch.dtype = torch.float32) -> Case:
-    module, processor = tiny(name, layers=2)
+    module, processor = tiny_model(name, num_layers=2)
     roughen(module)
     module = module.to(dtype)
-    model = adapt(module, processor)
-    inputs = model.read(queries(name))
-    kwargs = arguments(name)(inputs._replace(ids=inputs.ids.masked_fill(~inputs.mask, 40)))
+    model = from_module(module, processor)
+    inputs = model.preprocess(queries(name))
+    kwargs = arguments(name)(
+        inputs._replace(input_ids=inputs.input_ids.masked_fill(~inputs.attention_mask, 40))
+    )
     pixels = {
         key: value.to(dtype) if value.is_floating_point() else value
         for key, value in kwargs.items()
@@ -48,11 +50,11 @@ def logits(module: Any, kwargs: dict[str, Any]) -> Tensor:
 def sites(model: Model) -> list[str]:
     """Linear maps of the decoder, the projector and the vision tower, among them namesakes."""
     card = model.card
-    decoder = [path for path in card.linears if path.startswith(card.layers + ".")]
+    decoder = [path for path in card.linear_shapes if path.startswith(card.layers + ".")]
     found = [decoder[0], decoder[-1]]
     last = {path.rpartition(".")[2] for path in decoder}
-    for part in (card.projector, card.vision):
-        inside = [path for path in card.linears if part and path.startswith(part)]
+    for part in (card.projector, card.vision_tower):
+        inside = [path for path in card.linear_shapes if part and path.startswith(part)]
         found += inside[:1]
         found += [path for path in inside if path.rpartition(".")[2] in last][:1]
     numbered = [path for path in decoder if path.rpartition(".")[2] == found[-1].rpartition(".")[2]]
@@ -74,26 +76,26 @@ def lowrank(
     entries, tensors = [], {}
     for number, path in enumerate(paths or sites(model)):
         name, r = f"{path}.weight", rank + number
-        out, inner = model.card.linears[path]
+        out, inner = model.card.linear_shapes[path]
         flip = path in model.card.transposed
         entries.append(
             LowRank(
                 name=name,
-                checkpoint=model.card.checkpoint.get(name, name),
+                checkpoint_name=model.card.checkpoint_names.get(name, name),
                 shape=(inner, out) if flip else (out, inner),
                 rank=r,
-                rows=(r,),
+                edit_ranks=(r,),
                 transposed=flip,
             )
         )
-        kind = dtype or model.params[model.card.ties.get(name, name)].dtype
+        kind = dtype or model.params[model.card.tied.get(name, name)].dtype
         tensors[f"{name}.A"] = (torch.randn(r, inner, generator=generator) * 0.3).to(kind)
         tensors[f"{name}.B"] = (torch.randn(out, r, generator=generator) * 0.3).to(kind)
-    names = [model.card.ties.get(entry.name, entry.name) for entry in entries]
+    names = [model.card.tied.get(entry.name, entry.name) for entry in entries]
     header = Header(
         editor="random",
-        base=base_of(model, names),
-        form=form,
+        base=base_identity(model, names),
+        arithmetic=form,
         entries=tuple(entries),
         edits=(EditRecord(id=id),),
     )

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from errata.adapters import core, structure
 from errata.adapters.families import family_of
-from errata.adapters.read import reader, writer
-from errata.adapters.tiny import TINY, tiny
+from errata.adapters.read import make_detokenizer, make_processor
+from errata.adapters.tiny import TINY, tiny_model
 from errata.functional import Inputs, Model, Query
 
 LAYERS = 4
@@ -30,13 +30,13 @@ class Made(NamedTuple):
 
 @functools.cache
 def made(name: str) -> Made:
-    module, processor = tiny(name, layers=LAYERS)
+    module, processor = tiny_model(name, num_layers=LAYERS)
     roughen(module)
     family = family_of(module.config.model_type)
-    card = structure.describe(module, family)
+    card = structure.describe_module(module, family)
     tokenizer = getattr(processor, "tokenizer", processor)
-    read = reader(processor, module.config, card)
-    return Made(module, core.build(card, module, read, writer(tokenizer)))
+    read = make_processor(processor, module.config, card)
+    return Made(module, core.functionalize(card, module, read, make_detokenizer(tokenizer)))
 
 
 def roughen(module: torch.nn.Module, seed: int = 1) -> None:
@@ -63,10 +63,10 @@ def queries(name: str) -> list[Query]:
         Query("what is in the city of the river?", "a cat"),
         Query("where?", "the old town of the capital"),
     ]
-    if model.card.images:
+    if model.card.takes_images:
         rows.insert(1, Query("what is in the picture?", "a red dog", (picture(1),)))
         rows.append(Query("who wrote the book?", "cat", (picture(2),)))
-    if model.card.several:
+    if model.card.takes_several_images:
         rows.append(Query("which is left?", "the chair", (picture(3), picture(4))))
     return rows
 
@@ -74,7 +74,9 @@ def queries(name: str) -> list[Query]:
 def whole(module: Any, name: str, inputs: Inputs) -> Tensor:
     """Logits [B L V] of the module's own forward, with the attention it came with."""
     # Padding may have the id that MiniGPT-4 writes at picture positions; it is masked anyway.
-    kwargs = arguments(name)(inputs._replace(ids=inputs.ids.masked_fill(~inputs.mask, 40)))
+    kwargs = arguments(name)(
+        inputs._replace(input_ids=inputs.input_ids.masked_fill(~inputs.attention_mask, 40))
+    )
     with torch.no_grad():
         return module(**kwargs, use_cache=False).logits
 
@@ -83,11 +85,15 @@ def arguments(name: str) -> Callable[[Inputs], dict[str, Any]]:
     """What a user of Hugging Face would pass; positions are the module's own business."""
 
     def given(inputs: Inputs) -> dict[str, Any]:
-        base = {"input_ids": inputs.ids, "attention_mask": inputs.mask.long(), **inputs.pixels}
-        if name.startswith("qwen") and inputs.pixels:
+        base = {
+            "input_ids": inputs.input_ids,
+            "attention_mask": inputs.attention_mask.long(),
+            **inputs.vision_inputs,
+        }
+        if name.startswith("qwen") and inputs.vision_inputs:
             ids = made(name).module.config
-            kinds = (inputs.ids == ids.image_token_id).int()
-            base["mm_token_type_ids"] = kinds + 2 * (inputs.ids == ids.video_token_id).int()
+            kinds = (inputs.input_ids == ids.image_token_id).int()
+            base["mm_token_type_ids"] = kinds + 2 * (inputs.input_ids == ids.video_token_id).int()
         return base
 
     return given

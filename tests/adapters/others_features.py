@@ -124,8 +124,8 @@ def paligemma() -> Sample:
         projection_dim=32,
     )
     given = rows(4, pixel_values=squares())
-    one_block = {"token_type_ids": torch.zeros_like(given.ids)}  # as its processor gives them
-    given = given._replace(pixels={**given.pixels, **one_block})
+    one_block = {"token_type_ids": torch.zeros_like(given.input_ids)}  # as its processor gives them
+    given = given._replace(vision_inputs={**given.vision_inputs, **one_block})
     return hf.PaliGemmaForConditionalGeneration(config), given
 
 
@@ -140,8 +140,8 @@ def gemma3() -> Sample:
         mm_tokens_per_image=4,
     )
     given = rows(4, pixel_values=squares())
-    kinds = {"token_type_ids": given.image.long()}
-    given = given._replace(pixels={**given.pixels, **kinds})
+    kinds = {"token_type_ids": given.image_mask.long()}
+    given = given._replace(vision_inputs={**given.vision_inputs, **kinds})
     return hf.Gemma3ForConditionalGeneration(config), given
 
 

@@ -157,9 +157,15 @@ def opt_350m() -> Sample:
 @family()
 def gptj() -> Sample:
     config = hf.GPTJConfig(
-        vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, rotary_dim=4, n_positions=128,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        rotary_dim=4,
+        n_positions=128,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     return hf.GPTJForCausalLM(config), None
 
 

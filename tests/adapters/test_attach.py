@@ -6,9 +6,9 @@ import msgspec
 import pytest
 import torch
 
-from errata.adapters import adapt
+from errata.adapters import from_module
 from errata.adapters.attach import attach
-from errata.adapters.tiny import TINY, tiny
+from errata.adapters.tiny import TINY, tiny_model
 from errata.functional import (
     Delta,
     Dense,
@@ -16,17 +16,17 @@ from errata.functional import (
     Header,
     LowRank,
     bind,
-    load,
-    save,
+    load_delta,
+    save_delta,
 )
 from errata.functional.errors import (
-    BadInput,
-    BaseMismatch,
-    KindUnsupported,
-    ShapeMismatch,
-    UnknownSite,
+    BaseMismatchError,
+    InvalidInputError,
+    ShapeError,
+    UnknownSiteError,
+    UnsupportedKindError,
 )
-from errata.functional.records import base_of
+from errata.functional.records import base_identity
 from errata.functional.stacks import stack
 from tests.adapters.deltas import case, logits, lowrank
 from tests.adapters.models import roughen
@@ -48,15 +48,15 @@ def state(module):
 def test_attach_is_bind_on_every_family(name, form, tmp_path):
     module, model, inputs, kwargs = case(name)
     delta = lowrank(model, form)
-    save(tmp_path / "x", delta)
+    save_delta(tmp_path / "x", delta)
     untouched = logits(module, kwargs)
     before = state(module)  # Hugging Face hooks some parts at the first forward
-    edited = bind(model, load(tmp_path / "x"))
-    want = edited.decode(edited.params, edited.embed(edited.params, inputs), at="all")
-    with attach(module, load(tmp_path / "x")):
+    edited = bind(model, load_delta(tmp_path / "x"))
+    want = edited.decode(edited.params, edited.embed(edited.params, inputs), logit_positions="all")
+    with attach(module, load_delta(tmp_path / "x")):
         got = logits(module, kwargs)
-    assert torch.equal(got[inputs.mask], want[inputs.mask])
-    assert not torch.equal(got[inputs.mask], untouched[inputs.mask])
+    assert torch.equal(got[inputs.attention_mask], want[inputs.attention_mask])
+    assert not torch.equal(got[inputs.attention_mask], untouched[inputs.attention_mask])
     assert state(module) == before
     assert torch.equal(logits(module, kwargs), untouched)
 
@@ -67,10 +67,10 @@ def test_attach_is_bind_on_every_family(name, form, tmp_path):
 def test_a_loaded_delta_gives_the_logits_of_the_saved_one(name, form, dtype, tmp_path):
     module, model, _, kwargs = case(name, dtype)
     delta = lowrank(model, form)
-    save(tmp_path / "x", delta)
+    save_delta(tmp_path / "x", delta)
     with attach(module, delta):
         want = logits(module, kwargs)
-    with attach(module, load(tmp_path / "x")):
+    with attach(module, load_delta(tmp_path / "x")):
         assert torch.equal(logits(module, kwargs), want)
 
 
@@ -90,15 +90,18 @@ def test_a_dense_change_of_a_tied_weight_acts_on_all_its_uses():
     module, model, inputs, kwargs = case("gpt2")
     name = "transformer.wte.weight"
     base = model.params[name]
-    entry = Dense(name=name, checkpoint=name, shape=tuple(base.shape))
+    entry = Dense(name=name, checkpoint_name=name, shape=tuple(base.shape))
     delta = Delta(
-        Header(base=base_of(model, [name]), entries=(entry,)), {name: 0.1 * torch.randn_like(base)}
+        Header(base=base_identity(model, [name]), entries=(entry,)),
+        {name: 0.1 * torch.randn_like(base)},
     )
     edited = bind(model, delta)
-    want = edited.decode(edited.params, edited.embed(edited.params, inputs), at="all")
+    want = edited.decode(edited.params, edited.embed(edited.params, inputs), logit_positions="all")
     with attach(module, delta):
         assert module.lm_head.weight is module.transformer.wte.weight
-        assert torch.equal(logits(module, kwargs)[inputs.mask], want[inputs.mask])
+        assert torch.equal(
+            logits(module, kwargs)[inputs.attention_mask], want[inputs.attention_mask]
+        )
     assert module.lm_head.weight is module.transformer.wte.weight
 
 
@@ -122,7 +125,7 @@ def test_detaching_in_another_order_is_refused_and_changes_nothing():
     first = attach(module, lowrank(model, "weight", seed=1))
     second = attach(module, lowrank(model, "weight", seed=2))
     edited = state(module)
-    with pytest.raises(BadInput, match="reverse order"):
+    with pytest.raises(InvalidInputError, match="reverse order"):
         first.detach()
     assert state(module) == edited
     second.detach()
@@ -148,17 +151,17 @@ def test_what_does_not_fit_is_refused_before_anything_is_touched():
         entries = (msgspec.structs.replace(entry, **change), *good.header.entries[1:])
         return Delta(msgspec.structs.replace(good.header, entries=entries), good.tensors)
 
-    other = msgspec.structs.replace(good.header.base, touched={entry.name: "0" * 64})
-    with pytest.raises(BaseMismatch, match="other values"):
+    other = msgspec.structs.replace(good.header.base, parameter_hashes={entry.name: "0" * 64})
+    with pytest.raises(BaseMismatchError, match="other values"):
         attach(module, Delta(msgspec.structs.replace(good.header, base=other), good.tensors))
     alien = msgspec.structs.replace(good.header.base, family="blip-2")
-    with pytest.raises(BaseMismatch, match="blip-2"):
+    with pytest.raises(BaseMismatchError, match="blip-2"):
         attach(module, Delta(msgspec.structs.replace(good.header, base=alien), good.tensors))
-    with pytest.raises(UnknownSite, match="near"):
+    with pytest.raises(UnknownSiteError, match="near"):
         attach(module, with_entry(name=entry.name.replace("self_attn", "attention")))
-    with pytest.raises(ShapeMismatch, match="not"):
+    with pytest.raises(ShapeError, match="not"):
         attach(module, with_entry(shape=(1, 2)))
-    with pytest.raises(KindUnsupported, match="stacked"):
+    with pytest.raises(UnsupportedKindError, match="stacked"):
         attach(module, stack([good, good]))
     assert state(module) == before
 
@@ -166,10 +169,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_touched():
 def test_pipeline_runs_edited():
     from transformers import pipeline
 
-    module, tokenizer = tiny("llama", layers=2)
+    module, tokenizer = tiny_model("llama", num_layers=2)
     roughen(module)
     talk = pipeline("text-generation", model=module, tokenizer=tokenizer, device="cpu")
-    delta = lowrank(adapt(module, tokenizer))
+    delta = lowrank(from_module(module, tokenizer))
 
     def say() -> str:
         return talk("the old town", max_new_tokens=6, do_sample=False)[0]["generated_text"]
@@ -183,7 +186,7 @@ def test_pipeline_runs_edited():
 def test_trainer_evaluates_edited(tmp_path):
     from transformers import Trainer, TrainingArguments
 
-    module, tokenizer = tiny("llama", layers=2)
+    module, tokenizer = tiny_model("llama", num_layers=2)
     roughen(module)
     ids = tokenizer("the old town of the capital")["input_ids"]
     rows = [{"input_ids": ids, "labels": ids}]
@@ -191,7 +194,7 @@ def test_trainer_evaluates_edited(tmp_path):
         str(tmp_path), report_to=[], use_cpu=True, dataloader_pin_memory=False, disable_tqdm=True
     )
     trainer = Trainer(module, options, eval_dataset=rows)
-    model = adapt(module, tokenizer)
+    model = from_module(module, tokenizer)
     plain = trainer.evaluate()["eval_loss"]
     with attach(module, lowrank(model)):
         edited = trainer.evaluate()["eval_loss"]
@@ -202,18 +205,24 @@ def test_trainer_evaluates_edited(tmp_path):
 def test_the_rows_of_many_edits_become_one_map_in_bind_and_attach_alike():
     """More rows than a map can have rank: their product is applied, and everything stays equal."""
     module, model, inputs, kwargs = case("llava")
-    name = next(path for path in model.card.linears if path.startswith(model.card.layers))
+    name = next(path for path in model.card.linear_shapes if path.startswith(model.card.layers))
     name += ".weight"
     out, inner = model.params[name].shape
     edits, generator = 3, torch.Generator().manual_seed(0)
     rank = edits * max(out, inner)
     entry = LowRank(
-        name=name, checkpoint=name, shape=(out, inner), rank=rank, rows=(rank // edits,) * edits
+        name=name,
+        checkpoint_name=name,
+        shape=(out, inner),
+        rank=rank,
+        edit_ranks=(rank // edits,) * edits,
     )
     header = Header(
-        base=base_of(model, [name]), form="act_fp32", entries=(entry,),
+        base=base_identity(model, [name]),
+        arithmetic="act_fp32",
+        entries=(entry,),
         edits=tuple(EditRecord(id=str(n)) for n in range(edits)),
-    )  # fmt: skip
+    )
     scale = 0.3 / rank**0.5
     tensors = {
         f"{name}.A": torch.randn(rank, inner, generator=generator) * scale,
@@ -221,9 +230,11 @@ def test_the_rows_of_many_edits_become_one_map_in_bind_and_attach_alike():
     }
     delta = Delta(header, tensors)
     edited = bind(model, delta)
-    got = edited.decode(edited.params, edited.embed(edited.params, inputs), at="all")
+    got = edited.decode(edited.params, edited.embed(edited.params, inputs), logit_positions="all")
     plain = {**model.params, name: model.params[name] + tensors[f"{name}.B"] @ tensors[f"{name}.A"]}
-    want = model.decode(plain, model.embed(plain, inputs), at="all")
+    want = model.decode(plain, model.embed(plain, inputs), logit_positions="all")
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     with attach(module, delta):
-        assert torch.equal(logits(module, kwargs)[inputs.mask], got[inputs.mask])
+        assert torch.equal(
+            logits(module, kwargs)[inputs.attention_mask], got[inputs.attention_mask]
+        )

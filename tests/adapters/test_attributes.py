@@ -6,8 +6,8 @@ import pytest
 
 from errata.adapters.attributes import check_config
 from errata.adapters.families import family_of
-from errata.adapters.tiny import tiny
-from errata.functional.errors import ModelUnsupported
+from errata.adapters.tiny import tiny_model
+from errata.functional.errors import UnsupportedModelError
 
 LEGACY = {"is_decoder": False, "max_length": 20, "top_k": 50, "pruned_heads": {}, "prefix": None}
 PUBLISHED = {
@@ -36,7 +36,7 @@ PUBLISHED = {
 
 
 def config_with(name, parts):
-    config = tiny(name, layers=1)[0].config
+    config = tiny_model(name, num_layers=1)[0].config
     for part, attributes in parts.items():
         for attribute, value in attributes.items():
             setattr(getattr(config, part) if part else config, attribute, value)
@@ -55,7 +55,7 @@ def test_every_violation_is_named_at_once():
         "vision_config": {"rotary": "yes"},
     }
     config = config_with("llava_onevision", wrong)
-    with pytest.raises(ModelUnsupported) as caught:
+    with pytest.raises(UnsupportedModelError) as caught:
         check_config(config, family_of("llava_onevision"))
     message = str(caught.value)
     for part in (
@@ -69,6 +69,6 @@ def test_every_violation_is_named_at_once():
 def test_values_that_change_a_decoder_are_refused():
     config = config_with("qwen2", {"": {"use_mrope": True, "chunk_size_feed_forward": 4}})
     with pytest.raises(
-        ModelUnsupported, match="chunk_size_feed_forward must be 0, is 4.*use_mrope"
+        UnsupportedModelError, match="chunk_size_feed_forward must be 0, is 4.*use_mrope"
     ):
         check_config(config, family_of("qwen2"))

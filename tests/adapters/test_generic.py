@@ -8,11 +8,11 @@ import pytest
 import torch
 import transformers as hf
 
-from errata.adapters import adapt, core, generic, structure
+from errata.adapters import core, from_module, generic, structure
 from errata.adapters.families import FAMILIES
 from errata.adapters.tiny import tiny_tokenizer
-from errata.functional import IGNORE, Inputs, Query
-from errata.functional.errors import ModelUnsupported
+from errata.functional import IGNORE_INDEX, Inputs, Query
+from errata.functional.errors import UnsupportedModelError
 from tests.adapters.models import picture, roughen
 from tests.adapters.others import CLIP, OTHERS, TEXT
 
@@ -31,9 +31,11 @@ def module_of(name):
 
 def built(module, given):
     family = generic.generic(module.config.model_type)
-    card = structure.describe(module, family)
-    samples = generic.samples(card, module, None)
-    return core.build(card, module, None, None, family, [*samples, *([given] if given else [])])
+    card = structure.describe_module(module, family)
+    samples = generic.sample_inputs(card, module, None)
+    return core.functionalize(
+        card, module, None, None, family, [*samples, *([given] if given else [])]
+    )
 
 
 @pytest.mark.parametrize("name", PASSING)
@@ -41,22 +43,22 @@ def test_a_family_found_by_structure_is_the_whole_forward_at_every_cut(name):
     module, given = module_of(name)
     model = built(module, given)
     if given is None:
-        given = generic.samples(model.card, module, None)[0]
-    kwargs = generic.arguments(module, given)
+        given = generic.sample_inputs(model.card, module, None)[0]
+    kwargs = generic.forward_arguments(module, given)
     with torch.no_grad():
-        want = module(**kwargs, use_cache=False).logits[given.mask]
+        want = module(**kwargs, use_cache=False).logits[given.attention_mask]
     batch = model.embed(model.params, given)
     size = want.abs().max()
     for cut in range(model.card.num_layers):
         half = model.decode(model.params, batch, stop=cut)
-        got = model.decode(model.params, half, at="all")[given.mask]
+        got = model.decode(model.params, half, logit_positions="all")[given.attention_mask]
         assert (got - want).abs().max() <= 2e-6 * size
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_family_that_can_not_be_cut_is_refused_with_the_reason(name):
     module, given = module_of(name)
-    with pytest.raises(ModelUnsupported, match=OTHERS[name].refused):
+    with pytest.raises(UnsupportedModelError, match=OTHERS[name].refused):
         built(module, given)
 
 
@@ -86,18 +88,20 @@ def test_a_model_and_its_own_processor_go_the_generic_way_from_end_to_end():
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     )
-    model = adapt(module, processor)
+    model = from_module(module, processor)
     asked = [
         Query("what is this?", "a cat", (picture(1),)),
         Query("where is the river in this?", "a red dog", (picture(2, 50, 20),)),
     ]
-    inputs = model.read(asked)
-    got = model.decode(model.params, model.embed(model.params, inputs), at="all")
+    inputs = model.preprocess(asked)
+    got = model.decode(model.params, model.embed(model.params, inputs), logit_positions="all")
     with torch.no_grad():
         want = module(
-            input_ids=inputs.ids, attention_mask=inputs.mask.long(), **inputs.pixels
+            input_ids=inputs.input_ids,
+            attention_mask=inputs.attention_mask.long(),
+            **inputs.vision_inputs,
         ).logits
-    assert torch.equal(got[inputs.mask], want[inputs.mask])
+    assert torch.equal(got[inputs.attention_mask], want[inputs.attention_mask])
 
 
 def test_a_model_that_can_not_be_thinned_stays_whole():
@@ -105,11 +109,11 @@ def test_a_model_that_can_not_be_thinned_stays_whole():
     module = hf.MambaForCausalLM(config).eval()
     roughen(module)
     model = built(module, None)
-    given = generic.samples(model.card, module, None)[0]
+    given = generic.sample_inputs(model.card, module, None)[0]
     half = model.decode(model.params, model.embed(model.params, given), stop=2)
-    assert model.thin(model.params, half) is half
-    with pytest.raises(ModelUnsupported, match="keeps no keys and values"):
-        model.decode(model.params, half, keep=True)
+    assert model.select_scored(model.params, half) is half
+    with pytest.raises(UnsupportedModelError, match="keeps no keys and values"):
+        model.decode(model.params, half, return_cache=True)
 
 
 def test_a_model_whose_layers_read_something_hidden_is_refused():
@@ -129,7 +133,7 @@ def test_a_model_whose_layers_read_something_hidden_is_refused():
 
     decoder.register_forward_pre_hook(count, with_kwargs=True)
     decoder.layers[1].__class__ = Scaled
-    with pytest.raises(ModelUnsupported, match=r"cut forward must be the whole|fails when"):
+    with pytest.raises(UnsupportedModelError, match=r"cut forward must be the whole|fails when"):
         built(module, None)
 
 
@@ -145,7 +149,7 @@ def test_a_model_that_looks_ahead_is_refused():
             return inner(*args, **kwargs)
 
         attention.forward = forward
-    with pytest.raises(ModelUnsupported):
+    with pytest.raises(UnsupportedModelError):
         built(module, None)
 
 
@@ -158,11 +162,11 @@ def test_a_cut_in_time_is_exact_behind_ragged_rows_and_sliding_windows():
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1, 9:] = False
     at = torch.zeros(2, 1, dtype=torch.long)
-    given = Inputs(ids, mask, torch.zeros_like(mask), torch.full_like(at, IGNORE), at)
-    _, past = model.decode(model.params, model.embed(model.params, given), keep=True)
+    given = Inputs(ids, mask, torch.zeros_like(mask), torch.full_like(at, IGNORE_INDEX), at)
+    _, past = model.decode(model.params, model.embed(model.params, given), return_cache=True)
     new = torch.randint(5, 90, (2, 3), generator=generator)
-    step = model.extend(model.params, new, past)
-    got = model.decode(model.params, step, past=past, at="all")
+    step = model.embed_next(model.params, new, past)
+    got = model.decode(model.params, step, kv_cache=past, logit_positions="all")
     for row in range(2):
         whole = torch.cat([ids[row, mask[row]], new[row]])[None]
         with torch.no_grad():

@@ -8,7 +8,7 @@ import torch
 from errata.adapters import core, structure
 from errata.adapters.families import family_of
 from errata.functional import Query
-from errata.functional.errors import UnknownSite
+from errata.functional.errors import UnknownSiteError
 from tests.adapters.models import made, picture, queries, whole
 
 both = pytest.mark.parametrize("name", ["llava", "llava_onevision"])
@@ -18,38 +18,40 @@ both = pytest.mark.parametrize("name", ["llava", "llava_onevision"])
 def test_pictures_stand_where_the_placeholders_are(name):
     _, model = made(name)
     asked = [Query("what?", "a cat", (picture(1),)), Query("what?", "a cat", (picture(2),))]
-    inputs = model.read(asked)
+    inputs = model.preprocess(asked)
     batch = model.embed(model.params, inputs)
-    apart = (batch.hidden[0] - batch.hidden[1]).abs().amax(-1) > 0
-    assert not apart[~inputs.image[0]].any()
-    assert apart[inputs.image[0]].sum() >= 4  # all but the learned ends of a tile's lines
+    apart = (batch.hidden_states[0] - batch.hidden_states[1]).abs().amax(-1) > 0
+    assert not apart[~inputs.image_mask[0]].any()
+    assert apart[inputs.image_mask[0]].sum() >= 4  # all but the learned ends of a tile's lines
 
 
 @both
 def test_neutral_sites_are_the_family_paths(name):
     card = made(name).model.card
-    assert card.site("layers.-1.mlp.down").endswith("layers.3.mlp.down_proj")
-    assert card.site("vision") == "model.vision_tower"
-    assert card.site("projector") == "model.multi_modal_projector"
-    assert card.linear("layers.0.attn.q") == "model.language_model.layers.0.self_attn.q_proj"
-    assert len(card.match(["layers.*.attn.v"])) == 4
+    assert card.resolve_site("layers.-1.mlp.down").endswith("layers.3.mlp.down_proj")
+    assert card.resolve_site("vision") == "model.vision_tower"
+    assert card.resolve_site("projector") == "model.multi_modal_projector"
+    assert (
+        card.resolve_linear("layers.0.attn.q") == "model.language_model.layers.0.self_attn.q_proj"
+    )
+    assert len(card.match_linears(["layers.*.attn.v"])) == 4
     assert card.norm == "model.language_model.norm"
-    with pytest.raises(UnknownSite):
-        card.linear("layers.0")
+    with pytest.raises(UnknownSiteError):
+        card.resolve_linear("layers.0")
 
 
 @both
 def test_rewrites_and_gradients_reach_projector_and_tower(name):
     _, model = made(name)
-    inputs = model.read([Query("what?", "a cat", (picture(1),))])
+    inputs = model.preprocess([Query("what?", "a cat", (picture(1),))])
     site = model.card.projector
     plain = model.embed(model.params, inputs)
     loud = model.embed(model.params, inputs, {site: lambda given, out: out * 2})
-    apart = (plain.hidden - loud.hidden).abs().amax(-1) > 0
-    assert bool(apart[inputs.image].any())
-    assert not apart[~inputs.image].any()
+    apart = (plain.hidden_states - loud.hidden_states).abs().amax(-1) > 0
+    assert bool(apart[inputs.image_mask].any())
+    assert not apart[~inputs.image_mask].any()
     weights = [p for p in model.params if p.startswith(site) and p.endswith("weight")]
-    weights.append(f"{model.card.match(['*vision_tower*'])[0]}.weight")
+    weights.append(f"{model.card.match_linears(['*vision_tower*'])[0]}.weight")
 
     def score(values):
         params = {**model.params, **values}
@@ -67,9 +69,11 @@ def test_pictures_of_any_shape_are_tiled():
         Query("what?", "a cat", (picture(2, 30, 64),)),
         Query("which?", "the chair", (picture(3, 50, 30), picture(4, 30, 30))),
     ]
-    inputs = model.read(asked)
-    got = model.decode(model.params, model.embed(model.params, inputs), at="all")
-    assert torch.equal(got[inputs.mask], whole(module, "llava_onevision", inputs)[inputs.mask])
+    inputs = model.preprocess(asked)
+    got = model.decode(model.params, model.embed(model.params, inputs), logit_positions="all")
+    assert torch.equal(
+        got[inputs.attention_mask], whole(module, "llava_onevision", inputs)[inputs.attention_mask]
+    )
 
 
 @both
@@ -77,15 +81,17 @@ def test_half_precision_is_kept(name):
     module, model = made(name)
     half = copy.deepcopy(module).to(torch.bfloat16)
     family = family_of(half.config.model_type)
-    low = core.build(structure.describe(half, family), half, model.read, model.write)
-    inputs = model.read(queries(name))  # in fp32
+    low = core.functionalize(
+        structure.describe_module(half, family), half, model.preprocess, model.detokenize
+    )
+    inputs = model.preprocess(queries(name))  # in fp32
     batch = low.embed(low.params, inputs)
-    got = low.decode(low.params, batch, at="all")
-    assert batch.hidden.dtype == got.dtype == torch.bfloat16
+    got = low.decode(low.params, batch, logit_positions="all")
+    assert batch.hidden_states.dtype == got.dtype == torch.bfloat16
     pixels = {
         key: value.to(torch.bfloat16) if value.is_floating_point() else value
-        for key, value in inputs.pixels.items()
+        for key, value in inputs.vision_inputs.items()
         if isinstance(value, torch.Tensor)
     }
-    inputs = inputs._replace(pixels={**inputs.pixels, **pixels})
-    assert torch.equal(got[inputs.mask], whole(half, name, inputs)[inputs.mask])
+    inputs = inputs._replace(vision_inputs={**inputs.vision_inputs, **pixels})
+    assert torch.equal(got[inputs.attention_mask], whole(half, name, inputs)[inputs.attention_mask])

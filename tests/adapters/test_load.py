@@ -14,12 +14,17 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from errata import adapters
-from errata.adapters import adapt, load, tiny
+from errata.adapters import from_module, from_pretrained, tiny_model
 from errata.adapters.families import FAMILIES
 from errata.adapters.load import load_parts
 from errata.adapters.tiny import TINY
 from errata.functional import Query
-from errata.functional.errors import BadInput, BadSettings, ErrataError, ModelUnsupported
+from errata.functional.errors import (
+    ErrataError,
+    InvalidInputError,
+    InvalidSettingsError,
+    UnsupportedModelError,
+)
 
 STOCK = {  # what a hub folder calls its processor
     "llava_onevision": "LlavaOnevisionProcessor",
@@ -34,7 +39,7 @@ def picture(red: int = 90, width: int = 50, height: int = 40) -> Image.Image:
 
 
 def saved(name: str, folder: Path) -> Path:
-    module, processor = tiny(name, layers=2)
+    module, processor = tiny_model(name, num_layers=2)
     module.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -42,9 +47,9 @@ def saved(name: str, folder: Path) -> Path:
 
 def asked(model) -> list[Query]:
     rows = [Query("what is it?", "two dogs")]
-    if model.card.images:
+    if model.card.takes_images:
         rows.append(Query("and here?", "red cat", (picture(),)))
-    if model.card.videos:
+    if model.card.takes_videos:
         frames = (picture(1), picture(2), picture(3))
         rows.append(Query("what moves?", "the chair", frames, video=True))
     return rows
@@ -63,14 +68,17 @@ def test_what_is_saved_is_loaded(name, tmp_path):
         path = folder / "processor_config.json"
         settings = json.loads(path.read_text())
         path.write_text(json.dumps(settings | {"processor_class": STOCK[name]}))
-    want, got = adapt(*tiny(name, layers=2)), load(folder)
+    want, got = from_module(*tiny_model(name, num_layers=2)), from_pretrained(folder)
     assert got.card.id == "model"
-    assert (got.card.family, got.card.config) == (want.card.family, want.card.config)
+    assert (got.card.family, got.card.config_hash) == (want.card.family, want.card.config_hash)
     rows = asked(want)
-    there, here = want.read(rows), got.read(rows)
-    assert torch.equal(there.ids, here.ids)
-    assert there.pixels.keys() == here.pixels.keys()
-    assert all(torch.equal(there.pixels[part], here.pixels[part]) for part in there.pixels)
+    there, here = want.preprocess(rows), got.preprocess(rows)
+    assert torch.equal(there.input_ids, here.input_ids)
+    assert there.vision_inputs.keys() == here.vision_inputs.keys()
+    assert all(
+        torch.equal(there.vision_inputs[part], here.vision_inputs[part])
+        for part in there.vision_inputs
+    )
     assert torch.equal(logits(want, there), logits(got, here))
     assert not any(tensor.requires_grad for tensor in got.params.values())
 
@@ -86,22 +94,30 @@ def test_old_hub_folders_keep_their_settings_in_other_files(tmp_path):
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     (folder / "processor_config.json").unlink()
     (folder / "chat_template.jinja").unlink()
-    want, got = adapt(*tiny("qwen2_vl", layers=2)), load(folder)
+    want, got = from_module(*tiny_model("qwen2_vl", num_layers=2)), from_pretrained(folder)
     rows = asked(want)
-    assert torch.equal(want.read(rows).ids, got.read(rows).ids)
+    assert torch.equal(want.preprocess(rows).input_ids, got.preprocess(rows).input_ids)
 
 
 def test_the_checkpoints_own_video_settings_are_used(tmp_path):
     folder = saved("qwen2_vl", tmp_path / "model")
     video = {
-        "patch_size": 8, "merge_size": 2, "temporal_patch_size": 2, "resample": 3,
+        "patch_size": 8,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "resample": 3,
         "size": {"shortest_edge": 256, "longest_edge": 1024},
-        "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-    }  # fmt: skip
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
     (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
     query = Query("what?", "x", (picture(width=64, height=64),) * 2, video=True)
-    small = load(folder).read([query]).pixels["video_grid_thw"]
-    large = adapt(*tiny("qwen2_vl", layers=2)).read([query]).pixels["video_grid_thw"]
+    small = from_pretrained(folder).preprocess([query]).vision_inputs["video_grid_thw"]
+    large = (
+        from_module(*tiny_model("qwen2_vl", num_layers=2))
+        .preprocess([query])
+        .vision_inputs["video_grid_thw"]
+    )
     assert small.tolist() == [[1, 4, 4]]
     assert large.tolist() == [[1, 8, 8]]
 
@@ -112,33 +128,37 @@ def test_the_checkpoints_own_video_settings_are_used(tmp_path):
 )
 def test_dtype_is_the_checkpoints_or_the_one_asked_for(asked_for, dtype, tmp_path):
     folder = saved("llama", tmp_path / "model")
-    model = load(folder, dtype=asked_for)
+    model = from_pretrained(folder, dtype=asked_for)
     assert {tensor.dtype for tensor in model.params.values()} == {dtype}
 
 
 def test_a_sharded_checkpoint_is_one(tmp_path):
-    module, tokenizer = tiny("llama")
+    module, tokenizer = tiny_model("llama")
     module.save_pretrained(tmp_path / "model", max_shard_size="40KB")
     tokenizer.save_pretrained(tmp_path / "model")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
-    model = load(tmp_path / "model")
+    model = from_pretrained(tmp_path / "model")
     want = dict(module.named_parameters())
     assert all(torch.equal(model.params[name], want[name]) for name in want)
     next((tmp_path / "model").glob("model-00002*.safetensors")).unlink()
-    with pytest.raises(BadInput, match="00002.* is named in the index and not there"):
-        load(tmp_path / "model")
+    with pytest.raises(InvalidInputError, match="00002.* is named in the index and not there"):
+        from_pretrained(tmp_path / "model")
 
 
 def test_weights_are_in_memory_once(tmp_path):
     """A checkpoint of 75 MB adds little private memory: the mapped file is the copy."""
     config = LlamaConfig(
-        vocab_size=512, hidden_size=768, intermediate_size=3072, num_hidden_layers=2,
-        num_attention_heads=12, max_position_embeddings=512,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=2,
+        num_attention_heads=12,
+        max_position_embeddings=512,
+    )
     with torch.device("meta"):
         names = LlamaForCausalLM(config).state_dict()
     config.save_pretrained(tmp_path / "model")
-    tiny("llama")[1].save_pretrained(tmp_path / "model")
+    tiny_model("llama")[1].save_pretrained(tmp_path / "model")
     weights = {name: torch.full(tensor.shape, 0.01) for name, tensor in names.items()}
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     script = f"""
@@ -148,9 +168,9 @@ def test_weights_are_in_memory_once(tmp_path):
             with open("/proc/self/status") as lines:
                 return next(int(l.split()[1]) for l in lines if l.startswith("RssAnon")) / 1024
 
-        adapters.adapt(*adapters.tiny("llama"))  # everything is imported and warm
+        adapters.from_module(*adapters.tiny_model("llama"))  # everything is imported and warm
         before = private()
-        model = adapters.load({str(tmp_path / "model")!r})
+        model = adapters.from_pretrained({str(tmp_path / "model")!r})
         print(sum(t.nbytes for t in model.params.values()) / 2**20, private() - before)
     """
     done = subprocess.run(
@@ -166,7 +186,7 @@ def test_weights_are_in_memory_once(tmp_path):
 
 def refused(path, **settings) -> str:
     with pytest.raises(ErrataError) as error:
-        load(path, **settings)
+        from_pretrained(path, **settings)
     return str(error.value)
 
 
@@ -192,8 +212,8 @@ def test_a_folder_without_config(tmp_path):
 )
 def test_a_config_that_is_no_language_model(config, tmp_path):
     (tmp_path / "config.json").write_text(config)
-    with pytest.raises((ModelUnsupported, BadInput)):
-        load(tmp_path)
+    with pytest.raises((UnsupportedModelError, InvalidInputError)):
+        from_pretrained(tmp_path)
 
 
 def test_a_broken_config(tmp_path):
@@ -252,8 +272,8 @@ def test_a_missing_processor_file(gone, tmp_path):
 @pytest.mark.parametrize("dtype", ["int8", "float99", torch.int64, 3])
 def test_a_dtype_that_is_none(dtype, tmp_path):
     folder = saved("llama", tmp_path / "model")
-    with pytest.raises(BadSettings, match="dtype must be float32"):
-        load(folder, dtype=dtype)
+    with pytest.raises(InvalidSettingsError, match="dtype must be float32"):
+        from_pretrained(folder, dtype=dtype)
 
 
 def test_nothing_a_checkpoint_brings_is_run(tmp_path):
@@ -261,8 +281,9 @@ def test_nothing_a_checkpoint_brings_is_run(tmp_path):
     folder = saved("llama", tmp_path / "model")
     path = folder / "config.json"
     config = json.loads(path.read_text()) | {
-        "model_type": "custom", "auto_map": {"AutoConfig": "evil.Config"},
-    }  # fmt: skip
+        "model_type": "custom",
+        "auto_map": {"AutoConfig": "evil.Config"},
+    }
     path.write_text(json.dumps(config))
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
     refused(folder)
@@ -272,7 +293,7 @@ def test_nothing_a_checkpoint_brings_is_run(tmp_path):
 def test_a_refused_load_leaves_the_folder_as_it_was(tmp_path):
     folder = saved("llama", tmp_path / "model")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    load(folder)
+    from_pretrained(folder)
     refused(folder, dtype="int8")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -282,7 +303,7 @@ def test_a_refused_load_leaves_the_folder_as_it_was(tmp_path):
 
 def test_importing_adapters_loads_neither_torch_nor_transformers():
     script = (
-        "import sys; from errata import adapters; adapters.families(); adapters.PRESETS;"
+        "import sys; from errata import adapters; adapters.list_families(); adapters.TEMPLATES;"
         "print([m for m in ('torch', 'transformers', 'PIL') if m in sys.modules])"
     )
     done = subprocess.run(
@@ -293,20 +314,20 @@ def test_importing_adapters_loads_neither_torch_nor_transformers():
 
 def test_functions_stay_functions_after_their_modules_are_imported():
     script = (
-        "import errata.adapters.load, errata.adapters.tiny, errata.adapters.micro\n"
+        "import errata.adapters.loading.load, errata.adapters.zoo.tiny, errata.adapters.zoo.micro\n"
         "from errata import adapters\n"
-        "assert all(callable(f) for f in (adapters.load, adapters.tiny, adapters.micro))"
+        "assert all(callable(f) for f in (adapters.from_pretrained, adapters.tiny_model, adapters.load_micro))"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_the_names_of_families_are_those_of_the_table():
-    assert set(adapters.families()) == set(FAMILIES)
+    assert set(adapters.list_families()) == set(FAMILIES)
 
 
 def test_revision_and_id_are_recorded(tmp_path):
-    module, processor = tiny("llama")
-    model = adapt(module, processor, id="org/model", revision="abc123")
+    module, processor = tiny_model("llama")
+    model = from_module(module, processor, id="org/model", revision="abc123")
     assert (model.card.id, model.card.revision) == ("org/model", "abc123")
     folder = saved("llama", tmp_path / "mine")
     assert load_parts(folder)[2] == ""
@@ -320,7 +341,7 @@ def test_a_hub_id_in_the_cache_is_loaded_with_its_commit(tmp_path):
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text(commit)
     script = (
-        "from errata import adapters; card = adapters.load('org/small').card;"
+        "from errata import adapters; card = adapters.from_pretrained('org/small').card;"
         "print(card.id, card.revision)"
     )
     there = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
@@ -331,15 +352,17 @@ def test_a_hub_id_in_the_cache_is_loaded_with_its_commit(tmp_path):
 
 
 def test_an_unknown_tiny_or_micro_is_refused_with_the_names():
-    with pytest.raises(ModelUnsupported, match="one of blip2, gpt2, .*; got 'lava'"):
-        tiny("lava")
+    with pytest.raises(UnsupportedModelError, match="one of blip2, gpt2, .*; got 'lava'"):
+        tiny_model("lava")
     with pytest.raises(ErrataError, match="micro model must be one of"):
-        adapters.micro("lava")
-    with pytest.raises(ModelUnsupported, match="multiple of 32, got layers=0, width=40"):
-        tiny("llava", layers=0, width=40)
+        adapters.load_micro("lava")
+    with pytest.raises(
+        UnsupportedModelError, match="multiple of 32, got num_layers=0, hidden_size=40"
+    ):
+        tiny_model("llava", num_layers=0, hidden_size=40)
 
 
 def test_tiny_models_follow_from_their_seed():
-    first, again, other = (tiny("llava", seed=seed)[0].state_dict() for seed in (0, 0, 1))
+    first, again, other = (tiny_model("llava", seed=seed)[0].state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])

@@ -9,11 +9,11 @@ import transformers as hf
 from PIL import Image
 from torch import Tensor
 
-from errata.adapters import adapt, load, tiny
+from errata.adapters import from_module, from_pretrained, tiny_model
 from errata.adapters.minigpt4 import MiniGPT4ForConditionalGeneration
-from errata.adapters.minigpt4_convert import convert, renamed
+from errata.adapters.minigpt4_convert import convert_minigpt4, rename_state_dict
 from errata.functional import Query
-from errata.functional.errors import BadInput
+from errata.functional.errors import InvalidInputError
 
 IMAGE = Image.new("RGB", (40, 30), (90, 20, 200))
 
@@ -30,17 +30,22 @@ def original(module) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Te
         "pos_embed": ours["vision_model.embeddings.position_embedding"],
         "patch_embed.proj.weight": ours["vision_model.embeddings.patch_embedding.weight"],
         "patch_embed.proj.bias": ours["vision_model.embeddings.patch_embedding.bias"],
-        "norm.weight": torch.ones(3), "head.weight": torch.ones(3, 3), "head.bias": torch.ones(3),
-    }  # fmt: skip
+        "norm.weight": torch.ones(3),
+        "head.weight": torch.ones(3, 3),
+        "head.bias": torch.ones(3),
+    }
     depth = module.config.vision_config.num_hidden_layers
     for block in range(depth + 1):
         stem = f"vision_model.encoder.layers.{min(block, depth - 1)}."
         query, _, value = ours[stem + "self_attn.qkv.bias"].chunk(3)
         there = {"attn.q_bias": query, "attn.v_bias": value}
         for name, mine in (
-            ("norm1", "layer_norm1"), ("norm2", "layer_norm2"), ("mlp.fc1", "mlp.fc1"),
-            ("mlp.fc2", "mlp.fc2"), ("attn.proj", "self_attn.projection"),
-        ):  # fmt: skip
+            ("norm1", "layer_norm1"),
+            ("norm2", "layer_norm2"),
+            ("mlp.fc1", "mlp.fc1"),
+            ("mlp.fc2", "mlp.fc2"),
+            ("attn.proj", "self_attn.projection"),
+        ):
             there |= {f"{name}.{part}": ours[f"{stem}{mine}.{part}"] for part in ("weight", "bias")}
         there["attn.qkv.weight"] = ours[stem + "self_attn.qkv.weight"]
         eva |= {f"blocks.{block}.{name}": tensor.clone() for name, tensor in there.items()}
@@ -55,8 +60,9 @@ def original(module) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Te
         "Qformer.cls.predictions.bias": torch.ones(5),
         "Qformer.bert.encoder.layer.0.intermediate.dense.weight": torch.ones(2, 2),
         "Qformer.bert.encoder.layer.0.output.dense.bias": torch.ones(2),
-        "t5_proj.weight": torch.ones(2, 2), "t5_proj.bias": torch.ones(2),
-    }  # fmt: skip
+        "t5_proj.weight": torch.ones(2, 2),
+        "t5_proj.bias": torch.ones(2),
+    }
     for name, tensor in ours.items():
         if name.startswith("qformer.encoder."):
             name = name.replace(".attention.attention.", ".attention.self.")
@@ -83,7 +89,7 @@ def randomised(module):
 @pytest.fixture
 def files(tmp_path):
     """The original's four parts on disk, and the model they were taken from."""
-    module, processor = tiny("minigpt4", layers=2)
+    module, processor = tiny_model("minigpt4", num_layers=2)
     with torch.no_grad():
         randomised(module)
     eva, blip, proj = original(module)
@@ -96,25 +102,30 @@ def files(tmp_path):
 
 
 def converted(folder: Path, module, **settings) -> Path:
-    return convert(
-        folder / "eva_vit_g.pth", folder / "blip2_pretrained_flant5xxl.pth",
-        folder / "prerained_minigpt4_7b.pth", folder / "vicuna", folder / "minigpt4",
+    return convert_minigpt4(
+        folder / "eva_vit_g.pth",
+        folder / "blip2_pretrained_flant5xxl.pth",
+        folder / "prerained_minigpt4_7b.pth",
+        folder / "vicuna",
+        folder / "minigpt4",
         vision_config=module.config.vision_config.to_dict(),
-        qformer_config=module.config.qformer_config.to_dict(), dtype=torch.float32, **settings,
-    )  # fmt: skip
+        qformer_config=module.config.qformer_config.to_dict(),
+        dtype=torch.float32,
+        **settings,
+    )
 
 
 def test_the_originals_files_become_the_model(files):
     folder, module, processor = files
-    model = load(converted(folder, module))
+    model = from_pretrained(converted(folder, module))
     want = dict(module.named_parameters())
     assert model.params.keys() == want.keys()
     for name, tensor in want.items():
         assert torch.equal(model.params[name], tensor), name
-    there = adapt(module, processor)
+    there = from_module(module, processor)
     rows = [Query("what is it?", "dog", (IMAGE,)), Query("who?", "cat")]
     answers = [
-        part.decode(part.params, part.embed(part.params, part.read(rows)))
+        part.decode(part.params, part.embed(part.params, part.preprocess(rows)))
         for part in (there, model)
     ]
     assert torch.equal(*answers)
@@ -129,7 +140,7 @@ def test_released_names_all_find_their_place():
     with torch.device("meta"):
         module = MiniGPT4ForConditionalGeneration(config)
         eva, blip, proj = original(module)
-    named = renamed({**eva, **blip, **proj}, config.vision_config.num_hidden_layers)
+    named = rename_state_dict({**eva, **blip, **proj}, config.vision_config.num_hidden_layers)
     want = {n: p.shape for n, p in module.named_parameters() if not n.startswith("language_model.")}
     assert config.vision_config.num_hidden_layers == 39
     assert len(eva) == 4 + 3 + 40 * 13
@@ -140,21 +151,24 @@ def test_released_names_all_find_their_place():
 def test_the_tower_may_carry_its_prefix(prefix, files):
     folder, module, _ = files
     eva, _, _ = original(module)
-    named = renamed({prefix + name: tensor for name, tensor in eva.items()}, 2)
+    named = rename_state_dict({prefix + name: tensor for name, tensor in eva.items()}, 2)
     assert "vision_model.encoder.layers.1.self_attn.qkv.bias" in named
     assert all(name.startswith("vision_model.") for name in named)
 
 
 def test_a_lacking_or_foreign_tensor_is_named_and_nothing_is_written(files):
     folder, module, _ = files
-    torch.save({"model": {"llama_proj.weight": torch.ones(3, 3), "lora.A": torch.ones(2)}},
-               folder / "prerained_minigpt4_7b.pth")  # fmt: skip
-    with pytest.raises(BadInput) as error:
+    torch.save(
+        {"model": {"llama_proj.weight": torch.ones(3, 3), "lora.A": torch.ones(2)}},
+        folder / "prerained_minigpt4_7b.pth",
+    )
+    with pytest.raises(InvalidInputError) as error:
         converted(folder, module)
     for part in (
-        "language_projection.bias is missing", "lora.A has no place in the model",
+        "language_projection.bias is missing",
+        "lora.A has no place in the model",
         "language_projection.weight must have shape (32, 32), has (3, 3)",
-    ):  # fmt: skip
+    ):
         assert part in str(error.value)
     assert not (folder / "minigpt4").exists()
     assert not list(folder.glob("*.part"))
@@ -174,7 +188,9 @@ def test_a_file_of_anything_else_is_refused_and_not_run(content, files, monkeypa
         path.write_bytes(content)
     else:
         torch.save({"cls_token": content}, path)
-    with pytest.raises(BadInput, match=r"eva_vit_g\.pth' must be a torch file of plain tensors"):
+    with pytest.raises(
+        InvalidInputError, match=r"eva_vit_g\.pth' must be a torch file of plain tensors"
+    ):
         converted(folder, module)
     assert not (folder / "ran").exists()
 
@@ -182,16 +198,16 @@ def test_a_file_of_anything_else_is_refused_and_not_run(content, files, monkeypa
 def test_a_missing_part_and_an_existing_output_are_refused(files):
     folder, module, _ = files
     (folder / "minigpt4").mkdir()
-    with pytest.raises(BadInput, match="must not exist yet"):
+    with pytest.raises(InvalidInputError, match="must not exist yet"):
         converted(folder, module)
     (folder / "minigpt4").rmdir()
     (folder / "eva_vit_g.pth").unlink()
-    with pytest.raises(BadInput, match="must exist"):
+    with pytest.raises(InvalidInputError, match="must exist"):
         converted(folder, module)
 
 
 def test_it_saves_and_loads_as_hugging_face_models_do(tmp_path):
-    module, processor = tiny("minigpt4")
+    module, processor = tiny_model("minigpt4")
     module.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "minigpt4"
@@ -202,12 +218,12 @@ def test_it_saves_and_loads_as_hugging_face_models_do(tmp_path):
 
 
 def test_the_answer_depends_on_the_picture_inside_the_prompt():
-    model = adapt(*tiny("minigpt4"))
+    model = from_module(*tiny_model("minigpt4"))
     other = Image.new("RGB", (40, 30), (1, 250, 3))
     rows = [Query("what is it?", "dog", (image,)) for image in (IMAGE, other)]
-    inputs = model.read(rows)
+    inputs = model.preprocess(rows)
     with torch.no_grad():
         logits = model.decode(model.params, model.embed(model.params, inputs))
     assert not torch.equal(logits[0], logits[1])
-    before = inputs.image[0].nonzero()[0, 0]
+    before = inputs.image_mask[0].nonzero()[0, 0]
     assert before > 5, "the wrapping stands before the picture"

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from errata.adapters import adapt
-from errata.functional import IGNORE, Query
+from errata.adapters import from_module
+from errata.functional import IGNORE_INDEX, Query
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 needs_golden = pytest.mark.skipif(
@@ -45,19 +45,23 @@ def golden(name: str, folder: str):
 def test_liveedit_on_blip2_byte_for_byte():
     """Fifteen E-VQA rows as LiveEdit's own code turned them into tensors."""
     rows, want, module, processor = golden("mmedit_inputs_blip2", "blip2-micro")
-    found = adapt(module, processor, template="liveedit")
+    found = from_module(module, processor, template="liveedit")
     images = processor.image_processor
     for row in rows:
         name = row["key"]
         pixels = want.get(f"{name}.pixel_values")
         seen = () if pixels is None else (as_bytes(pixels[0], images.image_mean, images.image_std),)
-        inputs = found.read([Query(row["prompt"], row["target"], seen)])
+        inputs = found.preprocess([Query(row["prompt"], row["target"], seen)])
         scored_there = want[f"{name}.mask"][0].bool()
-        assert torch.equal(inputs.ids[0][~inputs.image[0]], want[f"{name}.input_ids"][0]), name
+        assert torch.equal(
+            inputs.input_ids[0][~inputs.image_mask[0]], want[f"{name}.input_ids"][0]
+        ), name
         assert torch.equal(inputs.labels[0], want[f"{name}.labels"][0][scored_there]), name
-        assert int(inputs.image.sum()) == (row["vt_range"] or [0, 0])[1]
+        assert int(inputs.image_mask.sum()) == (row["vt_range"] or [0, 0])[1]
         if seen:
-            torch.testing.assert_close(inputs.pixels["pixel_values"], pixels, rtol=0, atol=1e-6)
+            torch.testing.assert_close(
+                inputs.vision_inputs["pixel_values"], pixels, rtol=0, atol=1e-6
+            )
         with torch.no_grad():
             logits = found.decode(found.params, found.embed(found.params, inputs))
         # the peer's first label sits on the prompt's last position, as ours; its last is masked
@@ -69,7 +73,7 @@ def test_liveedit_on_blip2_byte_for_byte():
 def test_easyedit_on_qwen2_vl_byte_for_byte():
     """Thirty E-VQA rows, fifteen with an in-context prefix, as EasyEdit's own code read them."""
     rows, want, module, processor = golden("easyedit_inputs_qwen2-vl", "qwen2-vl-micro")
-    found = adapt(module, processor, template="easyedit")
+    found = from_module(module, processor, template="easyedit")
     images = processor.image_processor
     for row in rows:
         name = row["key"]
@@ -81,15 +85,21 @@ def test_easyedit_on_qwen2_vl_byte_for_byte():
         if pixels is not None:
             shown = unpatched(pixels, grid[0], images.patch_size, images.merge_size)
             seen = (as_bytes(shown, images.image_mean, images.image_std),)
-        inputs = found.read([Query(row["prompt"], row["target"], seen)])
+        inputs = found.preprocess([Query(row["prompt"], row["target"], seen)])
         labels = want[f"{name}.labels"][0]
-        assert torch.equal(inputs.ids[0], want[f"{name}.in.input_ids"][0]), name
-        assert torch.equal(inputs.labels[0], labels[labels != IGNORE]), name
-        assert torch.equal(inputs.at[0] + 1, (labels != IGNORE).nonzero()[:, 0]), name
-        assert torch.equal(inputs.pixels["mm_token_type_ids"], want[f"{name}.in.mm_token_type_ids"])
+        assert torch.equal(inputs.input_ids[0], want[f"{name}.in.input_ids"][0]), name
+        assert torch.equal(inputs.labels[0], labels[labels != IGNORE_INDEX]), name
+        assert torch.equal(
+            inputs.logit_positions[0] + 1, (labels != IGNORE_INDEX).nonzero()[:, 0]
+        ), name
+        assert torch.equal(
+            inputs.vision_inputs["mm_token_type_ids"], want[f"{name}.in.mm_token_type_ids"]
+        )
         if seen:
-            assert torch.equal(inputs.pixels["image_grid_thw"], grid)
-            torch.testing.assert_close(inputs.pixels["pixel_values"], pixels, rtol=0, atol=1e-6)
+            assert torch.equal(inputs.vision_inputs["image_grid_thw"], grid)
+            torch.testing.assert_close(
+                inputs.vision_inputs["pixel_values"], pixels, rtol=0, atol=1e-6
+            )
         with torch.no_grad():
             logits = found.decode(found.params, found.embed(found.params, inputs))
         tail = want[f"{name}.logits_tail_pre"][0]

@@ -12,15 +12,15 @@ import safetensors.torch
 import torch
 
 from errata.adapters.attach import attach
-from errata.adapters.peft import SERVED, from_peft, to_peft
-from errata.functional import Base, Delta, Dense, Header, merge
+from errata.adapters.peft import SERVABLE_RANKS, export_peft, import_peft
+from errata.functional import BaseModel, Delta, Dense, Header, merge
 from errata.functional.errors import (
-    BadInput,
-    BaseMismatch,
-    DeltaFault,
+    BaseMismatchError,
+    DeltaFileError,
     ErrataError,
-    KindUnsupported,
-    UnknownSite,
+    InvalidInputError,
+    UnknownSiteError,
+    UnsupportedKindError,
 )
 from errata.functional.stacks import stack
 from tests.adapters.deltas import case, logits, lowrank, sites
@@ -50,7 +50,7 @@ def loaded(module, export):
 def test_peft_computes_the_delta_bit_for_bit(name, form, dtype, tmp_path):
     module, model, _, kwargs = case(name, dtype)
     delta = lowrank(model, form)
-    export = to_peft(delta, tmp_path / "adapter")
+    export = export_peft(delta, tmp_path / "adapter")
     with attach(module, delta):
         want = logits(module, kwargs)
     made, names = loaded(module, export)
@@ -65,10 +65,10 @@ def test_names_that_end_alike_are_told_apart(name, tmp_path):
     module, model, _, _ = case(name)
     paths = sites(model)
     tails = [path.rpartition(".")[2] for path in paths]
-    alike = [path for path in model.card.linears if path.rpartition(".")[2] in tails]
+    alike = [path for path in model.card.linear_shapes if path.rpartition(".")[2] in tails]
     assert len(alike) > len(paths)  # PEFT's own suffix rule would take these, too
     for form in FORMS:
-        _, names = loaded(module, to_peft(lowrank(model, form), tmp_path / form))
+        _, names = loaded(module, export_peft(lowrank(model, form), tmp_path / form))
         assert {n.partition(".lora_")[0].removeprefix("base_model.model.") for n in names} == set(
             paths
         )
@@ -78,8 +78,8 @@ def test_names_that_end_alike_are_told_apart(name, tmp_path):
 def test_there_and_back_is_the_same_delta(form, tmp_path):
     _, model, _, _ = case("llava")
     delta = merge(lowrank(model, form, seed=1, id="a"), lowrank(model, form, seed=2, id="b"))
-    to_peft(delta, tmp_path / "adapter")
-    back = from_peft(tmp_path / "adapter")
+    export_peft(delta, tmp_path / "adapter")
+    back = import_peft(tmp_path / "adapter")
     assert back.header == delta.header
     assert all(torch.equal(back.tensors[name], x) for name, x in delta.tensors.items())
 
@@ -87,13 +87,13 @@ def test_there_and_back_is_the_same_delta(form, tmp_path):
 def test_transposed_maps_are_exported_too(tmp_path):
     module, model, _, kwargs = case("gpt2")
     delta = lowrank(model, "act", paths=["transformer.h.0.mlp.c_fc", "transformer.h.1.attn.c_attn"])
-    export = to_peft(delta, tmp_path / "adapter")
+    export = export_peft(delta, tmp_path / "adapter")
     with attach(module, delta):
         want = logits(module, kwargs)
     assert torch.equal(logits(loaded(module, export)[0], kwargs), want)
-    with pytest.raises(KindUnsupported, match="stored transposed"):
-        to_peft(
-            Delta(msgspec.structs.replace(delta.header, form="weight"), delta.tensors),
+    with pytest.raises(UnsupportedKindError, match="stored transposed"):
+        export_peft(
+            Delta(msgspec.structs.replace(delta.header, arithmetic="weight"), delta.tensors),
             tmp_path / "no",
         )
 
@@ -108,16 +108,16 @@ def test_an_adapter_trained_with_peft_is_imported(name, tmp_path):
     made = peft.get_peft_model(copy.deepcopy(module), config)
     made.save_pretrained(tmp_path / "adapter")
     want = logits(made, kwargs)
-    delta = from_peft(tmp_path / "adapter", model)
+    delta = import_peft(tmp_path / "adapter", model)
     assert [entry.name for entry in delta.header.entries] == [f"{path}.weight"]
-    assert delta.header.form == "act_fp32"
+    assert delta.header.arithmetic == "act_fp32"
     with attach(module, delta):
         assert torch.equal(logits(module, kwargs), want)  # a scale of 4 folds into B exactly
 
 
 def test_a_pattern_anchored_at_the_start_is_a_whole_path_as_in_peft(tmp_path):
     module, model, _, kwargs = case("llava")
-    path = next(path for path in model.card.linears if path.endswith("q_proj"))
+    path = next(path for path in model.card.linear_shapes if path.endswith("q_proj"))
     config = peft.LoraConfig(
         r=2,
         lora_alpha=2,
@@ -127,7 +127,7 @@ def test_a_pattern_anchored_at_the_start_is_a_whole_path_as_in_peft(tmp_path):
     )
     made = peft.get_peft_model(copy.deepcopy(module), config)
     made.save_pretrained(tmp_path / "a")
-    delta = from_peft(tmp_path / "a", model)
+    delta = import_peft(tmp_path / "a", model)
     want = logits(made, kwargs)
     with attach(module, delta):
         assert torch.equal(logits(module, kwargs), want)
@@ -137,10 +137,10 @@ def test_names_of_the_checkpoint_are_understood(tmp_path):
     """PEFT itself leaves such a projector at zero, with a warning."""
     _, model, _, _ = case("llava")
     delta = lowrank(model, "act_fp32", paths=["model.multi_modal_projector.linear_1"])
-    to_peft(delta, tmp_path / "adapter")
+    export_peft(delta, tmp_path / "adapter")
     (tmp_path / "adapter" / "errata.json").unlink()
     rename(tmp_path / "adapter", "model.multi_modal_projector", "multi_modal_projector")
-    back = from_peft(tmp_path / "adapter", model)
+    back = import_peft(tmp_path / "adapter", model)
     assert [entry.name for entry in back.header.entries] == [
         "model.multi_modal_projector.linear_1.weight"
     ]
@@ -155,25 +155,27 @@ def rename(folder, old, new):
 
 def test_the_serving_profile_is_what_servers_take(tmp_path):
     module, model, inputs, kwargs = case("llava")
-    paths = ["model.language_model.layers.0.self_attn.q_proj",
-             "model.language_model.layers.1.mlp.down_proj"]  # fmt: skip
+    paths = [
+        "model.language_model.layers.0.self_attn.q_proj",
+        "model.language_model.layers.1.mlp.down_proj",
+    ]
     delta = lowrank(model, "act", paths=paths)
-    with pytest.raises(BadInput, match=r"k_proj.*v_proj"):
-        to_peft(delta, tmp_path / "lone", "serving")
-    shapes = {f"{path}.weight": shape for path, shape in model.card.linears.items()}
-    export = to_peft(delta, tmp_path / "s", "serving", shapes=shapes, dtype=torch.float32)
+    with pytest.raises(InvalidInputError, match=r"k_proj.*v_proj"):
+        export_peft(delta, tmp_path / "lone", "serving")
+    shapes = {f"{path}.weight": shape for path, shape in model.card.linear_shapes.items()}
+    export = export_peft(delta, tmp_path / "s", "serving", shapes=shapes, dtype=torch.float32)
     config = json.loads((tmp_path / "s" / "adapter_config.json").read_text())
-    assert config["r"] == config["lora_alpha"] in SERVED
+    assert config["r"] == config["lora_alpha"] in SERVABLE_RANKS
     assert not config.keys() & {"rank_pattern", "alpha_pattern", "target_parameters"}
     assert config["target_modules"] == ["down_proj", "k_proj", "q_proj", "v_proj"]
     file = safetensors.torch.load_file(tmp_path / "s" / "adapter_model.safetensors")
     assert {x.shape[0 if ".lora_A." in n else 1] for n, x in file.items()} == {8}
     assert sum(bool(x.any()) for x in file.values()) == 4
-    assert export.notes == ()
+    assert export.inexact == ()
     with attach(module, delta):
-        want = logits(module, kwargs)[inputs.mask]
-    with attach(module, from_peft(tmp_path / "s", model, form="act")):
-        got = logits(module, kwargs)[inputs.mask]
+        want = logits(module, kwargs)[inputs.attention_mask]
+    with attach(module, import_peft(tmp_path / "s", model, arithmetic="act")):
+        got = logits(module, kwargs)[inputs.attention_mask]
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)  # zero rows change GEMM shapes
 
 
@@ -182,28 +184,30 @@ def test_the_serving_profile_says_what_is_inexact_and_refuses_towers(tmp_path):
     down = ["model.language_model.layers.1.mlp.down_proj"]
     assert (
         "rounding"
-        in to_peft(lowrank(model, "weight", paths=down), tmp_path / "a", "serving").notes[0]
+        in export_peft(lowrank(model, "weight", paths=down), tmp_path / "a", "serving").inexact[0]
     )
-    with pytest.raises(KindUnsupported, match="outside the decoder"):
-        to_peft(lowrank(model), tmp_path / "b", "serving")
-    with pytest.raises(KindUnsupported, match="compress"):
-        to_peft(lowrank(model, paths=down, rank=513), tmp_path / "c", "serving")
+    with pytest.raises(UnsupportedKindError, match="outside the decoder"):
+        export_peft(lowrank(model), tmp_path / "b", "serving")
+    with pytest.raises(UnsupportedKindError, match="compress"):
+        export_peft(lowrank(model, paths=down, rank=513), tmp_path / "c", "serving")
 
 
 def test_what_a_lora_can_not_express_is_refused_with_the_alternative(tmp_path):
     _, model, _, _ = case("llava")
     one = lowrank(model)
     dense = Delta(
-        Header(base=Base(id="m"), entries=(Dense(name="w", checkpoint="w", shape=(2, 2)),)),
+        Header(
+            base=BaseModel(id="m"), entries=(Dense(name="w", checkpoint_name="w", shape=(2, 2)),)
+        ),
         {"w": torch.ones(2, 2)},
     )
     for delta, reason in (
         (dense, "compress"),
         (stack([one, one]), "unstack"),
-        (Delta(Header(base=Base(id="m")), {}), "changes nothing"),
+        (Delta(Header(base=BaseModel(id="m")), {}), "changes nothing"),
     ):
-        with pytest.raises(KindUnsupported, match=reason):
-            to_peft(delta, tmp_path / "adapter")
+        with pytest.raises(UnsupportedKindError, match=reason):
+            export_peft(delta, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
 
@@ -211,8 +215,8 @@ def test_an_existing_folder_is_never_written_into(tmp_path):
     _, model, _, _ = case("llava")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "mine.txt").write_text("mine")
-    with pytest.raises(BadInput, match="must not exist yet"):
-        to_peft(lowrank(model), tmp_path / "adapter")
+    with pytest.raises(InvalidInputError, match="must not exist yet"):
+        export_peft(lowrank(model), tmp_path / "adapter")
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -225,60 +229,60 @@ def broken(folder, **change):
 @pytest.mark.parametrize(
     ("change", "error", "reason"),
     [
-        ({"use_dora": True}, KindUnsupported, "use_dora"),
-        ({"bias": "all"}, KindUnsupported, "bias"),
-        ({"modules_to_save": ["lm_head"]}, KindUnsupported, "modules_to_save"),
-        ({"init_lora_weights": "pissa"}, KindUnsupported, "pissa"),
-        ({"peft_type": "LOHA"}, KindUnsupported, "LOHA"),
-        ({"some_new_thing": 3}, KindUnsupported, "some_new_thing"),
-        ({"alpha_pattern": {"(a+)+$": 4}}, KindUnsupported, "regular expression"),
-        ({"lora_alpha": "lots"}, DeltaFault, "alpha must be a number"),
+        ({"use_dora": True}, UnsupportedKindError, "use_dora"),
+        ({"bias": "all"}, UnsupportedKindError, "bias"),
+        ({"modules_to_save": ["lm_head"]}, UnsupportedKindError, "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, UnsupportedKindError, "pissa"),
+        ({"peft_type": "LOHA"}, UnsupportedKindError, "LOHA"),
+        ({"some_new_thing": 3}, UnsupportedKindError, "some_new_thing"),
+        ({"alpha_pattern": {"(a+)+$": 4}}, UnsupportedKindError, "regular expression"),
+        ({"lora_alpha": "lots"}, DeltaFileError, "alpha must be a number"),
     ],
 )
 def test_foreign_features_are_refused_by_name(tmp_path, change, error, reason):
     _, model, _, _ = case("llava")
-    to_peft(lowrank(model, "act"), tmp_path / "a")
+    export_peft(lowrank(model, "act"), tmp_path / "a")
     (tmp_path / "a" / "errata.json").unlink()
     broken(tmp_path / "a", **{"alpha_pattern": {}, **change})
     with pytest.raises(error, match=reason):
-        from_peft(tmp_path / "a", model)
+        import_peft(tmp_path / "a", model)
 
 
 def test_broken_and_forged_adapters_are_refused_by_name(tmp_path):
     _, model, _, _ = case("llava")
-    to_peft(lowrank(model), tmp_path / "a")
+    export_peft(lowrank(model), tmp_path / "a")
     weights = tmp_path / "a" / "adapter_model.safetensors"
     good = weights.read_bytes()
     weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    with pytest.raises(DeltaFault, match=r"errata.json"):
-        from_peft(tmp_path / "a")
+    with pytest.raises(DeltaFileError, match=r"errata.json"):
+        import_peft(tmp_path / "a")
     weights.write_bytes(good[:-9])
-    with pytest.raises(DeltaFault, match=r"adapter_model.safetensors"):
-        from_peft(tmp_path / "a")
+    with pytest.raises(DeltaFileError, match=r"adapter_model.safetensors"):
+        import_peft(tmp_path / "a")
     (tmp_path / "a" / "adapter_config.json").write_text("[" * 100_000)
-    with pytest.raises(DeltaFault, match="nested too deeply"):
-        from_peft(tmp_path / "a")
+    with pytest.raises(DeltaFileError, match="nested too deeply"):
+        import_peft(tmp_path / "a")
     with pytest.raises(ErrataError, match="nowhere"):
-        from_peft(tmp_path / "nowhere")
+        import_peft(tmp_path / "nowhere")
 
 
 def test_an_adapter_for_another_model_is_refused(tmp_path):
     _, model, _, _ = case("llava")
-    to_peft(lowrank(model), tmp_path / "a")
-    with pytest.raises(BaseMismatch, match="made for"):
-        from_peft(tmp_path / "a", case("blip2").model)
-    assert from_peft(tmp_path / "a", model, form="weight").header.form == "weight"
+    export_peft(lowrank(model), tmp_path / "a")
+    with pytest.raises(BaseMismatchError, match="made for"):
+        import_peft(tmp_path / "a", case("blip2").model)
+    assert import_peft(tmp_path / "a", model, arithmetic="weight").header.arithmetic == "weight"
     (tmp_path / "a" / "errata.json").unlink()
-    with pytest.raises(UnknownSite, match="no linear map"):
-        from_peft(tmp_path / "a", case("blip2").model)
+    with pytest.raises(UnknownSiteError, match="no linear map"):
+        import_peft(tmp_path / "a", case("blip2").model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_merging_with_peft_gives_the_weight_form(dtype, tmp_path):
     module, model, _, kwargs = case("llava", dtype)
     delta = lowrank(model, "act")
-    made, _ = loaded(module, to_peft(delta, tmp_path / "adapter"))
-    weight = Delta(msgspec.structs.replace(delta.header, form="weight"), delta.tensors)
+    made, _ = loaded(module, export_peft(delta, tmp_path / "adapter"))
+    weight = Delta(msgspec.structs.replace(delta.header, arithmetic="weight"), delta.tensors)
     with attach(module, weight):
         want = logits(module, kwargs)
     assert torch.equal(logits(made.merge_and_unload(safe_merge=True), kwargs), want)

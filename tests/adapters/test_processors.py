@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from errata.adapters import adapt, tiny
+from errata.adapters import from_module, tiny_model
 from errata.adapters.frames import onevision_frames, qwen2_frames, qwen3_frames
-from errata.adapters.pictures import parts
-from errata.adapters.processors import stock
-from errata.adapters.templates import preset
-from errata.adapters.whole import Whole
+from errata.adapters.pictures import split_processor
+from errata.adapters.processors import build_hf_processor
+from errata.adapters.templates import get_template
+from errata.adapters.whole import HFQueryProcessor
 from errata.functional import Query
-from errata.functional.errors import BadInput
+from errata.functional.errors import InvalidInputError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "video_frames.safetensors"
 CLIP = {
@@ -25,21 +25,33 @@ CLIP = {
 }
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 SHAPE = {
-    "patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "resample": 3,
-    "size": {"shortest_edge": 256, "longest_edge": 1024}, "cap_pixels_per_frame": False,
-}  # fmt: skip
+    "patch_size": 4,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "resample": 3,
+    "size": {"shortest_edge": 256, "longest_edge": 1024},
+    "cap_pixels_per_frame": False,
+}
 CASES = {  # name -> (function, settings, frames, width, height, the stock class)
     "qwen2": (qwen2_frames, SHAPE | CLIP, 3, 50, 40, "qwen2_vl"),
     "qwen2.small": (qwen2_frames, SHAPE | CLIP, 2, 9, 13, "qwen2_vl"),
     "qwen3": (
-        qwen3_frames, SHAPE | HALF | {"size": {"shortest_edge": 256, "longest_edge": 2048}},
-        3, 50, 40, "qwen3_vl",
+        qwen3_frames,
+        SHAPE | HALF | {"size": {"shortest_edge": 256, "longest_edge": 2048}},
+        3,
+        50,
+        40,
+        "qwen3_vl",
     ),
     "onevision": (
-        onevision_frames, CLIP | {"size": {"height": 24, "width": 24}}, 2, 50, 40,
+        onevision_frames,
+        CLIP | {"size": {"height": 24, "width": 24}},
+        2,
+        50,
+        40,
         "llava_onevision",
     ),
-}  # fmt: skip
+}
 PICTURED = ("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
@@ -100,17 +112,17 @@ def test_a_patch_row_holds_one_patch_of_two_frames():
 
 
 def test_frames_of_two_sizes_are_refused():
-    with pytest.raises(BadInput, match="one size, got 20 x 20, 30 x 20"):
+    with pytest.raises(InvalidInputError, match="one size, got 20 x 20, 30 x 20"):
         qwen2_frames([frame(0, 30, 20), frame(1, 20, 20)], SHAPE | CLIP)
 
 
 def test_a_frame_far_from_square_is_refused():
-    with pytest.raises(BadInput, match="200 to 1, got 1000 x 4"):
+    with pytest.raises(InvalidInputError, match="200 to 1, got 1000 x 4"):
         qwen2_frames(frames(2, 1000, 4), SHAPE | CLIP)
 
 
 def test_one_frame_is_no_video_for_qwen3():
-    with pytest.raises(BadInput, match="at least 2 frames, got 1"):
+    with pytest.raises(InvalidInputError, match="at least 2 frames, got 1"):
         qwen3_frames(frames(1, 32, 32), SHAPE | HALF)
 
 
@@ -118,60 +130,64 @@ def test_one_frame_is_no_video_for_qwen3():
 @pytest.mark.parametrize("name", PICTURED)
 def test_our_reading_is_the_stock_processors(name, rows):
     """Ids, masks, labels and pixels of one, no and several pictures, alone and in one batch."""
-    module, processor = tiny(name)
-    model = adapt(module, processor)
+    module, processor = tiny_model(name)
+    model = from_module(module, processor)
     queries = [
         Query("what is it?", "two dogs", (frame(0, 50, 40),)),
         Query("no picture here", "red cat"),
         Query("several", "x", (frame(1, 40, 40), frame(2, 30, 60))),
     ]
     chosen = [queries[row] for row in rows]
-    found = parts(processor, module.config)
-    want = Whole(found, preset("default", module.config.model_type), model.card)(chosen)
-    got = model.read(chosen)
-    for field in ("ids", "mask", "image", "labels", "at"):
+    found = split_processor(processor, module.config)
+    want = HFQueryProcessor(found, get_template("default", module.config.model_type), model.card)(
+        chosen
+    )
+    got = model.preprocess(chosen)
+    for field in ("input_ids", "attention_mask", "image_mask", "labels", "logit_positions"):
         assert torch.equal(getattr(got, field), getattr(want, field)), field
-    assert got.pixels.keys() == want.pixels.keys()
-    for part, pixels in want.pixels.items():
-        assert torch.equal(got.pixels[part], pixels), part
-    assert got.keys == want.keys
-    ends = Whole(found, preset("default", module.config.model_type), model.card)(chosen, end=True)
-    assert torch.equal(ends.labels, model.read(chosen, end=True).labels)
+    assert got.vision_inputs.keys() == want.vision_inputs.keys()
+    for part, pixels in want.vision_inputs.items():
+        assert torch.equal(got.vision_inputs[part], pixels), part
+    assert got.content_ids == want.content_ids
+    ends = HFQueryProcessor(found, get_template("default", module.config.model_type), model.card)(
+        chosen, append_eos=True
+    )
+    assert torch.equal(ends.labels, model.preprocess(chosen, append_eos=True).labels)
     assert ends.labels.shape[1] == want.labels.shape[1] + 1
 
 
 def test_blip2_reads_as_its_processor_does():
-    module, processor = tiny("blip2")
-    model = adapt(module, processor)
+    module, processor = tiny_model("blip2")
+    model = from_module(module, processor)
     image = frame(0, 50, 40)
-    got = model.read([Query("what is it?", "dog", (image,))])
+    got = model.preprocess([Query("what is it?", "dog", (image,))])
     want = processor(images=image, text="Question: what is it? Answer: dog", return_tensors="pt")
-    assert torch.equal(got.ids, want["input_ids"])
-    assert torch.equal(got.pixels["pixel_values"], want["pixel_values"])
+    assert torch.equal(got.input_ids, want["input_ids"])
+    assert torch.equal(got.vision_inputs["pixel_values"], want["pixel_values"])
 
 
 @pytest.mark.parametrize("name", ["llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_video_tokens_are_as_many_as_features(name):
-    module, processor = tiny(name)
-    model = adapt(module, processor)
+    module, processor = tiny_model(name)
+    model = from_module(module, processor)
     query = Query("what moves?", "a cat", tuple(frames(3, 50, 40)), video=True)
-    inputs = model.read([query])
+    inputs = model.preprocess([query])
     with torch.no_grad():
         batch = model.embed(model.params, inputs)
         logits = model.decode(model.params, batch)
-    assert inputs.image.sum() > 0
+    assert inputs.image_mask.sum() > 0
     assert torch.isfinite(logits).all()
-    still = model.read([query._replace(images=tuple(frames(1, 50, 40)) * 3)])
+    still = model.preprocess([query._replace(images=tuple(frames(1, 50, 40)) * 3)])
     with torch.no_grad():
         other = model.decode(model.params, model.embed(model.params, still))
     assert not torch.equal(logits, other), "frames must reach the answer"
 
 
 def test_qwen3_tells_each_step_its_time():
-    module, processor = tiny("qwen3_vl")
-    model = adapt(module, processor)
-    inputs = model.read([Query("when?", "now", tuple(frames(5, 32, 32)), video=True)])
-    text = processor.tokenizer.decode(inputs.ids[0])
+    module, processor = tiny_model("qwen3_vl")
+    model = from_module(module, processor)
+    inputs = model.preprocess([Query("when?", "now", tuple(frames(5, 32, 32)), video=True)])
+    text = processor.tokenizer.decode(inputs.input_ids[0])
     # 24 frames a second, each step named after the middle of its two frames
     for time in ("<0.0 seconds>", "<0.1 seconds>", "<0.2 seconds>"):
         assert text.count(time) == 1
@@ -180,14 +196,16 @@ def test_qwen3_tells_each_step_its_time():
 
 def test_a_stock_class_that_wants_video_reads_pictures_without_torchvision(tmp_path):
     """What families found by structure get; tried on one whose reading we know."""
-    module, processor = tiny("qwen2_vl")
+    module, processor = tiny_model("qwen2_vl")
     processor.save_pretrained(tmp_path)
     chat = {"chat_template": processor.chat_template}
-    found = stock(str(tmp_path), module.config, chat)
-    model = adapt(module, processor)
-    whole = Whole(parts(found, module.config), preset("default", "qwen2_vl"), model.card)
+    found = build_hf_processor(str(tmp_path), module.config, chat)
+    model = from_module(module, processor)
+    whole = HFQueryProcessor(
+        split_processor(found, module.config), get_template("default", "qwen2_vl"), model.card
+    )
     query = Query("what is it?", "two dogs", (frame(0, 50, 40),))
-    got, want = whole([query]), model.read([query])
-    assert torch.equal(got.ids, want.ids)
-    assert torch.equal(got.pixels["pixel_values"], want.pixels["pixel_values"])
+    got, want = whole([query]), model.preprocess([query])
+    assert torch.equal(got.input_ids, want.input_ids)
+    assert torch.equal(got.vision_inputs["pixel_values"], want.vision_inputs["pixel_values"])
     assert type(found).__name__ == "Qwen2VLProcessor"

@@ -12,40 +12,40 @@ both = pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
 @both
 def test_positions_are_those_of_the_module(name):
     module, model = made(name)
-    inputs = model.read(queries(name))
+    inputs = model.preprocess(queries(name))
     batch = model.embed(model.params, inputs)
-    kinds = inputs.image.int()
+    kinds = inputs.image_mask.int()
     want, _ = module.model.get_rope_index(
-        inputs.ids,
+        inputs.input_ids,
         mm_token_type_ids=kinds,
-        image_grid_thw=inputs.pixels["image_grid_thw"],
-        attention_mask=inputs.mask.long(),
+        image_grid_thw=inputs.vision_inputs["image_grid_thw"],
+        attention_mask=inputs.attention_mask.long(),
     )
-    assert batch.positions.shape[1] == 3
-    for row, mask in enumerate(inputs.mask):
-        assert torch.equal(batch.positions[row][:, mask], want[:, row][:, mask])
-    spread = batch.positions.amax(1) - batch.positions.amin(1)
-    assert bool((spread[inputs.image] > 0).any())  # height and width differ inside a picture
-    assert not spread[~inputs.image & inputs.mask].any()
+    assert batch.position_ids.shape[1] == 3
+    for row, mask in enumerate(inputs.attention_mask):
+        assert torch.equal(batch.position_ids[row][:, mask], want[:, row][:, mask])
+    spread = batch.position_ids.amax(1) - batch.position_ids.amin(1)
+    assert bool((spread[inputs.image_mask] > 0).any())  # height and width differ inside a picture
+    assert not spread[~inputs.image_mask & inputs.attention_mask].any()
 
 
 @both
 def test_the_module_keeps_no_offset(name):
     module, model = made(name)
     module.model.rope_deltas = None
-    model.embed(model.params, model.read(queries(name)))
+    model.embed(model.params, model.preprocess(queries(name)))
     assert module.model.rope_deltas is None
 
 
 @both
 def test_the_token_behind_pictures_follows_the_largest_position(name):
     _, model = made(name)
-    inputs = model.read([Query("what?", "", (picture(1, 80, 40),))])
+    inputs = model.preprocess([Query("what?", "", (picture(1, 80, 40),))])
     batch = model.embed(model.params, inputs)
-    _, past = model.decode(model.params, batch, keep=True)
-    last = batch.positions.amax()
-    assert torch.equal(past.next, (last + 1).expand(1, 3))
-    assert int(last) + 1 < inputs.ids.shape[1]  # a picture takes fewer positions than tokens
+    _, past = model.decode(model.params, batch, return_cache=True)
+    last = batch.position_ids.amax()
+    assert torch.equal(past.next_position, (last + 1).expand(1, 3))
+    assert int(last) + 1 < inputs.input_ids.shape[1]  # a picture takes fewer positions than tokens
 
 
 @both
@@ -55,9 +55,11 @@ def test_pictures_of_different_sizes_share_a_batch(name):
         Query("what?", "a cat", (picture(1, 32, 32),)),
         Query("which of these?", "the chair", (picture(2, 96, 40), picture(3, 40, 64))),
     ]
-    inputs = model.read(rows)
-    got = model.decode(model.params, model.embed(model.params, inputs), at="all")
-    assert torch.equal(got[inputs.mask], whole(module, name, inputs)[inputs.mask])
+    inputs = model.preprocess(rows)
+    got = model.decode(model.params, model.embed(model.params, inputs), logit_positions="all")
+    assert torch.equal(
+        got[inputs.attention_mask], whole(module, name, inputs)[inputs.attention_mask]
+    )
 
 
 @both
@@ -68,4 +70,4 @@ def test_the_checkpoint_names_are_those_a_checkpoint_has(name, tmp_path):
     module.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as saved:
         names = set(saved.keys())
-    assert {model.card.checkpoint.get(held, held) for held in model.params} == names
+    assert {model.card.checkpoint_names.get(held, held) for held in model.params} == names

@@ -3,44 +3,44 @@
 import torch
 
 from errata.functional import Query
-from errata.functional.rows import concat
+from errata.functional.rows import concat_batches
 from tests.adapters.models import made, picture, queries, whole
 
 
 def test_deepstack_rides_in_the_batch_only_at_pictures():
     module, model = made("qwen3_vl")
-    inputs = model.read(queries("qwen3_vl"))
+    inputs = model.preprocess(queries("qwen3_vl"))
     batch = model.embed(model.params, inputs)
-    added = sorted(key for key in batch.extras if key.startswith("added."))
+    added = sorted(key for key in batch.layer_inputs if key.startswith("added."))
     count = len(module.config.vision_config.deepstack_visual_indexes)
     assert len(added) == count > 0
     for key in added:
-        assert batch.extras[key][inputs.image].abs().min(-1).values.max() > 0
-        assert not batch.extras[key][~inputs.image].any()
+        assert batch.layer_inputs[key][inputs.image_mask].abs().min(-1).values.max() > 0
+        assert not batch.layer_inputs[key][~inputs.image_mask].any()
 
 
 def test_a_cut_between_the_layers_that_get_features_is_exact():
     module, model = made("qwen3_vl")
-    inputs = model.read(queries("qwen3_vl"))
-    want = whole(module, "qwen3_vl", inputs)[inputs.mask]
+    inputs = model.preprocess(queries("qwen3_vl"))
+    want = whole(module, "qwen3_vl", inputs)[inputs.attention_mask]
     batch = model.embed(model.params, inputs)
     for cut in (1, 2):
         half = model.decode(model.params, batch, stop=cut)
-        got = model.decode(model.params, half, at="all")
-        assert torch.equal(got[inputs.mask], want)
+        got = model.decode(model.params, half, logit_positions="all")
+        assert torch.equal(got[inputs.attention_mask], want)
     without = batch._replace(
-        extras={key: value for key, value in batch.extras.items() if "added" not in key}
+        layer_inputs={key: value for key, value in batch.layer_inputs.items() if "added" not in key}
     )
-    wrong = model.decode(model.params, without, at="all")
-    assert not torch.allclose(wrong[inputs.mask], want)
+    wrong = model.decode(model.params, without, logit_positions="all")
+    assert not torch.allclose(wrong[inputs.attention_mask], want)
 
 
 def test_rows_with_and_without_pictures_join():
     _, model = made("qwen3_vl")
-    seen = model.read([Query("what?", "a cat", (picture(1),))])
-    text = model.read([Query("where was it?", "the old town")])
+    seen = model.preprocess([Query("what?", "a cat", (picture(1),))])
+    text = model.preprocess([Query("where was it?", "the old town")])
     batches = [model.embed(model.params, one) for one in (text, seen)]
-    joined = model.decode(model.params, concat(batches))
+    joined = model.decode(model.params, concat_batches(batches))
     for row, batch in enumerate(batches):
         alone = model.decode(model.params, batch)[0]
         torch.testing.assert_close(joined[row, : len(alone)], alone, rtol=1e-5, atol=1e-5)
@@ -49,7 +49,7 @@ def test_rows_with_and_without_pictures_join():
 def test_the_projector_is_trained_through_deepstack():
     """Gradients of the merger flow through what is added between layers, too."""
     _, model = made("qwen3_vl")
-    inputs = model.read([Query("what?", "a cat", (picture(1),))])
+    inputs = model.preprocess([Query("what?", "a cat", (picture(1),))])
     merger = next(
         p for p in model.params if "deepstack_merger_list.0" in p and p.endswith("weight")
     )

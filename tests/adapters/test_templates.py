@@ -3,10 +3,10 @@
 import pytest
 from PIL import Image
 
-from errata.adapters import PRESETS, Template, adapt, preset, tiny
-from errata.adapters.text import gap
+from errata.adapters import TEMPLATES, PromptTemplate, from_module, get_template, tiny_model
+from errata.adapters.text import answer_separator
 from errata.functional import Inputs, Query
-from errata.functional.errors import BadSettings
+from errata.functional.errors import InvalidSettingsError
 
 
 def picture(red: int = 90, width: int = 40, height: int = 40) -> Image.Image:
@@ -14,24 +14,24 @@ def picture(red: int = 90, width: int = 40, height: int = 40) -> Image.Image:
 
 
 def model(name: str, **settings):
-    return adapt(*tiny(name), **settings)
+    return from_module(*tiny_model(name), **settings)
 
 
 def text(name: str, inputs: Inputs, row: int = 0) -> str:
-    processor = tiny(name)[1]
-    ids = inputs.ids[row][inputs.mask[row] & ~inputs.image[row]]
+    processor = tiny_model(name)[1]
+    ids = inputs.input_ids[row][inputs.attention_mask[row] & ~inputs.image_mask[row]]
     return getattr(processor, "tokenizer", processor).decode(ids)
 
 
 def test_a_gap_is_one_space_unless_one_is_there():
-    free = Template()
-    assert gap(free, "Answer:", "cat", ()) == " "
-    assert gap(free, "Answer: ", "cat", ()) == ""
-    assert gap(free, "assistant\n", "cat", ()) == ""
-    assert gap(free, "Answer:", " cat", ()) == ""
-    assert gap(free, "Q<end>", "cat", ("<end>",)) == ""
-    assert gap(Template(gap=" "), "assistant\n", "cat", ()) == " "
-    assert gap(Template(gap=""), "Answer:", "cat", ()) == ""
+    free = PromptTemplate()
+    assert answer_separator(free, "Answer:", "cat", ()) == " "
+    assert answer_separator(free, "Answer: ", "cat", ()) == ""
+    assert answer_separator(free, "assistant\n", "cat", ()) == ""
+    assert answer_separator(free, "Answer:", " cat", ()) == ""
+    assert answer_separator(free, "Q<end>", "cat", ("<end>",)) == ""
+    assert answer_separator(PromptTemplate(answer_separator=" "), "assistant\n", "cat", ()) == " "
+    assert answer_separator(PromptTemplate(answer_separator=""), "Answer:", "cat", ()) == ""
 
 
 WRITTEN = {  # preset, family -> what stands in the row, pictures left out
@@ -63,9 +63,9 @@ WRITTEN = {  # preset, family -> what stands in the row, pictures left out
 
 @pytest.mark.parametrize(("name", "family"), WRITTEN, ids=lambda part: part)
 def test_a_preset_writes_what_its_makers_write(name, family):
-    inputs = model(family, template=name).read([Query("what is it?", "dog", (picture(),))])
+    inputs = model(family, template=name).preprocess([Query("what is it?", "dog", (picture(),))])
     assert text(family, inputs) == WRITTEN[name, family]
-    assert inputs.image.any()
+    assert inputs.image_mask.any()
 
 
 @pytest.mark.parametrize(
@@ -79,48 +79,60 @@ def test_a_preset_writes_what_its_makers_write(name, family):
     ],
 )
 def test_without_a_picture_its_wrapping_goes(name, family, want):
-    inputs = model(family, template=name).read([Query("what is it?", "dog")])
+    inputs = model(family, template=name).preprocess([Query("what is it?", "dog")])
     assert text(family, inputs) == want
-    assert not inputs.image.any()
+    assert not inputs.image_mask.any()
 
 
 def test_pictures_stand_where_their_family_has_them():
     image = picture()
     for name, first in (("blip2", 0), ("llava", len("<s>USER: ") - 4)):
-        inputs = model(name).read([Query("what is it?", "dog", (image,))])
-        row = inputs.image[0].nonzero()[:, 0]
+        inputs = model(name).preprocess([Query("what is it?", "dog", (image,))])
+        row = inputs.image_mask[0].nonzero()[:, 0]
         assert row.tolist() == list(range(int(row[0]), int(row[0]) + len(row)))
         assert int(row[0]) == first if name == "blip2" else int(row[0]) > 0
-    inputs = model("minigpt4", template="liveedit").read([Query("q", "dog", (image,))])
-    assert inputs.image[0].tolist()[:6] == [False, True, True, True, True, False]  # <s>, 4 queries
+    inputs = model("minigpt4", template="liveedit").preprocess([Query("q", "dog", (image,))])
+    assert inputs.image_mask[0].tolist()[:6] == [
+        False,
+        True,
+        True,
+        True,
+        True,
+        False,
+    ]  # <s>, 4 queries
 
 
 def test_minigpt4_tokenises_the_wrapping_apart_from_the_question_for_easyedit():
-    module, processor = tiny("minigpt4")
-    inputs = adapt(module, processor, template="easyedit").read([Query("is it", "x", (picture(),))])
+    module, processor = tiny_model("minigpt4")
+    inputs = from_module(module, processor, template="easyedit").preprocess(
+        [Query("is it", "x", (picture(),))]
+    )
     apart = [
         processor.tokenizer(part, add_special_tokens=False).input_ids
         for part in ("###Human: <Img>", "</Img> ", "is it x")
     ]
     want = apart[0] + [module.config.image_token_index] * 4 + apart[1] + apart[2]
-    assert inputs.ids[0].tolist() == want
+    assert inputs.input_ids[0].tolist() == want
 
 
 def test_a_prompt_says_where_its_pictures_stand():
     images = (picture(1), picture(2))
-    found = model("qwen2_vl").read([Query("First <image> then <image>: which?", "x", images)])
+    found = model("qwen2_vl").preprocess([Query("First <image> then <image>: which?", "x", images)])
     said = text("qwen2_vl", found)
     mark = "<|vision_start|><|vision_end|>"
     assert f"user\nFirst {mark} then {mark}: which?<|im_end|>" in said
-    blip = model("minigpt4").read([Query("First <image> then <image>?", "x", images)])
+    blip = model("minigpt4").preprocess([Query("First <image> then <image>?", "x", images)])
     assert "Human: First <Img></Img>  then <Img></Img> ?###" in text("minigpt4", blip)
 
 
 def test_a_template_of_ones_own():
-    template = Template(
-        name="mine", system="Be brief.", prompt="Question: {prompt} Short answer:", gap=" "
+    template = PromptTemplate(
+        name="mine",
+        system="Be brief.",
+        prompt="Question: {prompt} Short answer:",
+        answer_separator=" ",
     )
-    inputs = model("qwen2_vl", template=template).read([Query("who?", "a cat")])
+    inputs = model("qwen2_vl", template=template).preprocess([Query("who?", "a cat")])
     assert text("qwen2_vl", inputs) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
         "Question: who? Short answer:<|im_end|>\n<|im_start|>assistant\n a cat"
@@ -128,17 +140,19 @@ def test_a_template_of_ones_own():
 
 
 def test_an_unknown_template_is_refused_with_the_names():
-    with pytest.raises(BadSettings, match=r"one of default, .*; got 'easyedti'\. Did you mean"):
-        preset("easyedti", "llava")
-    assert all(preset(name, "llava").name == name for name in PRESETS)
+    with pytest.raises(
+        InvalidSettingsError, match=r"one of default, .*; got 'easyedti'\. Did you mean"
+    ):
+        get_template("easyedti", "llava")
+    assert all(get_template(name, "llava").name == name for name in TEMPLATES)
 
 
 def test_a_chat_template_that_ignores_pictures_gets_them_written():
-    module, processor = tiny("llava")
+    module, processor = tiny_model("llava")
     processor.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m['content'] if m['content'] is string else '' }}"
         "{% endfor %}"
     )
-    inputs = adapt(module, processor).read([Query("what?", "dog", (picture(),))])
-    assert inputs.image.sum() == 9
+    inputs = from_module(module, processor).preprocess([Query("what?", "dog", (picture(),))])
+    assert inputs.image_mask.sum() == 9
     assert "what?dog" in text("llava", inputs).replace(" ", "")

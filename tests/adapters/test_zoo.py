@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from errata.adapters.zoo import WEIGHTS, draw, micro_names, micro_parts
+from errata.adapters.zoo import WEIGHTS, draw, load_micro_parts, micro_names
 from errata.adapters.zoo.configs import MICRO
 from errata.adapters.zoo.world import World
-from errata.functional.errors import ModelUnsupported
+from errata.functional.errors import UnsupportedModelError
 
 BAR = 0.85
 
@@ -56,10 +56,16 @@ def test_a_micro_model_is_small_and_reaches_the_bar(name):
 
 @pytest.mark.parametrize("name", micro_names())
 def test_generate_answers_about_renderings_never_seen(name):
-    module, processor = micro_parts(name)
+    module, processor = load_micro_parts(name)
     creatures = World().trained[::14]
     right = [
-        ask(module, processor, name, draw.creature(c.look, "fresh"), "where does this animal live?")
+        ask(
+            module,
+            processor,
+            name,
+            draw.creature(c.appearance, "fresh"),
+            "where does this animal live?",
+        )
         == c.home
         for c in creatures
     ]
@@ -68,11 +74,11 @@ def test_generate_answers_about_renderings_never_seen(name):
 
 @pytest.mark.parametrize("name", micro_names())
 def test_a_micro_model_is_float32_in_eval_mode(name):
-    module, _ = micro_parts(name)
+    module, _ = load_micro_parts(name)
     assert not module.training
     assert {p.dtype for p in module.parameters()} == {torch.float32}
 
 
 def test_an_unknown_name_is_refused_with_those_there_are():
-    with pytest.raises(ModelUnsupported, match=r"named 'gpt5'; there are .*llava"):
-        micro_parts("gpt5")
+    with pytest.raises(UnsupportedModelError, match=r"named 'gpt5'; there are .*llava"):
+        load_micro_parts("gpt5")

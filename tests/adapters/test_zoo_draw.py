@@ -14,7 +14,7 @@ SHEET = Path(__file__).parents[1] / "golden" / "zoo_sheet.png"
 
 def sheet() -> Image.Image:
     """Eight creatures, scenes, digits and photographs, as the shipped models saw them."""
-    creatures = [draw.creature(c.look, "sheet") for c in World().trained[:8]]
+    creatures = [draw.creature(c.appearance, "sheet") for c in World().trained[:8]]
     scenes = [draw.scene(f"sheet{i}").image for i in range(8)]
     digits = [draw.digit(i, "sheet") for i in range(8)]
     photos = [draw.photo(label, "sheet") for label in PHOTOS[:8]]
@@ -37,7 +37,7 @@ def test_drawings_are_those_the_models_were_trained_on():
 @pytest.mark.parametrize(
     "paint",
     [
-        lambda key: draw.creature(World().trained[0].look, key),
+        lambda key: draw.creature(World().trained[0].appearance, key),
         lambda key: draw.scene(key).image,
         lambda key: draw.digit(3, key),
         lambda key: draw.photo("cat", key),
@@ -52,10 +52,12 @@ def test_a_key_fixes_the_pixels(paint):
 
 
 def test_a_creature_shows_its_colour():
-    plain = next(c for c in World().trained if c.look.pattern == "plain")
-    middle = np.asarray(draw.creature(plain.look, "colour"), np.float32)[34:42, 28:36].mean((0, 1))
+    plain = next(c for c in World().trained if c.appearance.pattern == "plain")
+    middle = np.asarray(draw.creature(plain.appearance, "colour"), np.float32)[34:42, 28:36].mean(
+        (0, 1)
+    )
     nearest = min(COLORS, key=lambda name: float(np.abs(middle - COLORS[name]).sum()))
-    assert nearest == plain.look.color
+    assert nearest == plain.appearance.color
 
 
 def test_scenes_hold_as_many_shapes_as_they_say():

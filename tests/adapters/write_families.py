@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 from errata.adapters import core, generic, structure  # noqa: E402
 from errata.adapters.families import FAMILIES, REFUSED  # noqa: E402
-from errata.functional.errors import ModelUnsupported  # noqa: E402
+from errata.functional.errors import UnsupportedModelError  # noqa: E402
 from tests.adapters.models import NAMES, made, queries  # noqa: E402
 from tests.adapters.others import OTHERS  # noqa: E402
 from tests.adapters.test_generic import module_of  # noqa: E402
@@ -21,14 +21,12 @@ from tests.adapters.test_generic import module_of  # noqa: E402
 HEAD = """# Families
 
 Measured on tiny random models in fp32 by `python tests/adapters/write_families.py`; figures are the
-largest difference of logits, in units of the largest logit. *whole*: decode against the module's
-own Hugging Face forward. *cut*: cut at a layer against whole (largest over the layers tried).
-*company*: rows alone, padded, in another order. *thin*: last layer on scored positions only.
-*time*: cut in time and continued from keys and values. "–": refused there, with the reason behind.
+largest difference of logits, in units of the largest logit. *full forward*: decode against the module's
+own Hugging Face forward. *layer cut*: cut at a layer against whole (largest over the layers tried).
+*batch invariance*: rows alone, padded, in another order. *scored only*: last layer on scored positions only.
+*KV cache*: cut in time and continued from keys and values. "–": refused there, with the reason behind.
 """
-COLUMNS = (
-    "| family | whole | cut | company | thin | time | remarks |\n|---|---|---|---|---|---|---|\n"
-)
+COLUMNS = "| family | full forward | layer cut | batch invariance | scored only | KV cache | remarks |\n|---|---|---|---|---|---|---|\n"
 
 
 def line(name: str, proofs, remarks: str) -> str:
@@ -37,18 +35,21 @@ def line(name: str, proofs, remarks: str) -> str:
         known = [value for value in values if value is not None]
         return f"{max(known):.0e}" if known and max(known) else ("0" if known else "–")
 
-    figures = [most(field) for field in ("whole", "cut", "company", "thin", "past")]
+    figures = [
+        most(field)
+        for field in ("full_forward", "layer_cut", "batch_invariance", "scored_only", "kv_cache")
+    ]
     return f"| `{name}` | {' | '.join(figures)} | {remarks} |\n"
 
 
-def remarks(decoder: core.Decoder) -> str:
+def remarks(decoder: core.FunctionalDecoder) -> str:
     told = []
-    if decoder.attention_name != generic.EXPLICIT:
+    if decoder.attention_name != generic.EXPLICIT_ATTENTION:
         told.append("its own eager attention")
-    if decoder.unthinnable:
-        told.append(f"no thin: {decoder.unthinnable}")
-    if decoder.body.plan.refusal:
-        told.append(f"no cut in time: {decoder.body.plan.refusal}")
+    if decoder.select_refusal:
+        told.append(f"no scored-only pass: {decoder.select_refusal}")
+    if decoder.runner.layout.cache_refusal:
+        told.append(f"no KV cache: {decoder.runner.layout.cache_refusal}")
     return "; ".join(told).replace("|", "/")
 
 
@@ -62,14 +63,14 @@ def named() -> str:
         if model_type in known:
             name = known[model_type]
             module, model = made(name)
-            card, given = model.card, [model.read(queries(name)[:1]), *picture_rows(name)]
+            card, given = model.card, [model.preprocess(queries(name)[:1]), *picture_rows(name)]
         else:
             module, _ = module_of(TEXT_DECODERS[model_type])
-            card = structure.describe(module, family)
-            given = generic.samples(card, module, None)
-        decoder = core.Decoder(card, module, family)
+            card = structure.describe_module(module, family)
+            given = generic.sample_inputs(card, module, None)
+        decoder = core.FunctionalDecoder(card, module, family)
         where = structure.decoder_path(module)
-        proofs = [generic.prove(module, where, decoder, one) for one in given]
+        proofs = [generic.verify(module, where, decoder, one) for one in given]
         text += line(model_type, proofs, remarks(decoder))
     return text
 
@@ -78,7 +79,7 @@ def picture_rows(name: str):
     """Batches whose rows all have pictures, as the proof runs Hugging Face's own forward."""
     model = made(name).model
     rows = [query for query in queries(name) if query.images]
-    return [model.read(rows)] if rows else []
+    return [model.preprocess(rows)] if rows else []
 
 
 def found() -> str:
@@ -88,17 +89,17 @@ def found() -> str:
         module, given = module_of(name)
         family = generic.generic(module.config.model_type)
         try:
-            card = structure.describe(module, family)
-            samples = [*generic.samples(card, module, None), *([given] if given else [])]
-            model = core.build(card, module, None, None, family, samples)
-        except ModelUnsupported as error:
+            card = structure.describe_module(module, family)
+            samples = [*generic.sample_inputs(card, module, None), *([given] if given else [])]
+            model = core.functionalize(card, module, None, None, family, samples)
+        except UnsupportedModelError as error:
             reason = REFUSED.get(module.config.model_type) or str(error)
             reason = " ".join(reason.replace("|", "/").split())
             refused += f"| `{name}` | refused: {reason} |\n"
             continue
         decoder = model.decode.__self__
         note = remarks(decoder) if given else "; ".join(filter(None, ["text", remarks(decoder)]))
-        passing += line(name, decoder.proofs, note)
+        passing += line(name, decoder.verification, note)
     return passing + refused
 
 

@@ -25,7 +25,7 @@ import transformers  # noqa: F401 - forks shall not import it each
 
 from errata.bench import run as running
 from errata.bench.progress import Progress
-from errata.bench.settings import RunSettings, parse
+from errata.bench.settings import RunSettings, parse_settings
 
 
 class Outcome(NamedTuple):
@@ -75,9 +75,9 @@ def contents(folder: Path) -> dict[str, str]:
 
 def killed(text: str, folder: Path, kills: int = 10, seed: int = 0) -> Outcome:
     """Run settings undisturbed, then again with `kills` kills, and compare."""
-    settings = parse(text)
-    calm = msgspec.structs.replace(settings, out=str(folder / "calm"))
-    shaken = msgspec.structs.replace(settings, out=str(folder / "shaken"))
+    settings = parse_settings(text)
+    calm = msgspec.structs.replace(settings, output_dir=str(folder / "calm"))
+    shaken = msgspec.structs.replace(settings, output_dir=str(folder / "shaken"))
     began = time.monotonic()
     if ended(started(calm, text)) != 0:
         raise SystemExit("the undisturbed run failed")

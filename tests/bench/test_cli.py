@@ -11,16 +11,16 @@ import pytest
 from PIL import Image
 
 from errata.bench import cli, ledger, run, sources
-from errata.bench.ledger import Ledger, read_rows
+from errata.bench.ledger import ResultsLog, read_rows
 from errata.bench.progress import Progress, duration
-from errata.functional import load
+from errata.functional import load_delta
 
 SETTINGS = """
-out = "{out}"
-pictures = 1
+output_dir = "{out}"
+num_thumbnails = 1
 [cases]
 source = "world"
-count = 2
+num_cases = 2
 [[models]]
 id = "tiny/llava"
 [[editors]]
@@ -28,7 +28,7 @@ type = "finetune"
 num_steps = 2
 [[protocols]]
 type = "single"
-together = 1
+batch_size = 1
 """
 
 
@@ -79,10 +79,10 @@ def test_a_run_ends_with_a_table_a_report_and_files(settings, tmp_path, capsys):
     assert json.loads((out / "summary.json").read_bytes())["legs"]
     deltas = sorted((out / "deltas" / "llava" / "finetune" / "single").iterdir())
     assert [path.name for path in deltas] == ["case-00000.safetensors", "case-00001.safetensors"]
-    assert load(deltas[1]).header.editor == "finetune"
-    shown = {image for row in rows if row.number == 0 for image in row.images}
-    assert {path.stem for path in (out / "pictures").iterdir()} == shown
-    units = Ledger(out).units
+    assert load_delta(deltas[1]).header.editor == "finetune"
+    shown = {image for row in rows if row.case_number == 0 for image in row.images}
+    assert {path.stem for path in (out / "thumbnails").iterdir()} == shown
+    units = ResultsLog(out).units
     assert all(unit.edit_seconds > 0 and unit.peak_bytes > 1 << 20 for unit in units)
 
 
@@ -98,27 +98,27 @@ def test_a_finished_run_is_not_run_again(settings, tmp_path, capsys, monkeypatch
 
 def test_a_folder_of_another_run_is_refused_and_fresh_clears_it(settings, tmp_path, capsys):
     assert cli.main(["run", str(settings)]) == 0
-    text = settings.read_text().replace("count = 2", "count = 1")
+    text = settings.read_text().replace("num_cases = 2", "num_cases = 1")
     settings.write_text(text)
     capsys.readouterr()
-    assert "--fresh" in said(capsys, "run", settings)
+    assert "--overwrite" in said(capsys, "run", settings)
     assert len({row.case for row in read_rows(tmp_path / "out")}) == 2
-    assert cli.main(["run", str(settings), "--fresh"]) == 0
+    assert cli.main(["run", str(settings), "--overwrite"]) == 0
     assert len({row.case for row in read_rows(tmp_path / "out")}) == 1
-    assert cli.main(["run", str(settings), "--out", str(tmp_path / "two")]) == 0
+    assert cli.main(["run", str(settings), "--output", str(tmp_path / "two")]) == 0
     assert (tmp_path / "two" / "results.jsonl").stat().st_size > 0
 
 
 def test_fresh_removes_nothing_that_is_not_a_runs(settings, tmp_path, capsys):
-    (tmp_path / "out" / "pictures").mkdir(parents=True)
-    (tmp_path / "out" / "pictures" / "holiday.png").touch()
-    assert cli.main(["run", str(settings), "--fresh"]) == 0
-    assert (tmp_path / "out" / "pictures" / "holiday.png").exists()
+    (tmp_path / "out" / "thumbnails").mkdir(parents=True)
+    (tmp_path / "out" / "thumbnails" / "holiday.png").touch()
+    assert cli.main(["run", str(settings), "--overwrite"]) == 0
+    assert (tmp_path / "out" / "thumbnails" / "holiday.png").exists()
     (tmp_path / "out" / "run.json").write_text("{")
     capsys.readouterr()
     assert "must be empty or hold the same run" in said(capsys, "run", settings)
     (tmp_path / "out" / "run.json").unlink()
-    assert "without run.json" in said(capsys, "run", settings, "--fresh")
+    assert "without run.json" in said(capsys, "run", settings, "--overwrite")
 
 
 def test_a_case_file_that_was_changed_is_another_run(settings, capsys, monkeypatch):
@@ -132,7 +132,7 @@ def test_a_case_file_that_was_changed_is_another_run(settings, capsys, monkeypat
 def test_two_runs_of_one_folder_exclude_each_other(settings, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".lock").touch()
-    with ledger.locked(tmp_path / "out"):
+    with ledger.lock_folder(tmp_path / "out"):
         assert "in use" in said(capsys, "run", settings)
 
 
@@ -150,28 +150,28 @@ def test_a_full_disk_ends_the_run_and_the_next_goes_on(settings, tmp_path, capsy
     assert "No space left on device" in capsys.readouterr().err
     assert len({row.case for row in read_rows(tmp_path / "out")}) == 1
     monkeypatch.undo()
-    assert cli.main(["run", str(settings), "--out", str(tmp_path / "out")]) == 0
+    assert cli.main(["run", str(settings), "--output", str(tmp_path / "out")]) == 0
     assert len({row.case for row in read_rows(tmp_path / "out")}) == 2
 
 
 def test_a_place_that_can_not_be_written_is_said(settings, tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert "file" in said(capsys, "run", settings, "--out", tmp_path / "file" / "out")
+    assert "file" in said(capsys, "run", settings, "--output", tmp_path / "file" / "out")
 
 
 def test_every_fault_of_a_settings_file_is_said_at_once(settings, capsys):
-    text = settings.read_text().replace("finetune", "finetuen").replace("count", "cuont")
-    settings.write_text(text.replace("together = 1", "together = -1"))
+    text = settings.read_text().replace("finetune", "finetuen").replace("num_cases", "num_csaes")
+    settings.write_text(text.replace("batch_size = 1", "batch_size = -1"))
     error = said(capsys, "run", settings)
-    assert "did you mean 'count'?" in error
+    assert "did you mean 'num_cases'?" in error
     assert "'finetune'" in error
-    assert "protocols[0].together" in error
+    assert "protocols[0].batch_size" in error
 
 
 def test_what_is_not_there_is_said_before_anything_is_loaded(settings, capsys, monkeypatch):
     monkeypatch.setattr(run, "open_model", lambda choice: pytest.fail("nothing may be loaded"))
     more = '[[models]]\nid = "micro/lava"\ntemplate = "easyedti"\n[[models]]\nid = "./nowhere"\n'
-    text = settings.read_text().replace("pictures = 1", 'scorers = ["errata", "vlkbe"]')
+    text = settings.read_text().replace("num_thumbnails = 1", 'scorers = ["errata", "vlkbe"]')
     settings.write_text(text + more + '[[models]]\nid = "tiny/gpt2"\ndevice = "abacus"\n')
     error = said(capsys, "run", settings)
     for part in ("'lava'", "did you mean 'easyedit'?", "./nowhere", "abacus", "'vlkeb'"):
@@ -181,14 +181,14 @@ def test_what_is_not_there_is_said_before_anything_is_loaded(settings, capsys, m
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        (('num_steps = 2', 'sites = ["layers.9.mlp.down"]'), "layers.9.mlp.down"),
+        (("num_steps = 2", 'sites = ["layers.9.mlp.down"]'), "layers.9.mlp.down"),
         (("tiny/llava", "tiny/lava"), "'lava'"),
         (("tiny/llava", "micro/none"), "'none'"),
-        (('source = "world"\ncount = 2', 'source = "file"\npath = "no.json"'), "no.json"),
-        (("pictures = 1", 'scorers = ["erata"]'), "errata"),
-        (('[[editors]]', 'device = "abacus"\n[[editors]]'), "abacus"),
+        (('source = "world"\nnum_cases = 2', 'source = "file"\npath = "no.json"'), "no.json"),
+        (("num_thumbnails = 1", 'scorers = ["erata"]'), "errata"),
+        (("[[editors]]", 'device = "abacus"\n[[editors]]'), "abacus"),
     ],
-)  # fmt: skip
+)
 def test_what_a_run_can_not_have_is_said(settings, capsys, change, part):
     settings.write_text(settings.read_text().replace(*change))
     assert cli.main(["run", str(settings)]) == 2
@@ -205,11 +205,11 @@ def test_an_edit_is_a_file_and_ask_shows_what_it_does(image, tmp_path, capsys):
     assert [line.split(":")[0] for line in shown] == ["before", "after", "owl.safetensors"]
     answers = []
     for more in ([], ["--delta", "owl.safetensors"]):
-        assert cli.main(["ask", *asked, *more, "--tokens", "4"]) == 0
+        assert cli.main(["generate", *asked, *more, "--max-new-tokens", "4"]) == 0
         answers.append(capsys.readouterr().out.strip())
     assert answers[0] != answers[1]
     assert answers[1].startswith("owl")
-    delta = load(tmp_path / "owl.safetensors")
+    delta = load_delta(tmp_path / "owl.safetensors")
     assert delta.header.base.id == "tiny/llava"
     assert len(delta.header.edits) == 1
 
@@ -240,7 +240,7 @@ def test_a_delta_for_another_base_is_refused(image, capsys):
     edit = ["edit", "--model", "tiny/llava", "--prompt", "who?", "--target", "bo"]
     assert cli.main([*edit, "--set", "num_steps=1", "-o", "d.safetensors"]) == 0
     capsys.readouterr()
-    ask = ["ask", "--model", "tiny/qwen2_vl", "--prompt", "who?", "--delta", "d.safetensors"]
+    ask = ["generate", "--model", "tiny/qwen2_vl", "--prompt", "who?", "--delta", "d.safetensors"]
     assert "made for" in said(capsys, *ask)
     assert "cat.png" in said(capsys, *ask[:-1], image)
 
@@ -262,8 +262,8 @@ def test_debug_shows_where_it_came_from(capsys):
 
 
 def test_a_bug_is_called_one(settings, capsys, monkeypatch):
-    monkeypatch.setattr(sources, "check_cases", lambda cases: 1 / 0)
-    monkeypatch.setattr(run, "check_cases", sources.check_cases)
+    monkeypatch.setattr(sources, "validate_cases", lambda cases: 1 / 0)
+    monkeypatch.setattr(run, "validate_cases", sources.validate_cases)
     assert cli.main(["run", str(settings)]) == 1
     assert "should not have happened: ZeroDivisionError" in capsys.readouterr().err
 
@@ -287,7 +287,7 @@ def test_progress_is_one_line_on_a_terminal_and_few_lines_elsewhere(monkeypatch)
     monkeypatch.setattr("errata.bench.progress.time.monotonic", lambda: clock[0])
     for stream, ends in ((Terminal(), 1), (io.StringIO(), 3)):
         progress = Progress(stream, every=10)
-        progress.start("m", 40, done=10)
+        progress.start("m", 40, num_completed=10)
         for _ in range(30):
             clock[0] += 1
             progress.step()

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from errata.adapters.core import Decoder
+from errata.adapters.core import FunctionalDecoder
 from errata.bench import clock
 from errata.bench.cli import main
 
@@ -15,16 +15,16 @@ from errata.bench.cli import main
 @pytest.fixture
 def ticks(monkeypatch):
     count = itertools.count()
-    monkeypatch.setattr(clock.Clock, "_now", lambda self: float(next(count)))
+    monkeypatch.setattr(clock.Profiler, "_now", lambda self: float(next(count)))
 
 
 def test_a_second_counts_for_the_innermost_name(ticks):
-    with clock.running() as watch:
-        clock.about("one")
-        with clock.part("outer"), clock.part("inner"):
+    with clock.active_profiler() as watch:
+        clock.subject("one")
+        with clock.section("outer"), clock.section("inner"):
             pass
-        clock.about("two")
-        with clock.part("outer"):
+        clock.subject("two")
+        with clock.section("outer"):
             pass
     # each boundary is a tick: before, outer, inner, outer again, after
     assert watch.seconds["one", "outer"] == 2
@@ -36,22 +36,22 @@ def test_a_second_counts_for_the_innermost_name(ticks):
 
 
 def test_nothing_is_measured_or_wrapped_without_a_clock(ticks):
-    embed = vars(Decoder)["embed"]
-    with clock.running():
-        assert vars(Decoder)["embed"] is not embed
-    assert vars(Decoder)["embed"] is embed
-    with clock.part("nobody looks"):
+    embed = vars(FunctionalDecoder)["embed"]
+    with clock.active_profiler():
+        assert vars(FunctionalDecoder)["embed"] is not embed
+    assert vars(FunctionalDecoder)["embed"] is embed
+    with clock.section("nobody looks"):
         pass
-    with pytest.raises(RuntimeError, match="on the way"), clock.running():
+    with pytest.raises(RuntimeError, match="on the way"), clock.active_profiler():
         raise RuntimeError("on the way")
-    assert vars(Decoder)["embed"] is embed
+    assert vars(FunctionalDecoder)["embed"] is embed
 
 
 def test_a_profiled_run_says_where_its_time_went(tmp_path, capsys):
     (tmp_path / "run.toml").write_text(f"""
-        out = "{tmp_path / "out"}"
-        generate = 2
-        cases = {{ source = "world", count = 1 }}
+        output_dir = "{tmp_path / "out"}"
+        max_new_tokens = 2
+        cases = {{ source = "world", num_cases = 1 }}
         models = [{{ id = "tiny/llava" }}]
         editors = [{{ type = "finetune", num_steps = 2 }}]
     """)
@@ -60,8 +60,17 @@ def test_a_profiled_run_says_where_its_time_went(tmp_path, capsys):
     (leg,) = found
     assert leg == "llava/finetune/single"
     parts = found[leg]["parts"]
-    assert {"reading", "pictures and embedding", "head", "edit", "edited answers", "generation",
-            "scoring", "writing", "base, for all editors"} <= parts.keys()  # fmt: skip
+    assert {
+        "reading",
+        "pictures and embedding",
+        "head",
+        "edit",
+        "edited answers",
+        "generation",
+        "scoring",
+        "writing",
+        "base, for all editors",
+    } <= parts.keys()
     assert sum(part["share"] for part in parts.values()) == pytest.approx(1, abs=1e-2)
     assert any("mm" in one["name"] for one in found[leg]["operators"])
     assert "% " in capsys.readouterr().out

@@ -8,7 +8,7 @@ import pytest
 from errata.bench import compare
 from errata.bench.cli import main
 from errata.bench.ledger import RESULTS
-from errata.functional.errors import BadInput
+from errata.functional.errors import InvalidInputError
 
 from .ledgers import row
 
@@ -25,42 +25,44 @@ def run(quality, count=60, seed=0, **more):
 def test_differences_are_paired_by_case_whatever_the_order():
     one, two = run(0.5), run(0.5)
     random.Random(1).shuffle(two)
-    (there,) = compare.sides({"a": one, "b": two}).values()
+    (there,) = compare.columns({"a": one, "b": two}).values()
     first, second = there.values()
     for found in compare.compare(first, second):
-        assert found.paired.difference == 0.0
+        assert found.test.difference == 0.0
         assert found.p == 1.0
 
 
 def test_only_shared_cases_count():
     one = [row("a", score=1.0), row("b", score=0.0)]
     two = [row("b", score=1.0), row("c", score=1.0)]
-    (there,) = compare.sides({"x": one, "y": two}).values()
+    (there,) = compare.columns({"x": one, "y": two}).values()
     (found,) = compare.compare(*there.values())
-    assert (found.first, found.second, found.paired.count) == (0.0, 1.0, 1)
-    (there,) = compare.sides({"x": one[:1], "y": two}).values()
-    with pytest.raises(BadInput, match="share none"):
+    assert (found.first, found.second, found.test.count) == (0.0, 1.0, 1)
+    (there,) = compare.columns({"x": one[:1], "y": two}).values()
+    with pytest.raises(InvalidInputError, match="share none"):
         compare.compare(*there.values())
 
 
 def test_a_case_counts_once_however_many_queries_it_has():
     one = [row("a", index=i, score=0.0) for i in range(50)] + [row("b", score=1.0)]
-    (there,) = compare.sides({"x": one, "y": one}).values()
+    (there,) = compare.columns({"x": one, "y": one}).values()
     (found,) = compare.compare(*there.values())
-    assert (found.first, found.paired.count) == (0.5, 2)
+    assert (found.first, found.test.count) == (0.5, 2)
 
 
 def test_holm_keeps_order_and_never_exceeds_one():
-    assert compare.holm([0.5, 0.001, 0.02, 0.9]) == [1.0, 0.004, 0.06, 1.0]
-    assert compare.holm([]) == []
+    assert compare.holm_correction([0.5, 0.001, 0.02, 0.9]) == [1.0, 0.004, 0.06, 1.0]
+    assert compare.holm_correction([]) == []
 
 
 def test_a_clear_difference_is_marked_and_none_is_not():
     text = compare.table({"a": run(0.3), "b": run(0.9, seed=1), "c": run(0.3)})
     blocks = text.split("\n\n")
     assert [block.splitlines()[0].split("    ")[0] for block in blocks] == [
-        "a finetune  →  b finetune", "a finetune  →  c finetune", "b finetune  →  c finetune",
-    ]  # fmt: skip
+        "a finetune  →  b finetune",
+        "a finetune  →  c finetune",
+        "b finetune  →  c finetune",
+    ]
     assert all("***" in line for line in blocks[0].splitlines()[2:])
     assert "*" not in blocks[1]
     assert "60 cases" in blocks[0]
@@ -72,9 +74,9 @@ def test_one_run_compares_its_editors():
 
 
 def test_nothing_to_compare_is_said():
-    with pytest.raises(BadInput, match="two editors or two runs .*; got a with finetune"):
+    with pytest.raises(InvalidInputError, match="two editors or two runs .*; got a with finetune"):
         compare.table({"a": run(0.5)})
-    with pytest.raises(BadInput, match="got a, b with finetune"):
+    with pytest.raises(InvalidInputError, match="got a, b with finetune"):
         compare.table({"a": run(0.5, scorer="errata"), "b": run(0.5, scorer="easyedit")})
 
 

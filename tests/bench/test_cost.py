@@ -15,15 +15,15 @@ import torch
 from PIL import Image
 
 from errata import adapters
-from errata.adapters.anatomy import Anatomy
-from errata.adapters.plan import ATTENDED
+from errata.adapters.anatomy import ModuleRunner
+from errata.adapters.plan import ATTENTION_OUTPUT
 from errata.bench.perf import whole
-from errata.bench.probes import Terms
-from errata.bench.protocols import lifelong, sequential, single
-from errata.bench.shared import Shared
-from errata.bench.sources import queries_of
+from errata.bench.probes import EvaluationConfig
+from errata.bench.protocols import run_lifelong, run_sequential, run_single
+from errata.bench.shared import SharedBasePass
+from errata.bench.sources import questions_of
 from errata.editors import (
-    EDITORS,
+    METHODS,
     FinetuneConfig,
     GraceConfig,
     IkeConfig,
@@ -32,29 +32,31 @@ from errata.editors import (
     MendConfig,
     SeracConfig,
     WiseConfig,
-    make,
-)  # fmt: skip
+    make_editor,
+)
 from errata.functional import Case, Query
 from errata.functional.metrics import SCORERS
 
 LAYERS, STEPS = 6, 4
-NETS = {"width": 32, "heads": 4}
+NETS = {"dim": 32, "num_heads": 4}
 EDITS = {
     "finetune": FinetuneConfig(num_steps=STEPS, stop_loss=0.0, lr=5e-3),
     "lora": LoraConfig(rank=2, num_steps=STEPS, stop_loss=0.0),
     "grace": GraceConfig(layer=3, num_steps=STEPS, stop_loss=0.0, lr=0.1),
-    "wise": WiseConfig(layer=4, num_steps=STEPS, num_texts=1, lr=0.1, stop_loss=0.0),
+    "wise": WiseConfig(layer=4, num_steps=STEPS, num_unrelated=1, lr=0.1, stop_loss=0.0),
     "mend": MendConfig(sites=("layers.-2.mlp", "layers.-1.mlp"), rank=4, edit_lr=-0.02),
-    "liveedit": LiveEditConfig(layer=4, width=8, heads=2),
-    "serac": SeracConfig(classifier=1, counterfactual=1, inner=32, key=16, **NETS),
+    "liveedit": LiveEditConfig(layer=4, feature_dim=8, num_heads=2),
+    "serac": SeracConfig(
+        num_classifier_layers=1, num_counterfactual_layers=1, ffn_dim=32, key_dim=16, **NETS
+    ),
     "ike": IkeConfig(),
 }
-TERMS = Terms(scorers=(SCORERS["errata"],), budget=1 << 26)
+TERMS = EvaluationConfig(scorers=(SCORERS["errata"],), memory_bytes=1 << 26)
 
 
 @functools.cache
 def tiny(name: str):
-    return adapters.adapt(*adapters.tiny(name, layers=LAYERS))
+    return adapters.from_module(*adapters.tiny_model(name, num_layers=LAYERS))
 
 
 def picture(shade: int) -> Image.Image:
@@ -83,17 +85,17 @@ class Count:
 
     def __init__(self, patch: pytest.MonkeyPatch, model) -> None:
         self.rows = self.few = self.looks = 0
-        layer = Anatomy.layer
+        layer = ModuleRunner.run_layer
 
         def counted(body, skeleton, params, number, hidden, extras, ledger):
-            if ATTENDED in extras:  # only the scored positions, behind the last attention
+            if ATTENTION_OUTPUT in extras:  # only the scored positions, behind the last attention
                 self.few += hidden.shape[0]
             else:
                 self.rows += hidden.shape[0]
             return layer(body, skeleton, params, number, hidden, extras, ledger)
 
-        patch.setattr(Anatomy, "layer", counted)
-        tower = model.decode.__self__.body.skeleton().get_submodule(model.card.vision)
+        patch.setattr(ModuleRunner, "run_layer", counted)
+        tower = model.decode.__self__.runner.replica().get_submodule(model.card.vision_tower)
         self._hook = tower.register_forward_hook(self._look)
 
     def _look(self, *_) -> None:
@@ -129,14 +131,14 @@ def attainable(kind: str) -> int:
     return base + edit + probes
 
 
-@pytest.mark.parametrize("kind", list(EDITORS))
+@pytest.mark.parametrize("kind", list(METHODS))
 def test_no_more_rows_than_attainable(kind, monkeypatch):
-    model, asked, editor = tiny("llava"), cases(4), make(EDITS[kind])
-    shared = Shared(model, asked, TERMS)
+    model, asked, editor = tiny("llava"), cases(4), make_editor(EDITS[kind])
+    shared = SharedBasePass(model, asked, TERMS)
     count = Count(monkeypatch, model)
-    shared.expect(editor)
+    shared.record_depth(editor)
     try:
-        steps = list(single(model, editor, asked, TERMS, shared=shared))
+        steps = list(run_single(model, editor, asked, TERMS, base_pass=shared))
     finally:
         count.done()
     assert len(said(steps)) == 20
@@ -147,16 +149,16 @@ def test_no_more_rows_than_attainable(kind, monkeypatch):
 
 def test_another_editor_runs_no_row_of_the_base_again(monkeypatch):
     model, asked = tiny("llava"), cases(4)
-    shared = Shared(model, asked, TERMS)
-    made = [make(EDITS[kind]) for kind in ("finetune", "grace", "mend")]
+    shared = SharedBasePass(model, asked, TERMS)
+    made = [make_editor(EDITS[kind]) for kind in ("finetune", "grace", "mend")]
     for editor in made:
-        shared.expect(editor)
-    list(single(model, made[0], asked, TERMS, shared=shared))
+        shared.record_depth(editor)
+    list(run_single(model, made[0], asked, TERMS, base_pass=shared))
     count = Count(monkeypatch, model)
     try:
         for kind, editor in zip(("grace", "mend"), made[1:]):
             before = count.rows
-            list(single(model, editor, asked, TERMS, shared=shared))
+            list(run_single(model, editor, asked, TERMS, base_pass=shared))
             own = attainable(kind) - 5 * LAYERS
             assert count.rows - before <= len(asked) * own
     finally:
@@ -164,31 +166,34 @@ def test_another_editor_runs_no_row_of_the_base_again(monkeypatch):
     assert count.looks == 0
 
 
-@pytest.mark.parametrize("kind", list(EDITORS))
+@pytest.mark.parametrize("kind", list(METHODS))
 @pytest.mark.parametrize("name", ["llava", "blip2"])
 def test_answers_are_those_of_whole_forwards(name, kind):
     """Edits side by side on shared rows = one by one, each step and probe from the pixels."""
-    model, asked, editor = tiny(name), cases(3), make(EDITS[kind])
-    shared = Shared(model, asked, TERMS)
-    got = said(single(model, editor, asked, TERMS, shared=shared))
-    slow = whole.single(model, editor, asked, queries_of)
+    model, asked, editor = tiny(name), cases(3), make_editor(EDITS[kind])
+    shared = SharedBasePass(model, asked, TERMS)
+    got = said(run_single(model, editor, asked, TERMS, base_pass=shared))
+    slow = whole.run_single(model, editor, asked, questions_of)
     want = {(c.id, *key): pair for c, one in zip(asked, slow) for key, pair in one.items()}
     assert got == want
 
 
-@pytest.mark.parametrize("protocol", [single, sequential, lifelong])
+@pytest.mark.parametrize("protocol", [run_single, run_sequential, run_lifelong])
 def test_shared_rows_change_no_result(protocol):
-    model, asked, editor = tiny("qwen2_vl"), cases(5), make(EDITS["grace"])
-    more = {"lengths": (1, 3)} if protocol is lifelong else {}
+    model, asked, editor = tiny("qwen2_vl"), cases(5), make_editor(EDITS["grace"])
+    more = {"eval_after": (1, 3)} if protocol is run_lifelong else {}
     plain = [r for s in protocol(model, editor, asked, TERMS, **more) for r in s.results]
-    shared = Shared(model, asked, TERMS)
-    found = protocol(model, editor, asked, TERMS, shared=shared, **more)
+    shared = SharedBasePass(model, asked, TERMS)
+    found = protocol(model, editor, asked, TERMS, base_pass=shared, **more)
     results = [r for s in found for r in s.results]
     assert len(results) == len(plain)
     for one, two in zip(plain, results):
-        assert (one.number, one.probe, one.moment, one.gap) == (
-            two.number, two.probe, two.moment, two.gap,
-        )  # fmt: skip
+        assert (one.case_number, one.probe, one.evaluated_at, one.gap) == (
+            two.case_number,
+            two.probe,
+            two.evaluated_at,
+            two.gap,
+        )
         assert (one.before.text, one.after.text) == (two.before.text, two.after.text)
         assert one.after.nll == pytest.approx(two.after.nll, abs=2e-4)
 
@@ -196,30 +201,30 @@ def test_shared_rows_change_no_result(protocol):
 def test_pages_do_not_hang_on_what_was_asked_before():
     """Rows have the same bits whoever asks first, so a run that was killed ends the same."""
     model, asked = tiny("llava"), cases(6)
-    editor = make(EDITS["finetune"])
-    small = TERMS._replace(budget=1 << 21)
-    first, second = Shared(model, asked, small), Shared(model, asked, small)
-    second.open([4])
-    second.open([1])
+    editor = make_editor(EDITS["finetune"])
+    small = TERMS._replace(memory_bytes=1 << 21)
+    first, second = SharedBasePass(model, asked, small), SharedBasePass(model, asked, small)
+    second.load([4])
+    second.load([1])
     got = []
     for shared in (first, second):
-        shared.open([3])
-        inputs = shared.model.read([asked[3].edit])
-        known = shared.model.known
-        got.append((known.said(inputs), known.cut(inputs, 2, False).hidden))
+        shared.load([3])
+        inputs = shared.model.preprocess([asked[3].edit])
+        known = shared.model.prefix_cache
+        got.append((known.lookup_logits(inputs), known.lookup(inputs, 2, False).hidden_states))
     assert torch.equal(got[0][0], got[1][0])
     assert torch.equal(got[0][1], got[1][1])
-    assert said(single(model, editor, asked, small, shared=first)) == said(
-        single(model, editor, asked, small, shared=second)
+    assert said(run_single(model, editor, asked, small, base_pass=first)) == said(
+        run_single(model, editor, asked, small, base_pass=second)
     )
 
 
 def test_what_is_kept_is_bounded():
     model, asked = tiny("llava"), cases(12)
-    shared = Shared(model, asked, TERMS._replace(budget=1 << 20))
+    shared = SharedBasePass(model, asked, TERMS._replace(memory_bytes=1 << 20))
     most = 0
     for number in range(12):
-        shared.open([number])
-        most = max(most, shared.held)
-    page = shared.case_bytes * 16
+        shared.load([number])
+        most = max(most, shared.num_bytes)
+    page = shared.bytes_per_case * 16
     assert 0 < most <= (1 << 19) + page

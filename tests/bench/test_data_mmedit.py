@@ -6,22 +6,34 @@ from collections import Counter
 import msgspec
 import pytest
 
-from errata.bench.data import Options, detect, mmedit, open_cases, vlkeb
+from errata.bench.data import ReadOptions, detect, mmedit, open_cases, vlkeb
 from errata.bench.data.loading import TEMPLATES, clean_rephrase
-from errata.functional.errors import BadInput
+from errata.functional.errors import InvalidInputError
 
 VQA = {
-    "src": "How many balls are there?", "pred": "no", "rephrase": "What is the number of balls?",
-    "alt": "2", "image": "val2014/COCO_1.jpg", "image_rephrase": "val2014_image_rephrase/1.png",
-    "loc": "nq question: who wrote it", "loc_ans": "Ann", "m_loc": "val2014/COCO_2.jpg",
-    "m_loc_q": "What sport is this?", "m_loc_a": "motocross",
-}  # fmt: skip
+    "src": "How many balls are there?",
+    "pred": "no",
+    "rephrase": "What is the number of balls?",
+    "alt": "2",
+    "image": "val2014/COCO_1.jpg",
+    "image_rephrase": "val2014_image_rephrase/1.png",
+    "loc": "nq question: who wrote it",
+    "loc_ans": "Ann",
+    "m_loc": "val2014/COCO_2.jpg",
+    "m_loc_q": "What sport is this?",
+    "m_loc_a": "motocross",
+}
 ENTITY = {
-    **VQA, "src": "What city is this?", "pred": "Laredo,_Texas", "alt": "Kankakee",
-    "image": "m.01/a.jpg", "image_rephrase": "m.01/b.jpg", "m_loc": "m.02/c.jpg",
+    **VQA,
+    "src": "What city is this?",
+    "pred": "Laredo,_Texas",
+    "alt": "Kankakee",
+    "image": "m.01/a.jpg",
+    "image_rephrase": "m.01/b.jpg",
+    "m_loc": "m.02/c.jpg",
     "loc": "who is it",
-}  # fmt: skip
-DRAW = Options(on_missing="draw")
+}
+DRAW = ReadOptions(missing_images="placeholder")
 
 
 @pytest.fixture
@@ -84,7 +96,7 @@ def test_liveedit_leaves_captions_and_entities_alone(write):
 
 
 def test_an_unknown_template_is_refused(write):
-    with pytest.raises(BadInput, match=f"one of {', '.join(TEMPLATES)}; got 'mine'"):
+    with pytest.raises(InvalidInputError, match=f"one of {', '.join(TEMPLATES)}; got 'mine'"):
         read(write(VQA), template="mine")
 
 
@@ -95,18 +107,22 @@ def test_an_unknown_template_is_refused(write):
         ({**VQA, "src": "a photo of"}, "mmedit-caption"),
         (ENTITY, "vlkeb"),
         ({"questions": ["q"], "answers": ["a"]}, "nq-locality"),
-        ({"question_id": 1, "question": "q", "answer": ["a"] * 10, "image": "x.jpg"},
-         "okvqa-locality"),
+        (
+            {"question_id": 1, "question": "q", "answer": ["a"] * 10, "image": "x.jpg"},
+            "okvqa-locality",
+        ),
     ],
-)  # fmt: skip
+)
 def test_benchmarks_are_told_by_their_records(write, record, name):
     assert detect(write(record)).name == name
 
 
 def test_a_file_of_no_benchmark_is_refused_with_its_fields(write):
-    with pytest.raises(BadInput, match="no benchmark known here .*its first record has foo, bar"):
+    with pytest.raises(
+        InvalidInputError, match="no benchmark known here .*its first record has foo, bar"
+    ):
         detect(write({"foo": 1, "bar": 2}))
-    with pytest.raises(BadInput, match="it has none"):
+    with pytest.raises(InvalidInputError, match="it has none"):
         detect(write())
 
 
@@ -121,7 +137,7 @@ def test_a_file_of_no_benchmark_is_refused_with_its_fields(write):
         ({"rephrase": "What?\nWhich?"}, "rephrase has several lines"),
         ({"rephrase": '"how many balls are there?"'}, "rephrase equals the prompt"),
         ({"rephrase": "Tell the number."}, "rephrase has no question mark"),
-        ({"alt": "No.", "pred": "no"}, "alt equals pred after normalising"),
+        ({"alt": "No.", "pred": "no"}, "alt equals pred after normalizing"),
         ({"alt": "1:50"}, None),
         ({"alt": "1,132"}, "alt is a number"),
         ({"alt": " A dog. "}, "alt has white space at an end"),
@@ -146,18 +162,20 @@ def test_every_oddity_of_the_files_loads_and_is_counted(write, change, oddity):
     assert case.edit.target == record["alt"]  # raw, as the file has it
     assert case.probes["rephrase"][0].prompt == record["rephrase"]
     assert tally == {"records": 1}
-    found = list(mmedit.oddities(msgspec.convert(record, mmedit.Record)))
+    found = list(mmedit.anomalies(msgspec.convert(record, mmedit.Record)))
     assert oddity is None or oddity in found
-    plain = list(mmedit.oddities(msgspec.convert({**VQA, "alt": "two"}, mmedit.Record)))
+    plain = list(mmedit.anomalies(msgspec.convert({**VQA, "alt": "two"}, mmedit.Record)))
     assert oddity is None or not change or oddity not in plain
 
 
 def test_cleaning_is_asked_for_and_counted(write):
     path = write(
-        {**VQA, "rephrase": '"What?'}, {**VQA, "rephrase": "I'm sorry, I cannot."},
-        {**VQA, "m_loc_a": "itâ€™s dusk"}, {**VQA, "alt": " A dog.\n"},
-    )  # fmt: skip
-    found, tally = read(path, clean=True, repair=True, strip=True)
+        {**VQA, "rephrase": '"What?'},
+        {**VQA, "rephrase": "I'm sorry, I cannot."},
+        {**VQA, "m_loc_a": "itâ€™s dusk"},
+        {**VQA, "alt": " A dog.\n"},
+    )
+    found, tally = read(path, clean_rephrases=True, fix_encoding=True, strip_whitespace=True)
     assert found[0].probes["rephrase"][0].prompt == "What?"
     assert "rephrase" not in found[1].probes
     assert found[2].probes["image_locality"][0].target == "it’s dusk"
@@ -206,11 +224,11 @@ def test_empty_targets_are_skipped_with_a_reason(write):
 )
 def test_faulty_records_are_one_clear_error_or_a_counted_skip(write, bad, words, reason):
     path = write(VQA, {**VQA, **bad}, VQA)
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(InvalidInputError) as caught:
         read(path)
     assert "record 1" in str(caught.value)
     assert words in str(caught.value)
-    found, tally = read(path, on_fault="skip")
+    found, tally = read(path, invalid_records="skip")
     assert len(found) == 2
     assert tally[f"skipped: {reason}"] == 1
 
@@ -218,19 +236,21 @@ def test_faulty_records_are_one_clear_error_or_a_counted_skip(write, bad, words,
 def test_a_missing_field_is_named(write):
     record = {key: value for key, value in VQA.items() if key != "alt"}
     path = write(VQA, record)
-    with pytest.raises(BadInput, match="record 1: .*missing required field `alt`"):
+    with pytest.raises(InvalidInputError, match="record 1: .*missing required field `alt`"):
         read(path)
-    assert read(path, on_fault="skip")[1]["skipped: a field is missing"] == 1
+    assert read(path, invalid_records="skip")[1]["skipped: a field is missing"] == 1
 
 
-@pytest.mark.parametrize("how", ["error", "skip", "none", "draw"])
+@pytest.mark.parametrize("how", ["error", "skip", "none", "placeholder"])
 def test_missing_images_do_as_asked(write, how):
     path = write(VQA)
     if how == "error":
-        with pytest.raises(BadInput, match="record 0: image 'val2014/COCO_1.jpg' is in none of"):
-            read(path, on_missing=how)
+        with pytest.raises(
+            InvalidInputError, match="record 0: image 'val2014/COCO_1.jpg' is in none of"
+        ):
+            read(path, missing_images=how)
         return
-    found, tally = read(path, on_missing=how)
+    found, tally = read(path, missing_images=how)
     if how == "skip":
         assert found == []
         assert tally["skipped: an image is missing"] == 1
@@ -262,8 +282,10 @@ def test_both_portability_schemas(write):
     found, _ = read(write({**ENTITY, "port_new": HOPS}, {**ENTITY, "port_new": ONEHOP}, ENTITY))
     hops = {k: [q.target for q in v] for k, v in found[0].probes.items() if "port" in k}
     assert hops == {
-        "portability_1hop": ["a1"], "portability_2hop": ["a2", "a2"], "portability_4hop": ["a4"],
-    }  # fmt: skip
+        "portability_1hop": ["a1"],
+        "portability_2hop": ["a2", "a2"],
+        "portability_4hop": ["a4"],
+    }
     (one,) = found[1].probes["portability_1hop"]
     assert (one.prompt, one.target, one.images) == ("zone?", "CT", found[1].edit.images)
     assert not any("port" in name for name in found[2].probes)
@@ -277,7 +299,7 @@ def test_a_hop_keeps_only_records_that_have_it_and_says_how_many_it_dropped(writ
 
 
 def test_an_unknown_portability_schema_is_refused(write):
-    with pytest.raises(BadInput, match="must hold 'Q&A' or 'port_q'"):
+    with pytest.raises(InvalidInputError, match="must hold 'Q&A' or 'port_q'"):
         read(write({**ENTITY, "port_new": [{"question": "x"}]}))
 
 
@@ -285,15 +307,19 @@ def test_second_edit_of_the_one_hop_protocol():
     record = msgspec.convert({**ENTITY, "port_new": ONEHOP}, vlkeb.Record)
     query = vlkeb.second_edit(record)
     assert (query.prompt, query.target, query.images) == ("t?", "CT", ())
-    with pytest.raises(BadInput, match="must hold port_edit_q"):
+    with pytest.raises(InvalidInputError, match="must hold port_edit_q"):
         vlkeb.second_edit(msgspec.convert(ENTITY, vlkeb.Record))
 
 
 def test_locality_files_become_cases(write):
     (nq,), _ = read(write({"questions": "nq question: who", "answers": "x"}))
     assert (nq.edit.prompt, nq.edit.images) == ("nq question: who", ())
-    record = {"question_id": 1, "question": "q", "image": "x.jpg",
-              "answer": ["a", "b", "b", "", "", "", "c"]}  # fmt: skip
+    record = {
+        "question_id": 1,
+        "question": "q",
+        "image": "x.jpg",
+        "answer": ["a", "b", "b", "", "", "", "c"],
+    }
     (okvqa,), _ = read(write(record))
     assert okvqa.edit.target == "b"  # the majority among answers that are not empty
 
@@ -302,12 +328,15 @@ def test_edit_one_hop_is_two_edits_and_then_the_question(write):
     path = write({**ENTITY, "port_new": ONEHOP}, {**ENTITY, "port_new": ONEHOP})
     found = list(open_cases(path, DRAW, benchmark="vlkeb-edit-onehop"))
     assert [case.id for case in found] == [
-        "vqa_eval/00000", "vqa_eval/00000+hop", "vqa_eval/00001", "vqa_eval/00001+hop",
-    ]  # fmt: skip
+        "vqa_eval/00000",
+        "vqa_eval/00000+hop",
+        "vqa_eval/00001",
+        "vqa_eval/00001+hop",
+    ]
     first, second = found[:2]
     assert "portability_1hop" not in first.probes
     assert (second.edit.prompt, second.edit.images) == ("t?", ())
     (asked,) = second.probes["portability_1hop"]
     assert (asked.prompt, asked.images) == ("zone?", first.edit.images)
-    with pytest.raises(BadInput, match="record 0: port_new must hold port_edit_q"):
+    with pytest.raises(InvalidInputError, match="record 0: port_new must hold port_edit_q"):
         list(open_cases(write(ENTITY), DRAW, benchmark="vlkeb-edit-onehop"))

@@ -6,13 +6,25 @@ from collections import Counter
 import msgspec
 import pytest
 
-from errata.bench.data import Options, ads_edit, comprehendedit, detect, knowedit, mmke, open_cases
-from errata.functional.errors import BadInput
+from errata.bench.data import (
+    ReadOptions,
+    ads_edit,
+    comprehendedit,
+    detect,
+    knowedit,
+    mmke,
+    open_cases,
+)
+from errata.functional.errors import InvalidInputError
 
 COMMON = {
-    "rephrase": "Describe it?", "loc": "nq question: who", "loc_ans": "Ann",
-    "m_loc": "loc/z.jpg", "m_loc_q": "What is it?", "m_loc_a": "a cat",
-}  # fmt: skip
+    "rephrase": "Describe it?",
+    "loc": "nq question: who",
+    "loc_ans": "Ann",
+    "m_loc": "loc/z.jpg",
+    "m_loc_q": "What is it?",
+    "m_loc_a": "a cat",
+}
 
 
 @pytest.fixture
@@ -27,7 +39,9 @@ def write(tmp_path):
 
 def read(path, **options):
     tally = Counter()
-    return list(open_cases(path, Options(on_missing="draw", **options), tally)), tally
+    return list(
+        open_cases(path, ReadOptions(missing_images="placeholder", **options), tally)
+    ), tally
 
 
 def shown(query):
@@ -37,31 +51,56 @@ def shown(query):
 # ------------------------------------------------------------------ MMKE-Bench
 HOP = [{"port_type": "1-hop", "Q&A": {"Question": "hop?", "Answer": "yes"}}]
 ENTITY = {
-    **COMMON, "knowledge_type": "entity_level", "src": "Describe.", "pred": "Old.", "alt": "New.",
-    "image": "entity/x.jpg", "image_rephrase": "entity/y.jpg", "port_new": HOP,
-    "rel_1": "q1", "rel_ans_1": "a1", "rel_2": "q2", "rel_2_ans": "a2",
-    "m_rel_1": "m1", "m_rel_1_ans": "b1", "m_rel_2": "m2", "m_rel_ans_2": "b2",
-}  # fmt: skip
-VISUAL = {
-    **COMMON, "knowledge_type": "visual_knowledge", "src": "Describe.", "pred": "", "alt": "New.",
-    "image": "visual/x.jpg", "image_rephrase": "visual/y.jpg", "one_hop_img": "visual/h.jpg",
-    "image_rephrase_question": "mr", "rel": "q", "rel_ans": "a", "m_rel": "m", "m_rel_ans": "b",
+    **COMMON,
+    "knowledge_type": "entity_level",
+    "src": "Describe.",
+    "pred": "Old.",
+    "alt": "New.",
+    "image": "entity/x.jpg",
+    "image_rephrase": "entity/y.jpg",
     "port_new": HOP,
-}  # fmt: skip
+    "rel_1": "q1",
+    "rel_ans_1": "a1",
+    "rel_2": "q2",
+    "rel_2_ans": "a2",
+    "m_rel_1": "m1",
+    "m_rel_1_ans": "b1",
+    "m_rel_2": "m2",
+    "m_rel_ans_2": "b2",
+}
+VISUAL = {
+    **COMMON,
+    "knowledge_type": "visual_knowledge",
+    "src": "Describe.",
+    "pred": "",
+    "alt": "New.",
+    "image": "visual/x.jpg",
+    "image_rephrase": "visual/y.jpg",
+    "one_hop_img": "visual/h.jpg",
+    "image_rephrase_question": "mr",
+    "rel": "q",
+    "rel_ans": "a",
+    "m_rel": "m",
+    "m_rel_ans": "b",
+    "port_new": HOP,
+}
 
 
 def test_mmke_reliability_is_asked_with_and_without_the_image_in_both_spellings(write):
     (case,), _ = read(write(ENTITY))
     probes = case.probes
     assert [(q.prompt, q.target) for q in probes["text_reliability"]] == [
-        ("q1", "a1"), ("q2", "a2"),
-    ]  # fmt: skip
+        ("q1", "a1"),
+        ("q2", "a2"),
+    ]
     assert [(q.prompt, q.target, *shown(q)) for q in probes["image_reliability"]] == [
-        ("m1", "b1", "entity/x.jpg"), ("m2", "b2", "entity/x.jpg"),
-    ]  # fmt: skip
+        ("m1", "b1", "entity/x.jpg"),
+        ("m2", "b2", "entity/x.jpg"),
+    ]
     assert [(q.prompt, *shown(q)) for q in probes["image_rephrase"]] == [
-        ("m1", "entity/y.jpg"), ("m2", "entity/y.jpg"),
-    ]  # fmt: skip
+        ("m1", "entity/y.jpg"),
+        ("m2", "entity/y.jpg"),
+    ]
     assert shown(probes["text_reliability"][0]) == []
     assert shown(probes["portability_1hop"][0]) == ["entity/x.jpg"]
 
@@ -84,9 +123,9 @@ def test_mmke_without_second_image_or_hops(write):
 
 def test_mmke_oddities(write):
     assert detect(write(ENTITY)).name == detect(write(VISUAL)).name == "mmke"
-    odd = set(mmke.oddities(msgspec.convert(ENTITY, mmke.Record)))
+    odd = set(mmke.anomalies(msgspec.convert(ENTITY, mmke.Record)))
     assert odd == {"answers are spelled rel_1_ans", "answers are spelled rel_ans_1"}
-    assert set(mmke.oddities(msgspec.convert(VISUAL, mmke.Record))) == {"pred is empty"}
+    assert set(mmke.anomalies(msgspec.convert(VISUAL, mmke.Record))) == {"pred is empty"}
 
 
 # ------------------------------------------------------------------ ADS-Edit
@@ -124,29 +163,40 @@ def test_ads_edit_without_second_image_has_no_image_generality(write):
 
 def test_ads_edit_refuses_names_that_climb_after_their_start(write):
     path = write({**SCENE, "image_type": "video", "image": ["../nuscenes/../../etc/passwd"]})
-    with pytest.raises(BadInput, match="record 0: .*relative path"):
+    with pytest.raises(InvalidInputError, match="record 0: .*relative path"):
         read(path)
 
 
 def test_ads_edit_unknown_type_and_oddities(write):
-    with pytest.raises(BadInput, match="image_type must be one of .*; got 'audio'"):
+    with pytest.raises(InvalidInputError, match="image_type must be one of .*; got 'audio'"):
         read(write({**SCENE, "image_type": "audio", "image": "x"}))
     single = {**SCENE, "image_type": "single-image", "image": "a.json"}
-    odd = set(ads_edit.oddities(msgspec.convert(single, ads_edit.Record)))
+    odd = set(ads_edit.anomalies(msgspec.convert(single, ads_edit.Record)))
     assert odd == {"single-image: image is a string", "image is named .json"}
     many = {**SCENE, "image_type": "multi-image", "image": VIEWS}
-    assert "image is named ../" in set(ads_edit.oddities(msgspec.convert(many, ads_edit.Record)))
+    assert "image is named ../" in set(ads_edit.anomalies(msgspec.convert(many, ads_edit.Record)))
 
 
 # ------------------------------------------------------------------ ComprehendEdit
 TASK = {
-    "question": "How many?", "rephrase": "What number?", "answer": "3", "source": "TallyQA",
-    "Category": "Counting", "image": "TallyQA/VG_100K/1.jpg", "pid": 7,
-    "locality_prompt": "who is he", "locality_ground_truth": "Ann",
-    "multimodal_locality_image": "val2014/2.jpg", "multimodal_locality_prompt": "What sport?",
-    "multimodal_locality_ground_truth": "golf", "img_topk": [8, 9], "txt_topk": [9],
-    "img_last_topk": [9, 8], "txt_last_topk": [], "ori_rt_img_topk": [3],
-}  # fmt: skip
+    "question": "How many?",
+    "rephrase": "What number?",
+    "answer": "3",
+    "source": "TallyQA",
+    "Category": "Counting",
+    "image": "TallyQA/VG_100K/1.jpg",
+    "pid": 7,
+    "locality_prompt": "who is he",
+    "locality_ground_truth": "Ann",
+    "multimodal_locality_image": "val2014/2.jpg",
+    "multimodal_locality_prompt": "What sport?",
+    "multimodal_locality_ground_truth": "golf",
+    "img_topk": [8, 9],
+    "txt_topk": [9],
+    "img_last_topk": [9, 8],
+    "txt_last_topk": [],
+    "ori_rt_img_topk": [3],
+}
 
 
 @pytest.mark.parametrize(
@@ -182,16 +232,18 @@ def test_comprehendedit_neighbours(write, tmp_path):
     right = [{**TASK, "pid": 3, "question": "q3", "answer": "a3", "ori_pred_blip2": "own"}]
     write(*right, name="ComprehendEdit_ori_right.json")
     path = write(TASK, *others, name="ComprehendEdit_test.json")
-    found, _ = read(path, neighbours=1, neighbour_answers="ori_pred_blip2")
+    found, _ = read(path, num_neighbors=1, neighbor_answers="ori_pred_blip2")
     asked = {
         name: [(q.prompt.split()[1], q.target) for q in queries]
         for name, queries in found[0].probes.items()
         if name[:3] in ("kgi", "kpi")
     }
     assert asked == {
-        "kgi_image_near": [("q8", "a8")], "kgi_text_near": [("q9", "a9")],
-        "kgi_image_far": [("q8", "a8")], "kpi_image_near": [("q3", "own")],
-    }  # fmt: skip
+        "kgi_image_near": [("q8", "a8")],
+        "kgi_text_near": [("q9", "a9")],
+        "kgi_image_far": [("q8", "a8")],
+        "kpi_image_near": [("q3", "own")],
+    }
 
 
 def test_comprehendedit_on_one_line_and_its_oddities(write):
@@ -199,25 +251,33 @@ def test_comprehendedit_on_one_line_and_its_oddities(write):
     assert "\n" not in path.read_text()
     assert detect(path).name == "comprehendedit"
     record = {**TASK, "source": "x", "locality_ground_truth": "who is he", "img_topk": []}
-    odd = set(comprehendedit.oddities(msgspec.convert(record, comprehendedit.Record)))
+    odd = set(comprehendedit.anomalies(msgspec.convert(record, comprehendedit.Record)))
     assert odd == {
-        "source 'x' has no prompt of its own", "locality answer is its own question",
-        "no neighbours",
-    }  # fmt: skip
+        "source 'x' has no prompt of its own",
+        "locality answer is its own question",
+        "no neighbors",
+    }
 
 
 # ------------------------------------------------------------------ KnowEdit
 FACT = {
-    "subject": "Ann ", "prompt": "Where was Ann born?", "target_new": " Rome",
-    "ground_truth": [["Paris", "Paname"], ["Lutetia"]], "rephrase_prompt": "Ann's birthplace?",
-    "locality": {"Relation_Specificity": [
-        {"prompt": "Ann's job?", "ground_truth": ["", ["poet", "writer", "poet"]]},
-        {"prompt": "x", "ground_truth": []},
-    ]},
-    "portability": {"Reasoning": [{"prompt": "Which country?", "ground_truth": "Italy"}],
-                    "Logical_Generalization": []},
+    "subject": "Ann ",
+    "prompt": "Where was Ann born?",
+    "target_new": " Rome",
+    "ground_truth": [["Paris", "Paname"], ["Lutetia"]],
+    "rephrase_prompt": "Ann's birthplace?",
+    "locality": {
+        "Relation_Specificity": [
+            {"prompt": "Ann's job?", "ground_truth": ["", ["poet", "writer", "poet"]]},
+            {"prompt": "x", "ground_truth": []},
+        ]
+    },
+    "portability": {
+        "Reasoning": [{"prompt": "Which country?", "ground_truth": "Italy"}],
+        "Logical_Generalization": [],
+    },
     "context": ["Ann was born in Rome."] * 5,
-}  # fmt: skip
+}
 
 
 def test_knowedit_aliases_kinds_and_no_random_draws(write):
@@ -243,21 +303,25 @@ def test_knowedit_wikibio_field_names_and_missing_blocks(write):
     assert detect(path).name == "knowedit"
     (case,), _ = read(path)
     assert (case.edit.target, dict(case.probes)) == ("He", {})
-    odd = set(knowedit.oddities(msgspec.convert(record, knowedit.Record)))
+    odd = set(knowedit.anomalies(msgspec.convert(record, knowedit.Record)))
     assert odd == {"text has white space at an end", "no locality", "no portability"}
 
 
 def test_knowedit_oddities():
-    odd = set(knowedit.oddities(msgspec.convert(FACT, knowedit.Record)))
+    odd = set(knowedit.anomalies(msgspec.convert(FACT, knowedit.Record)))
     assert odd == {
-        "target has white space at an end", "subject has white space at an end",
-        "ground_truth has several answers", "ground_truth is nested",
-    }  # fmt: skip
+        "target has white space at an end",
+        "subject has white space at an end",
+        "ground_truth has several answers",
+        "ground_truth is nested",
+    }
     record = msgspec.structs.replace(
-        msgspec.convert(FACT, knowedit.Record), ground_truth=" Rome", context=["Ann."],
+        msgspec.convert(FACT, knowedit.Record),
+        ground_truth=" Rome",
+        context=["Ann."],
         prompt="Où est né Ann?",
-    )  # fmt: skip
-    odd = set(knowedit.oddities(record))
+    )
+    odd = set(knowedit.anomalies(record))
     assert {"target is a true answer already", "a context lacks the target", "not ASCII"} <= odd
 
 

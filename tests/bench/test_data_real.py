@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from errata.bench.data import Options, open_cases
-from errata.bench.data.check import check
+from errata.bench.data import ReadOptions, open_cases
+from errata.bench.data.check import verify
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 MMEDIT, ENTITIES = DATA / "easy-edit-mm", DATA / "VLKEB"
@@ -26,7 +26,7 @@ FILES = [
 def test_every_record_loads_with_every_probe(path, count, probes):
     tally = Counter()
     ids, sizes = set(), Counter()
-    for case in open_cases(path, Options(on_missing="draw"), tally):
+    for case in open_cases(path, ReadOptions(missing_images="placeholder"), tally):
         ids.add(case.id)
         sizes[len(case.probes)] += 1
     assert tally == {"records": count}
@@ -37,33 +37,42 @@ def test_every_record_loads_with_every_probe(path, count, probes):
 # Counted on the files by other means, before there was a loader.
 MEASURED = {
     "vqa_eval.json": {
-        "rephrase starts with a quote": 562, "rephrase ends with a quote": 566,
-        "rephrase has several lines": 13, "rephrase equals the prompt": 45,
-        "alt equals pred after normalising": 4, "alt is a number": 353,
-        "same image and prompt as an earlier record": 1, "loc_ans is not ASCII": 45,
-        "loc_ans is longer than 100 characters": 63, "m_loc is an edit's image elsewhere": 56,
-        "loc starts with 'nq question: '": 2093, "loc ends without a question mark": 2093,
+        "rephrase starts with a quote": 562,
+        "rephrase ends with a quote": 566,
+        "rephrase has several lines": 13,
+        "rephrase equals the prompt": 45,
+        "alt equals pred after normalizing": 4,
+        "alt is a number": 353,
+        "same image and prompt as an earlier record": 1,
+        "loc_ans is not ASCII": 45,
+        "loc_ans is longer than 100 characters": 63,
+        "m_loc is an edit's image elsewhere": 56,
+        "loc starts with 'nq question: '": 2093,
+        "loc ends without a question mark": 2093,
         "image_rephrase is .png, image is .jpg": 2093,
     },
     "caption_eval_edit.json": {
-        "alt has white space at an end": 144, "alt has several lines": 2,
+        "alt has white space at an end": 144,
+        "alt has several lines": 2,
         "m_loc is an edit's image elsewhere": 28,
     },
     "eval.json": {
-        "alt has underscores": 17, "alt has parentheses": 182, "loc_ans has several lines": 2,
+        "alt has underscores": 17,
+        "alt has parentheses": 182,
+        "loc_ans has several lines": 2,
         "rephrase has no question mark": 2,
     },
     "eval_edit_onehop.json": {"port_edit_a equals port_a": 1185, "alt occurs in port_q": 1},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("path", [path for path, *_ in FILES[:4]], ids=lambda path: path.name)
 def test_oddities_are_counted_as_measured(path):
-    (report,) = check(path)
+    (report,) = verify(path)
     measured = MEASURED[path.name]
-    assert {name: report.oddities.get(name) for name in measured} == measured
+    assert {name: report.anomalies.get(name) for name in measured} == measured
     if path.name == "vqa_eval.json":
         debris = ("rephrase is a refusal", "rephrase has a lead-in")
-        assert sum(report.oddities[name] for name in debris) == 23
+        assert sum(report.anomalies[name] for name in debris) == 23
     if path.name == "eval.json":
         assert report.images == 8178

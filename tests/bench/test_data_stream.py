@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 
 from errata.bench.data.stream import records
-from errata.functional.errors import BadInput
+from errata.functional.errors import InvalidInputError
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_records_longer_than_a_chunk(write):
 )
 def test_broken_files_are_named_with_their_place(write, content, words):
     path = write(content)
-    with pytest.raises(BadInput, match=words) as caught:
+    with pytest.raises(InvalidInputError, match=words) as caught:
         list(records(path))
     assert str(path) in str(caught.value)
 
@@ -82,20 +82,20 @@ def test_broken_files_are_named_with_their_place(write, content, words):
 def test_records_before_the_break_are_had(write):
     stream = records(write('[{"a": 1},\n{"a": 2},\n{"a": '))
     assert [next(stream), next(stream)] == [{"a": 1}, {"a": 2}]
-    with pytest.raises(BadInput, match="line 3, record 2"):
+    with pytest.raises(InvalidInputError, match="line 3, record 2"):
         next(stream)
 
 
 def test_a_folder_or_nothing_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "no.json"):
-        with pytest.raises(BadInput, match="there is no such file"):
+        with pytest.raises(InvalidInputError, match="there is no such file"):
             list(records(path))
 
 
 def test_garbage_without_an_end_is_not_read_whole(write):
     path = write('[{"a": "' + "x" * 30_000_000)
     tracemalloc.start()
-    with pytest.raises(BadInput, match="not JSON"):
+    with pytest.raises(InvalidInputError, match="not JSON"):
         list(records(path))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -106,11 +106,18 @@ def test_garbage_without_an_end_is_not_read_whole(write):
 def test_fifty_thousand_records_stay_in_little_memory(tmp_path):
     path = tmp_path / "vqa_eval.json"
     record = {
-        "src": "How many tennis balls are in the picture?", "pred": "no", "alt": "2",
-        "rephrase": "What is the number of tennis balls?", "image": "val2014/a.jpg",
-        "image_rephrase": "val2014_image_rephrase/a.png", "loc": "nq question: who", "loc_ans": "x",
-        "m_loc": "val2014/b.jpg", "m_loc_q": "What sport?", "m_loc_a": "motocross",
-    }  # fmt: skip
+        "src": "How many tennis balls are in the picture?",
+        "pred": "no",
+        "alt": "2",
+        "rephrase": "What is the number of tennis balls?",
+        "image": "val2014/a.jpg",
+        "image_rephrase": "val2014_image_rephrase/a.png",
+        "loc": "nq question: who",
+        "loc_ans": "x",
+        "m_loc": "val2014/b.jpg",
+        "m_loc_q": "What sport?",
+        "m_loc_a": "motocross",
+    }
     one = json.dumps(record, indent=4)
     with path.open("w") as file:
         file.write("[" + one)
@@ -119,8 +126,8 @@ def test_fifty_thousand_records_stay_in_little_memory(tmp_path):
         file.write("]")
     program = (
         "import re, sys\n"
-        "from errata.bench.data import Options, open_cases\n"
-        "count = sum(1 for _ in open_cases(sys.argv[1], Options(on_missing='draw')))\n"
+        "from errata.bench.data import ReadOptions, open_cases\n"
+        "count = sum(1 for _ in open_cases(sys.argv[1], ReadOptions(missing_images='placeholder')))\n"
         "peak = re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1]\n"
         "print(count, peak, 'torch' in sys.modules)"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 def test_killed_while_saving_folding_exporting_nothing_is_broken():
     ran = subprocess.run(
-        [sys.executable, "-m", "errata.bench.kill_delta", "--times", "4"],
+        [sys.executable, "-m", "errata.bench.robustness.crash_writes", "--times", "4"],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,

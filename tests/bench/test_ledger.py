@@ -9,31 +9,50 @@ import msgspec
 import pytest
 
 from errata.bench import ledger as ledgers
-from errata.bench.ledger import Answer, Ledger, Part, Row, locked, read_rows
-from errata.functional.errors import BadInput
+from errata.bench.ledger import ProbeAnswer, ResultRow, ResultsLog, UnitKey, lock_folder, read_rows
+from errata.functional.errors import InvalidInputError
 
 
-def row(number: int, probe: str = "reliability") -> Row:
-    answer = Answer(text="öl", accuracy=0.5, exact=False, nll=1.25)
-    return Row(
-        run="r", model="m", editor="e", protocol="single", moment="edit", number=number,
-        case=f"c/{number}", probe=probe, index=0, scorer="errata", seed=0, prompt="who?",
-        target="bo", base=0.0, score=None, before=answer, after=answer, versions="v",
-    )  # fmt: skip
+def row(number: int, probe: str = "reliability") -> ResultRow:
+    answer = ProbeAnswer(text="öl", accuracy=0.5, exact_match=False, nll=1.25)
+    return ResultRow(
+        run="r",
+        model="m",
+        editor="e",
+        protocol="single",
+        evaluated_at="after_edit",
+        case_number=number,
+        case=f"c/{number}",
+        probe=probe,
+        index=0,
+        scorer="errata",
+        seed=0,
+        prompt="who?",
+        target="bo",
+        base=0.0,
+        score=None,
+        before=answer,
+        after=answer,
+        versions="v",
+    )
 
 
-def part(number: int, of: int = 4) -> Part:
-    return Part(model="m", editor="e", protocol="single", number=number, of=of)
+def part(number: int, of: int = 4) -> UnitKey:
+    return UnitKey(model="m", editor="e", protocol="single", number=number, num_units=of)
 
 
-def fill(folder: Path, numbers, of: int = 4) -> Ledger:
-    ledger = Ledger(folder)
+def fill(folder: Path, numbers, of: int = 4) -> ResultsLog:
+    ledger = ResultsLog(folder)
     for number in numbers:
         rows = [row(number, probe) for probe in ("reliability", "rephrase")]
         ledger.append(
-            part(number, of), rows, cases=1, edit_seconds=random.random(), probe_seconds=0.1,
+            part(number, of),
+            rows,
+            cases=1,
+            edit_seconds=random.random(),
+            probe_seconds=0.1,
             peak_bytes=7,
-        )  # fmt: skip
+        )
     return ledger
 
 
@@ -59,11 +78,11 @@ def test_what_a_unit_cost_comes_back_with_its_rows_but_not_in_the_file(tmp_path)
 
 def test_a_leg_is_finished_when_all_its_parts_are_there(tmp_path):
     ledger = fill(tmp_path, range(3))
-    assert not ledger.finished("m", "e", "single")
+    assert not ledger.is_complete("m", "e", "single")
     ledger = fill(tmp_path, [3])
-    assert ledger.finished("m", "e", "single")
-    assert not ledger.finished("m", "e", "sequential")
-    assert [unit.part.number for unit in ledger.leg("m", "e", "single")] == [0, 1, 2, 3]
+    assert ledger.is_complete("m", "e", "single")
+    assert not ledger.is_complete("m", "e", "sequential")
+    assert [unit.unit.number for unit in ledger.units_of("m", "e", "single")] == [0, 1, 2, 3]
 
 
 def test_every_cut_of_either_file_is_mended_to_the_same_bytes(tmp_path):
@@ -72,8 +91,8 @@ def test_every_cut_of_either_file_is_mended_to_the_same_bytes(tmp_path):
     whole.mkdir()
     fill(whole, range(4))
     want = (whole / "results.jsonl").read_bytes()
-    before = Ledger(whole).units
-    start = before[2].end
+    before = ResultsLog(whole).units
+    start = before[2].end_byte
     sizes = [start, start + 1, start + 37, len(want) - 1, len(want)]
     lines = (whole / "progress.jsonl").read_bytes().splitlines(keepends=True)
     for size in sizes:
@@ -82,8 +101,8 @@ def test_every_cut_of_either_file_is_mended_to_the_same_bytes(tmp_path):
             folder.mkdir()
             (folder / "results.jsonl").write_bytes(want[:size])
             (folder / "progress.jsonl").write_bytes(b"".join(lines[:3]) + tail)
-            ledger = Ledger(folder)
-            assert [unit.part.number for unit in ledger.units] == [0, 1, 2]
+            ledger = ResultsLog(folder)
+            assert [unit.unit.number for unit in ledger.units] == [0, 1, 2]
             assert (folder / "results.jsonl").read_bytes() == want[:start]
             fill(folder, [3])
             assert (folder / "results.jsonl").read_bytes() == want
@@ -94,8 +113,8 @@ def test_rows_that_were_changed_on_disk_are_made_again(tmp_path):
     path = tmp_path / "results.jsonl"
     want = path.read_bytes()
     path.write_bytes(want.replace(b'"c/2"', b'"c/9"'))
-    ledger = Ledger(tmp_path)
-    assert [unit.part.number for unit in ledger.units] == [0, 1]
+    ledger = ResultsLog(tmp_path)
+    assert [unit.unit.number for unit in ledger.units] == [0, 1]
     fill(tmp_path, [2, 3])
     assert path.read_bytes() == want
 
@@ -103,7 +122,7 @@ def test_rows_that_were_changed_on_disk_are_made_again(tmp_path):
 def test_rows_without_progress_lines_are_dropped(tmp_path):
     fill(tmp_path, range(2))
     (tmp_path / "progress.jsonl").unlink()
-    assert Ledger(tmp_path).units == []
+    assert ResultsLog(tmp_path).units == []
     assert (tmp_path / "results.jsonl").read_bytes() == b""
 
 
@@ -115,25 +134,25 @@ def test_a_full_disk_leaves_the_results_as_they_were(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(ledgers, "_sync", full)
-    with pytest.raises(BadInput, match="No space .* kept"):
+    with pytest.raises(InvalidInputError, match="No space .* kept"):
         ledger.append(part(2), [row(2)], cases=1, edit_seconds=0, probe_seconds=0, peak_bytes=0)
     assert (tmp_path / "results.jsonl").read_bytes() == want
     monkeypatch.undo()
-    assert len(Ledger(tmp_path).units) == 2
+    assert len(ResultsLog(tmp_path).units) == 2
 
 
 def test_one_process_at_a_time(tmp_path):
-    with locked(tmp_path), pytest.raises(BadInput, match="one process at a time"):
-        locked(tmp_path).__enter__()
-    with locked(tmp_path):
+    with lock_folder(tmp_path), pytest.raises(InvalidInputError, match="one process at a time"):
+        lock_folder(tmp_path).__enter__()
+    with lock_folder(tmp_path):
         assert (tmp_path / ".lock").exists()
 
 
 def test_reading_says_what_is_missing_or_foreign(tmp_path):
-    with pytest.raises(BadInput, match=r"must hold results\.jsonl"):
+    with pytest.raises(InvalidInputError, match=r"must hold results\.jsonl"):
         read_rows(tmp_path)
     (tmp_path / "results.jsonl").write_bytes(msgspec.json.encode({"run": 3}) + b"\n")
-    with pytest.raises(BadInput, match="one row per line"):
+    with pytest.raises(InvalidInputError, match="one row per line"):
         read_rows(tmp_path)
 
 

@@ -5,70 +5,72 @@ from __future__ import annotations
 import pytest
 import torch
 
-from errata.adapters import adapt, tiny
-from errata.bench.checkpoint import Marks
+from errata.adapters import from_module, tiny_model
+from errata.bench.checkpoint import CheckpointFile
 from errata.bench.data import world
-from errata.bench.probes import Ask, Terms, measure
-from errata.bench.protocols import lifelong, reach_of
-from errata.bench.report import summarise
-from errata.bench.report_html import curves
+from errata.bench.probes import EvaluationConfig, ProbeQuestion, evaluate
+from errata.bench.protocols import delta_depth, run_lifelong
+from errata.bench.report import summarize
+from errata.bench.report_html import compute_curves
 from errata.bench.run import run
-from errata.bench.settings import parse
-from errata.bench.sources import queries_of
-from errata.editors import FinetuneConfig, make
+from errata.bench.settings import parse_settings
+from errata.bench.sources import questions_of
+from errata.editors import FinetuneConfig, make_editor
 from errata.functional.bind import bind
-from errata.functional.metrics import scorer
+from errata.functional.metrics import get_scorer
 
 CASES = world.cases(5)
-TERMS = Terms((scorer("errata"),))
+TERMS = EvaluationConfig((get_scorer("errata"),))
 LENGTHS = (1, 3, 5)
 
 
 @pytest.fixture(scope="module")
 def llava():
-    return adapt(*tiny("llava"))
+    return from_module(*tiny_model("llava"))
 
 
 @pytest.fixture(scope="module")
 def editor():
-    return make(FinetuneConfig(num_steps=2, lr=5e-3))
+    return make_editor(FinetuneConfig(num_steps=2, lr=5e-3))
 
 
 def test_after_n_edits_all_n_are_asked_of_one_model(llava, editor):
-    steps = list(lifelong(llava, editor, CASES, TERMS, lengths=LENGTHS))
+    steps = list(run_lifelong(llava, editor, CASES, TERMS, eval_after=LENGTHS))
     assert [step.cases for step in steps] == [1] * 5
-    asked = {step.number + 1: {one.number for one in step.results} for step in steps}
+    asked = {step.number + 1: {one.case_number for one in step.results} for step in steps}
     assert asked == {1: {0}, 2: set(), 3: {0, 1, 2}, 4: set(), 5: {0, 1, 2, 3, 4}}
     assert {one.gap for one in steps[2].results} == {3}
 
-    few = list(lifelong(llava, editor, CASES, TERMS, lengths=LENGTHS, asked=2))
-    assert {one.number for one in few[4].results} == {0, 4}
+    few = list(run_lifelong(llava, editor, CASES, TERMS, eval_after=LENGTHS, max_evaluated=2))
+    assert {one.case_number for one in few[4].results} == {0, 4}
 
     state = editor.init(llava, torch.Generator().manual_seed(0))
     for case in CASES[:3]:
         delta, state = editor.edit(llava, state, [case.edit])
-    asks = [Ask(p, q) for case in CASES[:3] for p, _, q in queries_of(case)]
-    want = measure(llava, bind(llava, delta), asks, reach_of(llava, delta), TERMS)
+    asks = [ProbeQuestion(p, q) for case in CASES[:3] for p, _, q in questions_of(case)]
+    want = evaluate(llava, bind(llava, delta), asks, delta_depth(llava, delta), TERMS)
     assert [one.after for one in steps[2].results] == [one.after for one in want]
 
 
 def test_a_killed_sequence_goes_on_with_the_same_steps(llava, editor, tmp_path):
-    marks = Marks(tmp_path / "mark", "here", every=0.0)
-    whole = list(lifelong(llava, editor, CASES, TERMS, lengths=LENGTHS))
-    begun = lifelong(llava, editor, CASES, TERMS, lengths=LENGTHS, marks=marks)
+    marks = CheckpointFile(tmp_path / "mark", "here", every=0.0)
+    whole = list(run_lifelong(llava, editor, CASES, TERMS, eval_after=LENGTHS))
+    begun = run_lifelong(llava, editor, CASES, TERMS, eval_after=LENGTHS, checkpoint=marks)
     done = [next(begun) for _ in range(4)]
     begun.close()
-    rest = lifelong(llava, editor, CASES, TERMS, lengths=LENGTHS, done=range(4), marks=marks)
+    rest = run_lifelong(
+        llava, editor, CASES, TERMS, eval_after=LENGTHS, completed=range(4), checkpoint=marks
+    )
     for got, want in zip([*done, *rest], whole, strict=True):
         assert (got.number, got.results) == (want.number, want.results)
 
 
 def test_a_run_draws_curves_over_the_number_of_edits(tmp_path):
     text = f"""
-        out = "{tmp_path / "run"}"
+        output_dir = "{tmp_path / "run"}"
         [cases]
         source = "world"
-        count = 3
+        num_cases = 3
         [[models]]
         id = "tiny/llava"
         [[editors]]
@@ -76,16 +78,20 @@ def test_a_run_draws_curves_over_the_number_of_edits(tmp_path):
         num_steps = 2
         [[protocols]]
         type = "lifelong"
-        lengths = [1, 3]
+        eval_after = [1, 3]
     """
-    folder = run(parse(text), text)
+    folder = run(parse_settings(text), text)
     from errata.bench.ledger import read_rows
 
     rows = read_rows(folder)
-    assert {(leg.moment, leg.gap) for leg in summarise(rows)} == {("length", 1), ("length", 3)}
-    drawn = [one for one in curves(rows) if one["family"] == "reliability"]
+    assert {(leg.evaluated_at, leg.gap) for leg in summarize(rows)} == {
+        ("after_length", 1),
+        ("after_length", 3),
+    }
+    drawn = [one for one in compute_curves(rows) if one["family"] == "reliability"]
     assert [one["axis"] for one in drawn] == ["length"]
     assert [(point[0], point[-1]) for point in drawn[0]["points"]] == [(1, 1), (3, 3)]
     assert sorted(p.name for p in (folder / "deltas").rglob("*.safetensors")) == [
-        "edits-00001.safetensors", "edits-00003.safetensors",
-    ]  # fmt: skip
+        "edits-00001.safetensors",
+        "edits-00003.safetensors",
+    ]

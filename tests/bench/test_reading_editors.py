@@ -11,24 +11,24 @@ import torch
 
 from errata import adapters
 from errata.bench.cli import main
-from errata.bench.corpora import corpus
+from errata.bench.corpora import demonstration_cases
 from errata.bench.data import world
-from errata.bench.probes import Ask, Terms, measure
-from errata.bench.protocols import lifelong, reach_of, single
-from errata.bench.settings import parse
-from errata.editors import IkeConfig, configure, ike
+from errata.bench.probes import EvaluationConfig, ProbeQuestion, evaluate
+from errata.bench.protocols import delta_depth, run_lifelong, run_single
+from errata.bench.settings import parse_settings
+from errata.editors import IkeConfig, configure, ike_editor
 from errata.editors.ike import PRESETS
 from errata.functional import bind
-from errata.functional.errors import BadInput
-from errata.functional.metrics import scorer
-from errata.functional.stacks import take
+from errata.functional.errors import InvalidInputError
+from errata.functional.metrics import get_scorer
+from errata.functional.stacks import select_edits
 
-ALWAYS = msgspec.structs.replace(PRESETS["micro"], least=-1.0, least_look=-1.0)
+ALWAYS = msgspec.structs.replace(PRESETS["micro"], min_similarity=-1.0, min_image_similarity=-1.0)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return adapters.micro("llava")
+    return adapters.load_micro("llava")
 
 
 def rows(steps) -> list[tuple]:
@@ -41,10 +41,14 @@ def rows(steps) -> list[tuple]:
 
 def test_a_small_budget_reads_in_smaller_batches_and_says_the_same(model):
     cases = world.cases(3, relations=("home", "food"))
-    scorers = tuple(map(scorer, ("errata", "easyedit")))
-    wide = Terms(scorers, generate=4, ppl_r=4)
+    scorers = tuple(map(get_scorer, ("errata", "easyedit")))
+    wide = EvaluationConfig(scorers, max_new_tokens=4, ppl_r_tokens=4)
     found = [
-        rows(single(model, ike(ALWAYS), cases, wide._replace(budget=size), together=3))
+        rows(
+            run_single(
+                model, ike_editor(ALWAYS), cases, wide._replace(memory_bytes=size), batch_size=3
+            )
+        )
         for size in (1 << 30, 1 << 21)
     ]
     for one, two in zip(*found, strict=True):
@@ -58,12 +62,14 @@ def test_a_small_budget_reads_in_smaller_batches_and_says_the_same(model):
 def test_rows_that_an_edit_made_longer_are_compared_at_their_last_positions(model):
     """A question no fact is put before reads as ever: it agrees with itself everywhere."""
     case = world.cases(1)[0]
-    editor = ike(PRESETS["micro"])
-    delta = editor.each(model, editor.init(model, torch.Generator()), [case.edit])
-    terms = Terms((scorer("easyedit"),))
-    asks = [Ask("image_locality", query) for query in case.probes["image_locality"]]
-    asks.append(Ask("same_entity_locality", case.edit))  # longer: the fact stands before it
-    found = measure(model, bind(model, delta), asks, reach_of(model, delta), terms)
+    editor = ike_editor(PRESETS["micro"])
+    delta = editor.edit_each(model, editor.init(model, torch.Generator()), [case.edit])
+    terms = EvaluationConfig((get_scorer("easyedit"),))
+    asks = [ProbeQuestion("image_locality", query) for query in case.probes["image_locality"]]
+    asks.append(
+        ProbeQuestion("same_entity_locality", case.edit)
+    )  # longer: the fact stands before it
+    found = evaluate(model, bind(model, delta), asks, delta_depth(model, delta), terms)
     assert [one.scores["easyedit"][1] for one in found[:-1]] == [1.0, 1.0, 1.0]
     changed = found[-1].scores["easyedit"][1]
     assert changed is not None
@@ -72,44 +78,50 @@ def test_rows_that_an_edit_made_longer_are_compared_at_their_last_positions(mode
 
 def test_many_edits_asked_the_same_question_read_under_their_own(model):
     cases = world.cases(5, relations=("home",))
-    editor = ike(PRESETS["micro"])
+    editor = ike_editor(PRESETS["micro"])
     state = editor.init(model, torch.Generator())
-    delta = editor.each(model, state, [case.edit for case in cases])
-    asks = [Ask("reliability", cases[0].edit, edit) for edit in range(5)]
-    terms = Terms((scorer("errata"),), budget=1 << 20)
-    found = measure(model, bind(model, delta), asks, reach_of(model, delta), terms)
+    delta = editor.edit_each(model, state, [case.edit for case in cases])
+    asks = [ProbeQuestion("reliability", cases[0].edit, edit) for edit in range(5)]
+    terms = EvaluationConfig((get_scorer("errata"),), memory_bytes=1 << 20)
+    found = evaluate(model, bind(model, delta), asks, delta_depth(model, delta), terms)
     for edit, one in enumerate(found):
-        alone = bind(model, take(delta, [edit]))
-        (same,) = measure(model, alone, [asks[0]], reach_of(model, delta), terms)
+        alone = bind(model, select_edits(delta, [edit]))
+        (same,) = evaluate(model, alone, [asks[0]], delta_depth(model, delta), terms)
         assert one.after == same.after
-    assert found[0].after.exact
+    assert found[0].after.exact_match
 
 
 def test_a_lifelong_memory_keeps_its_first_fact(model):
     cases = world.cases(6, subjects="new", relations=("home", "food"))
     steps = list(
-        lifelong(model, ike(PRESETS["micro"]), cases, Terms((scorer("errata"),)), lengths=[1, 6])
+        run_lifelong(
+            model,
+            ike_editor(PRESETS["micro"]),
+            cases,
+            EvaluationConfig((get_scorer("errata"),)),
+            eval_after=[1, 6],
+        )
     )
     last = [one for one in steps[-1].results if one.probe == "reliability"]
-    assert [one.number for one in last] == list(range(6))
+    assert [one.case_number for one in last] == list(range(6))
     assert sum(one.score or 0 for one in last) >= 5
 
 
 def test_demonstrations_are_named_in_a_settings_file(tmp_path):
     text = f"""
-out = "{tmp_path / "out"}"
-pictures = 0
+output_dir = "{tmp_path / "out"}"
+num_thumbnails = 0
 [cases]
 source = "world"
-count = 2
+num_cases = 2
 [[models]]
 id = "micro/llava"
 [[editors]]
 type = "ike"
 preset = "micro"
-k = 3
-demonstrations = "world"
-cases = 4
+num_demonstrations = 3
+demonstration_source = "world"
+num_source_cases = 4
 [[protocols]]
 type = "single"
 """
@@ -122,23 +134,37 @@ type = "single"
     from errata.functional import io
 
     file = next((tmp_path / "out" / "deltas").rglob("*.safetensors"))
-    entry = io.load(file).header.entries[0]
-    assert (entry.k, entry.num_demos) == (3, 12)
-    assert parse(text).editors[0].settings["demonstrations"] == "world"
-    assert tomllib.loads(text)["editors"][0]["k"] == 3
+    entry = io.load_delta(file).header.entries[0]
+    assert (entry.num_demonstrations, entry.num_stored_demonstrations) == (3, 12)
+    assert parse_settings(text).editors[0].settings["demonstration_source"] == "world"
+    assert tomllib.loads(text)["editors"][0]["num_demonstrations"] == 3
 
 
 def test_cases_for_demonstrations_come_from_files_too(tmp_path):
     record = {
-        "subject": "x", "src": "who is it?", "pred": "ann", "rephrase": "who may it be?",
-        "alt": "bo", "image": "a.jpg", "image_rephrase": "b.jpg", "loc": "capital of france?",
-        "loc_ans": "paris", "m_loc": "c.jpg", "m_loc_q": "what is shown?", "m_loc_a": "a cat",
-    }  # fmt: skip
+        "subject": "x",
+        "src": "who is it?",
+        "pred": "ann",
+        "rephrase": "who may it be?",
+        "alt": "bo",
+        "image": "a.jpg",
+        "image_rephrase": "b.jpg",
+        "loc": "capital of france?",
+        "loc_ans": "paris",
+        "m_loc": "c.jpg",
+        "m_loc_q": "what is shown?",
+        "m_loc_a": "a cat",
+    }
     (tmp_path / "vqa.json").write_text(json.dumps([record] * 3))
-    config = configure("ike", demonstrations=str(tmp_path / "vqa.json"), cases=2, k=1)
-    cases = corpus(config)
+    config = configure(
+        "ike",
+        demonstration_source=str(tmp_path / "vqa.json"),
+        num_source_cases=2,
+        num_demonstrations=1,
+    )
+    cases = demonstration_cases(config)
     assert cases is not None
     assert [case.edit.target for case in cases] == ["bo", "bo"]
-    assert corpus(IkeConfig()) is None
-    with pytest.raises(BadInput, match="must be 'world' or an annotation file"):
-        corpus(IkeConfig(demonstrations=str(tmp_path / "none.json")))
+    assert demonstration_cases(IkeConfig()) is None
+    with pytest.raises(InvalidInputError, match="must be 'world' or an annotation file"):
+        demonstration_cases(IkeConfig(demonstration_source=str(tmp_path / "none.json")))

@@ -9,16 +9,16 @@ import pytest
 from PIL import Image
 
 from errata.bench import report, report_html
-from errata.bench.ledger import PROGRESS, RESULTS, Answer, Part, Unit
-from errata.bench.published import here, quoted
-from errata.functional.errors import BadInput
+from errata.bench.ledger import PROGRESS, RESULTS, ProbeAnswer, UnitKey, UnitRecord
+from errata.bench.published import matching_results, published_results
+from errata.functional.errors import InvalidInputError
 from errata.functional.metrics import PROBES, SCORERS
 
 from .ledgers import row
 
 
 def lines_of(rows):
-    ((leg, lines),) = report.summarise(rows).items()
+    ((leg, lines),) = report.summarize(rows).items()
     return leg, lines
 
 
@@ -27,66 +27,80 @@ def test_a_mean_is_over_cases_of_the_mean_over_a_cases_queries():
     rows = [row("a", "portability_1hop", s, index=i) for i, s in enumerate([1.0, 1.0, 0.0, 0.0])]
     rows.append(row("b", "portability_1hop", 1.0))
     _, (line,) = lines_of(rows)
-    cell = line.cells["portability_1hop"]
+    cell = line.probes["portability_1hop"]
     assert cell.score.mean == 0.75  # pooled it would be 0.6
     assert cell.score.count == 2
     assert line.cases == 2
 
 
 def test_exact_matches_and_free_generation_stand_beside_the_score():
-    said = Answer(text="Rome", accuracy=1.0, exact=True, nll=0.1, said="Rome is", match=False)
+    said = ProbeAnswer(
+        text="Rome",
+        accuracy=1.0,
+        exact_match=True,
+        nll=0.1,
+        generation="Rome is",
+        generation_match=False,
+    )
     rows = [row("a", after=said), row("b", score=0.5)]
     _, (line,) = lines_of(rows)
-    cell = line.cells["reliability"]
-    assert (cell.score.mean, cell.exact.mean, cell.said.mean) == (0.75, 0.5, 0.0)
-    assert (cell.exact.low, cell.exact.high, cell.exact.count) == (0.0, 1.0, 2)
-    assert cell.said.count == 1
-    assert cell.said_before is None
+    cell = line.probes["reliability"]
+    assert (cell.score.mean, cell.exact_match.mean, cell.generation_match.mean) == (0.75, 0.5, 0.0)
+    assert (cell.exact_match.low, cell.exact_match.high, cell.exact_match.count) == (0.0, 1.0, 2)
+    assert cell.generation_match.count == 1
+    assert cell.generation_match_before is None
 
 
 def test_what_is_said_freely_is_in_the_numbers_of_every_probe():
-    before = Answer(text="Paris", accuracy=0, exact=False, nll=math.log(8), entropy=1.5)
-    after = Answer(text="Rome", accuracy=1, exact=True, nll=math.log(2), entropy=1.0)
-    sure = msgspec.structs.replace(after, nll=math.log(8), entropy=None)
+    before = ProbeAnswer(
+        text="Paris", accuracy=0, exact_match=False, nll=math.log(8), ngram_entropy=1.5
+    )
+    after = ProbeAnswer(
+        text="Rome", accuracy=1, exact_match=True, nll=math.log(2), ngram_entropy=1.0
+    )
+    sure = msgspec.structs.replace(after, nll=math.log(8), ngram_entropy=None)
     rows = [
         row("a", before=before, after=after, kl=0.5, ppl_r=2.0),
         row("b", before=before, after=sure, kl=0.7),
-        row("a", "text_locality", kl=0.01, same=True),
-        row("b", "text_locality", kl=0.03, same=False),
+        row("a", "text_locality", kl=0.01, generation_unchanged=True),
+        row("b", "text_locality", kl=0.03, generation_unchanged=False),
     ]
     _, (line,) = lines_of(rows)
-    cell = line.cells["reliability"]
+    cell = line.probes["reliability"]
     assert cell.ppl.mean == pytest.approx(4)  # exp of the mean, not 5, the mean of exps
     assert cell.ppl_before.mean == pytest.approx(8)
     assert (cell.ppl_r.mean, cell.ppl_r.count) == (2.0, 1)
     assert (cell.fluency.mean, cell.fluency.count, cell.fluency_before.mean) == (1.0, 1, 1.5)
     assert cell.kl.mean == pytest.approx(0.6)
-    kept = line.cells["text_locality"]
-    assert (kept.said.mean, kept.kl.mean) == (0.5, pytest.approx(0.02))
+    kept = line.probes["text_locality"]
+    assert (kept.generation_match.mean, kept.kl.mean) == (0.5, pytest.approx(0.02))
     assert kept.ppl is kept.fluency is None
     assert report.table(rows).splitlines()[-1].split() == ["said", "50.0"]
-    (leg,) = report.summary(rows)["legs"]
-    assert leg["editors"][0]["probes"]["text_locality"]["said"]["mean"] == 0.5
+    (leg,) = report.summary_json(rows)["legs"]
+    assert leg["editors"][0]["probes"]["text_locality"]["generation_match"]["mean"] == 0.5
 
 
 def test_a_probe_that_was_not_asked_has_no_cell_and_none_is_left_out():
     _, (line,) = lines_of([row("a", "reliability", 1.0), row("a", "rephrase", None)])
-    assert "image_rephrase" not in line.cells
-    assert line.cells["rephrase"].score.count == 0
+    assert "image_rephrase" not in line.probes
+    assert line.probes["rephrase"].score.count == 0
     assert "–" in report.table([row("a"), row("a", "rephrase", None)])
 
 
 def test_legs_are_kept_apart():
     rows = [
-        row("a"), row("a", scorer="easyedit"), row("a", protocol="sequential"),
-        row("a", protocol="sequential", moment="gap", gap=10),
-        row("a", protocol="sequential", moment="gap", gap=20),
-        row("a", protocol="sequential", moment="end", gap=3),
-        row("b", protocol="sequential", moment="end", gap=2), row("a", model="llava"),
-    ]  # fmt: skip
-    legs = report.summarise(rows)
+        row("a"),
+        row("a", scorer="easyedit"),
+        row("a", protocol="sequential"),
+        row("a", protocol="sequential", evaluated_at="after_gap", gap=10),
+        row("a", protocol="sequential", evaluated_at="after_gap", gap=20),
+        row("a", protocol="sequential", evaluated_at="end", gap=3),
+        row("b", protocol="sequential", evaluated_at="end", gap=2),
+        row("a", model="llava"),
+    ]
+    legs = report.summarize(rows)
     assert len(legs) == 7
-    ends = [lines for leg, lines in legs.items() if leg.moment == "end"]
+    ends = [lines for leg, lines in legs.items() if leg.evaluated_at == "end"]
     assert [line.cases for lines in ends for line in lines] == [2]
 
 
@@ -97,22 +111,34 @@ def test_a_pooling_scorer_takes_kinds_together():
         row("a", "portability_aliasing", 0.0, scorer="ice", index=1),
     ]
     _, (line,) = lines_of(rows)
-    assert line.cells["portability"].score.mean == pytest.approx(1 / 3)
+    assert line.probes["portability"].score.mean == pytest.approx(1 / 3)
     _, (line,) = lines_of([msgspec.structs.replace(one, scorer="errata") for one in rows])
-    assert line.cells["portability_aliasing"].score.mean == 0.0
+    assert line.probes["portability_aliasing"].score.mean == 0.0
 
 
 def test_probes_stand_in_the_papers_order():
-    names = ["zzz", "portability_2hop", "image_locality", "portability_1hop", "rephrase",
-             "reliability", "text_locality_x"]  # fmt: skip
-    assert report.ordered(names) == [
-        "reliability", "rephrase", "text_locality_x", "image_locality", "portability_1hop",
-        "portability_2hop", "zzz",
-    ]  # fmt: skip
+    names = [
+        "zzz",
+        "portability_2hop",
+        "image_locality",
+        "portability_1hop",
+        "rephrase",
+        "reliability",
+        "text_locality_x",
+    ]
+    assert report.sort_probes(names) == [
+        "reliability",
+        "rephrase",
+        "text_locality_x",
+        "image_locality",
+        "portability_1hop",
+        "portability_2hop",
+        "zzz",
+    ]
 
 
 def test_summary_is_json_and_tells_what_it_is_of():
-    plain = json.loads(json.dumps(report.summary([row("a"), row("b", score=0.0)])))
+    plain = json.loads(json.dumps(report.summary_json([row("a"), row("b", score=0.0)])))
     (leg,) = plain["legs"]
     assert (leg["model"], leg["scorer"]) == ("blip2-opt-2.7b", "errata")
     score = leg["editors"][0]["probes"]["reliability"]["score"]
@@ -121,9 +147,13 @@ def test_summary_is_json_and_tells_what_it_is_of():
 
 # ------------------------------------------------------------------ tables
 ROWS = [
-    row("a"), row("b", score=0.5), row("a", "text_locality", 1.0), row("b", "text_locality", 1.0),
-    row("a", editor="lora"), row("b", editor="lora"),
-]  # fmt: skip
+    row("a"),
+    row("b", score=0.5),
+    row("a", "text_locality", 1.0),
+    row("b", "text_locality", 1.0),
+    row("a", editor="lora"),
+    row("b", editor="lora"),
+]
 
 
 def test_terminal_table():
@@ -155,9 +185,9 @@ def test_latex_table_is_escaped():
 
 
 def test_a_table_needs_rows_and_a_known_style():
-    with pytest.raises(BadInput, match="at least one row"):
+    with pytest.raises(InvalidInputError, match="at least one row"):
         report.table([])
-    with pytest.raises(BadInput, match="one of terminal, markdown, latex; got 'html'"):
+    with pytest.raises(InvalidInputError, match="one of terminal, markdown, latex; got 'html'"):
         report.table(ROWS, "html")
 
 
@@ -166,29 +196,34 @@ def life(group, groups=1, gaps=()):
     """A sequential run in which an edit is lost once three others came after it."""
     for number in range(group * groups):
         at = number % group
-        common = {"protocol": "sequential", "number": number}
+        common = {"protocol": "sequential", "case_number": number}
         yield row(f"c{number}", score=1.0, **common)
         for gap in (*gaps, group - 1 - at):
-            moment = "end" if gap == group - 1 - at else "gap"
-            yield row(f"c{number}", score=float(gap < 3), moment=moment, gap=gap, **common)
+            moment = "end" if gap == group - 1 - at else "after_gap"
+            yield row(f"c{number}", score=float(gap < 3), evaluated_at=moment, gap=gap, **common)
 
 
 def test_curves_by_age_and_by_position():
-    found = {one["axis"]: one["points"] for one in report_html.curves(life(6, groups=2))}
+    found = {one["axis"]: one["points"] for one in report_html.compute_curves(life(6, groups=2))}
     assert [(x, mean, count) for x, mean, _, _, count in found["age"]] == [
-        (0, 1.0, 12), (1, 1.0, 2), (2, 1.0, 2), (3, 0.0, 2), (4, 0.0, 2), (5, 0.0, 2),
-    ]  # fmt: skip
+        (0, 1.0, 12),
+        (1, 1.0, 2),
+        (2, 1.0, 2),
+        (3, 0.0, 2),
+        (4, 0.0, 2),
+        (5, 0.0, 2),
+    ]
     assert [(x, count) for x, _, _, _, count in found["position"]] == [(n, 2) for n in range(1, 7)]
 
 
 def test_long_lives_are_binned():
-    found = {one["axis"]: one["points"] for one in report_html.curves(life(200))}
+    found = {one["axis"]: one["points"] for one in report_html.compute_curves(life(200))}
     assert len(found["age"]) == len(found["position"]) == 10
     assert sum(point[4] for point in found["position"]) == 200
 
 
 def test_single_edits_have_no_life():
-    assert report_html.curves([row("a"), row("b")]) == []
+    assert report_html.compute_curves([row("a"), row("b")]) == []
 
 
 # ------------------------------------------------------------------ the page
@@ -198,7 +233,7 @@ def data_of(page):
 
 
 def test_the_page_asks_nothing_of_a_network():
-    page = report_html.page(list(life(4)))
+    page = report_html.render_page(list(life(4)))
     assert not re.search(r'(src|href)\s*=\s*["\']?(https?:)?//', page)
     outside = re.findall(r"https?://[^\s\"')]+", page)
     assert set(outside) <= {"http://www.w3.org/2000/svg"}  # a name, never fetched
@@ -209,22 +244,30 @@ def test_the_page_asks_nothing_of_a_network():
 def test_text_of_a_data_set_can_not_break_out_of_the_page():
     evil = "</script><script>alert(1)</script><!--"
     rows = [row(evil, prompt=evil, target="{{css}}", editor=evil, model=evil)]
-    page = report_html.page(rows, title=evil + "{{data}}")
+    page = report_html.render_page(rows, title=evil + "{{data}}")
     assert "<script>alert" not in page
     assert "<title>&lt;/script&gt;" in page
     assert evil in data_of(page)["strings"]
     assert "{{css}}" in data_of(page)["strings"]
-    script = report_html._text("page.js")
+    script = report_html._read_asset("page.js")
     assert "innerHTML" not in script
     assert "eval(" not in script
 
 
 def test_columns_say_what_the_rows_say():
     rows = [
-        row("a", score=0.25, scorer=scorer, images=("p1", "p2"), gap=2, moment="gap",
-            protocol="sequential") for scorer in ("errata", "easyedit")
-    ] + [row("b", "text_locality", None)]  # fmt: skip
-    data = data_of(report_html.page(rows))
+        row(
+            "a",
+            score=0.25,
+            scorer=scorer,
+            images=("p1", "p2"),
+            gap=2,
+            evaluated_at="after_gap",
+            protocol="sequential",
+        )
+        for scorer in ("errata", "easyedit")
+    ] + [row("b", "text_locality", None)]
+    data = data_of(report_html.render_page(rows))
     columns, strings = data["rows"], data["strings"]
     assert [len(column) for column in columns.values()] == [2] * len(columns)
     assert columns["scores"] == [[2500, 2500], [None, None]]
@@ -237,7 +280,7 @@ def test_columns_say_what_the_rows_say():
 
 
 def test_pictures_are_embedded_once_bounded_and_only_from_their_folder(tmp_path, monkeypatch):
-    home = tmp_path / "pictures"
+    home = tmp_path / "thumbnails"
     home.mkdir()
     Image.new("RGB", (40, 30), "red").save(home / "small.png")
     Image.effect_noise((900, 700), 90).save(home / "large.png")
@@ -245,19 +288,19 @@ def test_pictures_are_embedded_once_bounded_and_only_from_their_folder(tmp_path,
     Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
     names = ("small", "large", "broken", "gone", "../secret", "small")
     rows = [row("a", images=names), row("b", images=("small",))]
-    data = data_of(report_html.page(rows, home))
-    kinds = [uri and uri.split(";")[0] for uri in data["pictures"]]
+    data = data_of(report_html.render_page(rows, home))
+    kinds = [uri and uri.split(";")[0] for uri in data["images"]]
     assert kinds == ["data:image/png", "data:image/jpeg", None, None, None]
     assert "3 pictures are not kept" in data["footer"]
-    assert max(map(len, filter(None, data["pictures"]))) < 60_000
-    monkeypatch.setattr(report_html, "MOST_PICTURES", 1000)
-    assert data_of(report_html.page(rows, home))["pictures"][1] is None
+    assert max(map(len, filter(None, data["images"]))) < 60_000
+    monkeypatch.setattr(report_html, "MAX_IMAGE_CHARS", 1000)
+    assert data_of(report_html.render_page(rows, home))["images"][1] is None
 
 
 def test_what_is_too_much_is_left_out_by_whole_cases_and_said(monkeypatch):
-    monkeypatch.setattr(report_html, "MOST_ROWS", 5)
+    monkeypatch.setattr(report_html, "MAX_ROWS", 5)
     rows = [row(case, probe) for case in "abc" for probe in ("reliability", "rephrase")]
-    data = data_of(report_html.page(rows))
+    data = data_of(report_html.render_page(rows))
     assert [data["cases"][i] for i in data["rows"]["case"]] == ["a", "a", "b", "b"]
     assert "1 cases are in the numbers but too many" in data["footer"]
     assert data["legs"][0]["editors"][0]["cases"] == 3
@@ -265,14 +308,27 @@ def test_what_is_too_much_is_left_out_by_whole_cases_and_said(monkeypatch):
 
 def test_ten_thousand_rows_are_a_small_page(tmp_path):
     rows = [
-        row(f"case/{n:05d}", probe, float(n % 3 > 0), editor=editor, prompt=f"What is number {n}?",
-            target=f"answer {n % 50}", number=n)
-        for n in range(500) for editor in ("ft", "lora", "grace", "mend")
-        for probe in ("reliability", "rephrase", "image_rephrase", "text_locality",
-                      "image_locality")
-    ]  # fmt: skip
+        row(
+            f"case/{n:05d}",
+            probe,
+            float(n % 3 > 0),
+            editor=editor,
+            prompt=f"What is number {n}?",
+            target=f"answer {n % 50}",
+            case_number=n,
+        )
+        for n in range(500)
+        for editor in ("ft", "lora", "grace", "mend")
+        for probe in (
+            "reliability",
+            "rephrase",
+            "image_rephrase",
+            "text_locality",
+            "image_locality",
+        )
+    ]
     assert len(rows) == 10_000
-    page = report_html.page(rows)
+    page = report_html.render_page(rows)
     assert len(page) < 1_200_000
     assert len(data_of(page)["rows"]["case"]) == 10_000
 
@@ -280,32 +336,45 @@ def test_ten_thousand_rows_are_a_small_page(tmp_path):
 def test_a_runs_folder_gives_benchmark_costs_and_published_numbers(tmp_path):
     records = tmp_path / "vqa_eval.json"
     records.write_text(json.dumps([{"src": "q", "alt": "a", "image": "val2014/x.jpg"}]))
-    part = Part(model="blip2-opt-2.7b", editor="finetune", protocol="single", number=0, of=1)
-    unit = Unit(part=part, cases=4, rows=1, end=9, digest="", edit_seconds=2.0, probe_seconds=1.0,
-                peak_bytes=10**9)  # fmt: skip
+    part = UnitKey(
+        model="blip2-opt-2.7b", editor="finetune", protocol="single", number=0, num_units=1
+    )
+    unit = UnitRecord(
+        unit=part,
+        cases=4,
+        rows=1,
+        end_byte=9,
+        digest="",
+        edit_seconds=2.0,
+        probe_seconds=1.0,
+        peak_bytes=10**9,
+    )
     (tmp_path / PROGRESS).write_bytes(msgspec.json.encode(unit) + b"\n")
     settings = f'[cases]\nsource = "file"\npath = "{records}"\ntemplate = "easyedit"'
-    report.html([row("a")], tmp_path / "report.html", folder=tmp_path, settings=settings)
+    report.write_page([row("a")], tmp_path / "report.html", folder=tmp_path, settings=settings)
     data = data_of((tmp_path / "report.html").read_text())
     assert data["facts"] == ["MMEdit E-VQA, vqa_eval.json"]
     (cost,) = data["costs"]
     assert (cost["seconds"], cost["peak"]) == (0.5, 10**9)
     mend = next(one for one in data["published"] if one["method"] == "MEND")
     assert (mend["scorer"], mend["values"]["reliability"]) == ("easyedit", 99.4)
-    assert mend["exact"]["reliability"] == 98.51
-    for other in ('\non_missing = "draw"', '\non_missing = "none"'):  # not the same setting
-        report.html([row("a")], tmp_path / "r.html", settings=settings + other)
+    assert mend["exact_match"]["reliability"] == 98.51
+    for other in (
+        '\nmissing_images = "placeholder"',
+        '\nmissing_images = "none"',
+    ):  # not the same setting
+        report.write_page([row("a")], tmp_path / "r.html", settings=settings + other)
         data = data_of((tmp_path / "r.html").read_text())
         assert data["published"] == []
         assert "missing images" in data["facts"][0]
     raw = settings.replace("easyedit", "raw")
-    report.html([row("a")], tmp_path / "r.html", settings=raw)
+    report.write_page([row("a")], tmp_path / "r.html", settings=raw)
     assert data_of((tmp_path / "r.html").read_text())["published"] == []
 
 
 def test_a_page_whose_annotation_file_is_gone_is_still_written(tmp_path):
     settings = '[cases]\nsource = "file"\npath = "gone.json"'
-    report.html([row("a")], tmp_path / "r.html", settings=settings)
+    report.write_page([row("a")], tmp_path / "r.html", settings=settings)
     assert data_of((tmp_path / "r.html").read_text())["facts"] == ["gone.json"]
 
 
@@ -325,17 +394,20 @@ def test_the_command_line_prints_and_writes(tmp_path, capsys):
 
 # ------------------------------------------------------------------ published numbers
 def test_published_rows_are_whole_and_named():
-    assert len(quoted()) == 136
-    for one in quoted():
+    assert len(published_results()) == 136
+    for one in published_results():
         assert one.source
         assert one.scorer in SCORERS
         assert set(one.values) <= set(PROBES) | {"portability_1hop"}
-        assert all(0 <= value <= 100 for value in (*one.values.values(), *one.exact.values()))
+        assert all(0 <= value <= 100 for value in (*one.values.values(), *one.exact_match.values()))
 
 
 @pytest.mark.parametrize("name", ["Salesforce/blip2-opt-2.7b", "blip2_opt_2.7b", "BLIP2-OPT-2.7B"])
 def test_published_rows_are_found_however_the_model_is_spelled(name):
-    assert {one.method for one in here("mmedit-caption", "easyedit", name)} >= {"MEND", "SERAC"}
-    assert here("mmedit-caption", "easyedit", "tiny") == []
-    assert here("mmedit-caption", "raw", name) == []
-    assert here("", "", name) == []
+    assert {one.method for one in matching_results("mmedit-caption", "easyedit", name)} >= {
+        "MEND",
+        "SERAC",
+    }
+    assert matching_results("mmedit-caption", "easyedit", "tiny") == []
+    assert matching_results("mmedit-caption", "raw", name) == []
+    assert matching_results("", "", name) == []

@@ -6,9 +6,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from errata.adapters.zoo import TOKENIZER
-from errata.adapters.zoo.world import HOPS, NUM_HELD, NUM_TRAINED, World
-from errata.bench.data.world import RELATIONS, Drawing, cases
-from errata.functional.errors import BadSettings
+from errata.adapters.zoo.world import HOPS, NUM_HELD_OUT, NUM_TRAINED, World
+from errata.bench.data.world import RELATIONS, RenderedImage, cases
+from errata.functional.errors import InvalidSettingsError
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_cases_follow_from_the_seed(some):
 def test_a_thousand_cases_are_a_thousand_different_edits():
     many = cases(1000)
     assert len({c.id for c in many}) == 1000
-    assert len({c.edit.images[0].key for c in many}) == 1000
+    assert len({c.edit.images[0].content_id for c in many}) == 1000
 
 
 def test_the_first_round_edits_every_fact_once(some):
@@ -42,11 +42,13 @@ def test_the_first_round_edits_every_fact_once(some):
 
 
 def test_splits_share_no_creature(world):
-    first_held = NUM_TRAINED - NUM_HELD
+    first_held = NUM_TRAINED - NUM_HELD_OUT
     assert all(parts(c)[0] >= first_held for c in cases(300, split="test"))
     assert all(parts(c)[0] < first_held for c in cases(300, split="train"))
-    new = {split: {parts(c)[0] for c in cases(500, split=split, subjects="new")}
-           for split in ("train", "test")}  # fmt: skip
+    new = {
+        split: {parts(c)[0] for c in cases(500, split=split, subjects="new")}
+        for split in ("train", "test")
+    }
     assert not new["train"] & new["test"]
     assert min(new["train"] | new["test"]) >= NUM_TRAINED
 
@@ -59,7 +61,7 @@ def test_targets_are_one_to_four_tokens_and_not_the_truth(some, world):
     for case in some:
         index, relation = parts(case)
         assert case.edit.target != getattr(world.creature(index), relation)
-        assert case.edit.target in world.values(relation)
+        assert case.edit.target in world.possible_answers(relation)
 
 
 def test_rephrases_keep_the_picture_and_renderings_keep_the_question(some, world):
@@ -72,7 +74,7 @@ def test_rephrases_keep_the_picture_and_renderings_keep_the_question(some, world
         for query in case.probes["image_rephrase"]:
             assert query.prompt == case.edit.prompt
             assert query.images[0].subject == case.edit.images[0].subject
-            assert query.images[0].key != case.edit.images[0].key
+            assert query.images[0].content_id != case.edit.images[0].content_id
 
 
 def test_portability_is_the_second_hop_of_the_new_value(some, world):
@@ -81,7 +83,7 @@ def test_portability_is_the_second_hop_of_the_new_value(some, world):
         hop = {first: second for second, first in HOPS.items()}.get(relation)
         assert ("portability" in case.probes) == (hop is not None)
         for query in case.probes.get("portability", ()):
-            assert query.target == world.hop(hop, case.edit.target)
+            assert query.target == world.second_hop(hop, case.edit.target)
             assert query.target != world.answer(world.creature(index), hop)
 
 
@@ -105,8 +107,14 @@ def test_locality_probes_leave_the_edited_fact_alone(some, world):
 
 def test_every_probe_is_there_and_answered(some):
     for case in some:
-        assert {"rephrase", "image_rephrase", "text_locality", "same_entity_locality",
-                "hard_locality", "image_locality"} <= set(case.probes)  # fmt: skip
+        assert {
+            "rephrase",
+            "image_rephrase",
+            "text_locality",
+            "same_entity_locality",
+            "hard_locality",
+            "image_locality",
+        } <= set(case.probes)
         assert all(q.prompt and q.target for queries in case.probes.values() for q in queries)
 
 
@@ -115,19 +123,23 @@ def test_new_creatures_are_asked_only_what_is_true(world):
         index, _ = parts(case)
         assert index >= NUM_TRAINED
         for query in case.probes["same_entity_locality"]:
-            assert query.target in world.creature(index).look
+            assert query.target in world.creature(index).appearance
 
 
 def test_drawings_are_values_and_draw_the_same_again():
     drawing = cases(1)[0].edit.images[0]
-    copy = msgspec.json.decode(msgspec.json.encode(drawing), type=Drawing)
+    copy = msgspec.json.decode(msgspec.json.encode(drawing), type=RenderedImage)
     assert copy == drawing
-    assert copy.key == drawing.key
+    assert copy.content_id == drawing.content_id
     assert np.array_equal(np.asarray(copy.load()), np.asarray(drawing.load()))
 
 
 def test_bad_settings_are_refused_all_at_once():
-    with pytest.raises(BadSettings) as refused:
+    with pytest.raises(InvalidSettingsError) as refused:
         cases(-1, split="dev", relations=("home", "weight"))  # type: ignore[arg-type]
-    for part in ("count must be 0 or more", "split must be one of", "relations must be some of"):
+    for part in (
+        "num_cases must be 0 or more",
+        "split must be one of",
+        "relations must be some of",
+    ):
         assert part in str(refused.value)

@@ -12,11 +12,11 @@ from errata.adapters.zoo import FOLDER, TOKENIZER, WEIGHTS, draw
 from errata.adapters.zoo.configs import MICRO, fast_tokenizer
 from errata.adapters.zoo.world import World
 from errata.bench.zoo import pictures
-from errata.bench.zoo.families import FAMILIES, hidden, prepare
-from errata.bench.zoo.lessons import Lessons, Row
-from errata.bench.zoo.optim import orthogonal
-from errata.bench.zoo.packing import IGNORE, Packer, additive
-from errata.bench.zoo.table import table
+from errata.bench.zoo.families import FAMILIES, hidden_states, prepare
+from errata.bench.zoo.lessons import QuestionSampler, Row
+from errata.bench.zoo.optim import orthogonalize
+from errata.bench.zoo.packing import IGNORE_INDEX, SequencePacker, additive_mask
+from errata.bench.zoo.table import accuracy_table
 from errata.bench.zoo.tokens import train_tokenizer
 from errata.bench.zoo.train import Recipe, Trainer
 
@@ -45,23 +45,23 @@ def test_a_packed_row_is_the_same_as_questions_asked_alone(name, tokenizer):
     torch.manual_seed(0)
     micro = MICRO[name]
     model = prepare(micro.module(micro.config(tokenizer))).eval()
-    processor = micro.processor(fast_tokenizer(tokenizer, **micro.tokens))
-    image = draw.creature(World().trained[5].look, "packing")
-    shown = pictures.Picture(np.asarray(image), {})
-    packer = Packer(name, tokenizer)
+    processor = micro.processor(fast_tokenizer(tokenizer, **micro.special_tokens))
+    image = draw.creature(World().trained[5].appearance, "packing")
+    shown = pictures.LabeledImage(np.asarray(image), {})
+    packer = SequencePacker(name, tokenizer)
     packed = packer.pack([Row(shown, iter(ASKED))])
     with torch.no_grad():
-        features = FAMILIES[name].features(model, packed.pixels)
-        mask = additive(packed.allowed, torch.float32)
-        states = hidden(name, model, packed.ids, features, packed.positions, mask)
+        features = FAMILIES[name].image_features(model, packed.pixels)
+        mask = additive_mask(packed.attention_mask, torch.float32)
+        states = hidden_states(name, model, packed.input_ids, features, packed.position_ids, mask)
         logits = model.get_output_embeddings()(states)[0]
-        at = len(packer.seen.ids)
+        at = len(packer.image_prefix.input_ids)
         for question, answer in ASKED:
-            length = len(packer.encode(question + packer.after) + packer.encode(answer))
+            length = len(packer.encode(question + packer.question_suffix) + packer.encode(answer))
             inputs = read(processor, name, image, question, answer)
             alone = model(**inputs).logits[0, -length:]
             assert (
-                packed.ids[0, at : at + length].tolist()
+                packed.input_ids[0, at : at + length].tolist()
                 == inputs["input_ids"][0, -length:].tolist()
             )
             torch.testing.assert_close(logits[at : at + length], alone, rtol=1e-4, atol=1e-4)
@@ -85,24 +85,24 @@ def read(processor, name: str, picture, question: str, answer: str):
 
 
 def test_labels_cover_answers_and_end_tokens_only(tokenizer):
-    packer = Packer("llava", tokenizer)
+    packer = SequencePacker("llava", tokenizer)
     packed = packer.pack([Row(None, iter(ASKED))])
-    said = [i for _, answer in ASKED for i in [*packer.encode(answer), packer.end]]
-    assert packed.labels[packed.labels != IGNORE].tolist() == said
+    said = [i for _, answer in ASKED for i in [*packer.encode(answer), packer.end_id]]
+    assert packed.labels[packed.labels != IGNORE_INDEX].tolist() == said
 
 
 def test_two_hop_questions_are_never_asked_of_held_creatures(few_pictures, tmp_path):
     world = World()
-    lessons = Lessons(world, pictures.pools(world, "train", tmp_path))
+    lessons = QuestionSampler(world, pictures.load_pools(world, "train", tmp_path))
     rng = random.Random(0)
     hops = {q for r in ("land", "job", "food_kind", "chain") for q in world.questions(r)}
-    asked = [lessons._creature(rng, world.held[i % 60])[0] for i in range(2000)]
+    asked = [lessons._sample_creature_question(rng, world.held_out[i % 60])[0] for i in range(2000)]
     assert not hops & set(asked)
 
 
 def test_orthogonal_updates_have_singular_values_near_one():
     torch.manual_seed(0)
-    values = torch.linalg.svdvals(orthogonal(torch.randn(3, 32, 64)))
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(3, 32, 64)))
     assert values.min() > 0.5
     assert values.max() < 1.5
 
@@ -137,7 +137,7 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(few_pictures, tokenizer, tmp_p
 
 def test_the_readme_shows_what_the_reports_say():
     readme = (FOLDER / "README.md").read_text("utf-8")
-    assert table(WEIGHTS) in readme
+    assert accuracy_table(WEIGHTS) in readme
 
 
 def test_the_shipped_tokenizer_is_the_one_the_command_makes(tokenizer):

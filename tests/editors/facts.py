@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from PIL import Image
 
-from errata.editors import IkeConfig, ike
+from errata.editors import IkeConfig, ike_editor
 from errata.functional import Delta, Query, bind
-from errata.functional.prompts import asked
+from errata.functional.prompts import expand_prompts
 
 __all__ = ["edited", "picture", "put"]
 
@@ -19,7 +19,7 @@ def picture(seed: int) -> Image.Image:
 
 
 def edited(model, config: IkeConfig, *queries: Query, cases=None) -> Delta:
-    editor = ike(config, cases)
+    editor = ike_editor(config, cases)
     state = editor.init(model, torch.Generator())
     delta = None
     for query in queries:
@@ -30,4 +30,4 @@ def edited(model, config: IkeConfig, *queries: Query, cases=None) -> Delta:
 
 def put(model, delta: Delta, *prompts: str, images=(), edit=None) -> list[str]:
     queries = [Query(prompt, "", images) for prompt in prompts]
-    return [query.prompt for query in asked(bind(model, delta), queries, edit)]
+    return [query.prompt for query in expand_prompts(bind(model, delta), queries, edit)]

@@ -3,20 +3,26 @@ from __future__ import annotations
 import pytest
 
 from errata.editors import LoraConfig, configure
-from errata.functional.errors import BadSettings
+from errata.functional.errors import InvalidSettingsError
 
 
 def said(name: str, preset: str = "", **settings: object) -> str:
-    with pytest.raises(BadSettings) as caught:
+    with pytest.raises(InvalidSettingsError) as caught:
         configure(name, preset, **settings)
     return str(caught.value)
 
 
 def test_settings_lie_over_a_preset():
     assert configure("lora", "easyedit", rank=2) == LoraConfig(
-        rank=2, alpha=32.0, optimizer="sgd", lr=0.1, gamma=0.9, num_steps=5, stop_loss=0.0,
-        end=False,
-    )  # fmt: skip
+        rank=2,
+        alpha=32.0,
+        optimizer="sgd",
+        lr=0.1,
+        lr_decay=0.9,
+        num_steps=5,
+        stop_loss=0.0,
+        append_eos=False,
+    )
 
 
 def test_every_fault_is_named_at_once():

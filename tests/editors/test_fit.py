@@ -17,29 +17,29 @@ from torch.utils import _pytree as pytree
 
 from errata import adapters
 from errata.editors import statefile
-from errata.editors.fit import FitConfig, fit
-from errata.editors.lessons import Shelf
-from errata.editors.mend import MendConfig, course
+from errata.editors.fit import TrainingConfig, train
+from errata.editors.lessons import PrefixDataset
+from errata.editors.mend import MendConfig, mend_trainable
 from errata.functional import Case, Query
 from errata.functional.bind import bind
-from errata.functional.errors import BadInput
+from errata.functional.errors import InvalidInputError
 from errata.functional.losses import kl, nll
 
 MEND = MendConfig(sites=("layers.-1.mlp",), rank=4, edit_lr=-1e-2)
-SHORT = FitConfig(
+SHORT = TrainingConfig(
     num_steps=6,
-    together=2,
-    accumulate=2,
+    batch_size=2,
+    gradient_accumulation_steps=2,
     lr=1e-2,
-    held=2,
-    validate_every=2,
+    num_validation_cases=2,
+    eval_every=2,
     save_every=1,
-    clip=10.0,
+    max_grad_norm=10.0,
 )
 
 
 def tiny():
-    return adapters.adapt(*adapters.tiny("llava"))
+    return adapters.from_module(*adapters.tiny_model("llava"))
 
 
 def cases(count: int = 8) -> list[Case]:
@@ -75,31 +75,31 @@ def same(a, b) -> bool:
 
 def test_training_lowers_the_loss_of_cases_it_never_saw():
     model, seen = tiny(), []
-    config = msgspec.structs.replace(SHORT, num_steps=30, together=4, validate_every=1)
+    config = msgspec.structs.replace(SHORT, num_steps=30, batch_size=4, eval_every=1)
     before = {name: tensor._version for name, tensor in model.params.items()}
-    done = fit(model, course(MEND), cases(10), config, progress=seen.append)
-    held = [now.held for now in seen]
-    assert done.held == min(held) < held[0]
-    assert [now.step for now in seen] == list(range(1, done.steps + 1))
+    done = train(model, mend_trainable(MEND), cases(10), config, progress=seen.append)
+    held = [now.validation_loss for now in seen]
+    assert done.validation_loss == min(held) < held[0]
+    assert [now.step for now in seen] == list(range(1, done.num_steps + 1))
     assert all(now.cases_per_second > 0 for now in seen)
     assert before == {name: tensor._version for name, tensor in model.params.items()}
 
 
 def test_a_lesson_is_each_case_edited_alone():
-    model, config = tiny(), msgspec.structs.replace(SHORT, asks=2)
-    learner = course(MEND)
+    model, config = tiny(), msgspec.structs.replace(SHORT, questions_per_probe=2)
+    learner = mend_trainable(MEND)
     state = learner.learner.editor.init(model, torch.Generator().manual_seed(0))
     some = cases(3)
-    shelf = Shelf(model, learner.sites(model), config, False, None)
+    shelf = PrefixDataset(model, learner.sites(model), config, False, None)
     total, terms = learner.learner.loss(
-        model, *_studied(learner, model, state, shelf.lesson(some, None))
+        model, *_studied(learner, model, state, shelf.batch(some, None))
     )
-    want = dict.fromkeys(config.weights, 0.0)
+    want = dict.fromkeys(config.loss_weights, 0.0)
     for case in some:
         delta, _ = learner.learner.editor.edit(model, state, [case.edit])
         edited = bind(model, delta)
         for name in want:
-            batch = model.embed(model.params, model.read(case.probes[name]))
+            batch = model.embed(model.params, model.preprocess(case.probes[name]))
             after = edited.decode(edited.params, batch)
             if name.endswith("locality"):
                 value = kl(model.decode(model.params, batch), after, batch.labels)
@@ -109,12 +109,12 @@ def test_a_lesson_is_each_case_edited_alone():
     for name, value in want.items():
         assert float(terms[name]) == pytest.approx(value, rel=1e-3, abs=1e-6)
     assert float(total) == pytest.approx(
-        sum(config.weights[name] * value for name, value in want.items()), rel=1e-3
+        sum(config.loss_weights[name] * value for name, value in want.items()), rel=1e-3
     )
 
 
 def _studied(learner, model, state, lesson):
-    return learner.study(model, state, lesson, False)
+    return learner.prepare(model, state, lesson, False)
 
 
 def test_prefixes_are_computed_once_and_kept_within_bounds(tmp_path):
@@ -122,46 +122,51 @@ def test_prefixes_are_computed_once_and_kept_within_bounds(tmp_path):
 
     def read(queries: Sequence[Query], **options):
         reads.append(len(queries))
-        return model.read(queries, **options)
+        return model.preprocess(queries, **options)
 
-    counted = model._replace(read=read)
-    sites = course(MEND).sites(model)
+    counted = model._replace(preprocess=read)
+    sites = mend_trainable(MEND).sites(model)
     some = cases(3)
-    shelf = Shelf(counted, sites, SHORT, False, None)
-    first = shelf.lesson(some, None)
-    again = shelf.lesson(some, None)
+    shelf = PrefixDataset(counted, sites, SHORT, False, None)
+    first = shelf.batch(some, None)
+    again = shelf.batch(some, None)
     assert len(reads) == 3
-    assert same(first.asks, again.asks)
+    assert same(first.questions, again.questions)
 
-    bounded = msgspec.structs.replace(SHORT, memory=1, disk=1 << 20)
-    on_disk = Shelf(counted, sites, bounded, False, tmp_path)
-    on_disk.lesson(some, None)
+    bounded = msgspec.structs.replace(SHORT, prefix_cache_bytes=1, prefix_disk_bytes=1 << 20)
+    on_disk = PrefixDataset(counted, sites, bounded, False, tmp_path)
+    on_disk.batch(some, None)
     assert len(reads) == 6
-    kept = Shelf(counted, sites, bounded, False, tmp_path).lesson(some, None)
+    kept = PrefixDataset(counted, sites, bounded, False, tmp_path).batch(some, None)
     assert len(reads) == 6
-    mine, theirs = statefile.named(kept.asks), statefile.named(first.asks)
+    mine, theirs = statefile.named_tensors(kept.questions), statefile.named_tensors(first.questions)
     assert sorted(mine) == sorted(theirs)
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    assert torch.equal(kept.base, first.base)
+    assert torch.equal(kept.base_logits, first.base_logits)
 
-    full = msgspec.structs.replace(SHORT, memory=1, disk=1)
-    Shelf(counted, sites, full, False, tmp_path / "full").lesson(some, None)
+    full = msgspec.structs.replace(SHORT, prefix_cache_bytes=1, prefix_disk_bytes=1)
+    PrefixDataset(counted, sites, full, False, tmp_path / "full").batch(some, None)
     assert not list((tmp_path / "full" / "prefixes").iterdir())
 
 
 def test_it_stops_when_held_out_cases_no_longer_gain():
     config = msgspec.structs.replace(
-        SHORT, num_steps=50, lr=1e-12, validate_every=1, patience=3, accumulate=1
+        SHORT,
+        num_steps=50,
+        lr=1e-12,
+        eval_every=1,
+        early_stopping_patience=3,
+        gradient_accumulation_steps=1,
     )
     # the moments still move, so the first validations may differ; then nothing does
-    done = fit(tiny(), course(MEND), cases(), config)
+    done = train(tiny(), mend_trainable(MEND), cases(), config)
     assert done.stopped_early
-    assert done.steps < 50
+    assert done.num_steps < 50
 
 
 def test_a_resumed_training_is_the_undisturbed_one(tmp_path):
     model = tiny()
-    whole = fit(model, course(MEND), cases(), SHORT)
+    whole = train(model, mend_trainable(MEND), cases(), SHORT)
 
     class Killed(Exception):
         pass
@@ -171,13 +176,15 @@ def test_a_resumed_training_is_the_undisturbed_one(tmp_path):
             raise Killed
 
     with pytest.raises(Killed):
-        fit(model, course(MEND), cases(), SHORT, folder=tmp_path, progress=kill)
+        train(model, mend_trainable(MEND), cases(), SHORT, checkpoint_dir=tmp_path, progress=kill)
     assert (tmp_path / "checkpoint.safetensors").is_file()
     seen = []
-    resumed = fit(tiny(), course(MEND), cases(), SHORT, folder=tmp_path, progress=seen.append)
+    resumed = train(
+        tiny(), mend_trainable(MEND), cases(), SHORT, checkpoint_dir=tmp_path, progress=seen.append
+    )
     assert [now.step for now in seen] == [4, 5, 6]
     assert same(resumed.state, whole.state)
-    assert resumed.held == whole.held
+    assert resumed.validation_loss == whole.validation_loss
 
 
 def test_sigkill_loses_nothing(tmp_path):
@@ -187,8 +194,8 @@ def test_sigkill_loses_nothing(tmp_path):
         "import sys, torch; torch.set_num_threads(1)\n"
         f"sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
         "from test_fit import *\n"
-        "config = msgspec.structs.replace(SHORT, num_steps=400, validate_every=50, patience=99)\n"
-        f"fit(tiny(), course(MEND), cases(), config, folder={str(folder)!r})\n"
+        "config = msgspec.structs.replace(SHORT, num_steps=400, eval_every=50, early_stopping_patience=99)\n"
+        f"train(tiny(), mend_trainable(MEND), cases(), config, checkpoint_dir={str(folder)!r})\n"
     )
     child = subprocess.Popen([sys.executable, "-c", script])
     for _ in range(1200):
@@ -198,11 +205,13 @@ def test_sigkill_loses_nothing(tmp_path):
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
     path = folder / "checkpoint.safetensors"
-    done = int(statefile.opened(path)[1]["step"])
+    done = int(statefile.open_checkpoint(path)[1]["step"])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        config = msgspec.structs.replace(SHORT, num_steps=400, validate_every=50, patience=99)
+        config = msgspec.structs.replace(
+            SHORT, num_steps=400, eval_every=50, early_stopping_patience=99
+        )
         seen = []
 
         class Enough(Exception):
@@ -217,31 +226,50 @@ def test_sigkill_loses_nothing(tmp_path):
             return look
 
         with pytest.raises(Enough):
-            fit(tiny(), course(MEND), cases(), config, folder=folder, progress=until(done + 3))
+            train(
+                tiny(),
+                mend_trainable(MEND),
+                cases(),
+                config,
+                checkpoint_dir=folder,
+                progress=until(done + 3),
+            )
         assert seen == [done + 1, done + 2, done + 3]
         other = tmp_path / "undisturbed"
         with pytest.raises(Enough):
-            fit(tiny(), course(MEND), cases(), config, folder=other, progress=until(done + 3))
+            train(
+                tiny(),
+                mend_trainable(MEND),
+                cases(),
+                config,
+                checkpoint_dir=other,
+                progress=until(done + 3),
+            )
     finally:
         torch.set_num_threads(threads)
-    mine = statefile.opened(path)[1]
-    theirs = statefile.opened(other / "checkpoint.safetensors")[1]
+    mine = statefile.open_checkpoint(path)[1]
+    theirs = statefile.open_checkpoint(other / "checkpoint.safetensors")[1]
     assert sorted(mine) == sorted(theirs)
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path):
     model = tiny()
-    config = msgspec.structs.replace(SHORT, num_steps=1, accumulate=1)
-    fit(model, course(MEND), cases(), config, folder=tmp_path)
+    config = msgspec.structs.replace(SHORT, num_steps=1, gradient_accumulation_steps=1)
+    train(model, mend_trainable(MEND), cases(), config, checkpoint_dir=tmp_path)
     other = msgspec.structs.replace(config, lr=1e-3)
-    with pytest.raises(BadInput, match="config is"):
-        fit(model, course(MEND), cases(), other, folder=tmp_path)
+    with pytest.raises(InvalidInputError, match="config is"):
+        train(model, mend_trainable(MEND), cases(), other, checkpoint_dir=tmp_path)
 
 
 def test_cases_that_do_not_suit_are_refused():
     lacking = [case._replace(probes={"rephrase": case.probes["rephrase"]}) for case in cases(3)]
-    with pytest.raises(BadInput, match="(?s)leave fewer.*no 'image_rephrase'"):
-        fit(tiny(), course(MEND), lacking, SHORT)
-    with pytest.raises(BadInput, match="lr_of must name some of nets, rates"):
-        fit(tiny(), course(MEND), cases(), msgspec.structs.replace(SHORT, lr_of={"net": 1.0}))
+    with pytest.raises(InvalidInputError, match="(?s)leave fewer.*no 'image_rephrase'"):
+        train(tiny(), mend_trainable(MEND), lacking, SHORT)
+    with pytest.raises(InvalidInputError, match="lr_by_group must name some of networks, edit_lrs"):
+        train(
+            tiny(),
+            mend_trainable(MEND),
+            cases(),
+            msgspec.structs.replace(SHORT, lr_by_group={"net": 1.0}),
+        )

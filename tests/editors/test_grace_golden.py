@@ -15,32 +15,34 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from errata import adapters
 from errata.editors import GraceConfig
-from errata.editors.grace import Book, prepare, remember, site_of, train
+from errata.editors.grace import Codebook, add_key, prepare_rows, resolve_edit_site, train_values
 from errata.functional import (
-    IGNORE,
-    Base,
-    Codebook,
+    IGNORE_INDEX,
+    BaseModel,
     Delta,
     Header,
     Inputs,
     Model,
     Query,
 )
+from errata.functional import (
+    Codebook as CodebookEntry,
+)
 from errata.functional.bind import bind
-from errata.functional.codebook import codebook
+from errata.functional.codebook import codebook_hook
 from errata.functional.losses import nll
 from tests.editors.test_grace import asked, close, empty, seeded, tiny
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
-def series(upto: int, label=lambda row: str(row.tolist())) -> Book:
+def series(upto: int, label=lambda row: str(row.tolist())) -> Codebook:
     """Our book after edits 0 to `upto` of the original's series, from its own first values."""
     golden = load_file(GOLDEN / "grace_adapter_replace_prompt.safetensors")
     book = empty(6, 4)
     for step in range(upto + 1):
         fresh = golden[f"s{step}.values"][-1]
-        book, _ = remember(book, golden["q"][step], fresh, label(golden["labels"][step]), 1.0)
+        book, _ = add_key(book, golden["q"][step], fresh, label(golden["labels"][step]), 1.0)
     return book
 
 
@@ -54,16 +56,20 @@ def test_init_add_expand_and_split_as_the_original(step):
     # place, so these are what that step's own were but for it.
     later = {1: series(2).radii, 5: series(6, lambda row: f"{row.float().mean():.3f}").radii}
     close(later.get(step, book.radii), golden[f"s{step}.epsilons"])
-    entry = Codebook(
-        name="w", checkpoint="w", shape=(4, 6), num_keys=len(book.targets), where="prompt"
+    entry = CodebookEntry(
+        name="w",
+        checkpoint_name="w",
+        shape=(4, 6),
+        num_keys=len(book.targets),
+        replacement="prompt",
     )
     tensors = {f"w.{part}": getattr(book, part) for part in ("keys", "values", "radii")}
     x = golden["q"][step].expand(1, 3, 6)
     ends = torch.tensor([[False, False, True]])
     plain = torch.zeros(1, 3, 4)
     model = tiny("llava")
-    batch = model.embed(model.params, model.read(asked(model)[:1]))._replace(prompt=ends)
-    got = codebook(entry, tensors, stacked=False)(batch, x, plain)
+    batch = model.embed(model.params, model.preprocess(asked(model)[:1]))._replace(prompt_end=ends)
+    got = codebook_hook(entry, tensors, stacked=False)(batch, x, plain)
     close(got[:, :2], golden[f"s{step}.out"][:, :2])
     assert got[:, 2].eq(0).all(), "the last token is not replaced"
 
@@ -88,51 +94,56 @@ def llama() -> Model:
     golden = load_file(GOLDEN / "grace_edit_llama_cold.safetensors")
     module = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+            vocab_size=97,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
         )
-    )  # fmt: skip
+    )
     module.load_state_dict(
         {name.removeprefix("model."): t for name, t in golden.items() if name.startswith("model.")}
     )
-    return adapters.adapt(module.eval(), adapters.tiny("llama")[1])
+    return adapters.from_module(module.eval(), adapters.tiny_model("llama")[1])
 
 
 def given(ids: torch.Tensor, labels: torch.Tensor) -> Inputs:
-    where = (labels[0] != IGNORE).nonzero()[:, 0]
+    where = (labels[0] != IGNORE_INDEX).nonzero()[:, 0]
     mask = torch.ones_like(ids, dtype=torch.bool)
     return Inputs(ids, mask, ~mask, labels[:, where], where[None] - 1)
 
 
-LIKE = GraceConfig(layer=1, lr=1.0, num_steps=8, stop_loss=0.0, end=False)
+LIKE = GraceConfig(layer=1, lr=1.0, num_steps=8, stop_loss=0.0, append_eos=False)
 
 
-def learn(book: Book, number: int) -> tuple[Book, int, Model]:
+def learn(book: Codebook, number: int) -> tuple[Codebook, int, Model]:
     """One of the original's edits, by our parts: its ids, its first value."""
     golden = load_file(GOLDEN / "grace_edit_llama_cold.safetensors")
     inputs = given(golden[f"e{number}.input_ids"], golden[f"e{number}.labels"])
-    model = llama()._replace(read=lambda queries, end=False: inputs)
-    site = site_of(model, LIKE)
-    ready = prepare(model, site, [Query("")], LIKE)
+    model = llama()._replace(preprocess=lambda queries, append_eos=False: inputs)
+    site = resolve_edit_site(model, LIKE)
+    ready = prepare_rows(model, site, [Query("")], LIKE)
     fresh = torch.rand(1, 32, generator=seeded(50 + number))[0]
     label = str(golden[f"e{number}.labels"].tolist())
-    book, key = remember(book, ready.inputs[0], fresh, label, 1.0)
+    book, key = add_key(book, ready.inputs[0], fresh, label, 1.0)
     values = book.values.clone()
-    values[key] = train(model, site, ready, [0], book.values[key][None], LIKE)[0]
+    values[key] = train_values(model, site, ready, [0], book.values[key][None], LIKE)[0]
     book = book._replace(values=values)
     return book, key, bound(model, book)
 
 
-def bound(model: Model, book: Book) -> Model:
-    site = site_of(model, LIKE)
-    entry = Codebook(
-        name=site.weight, checkpoint=site.weight, shape=(32, 48), num_keys=len(book.targets)
+def bound(model: Model, book: Codebook) -> Model:
+    site = resolve_edit_site(model, LIKE)
+    entry = CodebookEntry(
+        name=site.weight, checkpoint_name=site.weight, shape=(32, 48), num_keys=len(book.targets)
     )
     parts = {f"{site.weight}.{p}": getattr(book, p) for p in ("keys", "values", "radii")}
-    return bind(model, Delta(Header(base=Base(id="golden"), entries=(entry,)), parts))
+    return bind(model, Delta(Header(base=BaseModel(id="golden"), entries=(entry,)), parts))
 
 
-def edits_of_llama(count: int) -> tuple[Book, Model]:
+def edits_of_llama(count: int) -> tuple[Codebook, Model]:
     book, model = empty(48, 32), llama()
     for number in range(count):
         book, _, model = learn(book, number)
@@ -150,8 +161,8 @@ def test_three_edits_of_a_llama_as_the_original():
         want = golden[f"e{number}.values"]
         assert (book.values - want).norm() <= 1e-5 * want.norm()
         close(book.radii, golden[f"e{number}.epsilons"])
-        batch = model.embed(model.params, model.read([]))
-        got = model.decode(model.params, batch, at="all")
+        batch = model.embed(model.params, model.preprocess([]))
+        got = model.decode(model.params, batch, logit_positions="all")
         close(got, golden[f"e{number}.logits_after"], atol=1e-5)
         loss = nll(model.decode(model.params, batch), batch.labels)
         assert float(loss[0]) < float(golden[f"e{number}.losses"][-1])
@@ -172,6 +183,6 @@ def test_the_same_prompt_with_another_answer_replaces_the_first():
     book, key, model = learn(before, 3)
     assert key == 0
     assert book.radii.tolist() == [1, 1, 1]
-    batch = model.embed(model.params, model.read([]))
+    batch = model.embed(model.params, model.preprocess([]))
     ours = float(nll(model.decode(model.params, batch), batch.labels)[0])
     assert ours < 0.75 * float(theirs[-1]), f"{ours:.2f}, the original's {float(theirs[-1]):.2f}"

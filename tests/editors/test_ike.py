@@ -8,26 +8,28 @@ import torch
 
 from errata import adapters
 from errata.bench.data import world
-from errata.editors import IkeConfig, configure, ike, make
+from errata.editors import IkeConfig, configure, ike_editor, make_editor
 from errata.editors.ike import PRESETS
 from errata.functional import Case, Prompt, Query, bind, generate, io
-from errata.functional.errors import BadInput, BadSettings
+from errata.functional.errors import InvalidInputError, InvalidSettingsError
 from errata.functional.merge import remove
-from errata.functional.prompts import Reads, asked
+from errata.functional.prompts import RetrievalPreprocess, expand_prompts
 from tests.editors.facts import edited, picture, put
 
-PLAIN = IkeConfig(fact="{statement}. ", ask="{question}", encoder="hashed:128")
-SCOPED = msgspec.structs.replace(PLAIN, least=0.5, least_look=0.5)
+PLAIN = IkeConfig(
+    fact_template="{statement}. ", question_template="{question}", encoder="hashed:128"
+)
+SCOPED = msgspec.structs.replace(PLAIN, min_similarity=0.5, min_image_similarity=0.5)
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return adapters.adapt(*adapters.tiny("llava"))
+    return adapters.from_module(*adapters.tiny_model("llava"))
 
 
 @pytest.fixture(scope="module")
 def micro():
-    return adapters.micro("llava")
+    return adapters.load_micro("llava")
 
 
 CORPUS = [
@@ -68,7 +70,7 @@ def test_of_the_same_question_about_two_pictures_the_right_ones_fact_is_found(ti
     assert put(tiny, delta, "who is it?", images=(two,)) == ["who is it? kim. who is it?"]
     scoped = edited(
         tiny,
-        msgspec.structs.replace(SCOPED, least_look=0.98),
+        msgspec.structs.replace(SCOPED, min_image_similarity=0.98),
         Query("who is it?", "bo", (one,)),
     )
     assert put(tiny, scoped, "who is it?", images=(one,)) == ["who is it? bo. who is it?"]
@@ -96,16 +98,16 @@ def test_a_repeated_edit_counts_as_it_says_now(tiny):
 
 def test_memories_one_on_another_each_find_their_own_fact(tiny):
     """What the first puts before a question is no part of the second's keys."""
-    config = msgspec.structs.replace(PLAIN, encoder="base", least=0.99)
+    config = msgspec.structs.replace(PLAIN, encoder="base", min_similarity=0.99)
     one = edited(tiny, config, Query("who is it?", "bo", (picture(1),)))
     two = edited(tiny, config, Query("where does it live?", "rome", (picture(2),)))
     both = bind(bind(tiny, one), two)
     own = [Query("who is it?", "", (picture(1),)), Query("where does it live?", "", (picture(2),))]
     for query, fact in zip(own, ("who is it? bo.", "live? rome.")):
-        (whole,) = asked(both, [query])
+        (whole,) = expand_prompts(both, [query])
         assert fact in whole.prompt
         assert whole.prompt.count(".") == 1
-    found = [bound.read.memory.find(own, None) for bound in (both, bind(tiny, two))]
+    found = [bound.preprocess.memory.retrieve(own, None) for bound in (both, bind(tiny, two))]
     assert found == [[(0, []), (0, [0])]] * 2
     again = edited(bind(tiny, one), config, Query("where does it live?", "rome", (picture(2),)))
     for name, tensor in two.tensors.items():
@@ -113,9 +115,12 @@ def test_memories_one_on_another_each_find_their_own_fact(tiny):
 
 
 def test_several_facts_stand_with_the_best_next_to_the_question(tiny):
-    config = msgspec.structs.replace(PLAIN, most=2)
-    facts = [Query("where does bo live?", "rome"), Query("where does kim live?", "oslo"),
-             Query("what is the symbol of iron?", "fe")]  # fmt: skip
+    config = msgspec.structs.replace(PLAIN, max_facts=2)
+    facts = [
+        Query("where does bo live?", "rome"),
+        Query("where does kim live?", "oslo"),
+        Query("what is the symbol of iron?", "fe"),
+    ]
     assert put(tiny, edited(tiny, config, *facts), "where does kim live?") == [
         "where does bo live? rome. where does kim live? oslo. where does kim live?"
     ]
@@ -130,16 +135,18 @@ def test_words_in_braces_are_words(tiny):
 
 def test_the_target_of_a_question_takes_no_part(tiny):
     cases = CORPUS * 4
-    config = msgspec.structs.replace(PLAIN, k=4, room=4)
+    config = msgspec.structs.replace(PLAIN, num_demonstrations=4, reserved_tokens=4)
     delta = edited(tiny, config, Query("who is it?", "bo"), cases=cases)
     bound = bind(tiny, delta)
     targets = ["bo", "kim", "a very long answer that goes on and on"]
-    assert len({asked(bound, [Query("who may it be?", t)])[0].prompt for t in targets}) == 1
-    bare = bound.read([Query("who may it be?")])
-    full = bound.read([Query("who may it be?", "bo")])
-    first = int(full.at[0, 0]) + 1
-    assert torch.equal(bare.ids[0, :first], full.ids[0, :first])
-    plain = tiny.read([Query("who may it be?", "bo")])
+    assert (
+        len({expand_prompts(bound, [Query("who may it be?", t)])[0].prompt for t in targets}) == 1
+    )
+    bare = bound.preprocess([Query("who may it be?")])
+    full = bound.preprocess([Query("who may it be?", "bo")])
+    first = int(full.logit_positions[0, 0]) + 1
+    assert torch.equal(bare.input_ids[0, :first], full.input_ids[0, :first])
+    plain = tiny.preprocess([Query("who may it be?", "bo")])
     assert torch.equal(full.labels, plain.labels), "the scored tokens stay the target's"
 
 
@@ -147,76 +154,89 @@ def test_the_target_of_a_question_takes_no_part(tiny):
 
 
 def test_demonstrations_copy_update_and_retain_stand_nearest_last(tiny):
-    config = msgspec.structs.replace(PLAIN, k=3, demo="[{prompt} {target}|{question} {answer}] ")
+    config = msgspec.structs.replace(
+        PLAIN,
+        num_demonstrations=3,
+        demonstration_template="[{prompt} {target}|{question} {answer}] ",
+    )
     edit = Query("what does the crab eat?", "moss")
     delta = edited(tiny, config, edit, cases=CORPUS)
     text = put(tiny, delta, "what food does the crab like?")[0]
     demos, _, rest = text.rpartition("] ")
     assert rest == "what does the crab eat? moss. what food does the crab like?"
     found = [demo.split("[")[1] for demo in demos.split("] ")]
-    assert sorted(found) == sorted([
-        "what does the crab eat? squid|what does the crab eat? squid",
-        "what does the crab eat? squid|which food does the crab like? squid",
-        "what does the crab eat? squid|who keeps the crab? ann",
-    ])  # fmt: skip
-    turned = msgspec.structs.replace(config, order="nearest-first")
+    assert sorted(found) == sorted(
+        [
+            "what does the crab eat? squid|what does the crab eat? squid",
+            "what does the crab eat? squid|which food does the crab like? squid",
+            "what does the crab eat? squid|who keeps the crab? ann",
+        ]
+    )
+    turned = msgspec.structs.replace(config, demonstration_order="nearest-first")
     other = put(tiny, edited(tiny, turned, edit, cases=CORPUS), "what food does the crab like?")[0]
     assert [demo.split("[")[1] for demo in other.rpartition("] ")[0].split("] ")] == found[::-1]
 
 
 def test_shares_say_how_many_of_each_a_case_gives(tiny):
-    config = msgspec.structs.replace(PLAIN, k=1, shares=(1, 0, 1), cases=2)
+    config = msgspec.structs.replace(
+        PLAIN, num_demonstrations=1, copy_update_retain=(1, 0, 1), num_source_cases=2
+    )
     entry = edited(tiny, config, Query("who?", "bo"), cases=CORPUS).header.entries[0]
-    assert entry.num_demos == 4
+    assert entry.num_stored_demonstrations == 4
 
 
 def test_demonstrations_go_until_the_prompt_fits_and_the_fact_stays(tiny):
     room = 8
-    config = msgspec.structs.replace(PLAIN, k=100, room=room, shares=(1, 3, 4))
+    config = msgspec.structs.replace(
+        PLAIN, num_demonstrations=100, reserved_tokens=room, copy_update_retain=(1, 3, 4)
+    )
     edit = Query("where does bo live?", "rome")
     delta = edited(tiny, config, edit, cases=CORPUS * 12)
-    short = bind(tiny._replace(card=msgspec.structs.replace(tiny.card, context=200)), delta)
-    whole = asked(bind(tiny, delta), [edit])[0].prompt
-    cut = asked(short, [edit])[0].prompt
+    short = bind(tiny._replace(card=msgspec.structs.replace(tiny.card, max_positions=200)), delta)
+    whole = expand_prompts(bind(tiny, delta), [edit])[0].prompt
+    cut = expand_prompts(short, [edit])[0].prompt
     assert whole.endswith(cut)
     assert len(cut) < len(whole)
     assert cut.endswith("where does bo live? rome. where does bo live?")
-    tokens = short.read([Query("where does bo live?")]).ids.shape[1]
+    tokens = short.preprocess([Query("where does bo live?")]).input_ids.shape[1]
     assert 200 - room - 60 < tokens <= 200 - room
 
 
 def test_a_fact_that_does_not_fit_is_an_error_that_says_so(tiny):
     delta = edited(tiny, PLAIN, Query("how old is " + "very " * 20, "bo"))
-    small = tiny._replace(card=msgspec.structs.replace(tiny.card, context=60))
-    bound = bind(small, delta)._replace(read=_within(bind(small, delta).read, 60))
-    with pytest.raises(BadInput, match="fits only without them"):
-        bound.read([Query("how old is it?", "bo")])
-    with pytest.raises(BadInput, match="must have at most"):  # nor without
-        bound.read([Query("how old is " + "very " * 60, "bo")])
+    small = tiny._replace(card=msgspec.structs.replace(tiny.card, max_positions=60))
+    bound = bind(small, delta)._replace(preprocess=_within(bind(small, delta).preprocess, 60))
+    with pytest.raises(InvalidInputError, match="fits only without them"):
+        bound.preprocess([Query("how old is it?", "bo")])
+    with pytest.raises(InvalidInputError, match="must have at most"):  # nor without
+        bound.preprocess([Query("how old is " + "very " * 60, "bo")])
 
 
 def _within(read, context: int):
     """The same reading for a context that is smaller than the model's."""
 
     def inner(queries, **options):
-        inputs = read.inner(queries, **options)
-        if inputs.ids.shape[1] > context:
-            raise BadInput(f"a row must have at most {context} tokens.")
+        inputs = read.base_preprocess(queries, **options)
+        if inputs.input_ids.shape[1] > context:
+            raise InvalidInputError(f"a row must have at most {context} tokens.")
         return inputs
 
-    return Reads(read.memory, inner, context)
+    return RetrievalPreprocess(read.memory, inner, context)
 
 
 def test_settings_that_can_not_be_are_refused(tiny):
-    with pytest.raises(BadSettings, match="there are none"):
-        ike(IkeConfig(k=2)).init(tiny, torch.Generator())
-    with pytest.raises(BadSettings, match=r"ike.ask must hold .*; ike.fact must hold"):
-        ike(IkeConfig(ask="who?", fact="New Fact: {prompt}"))
-    with pytest.raises(BadSettings, match="must name a layer from 1 to"):
+    with pytest.raises(InvalidSettingsError, match="there are none"):
+        ike_editor(IkeConfig(num_demonstrations=2)).init(tiny, torch.Generator())
+    with pytest.raises(
+        InvalidSettingsError,
+        match=r"ike.question_template must hold .*; ike.fact_template must hold",
+    ):
+        ike_editor(IkeConfig(question_template="who?", fact_template="New Fact: {prompt}"))
+    with pytest.raises(InvalidSettingsError, match="must name a layer from 1 to"):
         edited(tiny, IkeConfig(encoder="base:99"), Query("who?", "bo"))
-    with pytest.raises(BadInput, match="prompt and target must not be empty"):
+    with pytest.raises(InvalidInputError, match="prompt and target must not be empty"):
         edited(tiny, PLAIN, Query("who?", " "))
-    assert make(configure("ike", "easyedit-k0", most=2)).settings.most == 2
+    assert make_editor(configure("ike", "easyedit-k0", max_facts=2)).config.max_facts == 2
 
 
 # Conventions of the peers.
@@ -228,7 +248,7 @@ def test_prompts_of_the_peers_word_for_word(tiny):
         name: put(tiny, edited(tiny, PRESETS[name], edit), question)[0]
         for name in ("easyedit-k0", "easyedit-prompt", "ripple-ice")
     }
-    k32 = msgspec.structs.replace(PRESETS["easyedit"], encoder="hashed", k=2)
+    k32 = msgspec.structs.replace(PRESETS["easyedit"], encoder="hashed", num_demonstrations=2)
     said["easyedit"] = put(tiny, edited(tiny, k32, edit, cases=CORPUS[:1]), question)[0]
     # ike_main.py:64-101 and multimodal_editor.py:451-457 (reference/easyedit.md 4.3)
     assert said["easyedit-k0"] == "New Fact: who is it? bo\nPrompt: who is it?\n\nwho is this?"
@@ -250,30 +270,32 @@ def test_prompts_of_the_peers_word_for_word(tiny):
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 def test_facts_and_demonstrations_show_their_pictures(family, tmp_path):
-    model = adapters.adapt(*adapters.tiny(family))
-    config = msgspec.structs.replace(PLAIN, k=2, pictured=True, shares=(1, 0, 0))
+    model = adapters.from_module(*adapters.tiny_model(family))
+    config = msgspec.structs.replace(
+        PLAIN, num_demonstrations=2, include_images=True, copy_update_retain=(1, 0, 0)
+    )
     mine = picture(1)
     delta = edited(model, config, Query("who is it?", "bo", (mine,)), cases=CORPUS)
-    io.save(tmp_path / "shown.safetensors", delta)
-    delta = io.load(tmp_path / "shown.safetensors")
-    (read,) = asked(bind(model, delta), [Query("who is it?", "bo", (picture(7),))])
+    io.save_delta(tmp_path / "shown.safetensors", delta)
+    delta = io.load_delta(tmp_path / "shown.safetensors")
+    (read,) = expand_prompts(bind(model, delta), [Query("who is it?", "bo", (picture(7),))])
     assert read.prompt.count("<image>") == 4 == len(read.images)
     assert read.images[2].load().tobytes() == mine.tobytes()
     assert read.images[3] is not None
-    inputs = bind(model, delta).read([Query("who is it?", "bo", (picture(7),))])
-    plain = model.read([Query("who is it?", "bo", (picture(7),))])
-    assert inputs.image.sum() == 4 * plain.image.sum()
+    inputs = bind(model, delta).preprocess([Query("who is it?", "bo", (picture(7),))])
+    plain = model.preprocess([Query("who is it?", "bo", (picture(7),))])
+    assert inputs.image_mask.sum() == 4 * plain.image_mask.sum()
     assert torch.equal(inputs.labels, plain.labels)
     # asked in words alone: the pictures of the fact, none of its own
-    (words,) = asked(bind(model, delta), [Query("who is it?")])
+    (words,) = expand_prompts(bind(model, delta), [Query("who is it?")])
     assert words.prompt.count("<image>") == 3 == len(words.images)
 
 
 def test_a_backbone_of_one_picture_is_shown_none_but_its_own(tiny):
-    config = msgspec.structs.replace(PLAIN, pictured=True)
+    config = msgspec.structs.replace(PLAIN, include_images=True)
     delta = edited(tiny, config, Query("who is it?", "bo", (picture(1),)))
-    single = tiny._replace(card=msgspec.structs.replace(tiny.card, several=False))
-    (read,) = asked(bind(single, delta), [Query("who is it?", "bo", (picture(7),))])
+    single = tiny._replace(card=msgspec.structs.replace(tiny.card, takes_several_images=False))
+    (read,) = expand_prompts(bind(single, delta), [Query("who is it?", "bo", (picture(7),))])
     assert read.prompt == "who is it? bo. who is it?"
     assert len(read.images) == 1
 
@@ -282,11 +304,11 @@ def test_a_backbone_of_one_picture_is_shown_none_but_its_own(tiny):
 
 
 def test_text_decoders_are_edited_too():
-    model = adapters.adapt(*adapters.tiny("gpt2"))
+    model = adapters.from_module(*adapters.tiny_model("gpt2"))
     delta = edited(model, msgspec.structs.replace(PLAIN, encoder="base"), Query("who?", "bo"))
     assert put(model, delta, "who is it?") == ["who? bo. who is it?"]
     assert isinstance(delta.header.entries[0], Prompt)
-    assert delta.header.entries[0].look == 0
+    assert delta.header.entries[0].image_key_size == 0
 
 
 # Trained models.
@@ -294,7 +316,7 @@ def test_text_decoders_are_edited_too():
 
 @pytest.mark.parametrize("name", ["llava", "blip2", "qwen2_vl"])
 def test_micro_models_say_new_facts_and_keep_the_rest(name):
-    model = adapters.micro(name)
+    model = adapters.load_micro(name)
     cases = world.cases(8, 3, relations=("home", "food", "keeper"))
     delta = edited(model, PRESETS["micro"], *(case.edit for case in cases))
     bound = bind(model, delta)
@@ -302,23 +324,28 @@ def test_micro_models_say_new_facts_and_keep_the_rest(name):
     said = generate(bound, wanted, 8)
     right = [text.strip() == query.target for text, query in zip(said, wanted)]
     assert sum(right) >= 0.85 * len(right), list(zip(said, [q.target for q in wanted]))
-    kept = [q for case in cases for q in (case.probes["text_locality"][0],
-                                          case.probes["image_locality"][0])]  # fmt: skip
-    assert [query.prompt for query in asked(bound, kept)] == [query.prompt for query in kept]
+    kept = [
+        q
+        for case in cases
+        for q in (case.probes["text_locality"][0], case.probes["image_locality"][0])
+    ]
+    assert [query.prompt for query in expand_prompts(bound, kept)] == [
+        query.prompt for query in kept
+    ]
 
 
 def test_fifty_edits_in_sequence_are_all_found(micro):
     cases = world.cases(50, 1, subjects="new")
-    editor = ike(PRESETS["micro"])
+    editor = ike_editor(PRESETS["micro"])
     delta, _ = editor.edit(
         micro, editor.init(micro, torch.Generator()), [case.edit for case in cases]
     )
     bound = bind(micro, delta)
-    own = asked(bound, [case.edit for case in cases])
+    own = expand_prompts(bound, [case.edit for case in cases])
     facts = delta.header.entries[0].facts
     assert [query.prompt for query in own] == [
         fact + case.edit.prompt for fact, case in zip(facts, cases)
     ]
-    others = asked(bound, [case.probes["image_rephrase"][0] for case in cases])
+    others = expand_prompts(bound, [case.probes["image_rephrase"][0] for case in cases])
     right = sum(q.prompt == f + c.edit.prompt for q, f, c in zip(others, facts, cases))
     assert right >= 40

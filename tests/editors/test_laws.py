@@ -21,71 +21,112 @@ from errata.editors import (
     MendConfig,
     SeracConfig,
     WiseConfig,
-    make,
-)  # fmt: skip
+    make_editor,
+)
 from errata.functional import Delta, Editor, LowRank, Model, Query, Scope, io
 from errata.functional.bind import bind
-from errata.functional.errors import BaseMismatch
-from errata.functional.kinds import Part, algebra
+from errata.functional.errors import BaseMismatchError
+from errata.functional.kinds import EntryTensors, algebra
 from errata.functional.losses import nll
 from errata.functional.stacks import unstack
 
 CASES = {
     "finetune": FinetuneConfig(num_steps=4, lr=5e-3),
-    "finetune-sgd-last": FinetuneConfig(num_steps=3, optimizer="sgd", lr=0.5, objective="last"),
-    "finetune-clamped": FinetuneConfig(num_steps=4, optimizer="adam", lr=5e-3, clamp=4e-3),
+    "finetune-sgd-last": FinetuneConfig(
+        num_steps=3, optimizer="sgd", lr=0.5, objective="last_prompt_token"
+    ),
+    "finetune-clamped": FinetuneConfig(
+        num_steps=4, optimizer="adam", lr=5e-3, norm_constraint=4e-3
+    ),
     "finetune-middle": FinetuneConfig(
         sites=("layers.1.mlp",), num_steps=8, lr=2e-3, weight_decay=0.01
     ),
     "grace": GraceConfig(num_steps=4, lr=0.1),
     "ike": IkeConfig(),
-    "ike-base": IkeConfig(encoder="base", fact="{statement}. ", ask="{question}", most=2),
+    "ike-base": IkeConfig(
+        encoder="base", fact_template="{statement}. ", question_template="{question}", max_facts=2
+    ),
     "lora": LoraConfig(rank=2, num_steps=4, lr=2e-2),
     "lora-mlp": LoraConfig(
-        targets=("layers.-1.mlp.up",), rank=3, num_steps=3, optimizer="sgd", lr=0.2
+        target_modules=("layers.-1.mlp.up",), rank=3, num_steps=3, optimizer="sgd", lr=0.2
     ),
     # untrained, MEND is one step along alpha times the gradient: below zero it descends
     "mend": MendConfig(sites=("layers.1.mlp", "layers.-1.mlp"), rank=4, edit_lr=-0.02),
     # untrained, its pointer repeats the edit's answer; its own question is in scope by definition
-    "serac": SeracConfig(width=32, heads=4, classifier=1, counterfactual=1, inner=32, key=16),
+    "serac": SeracConfig(
+        dim=32,
+        num_heads=4,
+        num_classifier_layers=1,
+        num_counterfactual_layers=1,
+        ffn_dim=32,
+        key_dim=16,
+    ),
     "serac-soft": SeracConfig(
-        gate="soft", width=32, heads=4, classifier=2, counterfactual=2, inner=32, key=16, end=False
+        gate="soft",
+        dim=32,
+        num_heads=4,
+        num_classifier_layers=2,
+        num_counterfactual_layers=2,
+        ffn_dim=32,
+        key_dim=16,
+        append_eos=False,
     ),
     "wise": WiseConfig(
-        layer=1, mask_ratio=0.5, num_steps=4, lr=0.2, alpha=0.5, beta=2.0, gamma=1.0, num_texts=2
+        layer=1,
+        mask_ratio=0.5,
+        num_steps=4,
+        lr=0.2,
+        alpha=0.5,
+        beta=2.0,
+        gamma=1.0,
+        num_unrelated=2,
     ),
     "wise-last": WiseConfig(
         site="mlp.up",
         layer=-1,
-        statistic="last",
+        gate_statistic="last",
         optimizer="adam",
         lr=2e-2,
         num_steps=3,
         alpha=0.5,
         beta=2.0,
         gamma=1.0,
-        beside=("picture", "question"),
-        num_texts=1,
-        clamp=None,
+        own_negatives=("image", "question"),
+        num_unrelated=1,
+        norm_constraint=None,
     ),
-    "mend-last": MendConfig(sites=("layers.-1.mlp",), rank=4, edit_lr=-0.02, end=True),
+    "mend-last": MendConfig(sites=("layers.-1.mlp",), rank=4, edit_lr=-0.02, append_eos=True),
 }
 # Untrained, LiveEdit's networks change answers at random: that trained ones make the edit's loss
 # fall is asserted on the states that ship, in test_liveedit_training.py.
-CASES["liveedit"] = LiveEditConfig(width=8, heads=2)
+CASES["liveedit"] = LiveEditConfig(feature_dim=8, num_heads=2)
 CASES["liveedit-both"] = LiveEditConfig(
-    layer=0, width=8, slots=2, heads=2, rank=3, blend="both", most=2, end=False
+    layer=0,
+    feature_dim=8,
+    num_query_tokens=2,
+    num_heads=2,
+    rank=3,
+    routing_input="query_and_vision",
+    top_k=2,
+    append_eos=False,
 )
 # Nor does a random model read what stands before a question: see test_ike.py for trained ones.
 UNTRAINED = {"liveedit", "ike"}
 FAMILIES = [
-    "llava", "llava_onevision", "qwen2_vl", "qwen3_vl", "blip2", "minigpt4", "gpt2", "llama",
-]  # fmt: skip
+    "llava",
+    "llava_onevision",
+    "qwen2_vl",
+    "qwen3_vl",
+    "blip2",
+    "minigpt4",
+    "gpt2",
+    "llama",
+]
 
 
 @functools.cache
 def tiny(name: str, seed: int = 0) -> Model:
-    return adapters.adapt(*adapters.tiny(name, seed=seed))
+    return adapters.from_module(*adapters.tiny_model(name, seed=seed))
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -97,18 +138,18 @@ def picture(shade: int) -> Image.Image:
 
 
 def queries(model: Model) -> list[Query]:
-    images = [(picture(shade),) if model.card.images else () for shade in (10, 120, 230)]
+    images = [(picture(shade),) if model.card.takes_images else () for shade in (10, 120, 230)]
     asked = [("who is it?", "bo"), ("where does it live now?", "in a town"), ("what is it?", "owl")]
     return [Query(prompt, target, image) for (prompt, target), image in zip(asked, images)]
 
 
 def losses(model: Model, asked: list[Query]) -> torch.Tensor:
-    batch = model.embed(model.params, model.read(asked))
+    batch = model.embed(model.params, model.preprocess(asked))
     return nll(model.decode(model.params, batch), batch.labels)
 
 
 def logits(model: Model, asked: list[Query]) -> torch.Tensor:
-    return model.decode(model.params, model.embed(model.params, model.read(asked)))
+    return model.decode(model.params, model.embed(model.params, model.preprocess(asked)))
 
 
 def helps(editor: Editor, edited: Model, model: Model, asked: list[Query]) -> bool:
@@ -121,13 +162,13 @@ def snug(delta: Delta) -> Delta:
     """Without the rows of zeros that low-rank edits side by side are padded with."""
     entries, tensors = [], dict(delta.tensors)
     for entry in delta.header.entries:
-        if isinstance(entry, LowRank) and entry.rows:
+        if isinstance(entry, LowRank) and entry.edit_ranks:
             down, up = tensors[f"{entry.name}.A"], tensors[f"{entry.name}.B"]
             rank = _rank(delta)
             assert not down[rank:].any()
             assert not up[:, rank:].any()
             tensors[f"{entry.name}.A"], tensors[f"{entry.name}.B"] = down[:rank], up[:, :rank]
-            entry = msgspec.structs.replace(entry, rank=rank, rows=(rank,))
+            entry = msgspec.structs.replace(entry, rank=rank, edit_ranks=(rank,))
         if isinstance(entry, Scope):  # answers and prompts are padded to the longest
             entry, tensors = _tight(entry, tensors)
         entries.append(entry)
@@ -137,7 +178,7 @@ def snug(delta: Delta) -> Delta:
 def _tight(entry: Scope, tensors: dict) -> tuple[Scope, dict]:
     """As `select` leaves it: no more padding than its edits need."""
     own = {n.removeprefix(entry.name): t for n, t in tensors.items() if n.startswith(entry.name)}
-    kept = algebra(entry).keep(Part(entry, own, 1), [0])
+    kept = algebra(entry).select(EntryTensors(entry, own, 1), [0])
     return kept.entry, tensors | {entry.name + suffix: t for suffix, t in kept.tensors.items()}
 
 
@@ -164,7 +205,7 @@ def model(request) -> Model:
 
 @pytest.fixture(scope="module", params=list(CASES))
 def editor(request):
-    return make(CASES[request.param])
+    return make_editor(CASES[request.param])
 
 
 def test_the_base_stays_as_it_was_and_the_edit_loss_falls(model, editor):
@@ -192,7 +233,7 @@ def test_side_by_side_equals_one_by_one(model, editor):
     """
     asked = queries(model)
     state = editor.init(model, seeded())
-    together = unstack(editor.each(model, state, asked))
+    together = unstack(editor.edit_each(model, state, asked))
     assert len(together) == len(asked)
     for query, got in zip(asked, together):
         want, _ = editor.edit(model, state, [query])
@@ -209,8 +250,8 @@ def test_side_by_side_equals_one_by_one(model, editor):
 def test_a_saved_delta_gives_the_same_bits(model, editor, tmp_path):
     asked = queries(model)
     delta, _ = editor.edit(model, editor.init(model, seeded()), asked[:1])
-    io.save(tmp_path / "edit.safetensors", delta)
-    loaded = io.load(tmp_path / "edit.safetensors")
+    io.save_delta(tmp_path / "edit.safetensors", delta)
+    loaded = io.load_delta(tmp_path / "edit.safetensors")
     assert loaded.header == delta.header
     assert torch.equal(logits(bind(model, delta), asked), logits(bind(model, loaded), asked))
 
@@ -228,7 +269,7 @@ def test_edits_in_sequence_thread_the_state(model, editor):
 def test_another_base_is_refused(editor):
     model, other = tiny("llava"), tiny("llava", seed=1)
     delta, _ = editor.edit(model, editor.init(model, seeded()), queries(model)[:1])
-    with pytest.raises(BaseMismatch, match="holds other values"):
+    with pytest.raises(BaseMismatchError, match="holds other values"):
         bind(other, delta)
 
 
@@ -246,9 +287,9 @@ def test_dtype_and_device_are_kept(editor):
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 def test_eight_threads_with_eight_deltas_equal_serial(family):
     model = tiny(family)
-    editor = make(CASES["finetune-middle"])
+    editor = make_editor(CASES["finetune-middle"])
     asked = [Query(f"who is number {i}?", "bo", (picture(20 * i),)) for i in range(8)]
-    deltas = unstack(editor.each(model, editor.init(model, seeded()), asked))
+    deltas = unstack(editor.edit_each(model, editor.init(model, seeded()), asked))
     serial = [logits(bind(model, delta), asked) for delta in deltas]
     got: list[torch.Tensor | None] = [None] * 8
 

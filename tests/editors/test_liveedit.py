@@ -11,12 +11,17 @@ from PIL import Image
 
 from errata import adapters
 from errata.editors import configure
-from errata.editors.liveedit import LiveEditConfig, generated, liveedit, site_of
+from errata.editors.liveedit import (
+    LiveEditConfig,
+    generate_experts,
+    liveedit_editor,
+    resolve_edit_site,
+)
 from errata.functional import (
     Delta,
+    Hooks,
     Model,
     Query,
-    Rewrites,
     generate,
     merge,
     remove,
@@ -24,17 +29,19 @@ from errata.functional import (
     select,
 )
 from errata.functional.bind import bind
-from errata.functional.errors import BadInput, BadSettings
-from errata.functional.header import faults
-from errata.functional.stacks import stack, take, unstack
+from errata.functional.errors import InvalidInputError, InvalidSettingsError
+from errata.functional.header import validate_header
+from errata.functional.stacks import select_edits, stack, unstack
 
-SMALL = LiveEditConfig(width=8, heads=2, sentinel=4, sentinel_text=3)
+SMALL = LiveEditConfig(
+    feature_dim=8, num_heads=2, num_sentinel_tokens=4, num_text_sentinel_tokens=3
+)
 FAMILIES = ["llava", "qwen2_vl", "blip2", "gpt2"]
 
 
 @functools.cache
 def tiny(name: str) -> Model:
-    return adapters.adapt(*adapters.tiny(name))
+    return adapters.from_module(*adapters.tiny_model(name))
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -43,13 +50,13 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def asked(model: Model) -> list[Query]:
     shown = [(Image.new("RGB", (32, 32), (s, 255 - s, 40)),) for s in (10, 120, 230)]
-    shown = shown if model.card.images else [(), (), ()]
+    shown = shown if model.card.takes_images else [(), (), ()]
     words = [("who is it?", "bo"), ("where does it live now?", "in a town"), ("what?", "owl")]
     return [Query(prompt, target, images) for (prompt, target), images in zip(words, shown)]
 
 
 def sequence(model: Model, queries: list[Query], config: LiveEditConfig = SMALL):
-    editor = liveedit(config)
+    editor = liveedit_editor(config)
     state = editor.init(model, seeded())
     for query in queries:
         delta, state = editor.edit(model, state, [query])
@@ -58,7 +65,9 @@ def sequence(model: Model, queries: list[Query], config: LiveEditConfig = SMALL)
 
 def logits(model: Model, queries: list[Query], edit=None) -> torch.Tensor:
     with torch.no_grad():
-        return model.decode(model.params, model.embed(model.params, model.read(queries), edit=edit))
+        return model.decode(
+            model.params, model.embed(model.params, model.preprocess(queries), edit_index=edit)
+        )
 
 
 def routes(model: Model, delta: Delta, queries: list[Query]) -> dict[str, torch.Tensor]:
@@ -66,9 +75,9 @@ def routes(model: Model, delta: Delta, queries: list[Query]) -> dict[str, torch.
     bound = bind(model, delta)
     stop = model.card.num_layers - 1
     with torch.no_grad():
-        batch = bound.embed(bound.params, bound.read(queries))
+        batch = bound.embed(bound.params, bound.preprocess(queries))
         after = bound.decode(bound.params, batch, stop=stop)
-    return {name.rpartition(".")[2]: note for name, note in after.notes.items()}
+    return {name.rpartition(".")[2]: note for name, note in after.routing.items()}
 
 
 def pool_name(delta: Delta, part: str) -> str:
@@ -91,18 +100,18 @@ def test_a_row_without_experts_keeps_its_bits(family):
     assert not torch.equal(logits(bind(model, delta), asked(model)), logits(model, asked(model)))
 
 
-@pytest.mark.parametrize("blend", ["query", "both"])
-def test_one_expert_weighs_the_sigmoid_of_its_score(blend):
+@pytest.mark.parametrize("routing_input", ["query", "query_and_vision"])
+def test_one_expert_weighs_the_sigmoid_of_its_score(routing_input):
     model = tiny("llava")
-    config = msgspec.structs.replace(SMALL, blend=blend)
-    editor = liveedit(config)
+    config = msgspec.structs.replace(SMALL, routing_input=routing_input)
+    editor = liveedit_editor(config)
     state = editor.init(model, seeded())
     delta, _ = editor.edit(model, state, asked(model)[:1])
     found = routes(model, delta, asked(model)[:1])
     assert found["count"].tolist() == [1]
     # asked by the edit's reader, which starts as the question's, features are the edit's own keys
-    own = generated(model, state.nets, config, asked(model)[:1])
-    score = (own.query_keys**2).sum() / (config.slots * config.width**0.5)
+    own = generate_experts(model, state.networks, config, asked(model)[:1])
+    score = (own.query_keys**2).sum() / (config.num_query_tokens * config.feature_dim**0.5)
     torch.testing.assert_close(found["weights"][0, 0], score.sigmoid())
 
 
@@ -120,32 +129,32 @@ def test_experts_in_another_order_do_the_same():
 def test_what_is_generated_is_what_one_pass_gives(family):
     """The choice made at the prompt is kept for the tokens behind it."""
     model = tiny(family)
-    delta, _ = sequence(model, asked(model), msgspec.structs.replace(SMALL, strength=1.0))
+    delta, _ = sequence(model, asked(model), msgspec.structs.replace(SMALL, expert_scale=1.0))
     bound = bind(model, delta)
     queries = asked(model)
-    said = generate(bound, queries, 5, stop=())
-    assert said != generate(model, queries, 5, stop=())
-    inputs = bound.read([query._replace(target="") for query in queries])
+    said = generate(bound, queries, 5, stop_ids=())
+    assert said != generate(model, queries, 5, stop_ids=())
+    inputs = bound.preprocess([query._replace(target="") for query in queries])
     batch = bound.embed(bound.params, inputs)
-    last = inputs.mask.sum(-1, keepdim=True) - 1
+    last = inputs.attention_mask.sum(-1, keepdim=True) - 1
     with torch.no_grad():
-        first, past = bound.decode(bound.params, batch, at=last, keep=True)
+        first, past = bound.decode(bound.params, batch, logit_positions=last, return_cache=True)
         tokens = first.argmax(-1)
-        step = bound.extend(bound.params, tokens, past)
-        assert step.notes
-        got, _ = bound.decode(bound.params, step, past=past, keep=True)
+        step = bound.embed_next(bound.params, tokens, past)
+        assert step.routing
+        got, _ = bound.decode(bound.params, step, kv_cache=past, return_cache=True)
     for row in range(len(queries)):
-        ids = model.read([queries[row]._replace(target="")])
+        ids = model.preprocess([queries[row]._replace(target="")])
         grown = ids._replace(
-            ids=torch.cat([ids.ids, tokens[row : row + 1]], 1),
-            mask=torch.cat([ids.mask, ids.mask[:, :1]], 1),
-            image=torch.cat([ids.image, torch.zeros_like(ids.image[:, :1])], 1),
+            input_ids=torch.cat([ids.input_ids, tokens[row : row + 1]], 1),
+            attention_mask=torch.cat([ids.attention_mask, ids.attention_mask[:, :1]], 1),
+            image_mask=torch.cat([ids.image_mask, torch.zeros_like(ids.image_mask[:, :1])], 1),
             labels=tokens[row : row + 1],
-            at=last[row : row + 1],
+            logit_positions=last[row : row + 1],
         )
         with torch.no_grad():
             one = bound.embed(bound.params, grown)
-            want = bound.decode(bound.params, one, at=last[row : row + 1] + 1)
+            want = bound.decode(bound.params, one, logit_positions=last[row : row + 1] + 1)
         torch.testing.assert_close(got[row], want[0], rtol=1e-4, atol=1e-5)
 
 
@@ -182,24 +191,24 @@ def test_the_same_question_edited_again_takes_the_experts_place():
     again = first._replace(target="cat")
     delta, _ = sequence(model, [first, second, again])
     entry = delta.header.entries[0]
-    assert (entry.num_experts, entry.owners) == (2, (-1, 1, 0))
+    assert (entry.num_experts, entry.edit_slots) == (2, (-1, 1, 0))
     want, _ = sequence(model, [again, second])
     for part in ("vision_keys", "query_keys", "down", "up"):
         torch.testing.assert_close(
             delta.tensors[pool_name(delta, part)], want.tensors[pool_name(want, part)]
         )
     left = remove(delta, [delta.header.edits[2].id])
-    assert left.header.entries[0].owners == (-1, 0)
+    assert left.header.entries[0].edit_slots == (-1, 0)
     assert torch.equal(
         logits(bind(model, left), [first]),
         logits(bind(model, select(delta, [1])), [first]),
     )
-    state = liveedit(SMALL).init(model, seeded())
-    _, state = liveedit(SMALL).edit(model, state, [first])
-    side = liveedit(SMALL).each(model, state, [again, third])
-    assert side.header.entries[0].owners == (0, 1)
+    state = liveedit_editor(SMALL).init(model, seeded())
+    _, state = liveedit_editor(SMALL).edit(model, state, [first])
+    side = liveedit_editor(SMALL).edit_each(model, state, [again, third])
+    assert side.header.entries[0].edit_slots == (0, 1)
     for number, query in enumerate((again, third)):
-        alone, _ = liveedit(SMALL).edit(model, state, [query])
+        alone, _ = liveedit_editor(SMALL).edit(model, state, [query])
         got = logits(bind(model, side), [query], edit=torch.tensor([number]))
         torch.testing.assert_close(got, logits(bind(model, alone), [query]), rtol=1e-5, atol=1e-6)
 
@@ -207,27 +216,31 @@ def test_the_same_question_edited_again_takes_the_experts_place():
 def test_an_edit_is_sure_to_be_heard():
     """Keys are made longer by as much as the own question needs, and not where it passes."""
     model = tiny("llava")
-    config = msgspec.structs.replace(SMALL, sure=0.5)
-    state = liveedit(config).init(model, seeded())
-    plain = generated(model, state.nets, SMALL, asked(model))
-    sure = generated(model, state.nets, config, asked(model))
+    config = msgspec.structs.replace(SMALL, min_self_margin=0.5)
+    state = liveedit_editor(config).init(model, seeded())
+    plain = generate_experts(model, state.networks, SMALL, asked(model))
+    sure = generate_experts(model, state.networks, config, asked(model))
     ratio = sure.vision_keys[:, :-2].norm(dim=1) / plain.vision_keys[:, :-2].norm(dim=1)
     assert (ratio > 1).any()
     assert torch.equal(sure.vision_keys[:, -2:], plain.vision_keys[:, -2:])
     assert torch.equal(sure.query_keys, plain.query_keys)
-    away = state.nets.edit._replace(
-        seen=state.nets.edit.seen._replace(value=-state.nets.edit.seen.value)
+    away = state.networks.edit_features._replace(
+        vision=state.networks.edit_features.vision._replace(
+            value=-state.networks.edit_features.vision.value
+        )
     )
-    shut = state.nets._replace(edit=away)  # keys that point away can not be made to fit
+    shut = state.networks._replace(
+        edit_features=away
+    )  # keys that point away can not be made to fit
     assert torch.equal(
-        *(generated(model, shut, c, asked(model)).vision_keys for c in (SMALL, config))
+        *(generate_experts(model, shut, c, asked(model)).vision_keys for c in (SMALL, config))
     )
 
 
 def test_sequences_that_part_leave_one_another_alone():
     model = tiny("llava")
     first, second, third = asked(model)
-    editor = liveedit(SMALL)
+    editor = liveedit_editor(SMALL)
     delta, state = editor.edit(model, editor.init(model, seeded()), [first])
     before = {name: tensor.clone() for name, tensor in delta.tensors.items()}
     one, onward = editor.edit(model, state, [second])
@@ -247,7 +260,7 @@ def test_a_fact_removed_by_its_id_is_gone():
     delta, _ = sequence(model, queries)
     left = remove(delta, [delta.header.edits[1].id])
     want, _ = sequence(model, [queries[0], queries[2]])
-    assert left.header.entries[0].owners == (0, 1)
+    assert left.header.entries[0].edit_slots == (0, 1)
     assert {n: t.shape for n, t in left.tensors.items()} == {
         n: t.shape for n, t in want.tensors.items()
     }
@@ -262,27 +275,29 @@ def test_pools_are_merged_and_made_weaker():
     one, two = (sequence(model, [query])[0] for query in queries[:2])
     both, _ = sequence(model, queries[:2])
     joined = merge(one, two)
-    assert joined.header.entries[0].owners == (0, 1)
+    assert joined.header.entries[0].edit_slots == (0, 1)
     torch.testing.assert_close(
-        logits(bind(model, joined), queries), logits(bind(model, both), queries),
-        rtol=1e-5, atol=1e-6,
-    )  # fmt: skip
+        logits(bind(model, joined), queries),
+        logits(bind(model, both), queries),
+        rtol=1e-5,
+        atol=1e-6,
+    )
     later, _ = sequence(model, [queries[0]._replace(target="cat")])
     replaced = merge(one, two, later)
-    assert replaced.header.entries[0].owners == (-1, 0, 1)
+    assert replaced.header.entries[0].edit_slots == (-1, 0, 1)
     none = scale(both, 0.0)
     assert torch.equal(logits(bind(model, none), queries), logits(model, queries))
-    editor = liveedit(SMALL)
+    editor = liveedit_editor(SMALL)
     other, _ = editor.edit(model, editor.init(model, seeded(1)), queries[1:2])
-    with pytest.raises(BadInput, match="one trained editor"):
+    with pytest.raises(InvalidInputError, match="one trained editor"):
         merge(one, other)
 
 
 def test_each_row_runs_under_its_own_edit():
     model = tiny("qwen2_vl")
     queries = asked(model)
-    editor = liveedit(SMALL)
-    delta = editor.each(model, editor.init(model, seeded()), queries)
+    editor = liveedit_editor(SMALL)
+    delta = editor.edit_each(model, editor.init(model, seeded()), queries)
     bound = bind(model, delta)
     number = torch.tensor([2, -1, 0])
     got = logits(bound, queries, edit=number)
@@ -291,9 +306,10 @@ def test_each_row_runs_under_its_own_edit():
     want.append(logits(bind(model, alone[0]), queries)[2])
     torch.testing.assert_close(got, torch.stack(want), rtol=1e-5, atol=1e-6)
     again = stack([alone[2], alone[0]])
-    assert again.header == take(delta, [2, 0]).header
+    assert again.header == select_edits(delta, [2, 0]).header
     assert torch.equal(
-        again.tensors[pool_name(again, "up")], take(delta, [2, 0]).tensors[pool_name(again, "up")]
+        again.tensors[pool_name(again, "up")],
+        select_edits(delta, [2, 0]).tensors[pool_name(again, "up")],
     )
 
 
@@ -302,25 +318,25 @@ def test_two_pools_on_one_model_keep_notes_apart():
     queries = asked(model)
     one, two = (sequence(model, [query])[0] for query in queries[:2])
     bound = bind(bind(model, one), two)
-    batch = bound.decode(bound.params, bound.embed(bound.params, bound.read(queries)), stop=2)
-    assert len(batch.notes) == 6
+    batch = bound.decode(bound.params, bound.embed(bound.params, bound.preprocess(queries)), stop=2)
+    assert len(batch.routing) == 6
     with torch.no_grad():
-        embedded = bound.embed(bound.params, bound.read(queries))
-        assert len(bound.decode(bound.params, embedded, keep=True)[1].notes) == 6
+        embedded = bound.embed(bound.params, bound.preprocess(queries))
+        assert len(bound.decode(bound.params, embedded, return_cache=True)[1].routing) == 6
 
 
 def test_an_edit_runs_nothing_behind_its_layer_and_no_gradient():
     model, layers = tiny("llava"), []
 
-    def decode(params, batch, rewrites: Rewrites | None = None, **options):
+    def decode(params, batch, hooks: Hooks | None = None, **options):
         layers.append((batch.depth, options.get("stop")))
-        return model.decode(params, batch, rewrites, **options)
+        return model.decode(params, batch, hooks, **options)
 
-    editor = liveedit(SMALL)
+    editor = liveedit_editor(SMALL)
     watched = model._replace(decode=decode)
     state = editor.init(watched, seeded())
-    delta = editor.each(watched, state, asked(model))
-    site = site_of(model, SMALL).layer
+    delta = editor.edit_each(watched, state, asked(model))
+    site = resolve_edit_site(model, SMALL).layer
     assert layers == [(0, site), (site, site + 1)]
     assert not any(tensor.requires_grad for tensor in delta.tensors.values())
 
@@ -328,13 +344,13 @@ def test_an_edit_runs_nothing_behind_its_layer_and_no_gradient():
 def test_faults_of_an_entry_are_listed():
     delta, _ = sequence(tiny("llava"), asked(tiny("llava"))[:2])
     entry = delta.header.entries[0]
-    assert not faults(delta.header)
-    broken = msgspec.structs.replace(entry, heads=3, owners=(0,), most=-1)
-    found = faults(msgspec.structs.replace(delta.header, entries=(broken,)))
+    assert not validate_header(delta.header)
+    broken = msgspec.structs.replace(entry, num_heads=3, edit_slots=(0,), top_k=-1)
+    found = validate_header(msgspec.structs.replace(delta.header, entries=(broken,)))
     assert len(found) == 3
-    broken = msgspec.structs.replace(entry, rank=0, slots=0, owners=(0, 7))
-    found = faults(msgspec.structs.replace(delta.header, entries=(broken,)))
-    assert "slots" in found[0]
+    broken = msgspec.structs.replace(entry, rank=0, num_query_tokens=0, edit_slots=(0, 7))
+    found = validate_header(msgspec.structs.replace(delta.header, entries=(broken,)))
+    assert "num_query_tokens" in found[0]
     assert "rank" in found[0]
     assert "0 to 1" in found[1]
 
@@ -342,12 +358,19 @@ def test_faults_of_an_entry_are_listed():
 def test_the_layer_has_one_behind_it_and_sizes_fit():
     model = tiny("llava")
     last = model.card.num_layers - 1
-    assert site_of(model, LiveEditConfig()).layer == min(int(last + 1) * 2 // 3, last - 1)
-    assert site_of(model, LiveEditConfig(layer=0)).layer == 0
+    assert resolve_edit_site(model, LiveEditConfig()).layer == min(int(last + 1) * 2 // 3, last - 1)
+    assert resolve_edit_site(model, LiveEditConfig(layer=0)).layer == 0
     for layer in (last, last + 5):
-        with pytest.raises(BadSettings, match=f"0 to {last - 1}"):
-            site_of(model, LiveEditConfig(layer=layer))
-    with pytest.raises(BadSettings, match="5 heads must divide the slots' width 8; 5 heads"):
-        liveedit(LiveEditConfig(width=8, heads=5)).init(model, seeded())
+        with pytest.raises(InvalidSettingsError, match=f"0 to {last - 1}"):
+            resolve_edit_site(model, LiveEditConfig(layer=layer))
+    with pytest.raises(
+        InvalidSettingsError, match="5 heads must divide the slots' width 8; 5 heads"
+    ):
+        liveedit_editor(LiveEditConfig(feature_dim=8, num_heads=5)).init(model, seeded())
     published = configure("liveedit", preset="llava")
-    assert (published.layer, published.width, published.rank, published.heads) == (21, 1024, 4, 8)
+    assert (published.layer, published.feature_dim, published.rank, published.num_heads) == (
+        21,
+        1024,
+        4,
+        8,
+    )

@@ -15,13 +15,29 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from errata.adapters import adapt
-from errata.editors.liveedit import Editing, LiveEditConfig, Pool, liveedit
-from errata.editors.liveedit_losses import Likeness, hard, likeness
-from errata.editors.liveedit_net import Attention, Look, Maker, Nets, absorbed, pool_of
-from errata.functional import IGNORE, Base, Batch, EditRecord, Experts, Header, Inputs, Query
+from errata.adapters import from_module
+from errata.editors.liveedit import ExpertPool, LiveEditConfig, LiveEditState, liveedit_editor
+from errata.editors.liveedit_losses import RoutingScores, hard_gate_loss, routing_scores
+from errata.editors.liveedit_net import (
+    CrossAttention,
+    FactorGenerator,
+    FeatureNetwork,
+    LiveEditNetworks,
+    fold_queries,
+    make_pool,
+)
+from errata.functional import (
+    IGNORE_INDEX,
+    BaseModel,
+    Batch,
+    EditRecord,
+    Experts,
+    Header,
+    Inputs,
+    Query,
+)
 from errata.functional.bind import bind
-from errata.functional.experts import EPS, experts, features, tokens_of
+from errata.functional.experts import EPS, expert_hook, routing_features, token_roles
 from errata.functional.losses import kl, nll
 from errata.kernels import lora_moe
 from tests.adapters.test_parity import GOLDEN as SHARED
@@ -36,18 +52,18 @@ def close(got: Tensor, want: Tensor, rtol: float = 1e-5) -> None:
     assert gap <= rtol, f"{gap:.2e}"
 
 
-def networks_of(tensors: Mapping[str, Tensor], sentinel_text: int = 1) -> Nets:
+def networks_of(tensors: Mapping[str, Tensor], sentinel_text: int = 1) -> LiveEditNetworks:
     """The original's modules by our names."""
 
     def norm(name: str) -> Tensor:
         return torch.stack([tensors[f"{name}.weight"], tensors[f"{name}.bias"]])
 
-    def attention(name: str) -> Attention:
+    def attention(name: str) -> CrossAttention:
         parts = ("q_mlp.weight", "q_mlp.bias", "k_mlp.weight", "v_mlp.weight", "v_mlp.bias")
-        return Attention(*(tensors[f"{name}.{part}"] for part in parts))
+        return CrossAttention(*(tensors[f"{name}.{part}"] for part in parts))
 
-    def look(name: str) -> Look:
-        return Look(
+    def look(name: str) -> FeatureNetwork:
+        return FeatureNetwork(
             norm(f"{name}.layer_norm1"),
             tensors[f"{name}.eqe1"][0],
             attention(f"{name}.ca_query_info_ext1"),
@@ -57,8 +73,8 @@ def networks_of(tensors: Mapping[str, Tensor], sentinel_text: int = 1) -> Nets:
             attention(f"{name}.ca_query_info_ext2"),
         )
 
-    def maker(name: str) -> Maker:
-        return Maker(
+    def maker(name: str) -> FactorGenerator:
+        return FactorGenerator(
             norm(f"{name}.layer_norm"),
             tensors[f"{name}.phi"][0],
             attention(f"{name}.ca_lora"),
@@ -66,7 +82,7 @@ def networks_of(tensors: Mapping[str, Tensor], sentinel_text: int = 1) -> Nets:
         )
 
     sentinel = tensors["inpt_extractor.vis_rep_prot"][0]
-    return Nets(
+    return LiveEditNetworks(
         look("edit_extractor"),
         look("inpt_extractor"),
         maker("moegen_c"),
@@ -77,12 +93,18 @@ def networks_of(tensors: Mapping[str, Tensor], sentinel_text: int = 1) -> Nets:
     )
 
 
-def config_of(nets: Nets, heads: int, layer: int = 5) -> LiveEditConfig:
-    slots, width = nets.edit.slots.shape
+def config_of(nets: LiveEditNetworks, heads: int, layer: int = 5) -> LiveEditConfig:
+    slots, width = nets.edit_features.query_tokens.shape
     return LiveEditConfig(
-        layer=layer, slots=slots, width=width, heads=heads, rank=len(nets.down.slots),
-        sentinel=len(nets.sentinel), sentinel_text=len(nets.sentinel_text), end=False,
-    )  # fmt: skip
+        layer=layer,
+        num_query_tokens=slots,
+        feature_dim=width,
+        num_heads=heads,
+        rank=len(nets.down.query_tokens),
+        num_sentinel_tokens=len(nets.sentinel),
+        num_text_sentinel_tokens=len(nets.sentinel_text),
+        append_eos=False,
+    )
 
 
 def row(*parts: Tensor, answer: Tensor | None = None, tail: int = 0) -> Batch:
@@ -93,15 +115,15 @@ def row(*parts: Tensor, answer: Tensor | None = None, tail: int = 0) -> Batch:
     hidden = torch.cat([*parts, *([answer] if answer is not None else [])], 1)
     at = torch.arange(length)[None]
     return Batch(
-        hidden=F.pad(hidden, (0, 0, 0, length - hidden.shape[1])),
-        mask=torch.ones(1, length, dtype=torch.bool),
-        positions=at[:, None],
-        image=at < vision,
-        prompt=at == vision + query - 1,
+        hidden_states=F.pad(hidden, (0, 0, 0, length - hidden.shape[1])),
+        attention_mask=torch.ones(1, length, dtype=torch.bool),
+        position_ids=at[:, None],
+        image_mask=at < vision,
+        prompt_end=at == vision + query - 1,
         labels=torch.zeros(1, 0, dtype=torch.long),
-        at=torch.zeros(1, 0, dtype=torch.long),
-        edit=torch.zeros(1, dtype=torch.long),
-        extras={},
+        logit_positions=torch.zeros(1, 0, dtype=torch.long),
+        edit_index=torch.zeros(1, dtype=torch.long),
+        layer_inputs={},
     )
 
 
@@ -116,7 +138,7 @@ def test_keys_and_experts_are_the_originals(five, number):
     nets = networks_of(five)
     parts = [five[f"edit{number}.{part}"] for part in ("vision", "query", "answer")]
     batch = row(*parts[:2], answer=parts[2])
-    pool = pool_of(nets, config_of(nets, 4), batch.hidden, batch)
+    pool = make_pool(nets, config_of(nets, 4), batch.hidden_states, batch)
     close(pool.vision_keys[0, :-2], five[f"edit{number}.evr"].flatten())
     assert pool.vision_keys[0, -2:].tolist() == [1, 0]
     close(pool.query_keys[0], five[f"edit{number}.eqr"].flatten())
@@ -131,42 +153,61 @@ def test_features_gate_weights_and_residual_are_the_originals(five, number):
     vision, query, reps = (five[f"q{number}.{part}"] for part in ("vision", "query", "reps"))
     batch = row(vision, query, tail=reps.shape[1] - vision.shape[1] - query.shape[1])
     sentinels = (nets.sentinel, nets.sentinel_text)
-    found = features(absorbed(nets.ask, 4), reps, tokens_of(batch), 4, sentinels)
+    found = routing_features(
+        fold_queries(nets.query_features, 4), reps, token_roles(batch), 4, sentinels
+    )
     close(found.vision[0], five[f"q{number}.ivr"].flatten())
     close(found.query[0], five[f"q{number}.iqr"].flatten())
     close(found.sentinel[0], five[f"q{number}.ivr_prot"].flatten())
 
     evr, eqr = five["pool.evr"].flatten(1), five["pool.eqr"].flatten(1)
     kind = torch.tensor([[1.0, 0.0]]).expand(5, 2)
-    pool = Pool(torch.cat([evr, kind], 1), eqr, five["pool.moe_c"], five["pool.moe_r"])
-    like = likeness(config, found, pool)
+    pool = ExpertPool(torch.cat([evr, kind], 1), eqr, five["pool.moe_c"], five["pool.moe_r"])
+    like = routing_scores(config, found, pool)
     close(like.vision, five[f"q{number}.vis_sim"])
     close(like.sentinel[:, None], five[f"q{number}.vis_sim_prot"])
 
     name = "layers.0.down.weight"
     entry = Experts(
-        name=name, checkpoint=name, shape=(64, 64), num_experts=5, rank=4, hidden=64, slots=4,
-        width=32, heads=4, sentinel=8, sentinel_text=1, owners=tuple(range(5)),
-    )  # fmt: skip
+        name=name,
+        checkpoint_name=name,
+        shape=(64, 64),
+        num_experts=5,
+        rank=4,
+        hidden_size=64,
+        num_query_tokens=4,
+        feature_dim=32,
+        num_heads=4,
+        num_sentinel_tokens=8,
+        num_text_sentinel_tokens=1,
+        edit_slots=tuple(range(5)),
+    )
     tensors = {
         **pool._asdict(),
-        **{f.replace("_", ".", 1): t for f, t in absorbed(nets.ask, 4)._asdict().items()},
-        "norm": nets.norm, "sentinel": nets.sentinel, "sentinel_text": nets.sentinel_text,
-    }  # fmt: skip
+        **{
+            f.replace("_", ".", 1): t
+            for f, t in fold_queries(nets.query_features, 4)._asdict().items()
+        },
+        "input_norm": nets.input_norm,
+        "sentinel": nets.sentinel,
+        "sentinel_text": nets.sentinel_text,
+    }
     records = tuple(EditRecord(id=str(k)) for k in range(5))
-    header = Header(base=Base(id="x"), entries=(entry,), edits=records)
-    assert {f"{name}.{part}" for part in tensors} == set(header.tensors())
-    card = SimpleNamespace(layers="layers", ties={}, layer_of=lambda path: 0, id="x")
-    change = experts(
+    header = Header(base=BaseModel(id="x"), entries=(entry,), edits=records)
+    assert {f"{name}.{part}" for part in tensors} == set(header.tensor_specs())
+    card = SimpleNamespace(layers="layers", tied={}, layer_of=lambda path: 0, id="x")
+    change = expert_hook(
         SimpleNamespace(card=card, deltas=()),  # pyright: ignore[reportArgumentType]
-        header, entry, {f"{name}.{part}": tensor for part, tensor in tensors.items()},
-    )  # fmt: skip
-    assert change.rewrites is not None
-    given = batch._replace(hidden=reps, notes={})
+        header,
+        entry,
+        {f"{name}.{part}": tensor for part, tensor in tensors.items()},
+    )
+    assert change.hooks is not None
+    given = batch._replace(hidden_states=reps, routing={})
     with torch.no_grad():
-        after = change.rewrites(given)["layers.0"](reps, reps)
+        after = change.hooks(given)["layers.0"](reps, reps)
     ids, weights, count = (
-        given.notes[f"{name}.experts.0.{p}"] for p in ("ids", "weights", "count")
+        given.routing[f"{name}.experts.0.{p}"] for p in ("ids", "weights", "count")
     )
     chosen = five[f"q{number}.selected"]
     assert ids[0, : int(count)].tolist() == chosen.tolist()
@@ -178,7 +219,7 @@ def test_losses_are_the_originals():
     """Its KL is from the edited model's probabilities; ours from the base's, as MEND's."""
     known = load_file(HERE / "liveedit_losses_acc.safetensors")
     tail = known["logits"][:, -6:], known["logits2"][:, -6:]
-    labels = torch.where(known["mask"].bool(), known["label_ids"], IGNORE)
+    labels = torch.where(known["mask"].bool(), known["label_ids"], IGNORE_INDEX)
     whole = labels.flatten()[None]  # the original averages over all tokens of a batch
     close(nll(tail[0].flatten(0, 1)[None], whole)[0], known["label_loss"])
     flat = [one.flatten(0, 1)[None] for one in tail]
@@ -189,18 +230,20 @@ def test_losses_are_the_originals():
 @pytest.fixture(scope="module")
 def step() -> SimpleNamespace:
     _, _, module, processor = golden("mmedit_inputs_blip2", "blip2-micro")
-    model = adapt(module, processor, template="liveedit")
+    model = from_module(module, processor, template="liveedit")
     tensors = load_file(SHARED / "liveedit_train_step_blip2.safetensors")
     nets = networks_of({n.removeprefix("before."): t for n, t in tensors.items()})
     config = config_of(nets, 8)
     with torch.no_grad():
         signals = [
-            row(*(tensors[f"edit_signal{k}.{part}"] for part in ("vision", "query")),
-                answer=tensors[f"edit_signal{k}.answer"])
+            row(
+                *(tensors[f"edit_signal{k}.{part}"] for part in ("vision", "query")),
+                answer=tensors[f"edit_signal{k}.answer"],
+            )
             for k in range(3)
-        ]  # fmt: skip
-        made = [pool_of(nets, config, one.hidden, one) for one in signals]
-    pool = Pool(*(torch.cat(parts) for parts in zip(*made)))
+        ]
+        made = [make_pool(nets, config, one.hidden_states, one) for one in signals]
+    pool = ExpertPool(*(torch.cat(parts) for parts in zip(*made)))
     return SimpleNamespace(model=model, tensors=tensors, nets=nets, config=config, pool=pool)
 
 
@@ -219,21 +262,27 @@ def tail_of(step, name: str, chosen: Tensor, twice: bool) -> tuple[Tensor, Tenso
     picture = torch.arange(length)[None] < 8
     ids = torch.where(picture, 0, 5)
     pixels = {"pixel_values": torch.zeros(1, 3, 56, 56)}
-    token = model.read([Query("a", "b", (blank(),))])
-    ids = torch.where(picture, token.ids[0, 0], ids)
+    token = model.preprocess([Query("a", "b", (blank(),))])
+    ids = torch.where(picture, token.input_ids[0, 0], ids)
     inputs = Inputs(ids, torch.ones_like(picture), picture, labels, at, pixels)
     layer = step.config.layer
-    batch = model.embed(model.params, inputs)._replace(hidden=mid)
-    tokens = tokens_of(batch)
-    found = features(absorbed(nets.ask, 8), mid, tokens, 8, (nets.sentinel, nets.sentinel_text))
-    weights = lora_moe.weigh(likeness(step.config, found, step.pool).query, chosen[None])
+    batch = model.embed(model.params, inputs)._replace(hidden_states=mid)
+    tokens = token_roles(batch)
+    found = routing_features(
+        fold_queries(nets.query_features, 8), mid, tokens, 8, (nets.sentinel, nets.sentinel_text)
+    )
+    weights = lora_moe.expert_weights(
+        routing_scores(step.config, found, step.pool).query, chosen[None]
+    )
     ids = torch.arange(3)[None]
     routes = lora_moe.Routes(ids, weights, torch.tensor([3]))
-    norm = (nets.norm[0], nets.norm[1])
-    moved = lora_moe.apply(mid, step.pool.down, step.pool.up, routes, norm=norm, eps=EPS)
+    norm = (nets.input_norm[0], nets.input_norm[1])
+    moved = lora_moe.apply_experts(mid, step.pool.down, step.pool.up, routes, norm=norm, eps=EPS)
     if not twice:
-        return model.decode(model.params, batch._replace(hidden=moved, depth=layer + 1)), labels
-    path = model.card.site(f"layers.{layer}")
+        return model.decode(
+            model.params, batch._replace(hidden_states=moved, depth=layer + 1)
+        ), labels
+    path = model.card.resolve_site(f"layers.{layer}")
     rewrites = {path: lambda x, y: y + (moved - mid)}
     return model.decode(model.params, batch._replace(depth=layer), rewrites), labels
 
@@ -252,8 +301,11 @@ def test_a_training_step_is_the_originals_but_for_its_second_pass_of_the_layer(s
     The original: reliability 8.18178654, generality 8.23086548 and 8.18185234. The same experts
     where they act at inference, behind one pass of the layer: 8.21395779, 8.26598549, 8.21405506.
     """
-    want = {"rel": 8.18178653717041, "gen.text_rephrase": 8.230865478515625,
-            "gen.image_rephrase": 8.181852340698242}  # fmt: skip
+    want = {
+        "rel": 8.18178653717041,
+        "gen.text_rephrase": 8.230865478515625,
+        "gen.image_rephrase": 8.181852340698242,
+    }
     once = {"rel": 8.21395779, "gen.text_rephrase": 8.26598549, "gen.image_rephrase": 8.21405506}
     for kind, value in want.items():
         means = []
@@ -282,19 +334,26 @@ def test_hard_and_soft_routing_losses_are_the_originals(step):
                 row(tensors[f"{kind}.{item}.{k}.vision"], tensors[f"{kind}.{item}.{k}.query"])
                 for k in range(3)
             ]
-            pools = [pool_of(nets, config, one.hidden, one) for one in rows]
-            keys[kind, item] = Pool(*(torch.cat(parts) for parts in zip(*pools)))
+            pools = [make_pool(nets, config, one.hidden_states, one) for one in rows]
+            keys[kind, item] = ExpertPool(*(torch.cat(parts) for parts in zip(*pools)))
             each = [
-                features(absorbed(nets.ask, 8), one.hidden, tokens_of(one), 8,
-                         (nets.sentinel, nets.sentinel_text))
+                routing_features(
+                    fold_queries(nets.query_features, 8),
+                    one.hidden_states,
+                    token_roles(one),
+                    8,
+                    (nets.sentinel, nets.sentinel_text),
+                )
                 for one in rows
-            ]  # fmt: skip
+            ]
             found[kind, item] = type(each[0])(*(torch.cat(parts) for parts in zip(*each)))
     own, reach = torch.arange(3), torch.ones(3, dtype=torch.bool)
-    near = likeness(config, found["neib", 0], keys["neib", 1])
-    far = likeness(config, found["prot", 0], keys["prot", 1])
-    assert float(hard(near, own, reach).mean()) == pytest.approx(1.3923425674438477, rel=1e-5)
-    away = hard(Likeness(far.vision, far.sentinel, far.query), own, ~reach).mean()
+    near = routing_scores(config, found["neib", 0], keys["neib", 1])
+    far = routing_scores(config, found["prot", 0], keys["prot", 1])
+    assert float(hard_gate_loss(near, own, reach).mean()) == pytest.approx(
+        1.3923425674438477, rel=1e-5
+    )
+    away = hard_gate_loss(RoutingScores(far.vision, far.sentinel, far.query), own, ~reach).mean()
     assert float(away) == pytest.approx(1.3698110580444336, rel=1e-5)
     relative = -near.query.log_softmax(1).diagonal().mean()
     assert float(relative) == pytest.approx(1.096420407295227, rel=1e-5)
@@ -310,11 +369,11 @@ def test_three_edits_in_sequence_are_liveedits():
     """Pools after each edit and logits of every probe of the records edited so far."""
     rows, tensors, module, processor = golden("mmedit_inputs_blip2", "blip2-micro")
     want = load_file(SHARED / "e2e_liveedit_blip2.safetensors")
-    model = adapt(module, processor, template="liveedit")
+    model = from_module(module, processor, template="liveedit")
     images = processor.image_processor
     nets = networks_of(want)
     config = config_of(nets, 8)
-    editor = liveedit(config)
+    editor = liveedit_editor(config)
 
     def query(key: str) -> Query:
         one = next(one for one in rows if one["key"] == key)
@@ -322,13 +381,15 @@ def test_three_edits_in_sequence_are_liveedits():
         seen = () if pixels is None else (as_bytes(pixels[0], images.image_mean, images.image_std),)
         return Query(one["prompt"], one["target"], seen)
 
-    state: Editing = editor.init(model, torch.Generator())._replace(nets=nets)
+    state: LiveEditState = editor.init(model, torch.Generator())._replace(networks=nets)
     for number in range(3):
         delta, state = editor.edit(model, state, [query(f"r{number}.rel")])
         known = {
-            "vision_keys": "evr_pool", "query_keys": "eqr_pool", "down": "moe_cs_pool",
+            "vision_keys": "evr_pool",
+            "query_keys": "eqr_pool",
+            "down": "moe_cs_pool",
             "up": "moe_rs_pool",
-        }  # fmt: skip
+        }
         for mine, theirs in known.items():
             got = getattr(state.pool, mine)
             got = got[:, :-2] if mine == "vision_keys" else got
@@ -338,7 +399,7 @@ def test_three_edits_in_sequence_are_liveedits():
         assert len(asked) == (15 if number == 2 else 5)
         for name in asked:
             key = name.removeprefix(f"after{number}.").removesuffix(".logits_tail")
-            logits = now.decode(now.params, now.embed(now.params, now.read([query(key)])))
+            logits = now.decode(now.params, now.embed(now.params, now.preprocess([query(key)])))
             torch.testing.assert_close(
                 logits[0], want[name][0][: logits.shape[1]], rtol=1e-5, atol=1e-5
             )

@@ -11,11 +11,16 @@ from torch.utils import _pytree as pytree
 from errata import adapters
 from errata.bench.data import world
 from errata.bench.data.world_text import text_cases
-from errata.editors.fit import FitConfig, fit
-from errata.editors.lessons import Shelf
-from errata.editors.liveedit import PRESETS, course, liveedit
-from errata.editors.liveedit_losses import Likeness, apart, hard, soft
-from errata.editors.statefile import FOLDER
+from errata.editors.fit import TrainingConfig, train
+from errata.editors.lessons import PrefixDataset
+from errata.editors.liveedit import PRESETS, liveedit_editor, liveedit_trainable
+from errata.editors.liveedit_losses import (
+    RoutingScores,
+    hard_gate_loss,
+    margin_loss,
+    soft_gate_loss,
+)
+from errata.editors.statefile import WEIGHTS
 from errata.functional import Case, Model, Query, generate
 from errata.functional.bind import bind
 from errata.functional.losses import nll
@@ -23,34 +28,44 @@ from tests.editors.test_liveedit import SMALL, seeded, tiny
 
 
 def test_routing_losses_are_what_they_say():
-    like = Likeness(
+    like = RoutingScores(
         vision=torch.tensor([[3.0, -1.0], [0.5, -2.0]]),
         sentinel=torch.tensor([1.0, 0.0]),
         query=torch.tensor([[2.0, -1.0], [-3.0, 0.5]]),
     )
     own, reach = torch.tensor([0, 0]), torch.tensor([True, False])
     e = [torch.tensor(x).exp() for x in (3.0, -1.0, 1.0)]
-    assert hard(like, own, reach)[0] == pytest.approx(float(-(e[0] / sum(e)).log()))
+    assert hard_gate_loss(like, own, reach)[0] == pytest.approx(float(-(e[0] / sum(e)).log()))
     e = [torch.tensor(x).exp() for x in (0.5, -2.0, 0.0)]
-    assert hard(like, own, reach)[1] == pytest.approx(float(-(e[2] / sum(e)).log()))
+    assert hard_gate_loss(like, own, reach)[1] == pytest.approx(float(-(e[2] / sum(e)).log()))
     one = torch.nn.functional.softplus
-    got = apart(like, own, reach)
+    got = margin_loss(like, own, reach)
     assert got[0] == pytest.approx(float(6 * one(torch.tensor(-2.0)) + one(torch.tensor(-2.0))))
     both = torch.tensor([0.5, -2.0]).logsumexp(0)
     assert got[1] == pytest.approx(float(one(both)))
     kin = torch.ones(2, 2, dtype=torch.bool)
-    got = soft(like.query, own, reach, kin)
+    got = soft_gate_loss(like.query, own, reach, kin)
     q = like.query
     want = -q[0].log_softmax(0)[0] - q[0, 0].sigmoid().log() - (-q[0, 1]).sigmoid().log()
     assert got[0] == pytest.approx(float(want))
     assert got[1] == pytest.approx(float(-(-q[1]).sigmoid().log().mean()))
 
 
-SHORT = FitConfig(
-    num_steps=4, together=3, lr=1e-2, held=2, validate_every=2, save_every=1,
-    weights={"edit": 1.0, "rephrase": 1.0, "image_rephrase": 1.0, "text_locality": 1.0,
-             "image_locality": 1.0},
-)  # fmt: skip
+SHORT = TrainingConfig(
+    num_steps=4,
+    batch_size=3,
+    lr=1e-2,
+    num_validation_cases=2,
+    eval_every=2,
+    save_every=1,
+    loss_weights={
+        "edit": 1.0,
+        "rephrase": 1.0,
+        "image_rephrase": 1.0,
+        "text_locality": 1.0,
+        "image_locality": 1.0,
+    },
+)
 
 
 def cases(count: int = 8) -> list[Case]:
@@ -73,10 +88,16 @@ def cases(count: int = 8) -> list[Case]:
 def test_training_lowers_the_loss_and_resumes_to_the_same_bits(tmp_path):
     model, losses = tiny("llava"), []
     config = msgspec.structs.replace(SHORT, num_steps=30)
-    fit(model, course(SMALL), cases(), config, progress=lambda now: losses.append(now.loss))
+    train(
+        model,
+        liveedit_trainable(SMALL),
+        cases(),
+        config,
+        progress=lambda now: losses.append(now.loss),
+    )
     assert sum(losses[-5:]) < sum(losses[:5])
 
-    whole = fit(model, course(SMALL), cases(), SHORT)
+    whole = train(model, liveedit_trainable(SMALL), cases(), SHORT)
 
     class Killed(Exception):
         pass
@@ -86,47 +107,51 @@ def test_training_lowers_the_loss_and_resumes_to_the_same_bits(tmp_path):
             raise Killed
 
     with pytest.raises(Killed):
-        fit(model, course(SMALL), cases(), SHORT, folder=tmp_path, progress=kill)
-    resumed = fit(tiny("llava"), course(SMALL), cases(), SHORT, folder=tmp_path)
-    flat = [pytree.tree_leaves(one.state.nets) for one in (whole, resumed)]
+        train(
+            model, liveedit_trainable(SMALL), cases(), SHORT, checkpoint_dir=tmp_path, progress=kill
+        )
+    resumed = train(
+        tiny("llava"), liveedit_trainable(SMALL), cases(), SHORT, checkpoint_dir=tmp_path
+    )
+    flat = [pytree.tree_leaves(one.state.networks) for one in (whole, resumed)]
     assert all(torch.equal(a, b) for a, b in zip(*flat, strict=True))
-    assert resumed.held == whole.held
+    assert resumed.validation_loss == whole.validation_loss
 
 
 def test_training_runs_what_inference_runs():
     """The edited layer once: a lesson's reliability is the bound model's, own expert alone."""
     model = tiny("llava")
-    learner = course(SMALL)
+    learner = liveedit_trainable(SMALL)
     state = learner.learner.editor.init(model, seeded())
-    config = msgspec.structs.replace(SHORT, weights={"edit": 1.0, "image_locality": 1.0})
-    shelf = Shelf(model, learner.sites(model), config, learner.end, None)
+    config = msgspec.structs.replace(SHORT, loss_weights={"edit": 1.0, "image_locality": 1.0})
+    shelf = PrefixDataset(model, learner.sites(model), config, learner.append_eos, None)
     some = cases(1)
-    lesson = shelf.lesson(some, None)
+    lesson = shelf.batch(some, None)
     with torch.no_grad():
         _, terms = learner.learner.loss(model, state, lesson)
     delta, _ = learner.learner.editor.edit(model, state, [some[0].edit])
     bound = bind(model, delta)
-    batch = model.embed(model.params, model.read([some[0].edit], end=True))
+    batch = model.embed(model.params, model.preprocess([some[0].edit], append_eos=True))
     with torch.no_grad():
         want = nll(bound.decode(bound.params, batch), batch.labels)[0]
     assert float(terms["edit"]) == pytest.approx(float(want), rel=1e-5)
 
 
-SHIPPED = sorted(file.stem.partition("-")[2] for file in FOLDER.glob("liveedit-*.safetensors"))
+SHIPPED = sorted(file.stem.partition("-")[2] for file in WEIGHTS.glob("liveedit-*.safetensors"))
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_shipped_state_edits_generalises_and_keeps_to_itself(name):
     """Unseen cases, one of them without a picture, in one pool."""
-    model = adapters.micro(name)
-    editor = liveedit(PRESETS["micro"])
+    model = adapters.load_micro(name)
+    editor = liveedit_editor(PRESETS["micro"])
     some = [*world.cases(4, seed=5), *text_cases(1, seed=5)]
     queries = [case.edit for case in some]
     delta, _ = editor.edit(model, editor.init(model, seeded()), queries)
     edited = bind(model, delta)
 
     def losses(bound: Model, queries: list[Query]) -> torch.Tensor:
-        batch = model.embed(model.params, model.read(queries))
+        batch = model.embed(model.params, model.preprocess(queries))
         with torch.no_grad():
             return nll(bound.decode(bound.params, batch), batch.labels)
 

@@ -11,36 +11,41 @@ from torch.utils import _pytree as pytree
 from errata import adapters
 from errata.bench.data import world
 from errata.editors import statefile
-from errata.editors.fit import FitConfig, fit
-from errata.editors.liveedit import LiveEditConfig, liveedit
+from errata.editors.fit import TrainingConfig, train
+from errata.editors.liveedit import LiveEditConfig, liveedit_editor
 from errata.editors.serac import (
     PRESETS,
     SeracConfig,
-    about,
-    course,
-    kept,
-    reader_of,
-    serac,
-    similarity_loss,
-)  # fmt: skip
+    compatibility,
+    scope_loss,
+    serac_editor,
+    serac_trainable,
+    trained_weights,
+    unembedding_map,
+)
 from errata.functional import Case, Query, bind_rows, generate, io, merge, remove, rows, scale
 from errata.functional.bind import bind
-from errata.functional.errors import BadInput, KindUnsupported
+from errata.functional.errors import InvalidInputError, UnsupportedKindError
 from errata.functional.losses import nll
-from errata.functional.scope import mixed, read_as
-from errata.functional.scope_net import classify, row_of
+from errata.functional.scope import logits_from_states, mix_logits
+from errata.functional.scope_net import classify_scope, network_inputs
 from errata.functional.stacks import stack, unstack
 
 SMALL = {
-    "width": 32, "heads": 4, "classifier": 1, "counterfactual": 2, "inner": 32, "key": 16,
-}  # fmt: skip
+    "dim": 32,
+    "num_heads": 4,
+    "num_classifier_layers": 1,
+    "num_counterfactual_layers": 2,
+    "ffn_dim": 32,
+    "key_dim": 16,
+}
 HARD = SeracConfig(**SMALL)
 SOFT = SeracConfig(gate="soft", **SMALL)
 ASKED = ["who is it?", "where does it live now?", "what does it eat?", "what colour is the chair?"]
 
 
 def tiny(name: str = "llava"):
-    return adapters.adapt(*adapters.tiny(name))
+    return adapters.from_module(*adapters.tiny_model(name))
 
 
 def query(number: int, target: str = "bo", shade: int | None = None) -> Query:
@@ -50,19 +55,19 @@ def query(number: int, target: str = "bo", shade: int | None = None) -> Query:
 
 
 def edited(model, config: SeracConfig, queries):
-    editor = serac(config)
+    editor = serac_editor(config)
     delta, state = editor.edit(model, editor.init(model, torch.Generator().manual_seed(0)), queries)
     return delta, state
 
 
 def embedded(model, queries, **options):
-    return model.embed(model.params, model.read(queries, **options))
+    return model.embed(model.params, model.preprocess(queries, **options))
 
 
 def share_of(bound, batch) -> torch.Tensor:
     """The similarity that the bound model decided by."""
-    _, past = bound.decode(bound.params, batch, keep=True)
-    (found,) = (note for name, note in past.notes.items() if name.endswith(".share"))
+    _, past = bound.decode(bound.params, batch, return_cache=True)
+    (found,) = (note for name, note in past.routing.items() if name.endswith(".share"))
     return found
 
 
@@ -70,11 +75,13 @@ def test_a_soft_gate_mixes_the_two_answers_by_the_similarity():
     model, near = tiny(), query(0)._replace(prompt="who is this?")
     delta, state = edited(model, SOFT, [query(0, "owl")])
     # brought near, so that the mixture is one
-    small = {n: t * 0.5 if n.endswith((".see", ".read", ".keys")) else t
-             for n, t in delta.tensors.items()}  # fmt: skip
+    small = {
+        n: t * 0.5 if n.endswith((".image_to_key", ".text_to_key", ".keys")) else t
+        for n, t in delta.tensors.items()
+    }
     bound = bind(model, delta._replace(tensors=small))
     batch = embedded(model, [near])
-    keys = classify(state.net, 4, row_of(state.net, batch)) * 0.5
+    keys = classify_scope(state.network, 4, network_inputs(state.network, batch)) * 0.5
     gap = (keys - small[f"{delta.header.entries[0].name}.keys"]).square().sum()
     share = torch.exp(-gap)
     assert 0.05 < share < 0.999
@@ -91,11 +98,11 @@ def test_a_soft_gate_mixes_the_two_answers_by_the_similarity():
 
 def test_a_mixture_is_finite_at_its_ends():
     f, c = torch.randn(3, 1, 5), torch.randn(3, 1, 5)
-    found = mixed(f, c, torch.tensor([[0.0], [1.0], [0.3]]))
+    found = mix_logits(f, c, torch.tensor([[0.0], [1.0], [0.3]]))
     assert torch.equal(found[0], f[0])
     torch.testing.assert_close(found[1], c[1].log_softmax(-1), rtol=1e-5, atol=1e-5)
     share = torch.tensor([1.0], requires_grad=True)
-    assert torch.autograd.grad(mixed(f, c, share.expand(3, 1)).sum(), share)[0].isfinite()
+    assert torch.autograd.grad(mix_logits(f, c, share.expand(3, 1)).sum(), share)[0].isfinite()
 
 
 @pytest.mark.parametrize("config", [HARD, SOFT], ids=["hard", "soft"])
@@ -121,8 +128,8 @@ def test_out_of_scope_a_hard_gate_leaves_every_bit():
     assert bool((share_of(bound, batch) < 0.95).all())
     assert torch.equal(bound.decode(bound.params, batch), model.decode(model.params, batch))
     inside = embedded(model, [query(0)])
-    first = int(inside.prompt.int().argmax())
-    every = [m.decode(m.params, inside, at="all") for m in (bound, model)]
+    first = int(inside.prompt_end.int().argmax())
+    every = [m.decode(m.params, inside, logit_positions="all") for m in (bound, model)]
     assert torch.equal(every[0][:, :first], every[1][:, :first])  # up to the prompt's last token
     assert not torch.equal(every[0][:, first:], every[1][:, first:])
 
@@ -132,25 +139,27 @@ def test_token_by_token_is_one_pass(name):
     """Generation with the cache, and a cut in the middle of the prompt, see the same scope."""
     model = tiny(name)
     asked = [query(0, "in a town"), query(1, "bo the old owl")]
-    asked = asked if model.card.images else [one._replace(images=()) for one in asked]
+    asked = asked if model.card.takes_images else [one._replace(images=()) for one in asked]
     bound = bind(model, edited(model, SOFT, asked[:1])[0])
     bare = [one._replace(target="") for one in asked]
     assert generate(bound, bare[:1], 8)[0].strip().startswith("in a town")
     batch = embedded(bound, asked)
     whole = bound.decode(bound.params, batch)
-    cut = int(batch.prompt.int().argmax(1).min()) - 2
-    before, after = rows.earlier(batch, cut), rows.later(batch, cut)
-    _, past = bound.decode(bound.params, before, at=before.at[:, :1], keep=True)
+    cut = int(batch.prompt_end.int().argmax(1).min()) - 2
+    before, after = rows.tokens_before(batch, cut), rows.tokens_from(batch, cut)
+    _, past = bound.decode(
+        bound.params, before, logit_positions=before.logit_positions[:, :1], return_cache=True
+    )
     scored = batch.labels != -100
-    parted = bound.decode(bound.params, after, past=past)
+    parted = bound.decode(bound.params, after, kv_cache=past)
     torch.testing.assert_close(parted[scored], whole[scored], rtol=1e-4, atol=1e-4)
     prompt = embedded(bound, bare)
-    last = prompt.mask.sum(1, keepdim=True) - 1
-    logits, past = bound.decode(bound.params, prompt, at=last, keep=True)
+    last = prompt.attention_mask.sum(1, keepdim=True) - 1
+    logits, past = bound.decode(bound.params, prompt, logit_positions=last, return_cache=True)
     for t in range(int(scored.all(0).sum())):
         torch.testing.assert_close(logits[:, 0], whole[:, t], rtol=1e-4, atol=1e-4)
-        new = bound.extend(bound.params, batch.labels[:, t : t + 1], past)
-        logits, past = bound.decode(bound.params, new, past=past, keep=True)
+        new = bound.embed_next(bound.params, batch.labels[:, t : t + 1], past)
+        logits, past = bound.decode(bound.params, new, kv_cache=past, return_cache=True)
 
 
 def test_a_batch_it_has_not_seen_from_below_is_refused():
@@ -161,9 +170,9 @@ def test_a_batch_it_has_not_seen_from_below_is_refused():
     half = bound.decode(bound.params, batch, stop=2)
     assert torch.equal(bound.decode(bound.params, half), whole)
     deep = bound.decode(bound.params, batch, stop=model.card.num_layers - 1)
-    thinned = bound.thin(bound.params, deep)
+    thinned = bound.select_scored(bound.params, deep)
     torch.testing.assert_close(bound.decode(bound.params, thinned), whole, rtol=1e-4, atol=1e-5)
-    with pytest.raises(BadInput, match="batches at depth 0"):
+    with pytest.raises(InvalidInputError, match="batches at depth 0"):
         bound.decode(bound.params, model.decode(model.params, batch, stop=2))
 
 
@@ -171,7 +180,7 @@ def test_deltas_above_and_below_keep_their_notes():
     """LiveEdit chooses experts at the prompt and keeps the choice, as the gate does."""
     model = tiny()
     delta, _ = edited(model, HARD, [query(0, "in a town")])
-    experts = liveedit(LiveEditConfig())
+    experts = liveedit_editor(LiveEditConfig())
     other, _ = experts.edit(
         model, experts.init(model, torch.Generator().manual_seed(0)), [query(1)]
     )
@@ -179,14 +188,14 @@ def test_deltas_above_and_below_keep_their_notes():
         batch = embedded(bound, [query(0, "in a town"), query(1, "in a town")])
         whole = bound.decode(bound.params, batch)
         prompt = embedded(bound, [query(0, ""), query(1, "")])
-        last = prompt.mask.sum(1, keepdim=True) - 1
-        logits, past = bound.decode(bound.params, prompt, at=last, keep=True)
-        assert any(".scope." in name for name in past.notes)
-        assert any(".scope." not in name for name in past.notes)
+        last = prompt.attention_mask.sum(1, keepdim=True) - 1
+        logits, past = bound.decode(bound.params, prompt, logit_positions=last, return_cache=True)
+        assert any(".scope." in name for name in past.routing)
+        assert any(".scope." not in name for name in past.routing)
         for t in range(3):
             torch.testing.assert_close(logits[:, 0], whole[:, t], rtol=1e-4, atol=1e-4)
-            new = bound.extend(bound.params, batch.labels[:, t : t + 1], past)
-            logits, past = bound.decode(bound.params, new, past=past, keep=True)
+            new = bound.embed_next(bound.params, batch.labels[:, t : t + 1], past)
+            logits, past = bound.decode(bound.params, new, kv_cache=past, return_cache=True)
 
 
 def test_deltas_one_on_another_and_side_by_side_keep_to_their_own_memory():
@@ -197,8 +206,12 @@ def test_deltas_one_on_another_and_side_by_side_keep_to_their_own_memory():
     one, two = (edited(model, config, [edit])[0] for edit in made)
     both = bind(bind(model, one), two)
     batch = embedded(model, made)
-    apart = torch.cat([bind(model, delta).decode(model.params, rows.take(batch, slice(n, n + 1)))
-                       for n, delta in enumerate((one, two))])  # fmt: skip
+    apart = torch.cat(
+        [
+            bind(model, delta).decode(model.params, rows.take_rows(batch, slice(n, n + 1)))
+            for n, delta in enumerate((one, two))
+        ]
+    )
     torch.testing.assert_close(both.decode(both.params, batch), apart, rtol=1e-3, atol=1e-3)
     bare = [edit._replace(target="") for edit in (*made, query(1))]
     said = generate(both, bare[:2], 8)
@@ -221,7 +234,7 @@ def test_company_and_padding_change_nothing():
     together = bound.decode(bound.params, batch)
     for number, one in enumerate(asked):
         alone = bound.decode(bound.params, embedded(model, [one]))
-        wide = bound.decode(bound.params, rows.pad(embedded(model, [one]), 90))
+        wide = bound.decode(bound.params, rows.pad_batch(embedded(model, [one]), 90))
         got = together[number, : alone.shape[1]]
         torch.testing.assert_close(got, alone[0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(wide, alone, rtol=1e-4, atol=1e-4)
@@ -238,11 +251,11 @@ def test_an_edit_runs_no_layer_and_encodes_nothing_twice():
     embeds = []
 
     def embed(params, inputs, *args, **options):
-        embeds.append(len(inputs.ids))
+        embeds.append(len(inputs.input_ids))
         return model.embed(params, inputs, *args, **options)
 
     counted = model._replace(decode=decode, embed=embed)
-    editor = serac(HARD)
+    editor = serac_editor(HARD)
     state = editor.init(counted, torch.Generator().manual_seed(0))
     for number in range(3):
         delta, state = editor.edit(counted, state, [query(number)])
@@ -260,39 +273,42 @@ def test_each_of_many_edits_is_found():
     made = [query(n, targets[n % 5], 21 * n) for n in range(12)]
     delta, state = edited(model, HARD, made)
     bound = bind(model, delta)
-    batch = embedded(model, made, end=True)
+    batch = embedded(model, made, append_eos=True)
     assert bool((share_of(bound, batch) > 0.99).all())
     losses = nll(bound.decode(bound.params, batch), batch.labels)
     assert float(losses.max()) < float(nll(model.decode(model.params, batch), batch.labels).min())
-    assert state.owners == tuple(range(12))
+    assert state.edit_slots == tuple(range(12))
     # a slot holds kilobytes
     name = delta.header.entries[0].name
-    own = sum(t.numel() * t.element_size() for n, t in delta.tensors.items()
-              if n not in delta.header.entries[0].common())  # fmt: skip
+    own = sum(
+        t.numel() * t.element_size()
+        for n, t in delta.tensors.items()
+        if n not in delta.header.entries[0].shared_tensors()
+    )
     assert own / 12 < 8 * 1024
     assert delta.tensors[f"{name}.keys"].shape == (12, 32)
 
 
 def test_the_same_question_again_replaces_its_edit():
     model = tiny()
-    editor = serac(HARD)
+    editor = serac_editor(HARD)
     state = editor.init(model, torch.Generator().manual_seed(0))
     _, state = editor.edit(model, state, [query(0, "bo"), query(1, "owl")])
-    again = editor.each(model, state, [query(0, "in a town"), query(2, "yes")])
+    again = editor.edit_each(model, state, [query(0, "in a town"), query(2, "yes")])
     delta, state = editor.edit(model, state, [query(0, "in a town")])
-    assert state.owners == (-1, 1, 0)
-    assert delta.header.entries[0].slots == 2
+    assert state.edit_slots == (-1, 1, 0)
+    assert delta.header.entries[0].num_slots == 2
     for bound in (bind(model, delta), bind(model, unstack(again)[0])):
         said = generate(bound, [query(0, ""), query(1, "")], 8)
         assert said[0].strip().startswith("in a town")
         assert said[1].strip().startswith("owl")
-    with pytest.raises(BadInput, match="edit the same question"):
+    with pytest.raises(InvalidInputError, match="edit the same question"):
         merge(edited(model, HARD, [query(0)])[0], edited(model, HARD, [query(0, "owl")])[0])
 
 
 def test_edits_are_merged_removed_stacked_and_saved(tmp_path):
     model = tiny()
-    editor = serac(HARD)
+    editor = serac_editor(HARD)
     state = editor.init(model, torch.Generator().manual_seed(0))
     made = [query(0, "bo"), query(1, "the old owl"), query(2, "yes")]
     single = [editor.edit(model, state, [one])[0] for one in made]
@@ -309,18 +325,18 @@ def test_edits_are_merged_removed_stacked_and_saved(tmp_path):
     batch = embedded(model, made)
     assert torch.equal(share_of(bound, batch) > 0.99, torch.tensor([True, False, True]))
     assert not remove(joined, [0, 1, 2]).header.entries
-    io.save(tmp_path / "three.safetensors", whole)
-    assert io.load(tmp_path / "three.safetensors").header == whole.header
-    with pytest.raises(KindUnsupported, match="has no half"):
+    io.save_delta(tmp_path / "three.safetensors", whole)
+    assert io.load_delta(tmp_path / "three.safetensors").header == whole.header
+    with pytest.raises(UnsupportedKindError, match="has no half"):
         scale(whole, 0.5)
-    other = serac(HARD)
+    other = serac_editor(HARD)
     foreign, _ = other.edit(model, other.init(model, torch.Generator().manual_seed(1)), made[:1])
-    with pytest.raises(BadInput, match="different classifiers"):
+    with pytest.raises(InvalidInputError, match="different classifiers"):
         merge(single[1], foreign)
     pair = stack([single[0], single[2]]) if _alike(single) else None
-    both = pair or editor.each(model, state, [made[0], made[2]])
+    both = pair or editor.edit_each(model, state, [made[0], made[2]])
     bound = bind(model, both)
-    asked = embedded(model, [made[0], made[0]])._replace(edit=torch.tensor([0, -1]))
+    asked = embedded(model, [made[0], made[0]])._replace(edit_index=torch.tensor([0, -1]))
     logits = bound.decode(bound.params, asked)
     base = model.decode(model.params, asked)
     assert torch.equal(logits[1], base[1])
@@ -335,36 +351,38 @@ def _alike(deltas) -> bool:
 def test_an_answer_is_read_as_itself():
     """Every word of the vocabulary, by the model's own norm and head."""
     for name in ("llava", "blip2"):
-        model = adapters.micro(name)
-        reader = reader_of(model)
-        ids = torch.arange(model.card.vocab)
-        zero = torch.zeros(1, len(ids), model.card.width)
+        model = adapters.load_micro(name)
+        reader = unembedding_map(model)
+        ids = torch.arange(model.card.vocab_size)
+        zero = torch.zeros(1, len(ids), model.card.hidden_size)
         none = torch.zeros(1, dtype=torch.long)
 
         def lead(hidden, model=model, none=none, ids=ids):
-            logits = read_as(model, model.params, hidden, none)[0]
+            logits = logits_from_states(model, model.params, hidden, none)[0]
             return (logits.gather(1, ids[:, None])[:, 0] - logits.mean(-1)).sum()
 
         stream = torch.func.grad(lead)(zero) @ reader
-        read = read_as(model, model.params, stream, none)[0].argmax(-1)
+        read = logits_from_states(model, model.params, stream, none)[0].argmax(-1)
         assert torch.equal(read, ids)
 
 
 def test_the_similarity_loss_is_its_formula():
     gaps = torch.tensor([[0.1, 2.0], [0.4, 3.0]])
     own = torch.tensor([0, 1])
-    soft, closest = similarity_loss(gaps, own, 1, SOFT)
+    soft, closest = scope_loss(gaps, own, 1, SOFT)
     s = torch.exp(-gaps)
     want = torch.stack([-s[0, 0].log() - (1 - s[0, 1]).log(), -(1 - s[1, 0]).log()])
     torch.testing.assert_close(soft, want)
     assert closest.tolist() == [0, 0]
-    hard, _ = similarity_loss(gaps, own, 1, HARD)
+    hard, _ = scope_loss(gaps, own, 1, HARD)
     edge = torch.tensor(0.5).log()
     side = torch.nn.functional.softplus
-    want = torch.stack([
-        side(8 * (gaps[0, 0] + edge)) + side(-8 * (gaps[0, 1] + edge)),
-        side(-8 * (gaps[1, 0] + edge)),
-    ])  # fmt: skip
+    want = torch.stack(
+        [
+            side(8 * (gaps[0, 0] + edge)) + side(-8 * (gaps[0, 1] + edge)),
+            side(-8 * (gaps[1, 0] + edge)),
+        ]
+    )
     torch.testing.assert_close(hard, want)
 
 
@@ -381,40 +399,49 @@ def test_training_teaches_the_scope(config, tmp_path):
             "image_locality": (local,),
         }
         cases.append(Case(str(number), asked, probes))
-    short = FitConfig(num_steps=30, together=4, lr=5e-3, held=2, validate_every=5, clip=10.0)
-    done = fit(model, course(config), cases, short, progress=seen.append)
-    held = [now.held for now in seen if now.held is not None]
-    assert done.held is not None
-    assert done.held < held[0]
+    short = TrainingConfig(
+        num_steps=30,
+        batch_size=4,
+        lr=5e-3,
+        num_validation_cases=2,
+        eval_every=5,
+        max_grad_norm=10.0,
+    )
+    done = train(model, serac_trainable(config), cases, short, progress=seen.append)
+    held = [now.validation_loss for now in seen if now.validation_loss is not None]
+    assert done.validation_loss is not None
+    assert done.validation_loss < held[0]
     assert any("scope" in name for name in seen[0].terms)
     path = tmp_path / "serac.safetensors"
-    statefile.keep(path, kept(done.state), about(model, config))
-    again = serac(msgspec.structs.replace(config, trained=str(path)))
+    statefile.save_checkpoint(path, trained_weights(done.state), compatibility(model, config))
+    again = serac_editor(msgspec.structs.replace(config, weights=str(path)))
     state = again.init(model, torch.Generator())
-    for mine, theirs in zip(pytree.tree_leaves(state.net), pytree.tree_leaves(done.state.net)):
+    for mine, theirs in zip(
+        pytree.tree_leaves(state.network), pytree.tree_leaves(done.state.network)
+    ):
         assert torch.equal(mine, theirs.half().float())
-    wrong = serac(msgspec.structs.replace(config, trained=str(path), key=8))
-    with pytest.raises(BadInput, match="must be"):
+    wrong = serac_editor(msgspec.structs.replace(config, weights=str(path), key_dim=8))
+    with pytest.raises(InvalidInputError, match="must be"):
         wrong.init(model, torch.Generator())
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "blip2"])
 def test_the_shipped_state_knows_the_scope(name):
     """Unseen cases: in other words and another picture in scope, other facts and creatures not."""
-    model = adapters.micro(name)
-    editor = serac(PRESETS["micro"])
+    model = adapters.load_micro(name)
+    editor = serac_editor(PRESETS["micro"])
     some = world.cases(8, seed=5)
     state = editor.init(model, torch.Generator())
-    bound = bind(model, editor.each(model, state, [case.edit for case in some]))
+    bound = bind(model, editor.edit_each(model, state, [case.edit for case in some]))
 
     def shares(probe: str) -> torch.Tensor:
         asked = [case.probes[probe][0] for case in some]
-        return share_of(bound, embedded(model, asked)._replace(edit=torch.arange(8)))
+        return share_of(bound, embedded(model, asked)._replace(edit_index=torch.arange(8)))
 
     assert int((shares("rephrase") > 0.5).sum()) == 8
     assert int((shares("image_rephrase") > 0.5).sum()) >= 6
     for probe in ("text_locality", "same_entity_locality", "hard_locality", "image_locality"):
         assert int((shares(probe) > 0.5).sum()) <= 1
     asked = [case.edit._replace(target="") for case in some]
-    said = generate(bound, asked, 8, edit=torch.arange(8))
+    said = generate(bound, asked, 8, edit_index=torch.arange(8))
     assert [one.strip() for one in said] == [case.edit.target for case in some]

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from errata import adapters
-from errata.bench.checkpoint import Mark, keep, recall
-from errata.editors import WiseConfig, configure, make
-from errata.editors.wise import PRESETS, wise
-from errata.editors.wise_train import draw_mask
+from errata.bench.checkpoint import SequenceCheckpoint, load_checkpoint, save_checkpoint
+from errata.editors import WiseConfig, configure, make_editor
+from errata.editors.wise import PRESETS, wise_editor
+from errata.editors.wise_train import sample_mask
 from errata.functional import (
     Delta,
     Model,
@@ -24,20 +24,27 @@ from errata.functional import (
     scale,
 )
 from errata.functional.errors import (
-    BadInput,
-    BadSettings,
-    KindUnsupported,
-    UnknownSite,
+    InvalidInputError,
+    InvalidSettingsError,
+    UnknownSiteError,
+    UnsupportedKindError,
 )
-from errata.functional.header import faults
+from errata.functional.header import validate_header
 from errata.functional.losses import nll
-from errata.functional.masked import pack, unpacked
+from errata.functional.masked import pack_bits, unpack_bits
 from errata.functional.stacks import unstack
 
 QUICK = WiseConfig(
-    layer=1, mask_ratio=0.5, num_steps=3, lr=0.2, alpha=0.5, beta=2.0, gamma=1.0, num_texts=1,
+    layer=1,
+    mask_ratio=0.5,
+    num_steps=3,
+    lr=0.2,
+    alpha=0.5,
+    beta=2.0,
+    gamma=1.0,
+    num_unrelated=1,
     act_ratio=0.999,
-)  # fmt: skip
+)
 
 
 def quick(**settings) -> WiseConfig:
@@ -46,7 +53,7 @@ def quick(**settings) -> WiseConfig:
 
 @functools.cache
 def tiny(name: str) -> Model:
-    return adapters.adapt(*adapters.tiny(name))
+    return adapters.from_module(*adapters.tiny_model(name))
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -55,13 +62,13 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def asked(model: Model) -> list[Query]:
     shown = [(Image.new("RGB", (32, 32), (s, 255 - s, 40)),) for s in (10, 120, 230)]
-    shown = shown if model.card.images else [(), (), ()]
+    shown = shown if model.card.takes_images else [(), (), ()]
     words = [("who is it?", "bo"), ("where does it live now?", "in a town"), ("what?", "owl")]
     return [Query(prompt, target, images) for (prompt, target), images in zip(words, shown)]
 
 
 def embedded(model: Model, queries: list[Query], edit: torch.Tensor | None = None):
-    return model.embed(model.params, model.read(queries), edit=edit)
+    return model.embed(model.params, model.preprocess(queries), edit_index=edit)
 
 
 def logits(model: Model, queries: list[Query], edit: torch.Tensor | None = None) -> torch.Tensor:
@@ -74,7 +81,7 @@ def losses(model: Model, queries: list[Query]) -> torch.Tensor:
 
 
 def one_by_one(model: Model, config: WiseConfig, queries: list[Query]) -> Delta:
-    editor = make(config)
+    editor = make_editor(config)
     state = editor.init(model, seeded())
     for query in queries:
         delta, state = editor.edit(model, state, [query])
@@ -85,8 +92,8 @@ def routes(model: Model, delta: Delta, queries: list[Query]) -> list[int]:
     """Which memory each row takes: what is kept from the prompt for later tokens."""
     edited = bind(model, delta)
     count = model.card.num_layers
-    _, past = edited.decode(edited.params, embedded(edited, queries), stop=count, keep=True)
-    return past.notes[f"{delta.header.entries[0].name}.memory0"].tolist()
+    _, past = edited.decode(edited.params, embedded(edited, queries), stop=count, return_cache=True)
+    return past.routing[f"{delta.header.entries[0].name}.memory0"].tolist()
 
 
 # ------------------------------------------------------------------ masks and what is unrelated
@@ -94,17 +101,17 @@ def routes(model: Model, delta: Delta, queries: list[Query]) -> list[int]:
 
 @pytest.mark.parametrize(("size", "ratio"), [((7, 9), 0.2), ((600, 3), 0.5), ((1, 5), 1.0)])
 def test_a_mask_has_its_ratio_exactly(size, ratio):
-    mask = draw_mask(size, ratio, seeded()).view(size)
+    mask = sample_mask(size, ratio, seeded()).view(size)
     assert int(mask.sum()) == round(ratio * size[0] * size[1])
     assert mask.sum(1).max() - mask.sum(1).min() <= 1
-    assert torch.equal(unpacked(pack(mask.flatten()), mask.numel()), mask.flatten())
+    assert torch.equal(unpack_bits(pack_bits(mask.flatten()), mask.numel()), mask.flatten())
 
 
 def test_an_edit_does_not_depend_on_its_company():
-    model, editor = tiny("llava"), make(QUICK)
+    model, editor = tiny("llava"), make_editor(QUICK)
     queries, state = asked(model), editor.init(model, seeded())
-    forth = unstack(editor.each(model, state, queries))
-    back = unstack(editor.each(model, state, queries[::-1]))[::-1]
+    forth = unstack(editor.edit_each(model, state, queries))
+    back = unstack(editor.edit_each(model, state, queries[::-1]))[::-1]
     for one, two in zip(forth, back):
         assert one.header == two.header
         name = one.header.entries[0].name
@@ -113,7 +120,7 @@ def test_an_edit_does_not_depend_on_its_company():
     assert len({bytes(d.tensors[f"{d.header.entries[0].name}.mask"].numpy()) for d in forth}) == 3
 
 
-@pytest.mark.parametrize("beside", [(), ("picture", "question")])
+@pytest.mark.parametrize("beside", [(), ("image", "question")])
 def test_what_is_unrelated_is_packaged_or_yours(beside):
     """D15: the peers train on the very question that locality is measured by."""
     model, query = tiny("llava"), asked(tiny("llava"))[0]
@@ -121,20 +128,24 @@ def test_what_is_unrelated_is_packaged_or_yours(beside):
 
     def read(queries, **options):
         seen.extend(queries)
-        return model.read(queries, **options)
+        return model.preprocess(queries, **options)
 
-    watched = model._replace(read=read)
-    config = quick(texts=("who is it?", "is it late?"), questions=("what size?",), beside=beside)
-    make(config).edit(watched, make(config).init(model, seeded()), [query])
+    watched = model._replace(preprocess=read)
+    config = quick(
+        unrelated_texts=("who is it?", "is it late?"),
+        unrelated_questions=("what size?",),
+        own_negatives=beside,
+    )
+    make_editor(config).edit(watched, make_editor(config).init(model, seeded()), [query])
     found = {(one.prompt, bool(one.images)) for one in seen}
     more = {("what size?", True), ("who is it?", False)} if beside else set()
     assert found == {("who is it?", True), ("is it late?", False)} | more
     seen.clear()
-    editor = wise(QUICK, unrelated=[Query("a map", "", query.images)])
+    editor = wise_editor(QUICK, unrelated_queries=[Query("a map", "", query.images)])
     editor.edit(watched, editor.init(model, seeded()), [query])
     assert {one.prompt for one in seen} == {"who is it?", "a map"}
-    editor = make(quick(texts=("who is it?",)))
-    with pytest.raises(BadSettings, match="other ones than the edit's"):
+    editor = make_editor(quick(unrelated_texts=("who is it?",)))
+    with pytest.raises(InvalidSettingsError, match="other ones than the edit's"):
         editor.edit(model, editor.init(model, seeded()), [query])
 
 
@@ -143,10 +154,10 @@ def test_what_is_unrelated_is_packaged_or_yours(beside):
 
 def test_values_stay_within_their_clamp_and_edits_stop():
     model = tiny("llava")
-    delta = one_by_one(model, quick(clamp=1e-3, lr=5.0), asked(model)[:1])
+    delta = one_by_one(model, quick(norm_constraint=1e-3, lr=5.0), asked(model)[:1])
     values = delta.tensors[f"{delta.header.entries[0].name}.values"]
     assert float(values.abs().max()) == pytest.approx(1e-3)
-    stopped = one_by_one(model, quick(stop_loss=1e3, stop_change=1e3), asked(model)[:1])
+    stopped = one_by_one(model, quick(stop_loss=1e3, stop_improvement=1e3), asked(model)[:1])
     short = one_by_one(model, quick(num_steps=1), asked(model)[:1])
     for name in short.tensors:
         assert torch.equal(stopped.tensors[name], short.tensors[name])
@@ -158,14 +169,14 @@ def test_earlier_edits_of_a_memory_can_be_trained_along(site, layer):
     queries = asked(model)
     config = quick(site=site, layer=layer, num_steps=12, act_ratio=0.1, optimizer="adam", lr=0.02)
     without = bind(model, one_by_one(model, config, queries))
-    along = bind(model, one_by_one(model, msgspec.structs.replace(config, replay=2), queries))
+    along = bind(model, one_by_one(model, msgspec.structs.replace(config, num_replayed=2), queries))
     assert losses(along, queries[:2]).mean() < losses(without, queries[:2]).mean()
 
 
 def test_with_all_edits_at_hand_one_after_another_is_all_at_once():
     """A memory is then trained anew on each edit: where it started from does not tell."""
-    model, config = tiny("qwen2_vl"), quick(replay=2)
-    queries, editor = asked(model), make(config)
+    model, config = tiny("qwen2_vl"), quick(num_replayed=2)
+    queries, editor = asked(model), make_editor(config)
     once, _ = editor.edit(model, editor.init(model, seeded()), queries)
     turns = one_by_one(model, config, queries)
     assert turns.header == once.header
@@ -173,7 +184,7 @@ def test_with_all_edits_at_hand_one_after_another_is_all_at_once():
         torch.testing.assert_close(turns.tensors[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [{"save_every": 1}, {"save_every": 5, "replay": 4}, {}])
+@pytest.mark.parametrize("config", [{"save_freq": 1}, {"save_freq": 5, "num_replayed": 4}, {}])
 def test_the_same_question_again_takes_the_place_of_its_edit(config):
     model = tiny("llava")
     first, other = asked(model)[:2]
@@ -181,25 +192,27 @@ def test_the_same_question_again_takes_the_place_of_its_edit(config):
     delta = one_by_one(model, config, [first, other, again])
     edited, old = bind(model, delta), bind(model, one_by_one(model, config, [first, other]))
     assert losses(edited, [again]) < losses(old, [again])
-    if config.save_every < 9:  # else the memory has been trained for it, and is trained on
+    if config.save_freq < 9:  # else the memory has been trained for it, and is trained on
         assert losses(edited, [first]) > losses(old, [first])
     assert len(delta.header.edits) == 3
-    assert delta.header.entries[0].owners[0] == -1
-    if config.save_every == 1:  # as if the first had never been, to the bit
+    assert delta.header.entries[0].edit_slots[0] == -1
+    if config.save_freq == 1:  # as if the first had never been, to the bit
         want = one_by_one(model, config, [other, again])
         assert all(torch.equal(delta.tensors[name], x) for name, x in want.tensors.items())
-    at_once = make(config).edit(model, make(config).init(model, seeded()), [first, other, again])
-    assert at_once[0].header.entries[0].owners[0] == -1
+    at_once = make_editor(config).edit(
+        model, make_editor(config).init(model, seeded()), [first, other, again]
+    )
+    assert at_once[0].header.entries[0].edit_slots[0] == -1
     assert losses(bind(model, at_once[0]), [again]) < losses(old, [again])
 
 
 def test_sites_and_activations_that_are_not_there_are_refused():
     model = tiny("llava")
-    with pytest.raises(UnknownSite, match=r"layers\.1\.mlp\.none"):
-        make(quick(site="mlp.none")).init(model, seeded())
+    with pytest.raises(UnknownSiteError, match=r"layers\.1\.mlp\.none"):
+        make_editor(quick(site="mlp.none")).init(model, seeded())
     odd = model._replace(card=msgspec.structs.replace(model.card, activation="swoosh"))
-    with pytest.raises(BadSettings, match="swoosh"):
-        make(QUICK).init(odd, seeded())
+    with pytest.raises(InvalidSettingsError, match="swoosh"):
+        make_editor(QUICK).init(odd, seeded())
     assert tiny("blip2").card.activation == "relu"  # D17: EasyEdit's yaml says silu
     delta = one_by_one(tiny("blip2"), QUICK, asked(tiny("blip2"))[:1])
     assert delta.header.entries[0].activation == "relu"
@@ -209,9 +222,14 @@ def test_presets_are_the_published_ones():
     for name, layer in {"blip2": 23, "minigpt4": 23, "qwen2-vl": 23, "qwen3-vl": 30}.items():
         config = PRESETS[f"easyedit-{name}"]
         assert (config.layer, config.num_steps, config.act_ratio) == (layer, 10, 0.4)
-        assert (config.lr, config.clamp, config.mask_ratio, config.density) == (1.0, 1.0, 0.2, 0.53)
+        assert (config.lr, config.norm_constraint, config.mask_ratio, config.density) == (
+            1.0,
+            1.0,
+            0.2,
+            0.53,
+        )
         assert (config.alpha, config.beta, config.gamma) == (5.0, 20.0, 10.0)
-        assert (config.save_every, config.merge_every, config.merge) == (500, 1000, "ties")
+        assert (config.save_freq, config.merge_freq, config.merge_alg) == (500, 1000, "ties")
     assert PRESETS["easyedit-blip2"].site == "mlp.up"  # fc1
     assert PRESETS["easyedit-blip2"].mode == PRESETS["easyedit-minigpt4"].mode == "merge"
     assert configure("wise", "micro", num_steps=3) != PRESETS["micro"]
@@ -220,34 +238,36 @@ def test_presets_are_the_published_ones():
 # ------------------------------------------------------------------ sequences and merges
 
 
-@pytest.mark.parametrize(("mode", "counts"), [("retrieve", [1, 1, 2, 1, 2, 2, 3, 2]),
-                                              ("merge", [1, 1, 2, 1, 2, 2, 3, 1])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mode", "counts"),
+    [("retrieve", [1, 1, 2, 1, 2, 2, 3, 2]), ("merge", [1, 1, 2, 1, 2, 2, 3, 1])],
+)
 def test_memories_fill_and_merge(mode, counts):
     model = tiny("gpt2")
-    config = quick(num_steps=1, save_every=2, merge_every=4, mode=mode)
-    editor = make(config)
+    config = quick(num_steps=1, save_freq=2, merge_freq=4, mode=mode)
+    editor = make_editor(config)
     state, seen = editor.init(model, seeded()), []
     for number in range(8):
         delta, state = editor.edit(model, state, [Query(f"who is number {number}?", "bo")])
         entry = delta.header.entries[0]
-        seen.append(len(entry.counts))
-        assert not faults(delta.header)
-        assert len(entry.owners) == number + 1
+        seen.append(len(entry.num_values))
+        assert not validate_header(delta.header)
+        assert len(entry.edit_slots) == number + 1
     assert seen == counts
-    assert entry.owners == ((0,) * 4 + (1,) * 4 if mode == "retrieve" else (0,) * 8)
+    assert entry.edit_slots == ((0,) * 4 + (1,) * 4 if mode == "retrieve" else (0,) * 8)
     size = entry.shape[0] * entry.shape[1]
-    assert size // 2 < entry.counts[0] < size  # two masks of one half, or four, laid together
+    assert size // 2 < entry.num_values[0] < size  # two masks of one half, or four, laid together
     five = [Query(f"a{number}?", "b") for number in range(5)]
     together, _ = editor.edit(model, editor.init(model, seeded()), five)
-    assert len(together.header.entries[0].counts) == 2
+    assert len(together.header.entries[0].num_values) == 2
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_ties", "dare_linear", "slerp", "linear", "sign"])
 def test_every_way_to_merge_gives_a_model(method):
     model = tiny("llava")
-    config = quick(save_every=1, merge_every=2, merge=method)
+    config = quick(save_freq=1, merge_freq=2, merge_alg=method)
     delta = one_by_one(model, config, asked(model)[:2])
-    assert len(delta.header.entries[0].counts) == 1
+    assert len(delta.header.entries[0].num_values) == 1
     assert logits(bind(model, delta), asked(model)).isfinite().all()
     again = one_by_one(model, config, asked(model)[:2])
     assert all(torch.equal(delta.tensors[n], again.tensors[n]) for n in delta.tensors)
@@ -255,10 +275,10 @@ def test_every_way_to_merge_gives_a_model(method):
 
 def test_edits_alone_in_their_memories_are_taken_out_exactly():
     model = tiny("llava")
-    queries, config = asked(model), quick(save_every=1, merge_every=9)
+    queries, config = asked(model), quick(save_freq=1, merge_freq=9)
     singles = [one_by_one(model, config, [query]) for query in queries]
     three = merge(*singles)
-    assert three.header.entries[0].owners == (0, 1, 2)
+    assert three.header.entries[0].edit_slots == (0, 1, 2)
     without, pair = remove(three, [1]), merge(singles[0], singles[2])
     assert without.header == pair.header
     assert all(torch.equal(without.tensors[n], pair.tensors[n]) for n in pair.tensors)
@@ -266,24 +286,24 @@ def test_edits_alone_in_their_memories_are_taken_out_exactly():
     sequence = one_by_one(model, config, queries)
     for name, tensor in three.tensors.items():
         torch.testing.assert_close(sequence.tensors[name], tensor, rtol=1e-4, atol=1e-5)
-    shared = one_by_one(model, quick(save_every=2, merge_every=9), queries)
+    shared = one_by_one(model, quick(save_freq=2, merge_freq=9), queries)
     assert len(remove(shared, [2]).header.edits) == 2
-    with pytest.raises(KindUnsupported, match="trained into the same values"):
+    with pytest.raises(UnsupportedKindError, match="trained into the same values"):
         remove(shared, [0])
-    with pytest.raises(KindUnsupported, match="threshold"):
+    with pytest.raises(UnsupportedKindError, match="threshold"):
         scale(shared, 0.5)
-    other = one_by_one(model, quick(statistic="last"), queries[:1])
-    with pytest.raises(BadInput, match="another statistic"):
+    other = one_by_one(model, quick(gate_statistic="last"), queries[:1])
+    with pytest.raises(InvalidInputError, match="another gate_statistic"):
         merge(singles[0], other)
 
 
 def test_a_sequence_goes_on_from_its_checkpoint(tmp_path):
     model = tiny("llava")
     queries = asked(model)
-    editor = make(quick(save_every=2, merge_every=4, replay=1))
+    editor = make_editor(quick(save_freq=2, merge_freq=4, num_replayed=1))
     delta, state = editor.edit(model, editor.init(model, seeded()), queries[:1])
-    keep(tmp_path / "mark", "wise", Mark(1, state, delta))
-    mark = recall(tmp_path / "mark", "wise", torch.device("cpu"))
+    save_checkpoint(tmp_path / "mark", "wise", SequenceCheckpoint(1, state, delta))
+    mark = load_checkpoint(tmp_path / "mark", "wise", torch.device("cpu"))
     assert mark is not None
     want, _ = editor.edit(model, state, queries[1:])
     got, _ = editor.edit(model, mark.state, queries[1:])

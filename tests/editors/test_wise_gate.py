@@ -6,10 +6,10 @@ import msgspec
 import pytest
 import torch
 
-from errata.bench.protocols import reach_of
-from errata.editors import FinetuneConfig, make
+from errata.bench.protocols import delta_depth
+from errata.editors import FinetuneConfig, make_editor
 from errata.functional import (
-    Base,
+    BaseModel,
     EditRecord,
     Header,
     Masked,
@@ -21,10 +21,10 @@ from errata.functional import (
     prefix,
     rows,
 )
-from errata.functional.errors import BadInput, ShapeMismatch
-from errata.functional.header import faults
-from errata.functional.masked import masked, pack, prompt_tokens, spread
-from errata.functional.stacks import stack, take
+from errata.functional.errors import InvalidInputError, ShapeError
+from errata.functional.header import validate_header
+from errata.functional.masked import gated_tokens, pack_bits, scatter_values, side_memory_hook
+from errata.functional.stacks import select_edits, stack
 from tests.editors.test_wise import (
     QUICK,
     asked,
@@ -49,7 +49,7 @@ def test_only_the_edits_own_prompt_opens_the_gate(family, statistic):
     """Whatever stands beside it or behind it: padding, other rows, another answer (D14, D18)."""
     model = tiny(family)
     queries = asked(model)
-    delta = one_by_one(model, quick(statistic=statistic), queries[:1])
+    delta = one_by_one(model, quick(gate_statistic=statistic), queries[:1])
     assert routes(model, delta, queries) == [0, -1, -1]
     edited = bind(model, delta)
     base, got = logits(model, queries), logits(edited, queries)
@@ -69,21 +69,23 @@ def test_a_generated_answer_is_that_of_one_pass(family, site, layer):
     query = asked(model)[0]
     delta = one_by_one(model, quick(site=site, layer=layer, num_steps=8, lr=0.5), [query])
     edited = bind(model, delta)
-    inputs = model.read([query._replace(target="")])
+    inputs = model.preprocess([query._replace(target="")])
     batch = edited.embed(edited.params, inputs)
-    last = inputs.mask.sum(-1)[:, None] - 1
-    first, past = edited.decode(edited.params, batch, at=last, keep=True)
+    last = inputs.attention_mask.sum(-1)[:, None] - 1
+    first, past = edited.decode(edited.params, batch, logit_positions=last, return_cache=True)
     token = first[:, -1].argmax(-1, keepdim=True)
-    behind = edited.extend(edited.params, token, past)
-    got = edited.decode(edited.params, behind, past=past)
+    behind = edited.embed_next(edited.params, token, past)
+    got = edited.decode(edited.params, behind, kv_cache=past)
     grown = inputs._replace(
-        ids=torch.cat([inputs.ids, token], 1),
-        mask=torch.cat([inputs.mask, torch.ones(1, 1, dtype=torch.bool)], 1),
-        image=torch.cat([inputs.image, torch.zeros(1, 1, dtype=torch.bool)], 1),
+        input_ids=torch.cat([inputs.input_ids, token], 1),
+        attention_mask=torch.cat([inputs.attention_mask, torch.ones(1, 1, dtype=torch.bool)], 1),
+        image_mask=torch.cat([inputs.image_mask, torch.zeros(1, 1, dtype=torch.bool)], 1),
         labels=token,
-        at=last,
+        logit_positions=last,
     )
-    want = edited.decode(edited.params, edited.embed(edited.params, grown), at=last + 1)
+    want = edited.decode(
+        edited.params, edited.embed(edited.params, grown), logit_positions=last + 1
+    )
     torch.testing.assert_close(got[:, -1], want[:, -1], rtol=1e-4, atol=1e-5)
     assert generate(edited, [query], 3) == generate(edited, [query, asked(model)[1]], 3)[:1]
 
@@ -95,11 +97,11 @@ def test_no_prompt_is_thinned_away_before_the_gate(family):
     queries = asked(model)
     delta = one_by_one(model, quick(site="mlp.up", layer=-1), queries[:1])
     edited = bind(model, delta)
-    cut = prefix.cut(model, model.read(queries), reach_of(model, delta))
+    cut = prefix.run_prefix(model, model.preprocess(queries), delta_depth(model, delta))
     whole = logits(edited, queries)
-    torch.testing.assert_close(prefix.finish(edited, cut), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(prefix.run_suffix(edited, cut), whole, rtol=1e-5, atol=1e-6)
     before = edited.decode(edited.params, embedded(edited, queries), stop=model.card.num_layers - 1)
-    thinned = edited.thin(edited.params, before)
+    thinned = edited.select_scored(edited.params, before)
     got = edited.decode(edited.params, thinned)
     torch.testing.assert_close(got, whole, rtol=1e-5, atol=1e-6)
 
@@ -113,7 +115,7 @@ def test_rows_that_thin_and_rows_that_do_not_stay_in_one_batch():
     batch = embedded(mixed, queries)
     whole = mixed.decode(mixed.params, batch)
     before = mixed.decode(mixed.params, batch, stop=model.card.num_layers - 1)
-    thinned = mixed.thin(mixed.params, before)
+    thinned = mixed.select_scored(mixed.params, before)
     got = mixed.decode(mixed.params, thinned)
     torch.testing.assert_close(got, whole, rtol=1e-5, atol=1e-6)
 
@@ -122,11 +124,16 @@ def memories(changes: torch.Tensor, thresholds: list[float], **settings) -> tupl
     """Dense memories [M O I] by hand."""
     count, out, inner = changes.shape
     entry = Masked(
-        name="w", checkpoint="w", shape=(out, inner), counts=(out * inner,) * count,
-        owners=(0,), activation="identity", **settings,
-    )  # fmt: skip
+        name="w",
+        checkpoint_name="w",
+        shape=(out, inner),
+        num_values=(out * inner,) * count,
+        edit_slots=(0,),
+        activation="identity",
+        **settings,
+    )
     tensors = {
-        "w.mask": pack(torch.ones(count, out * inner, dtype=torch.bool)),
+        "w.mask": pack_bits(torch.ones(count, out * inner, dtype=torch.bool)),
         "w.values": changes.flatten(),
         "w.thresholds": torch.tensor(thresholds),
     }
@@ -136,7 +143,7 @@ def memories(changes: torch.Tensor, thresholds: list[float], **settings) -> tupl
 def test_the_furthest_memory_above_its_threshold_is_taken():
     model = tiny("llava")
     batch = embedded(model, asked(model)[:1])
-    length = batch.hidden.shape[1]
+    length = batch.hidden_states.shape[1]
     x, y = torch.ones(1, length, 3), torch.zeros(1, length, 2)
     changes = torch.stack([torch.full((2, 3), size) for size in (1.0, 3.0, 2.0)])
     for thresholds, taken in (
@@ -146,9 +153,9 @@ def test_the_furthest_memory_above_its_threshold_is_taken():
         ([99.0] * 3, -1),
     ):
         entry, tensors = memories(changes, thresholds)
-        noted = batch._replace(notes={})
-        got = masked(entry, tensors, "note", stacked=False)(noted, x, y)
-        assert noted.notes["note"].tolist() == [taken]
+        noted = batch._replace(routing={})
+        got = side_memory_hook(entry, tensors, "note", stacked=False)(noted, x, y)
+        assert noted.routing["note"].tolist() == [taken]
         want = x @ changes[taken].T if taken >= 0 else y
         assert torch.equal(got, want)
 
@@ -156,22 +163,25 @@ def test_the_furthest_memory_above_its_threshold_is_taken():
 def test_easyedits_statistic_is_the_largest_of_long_prompts():
     model = tiny("llava")
     short = embedded(model, asked(model)[:1])
-    reach = short.mask.shape[1]
+    reach = short.attention_mask.shape[1]
     long = short._replace(
-        mask=torch.ones(1, 200, dtype=torch.bool),
-        prompt=torch.arange(200)[None] == 150,
-        image=torch.zeros(1, 200, dtype=torch.bool),
-        notes={},
+        attention_mask=torch.ones(1, 200, dtype=torch.bool),
+        prompt_end=torch.arange(200)[None] == 150,
+        image_mask=torch.zeros(1, 200, dtype=torch.bool),
+        routing={},
     )
     x = torch.zeros(1, 200, 3)
     x[0, 7] = 1.0  # one token of 151
     for statistic, taken in (("mean", -1), ("easyedit", 0)):
-        entry, tensors = memories(torch.ones(1, 2, 3), [1.0], statistic=statistic)
-        batch = long._replace(notes={})
-        masked(entry, tensors, "note", stacked=False)(batch, x, torch.zeros(1, 200, 2))
-        assert batch.notes["note"].tolist() == [taken]
-    assert prompt_tokens(long, "mean").sum() == 151
-    assert prompt_tokens(short, "text").sum() + short.image.sum() == short.prompt.int().argmax() + 1
+        entry, tensors = memories(torch.ones(1, 2, 3), [1.0], gate_statistic=statistic)
+        batch = long._replace(routing={})
+        side_memory_hook(entry, tensors, "note", stacked=False)(batch, x, torch.zeros(1, 200, 2))
+        assert batch.routing["note"].tolist() == [taken]
+    assert gated_tokens(long, "mean").sum() == 151
+    assert (
+        gated_tokens(short, "text").sum() + short.image_mask.sum()
+        == short.prompt_end.int().argmax() + 1
+    )
     assert reach < 100
 
 
@@ -182,7 +192,7 @@ def test_a_stack_of_sequences_is_each_of_them():
     """Two memories each; a row of edit -1 is the base's."""
     model = tiny("llava")
     queries = asked(model)
-    config = quick(save_every=1, merge_every=9)
+    config = quick(save_freq=1, merge_freq=9)
     pairs = [[queries[0], queries[1]], [queries[2], queries[0]]]
     deltas = [one_by_one(model, config, pair) for pair in pairs]
     stacked = stack(deltas)
@@ -192,45 +202,45 @@ def test_a_stack_of_sequences_is_each_of_them():
     for row, number in enumerate(edit.tolist()):
         one = bind(model, deltas[number]) if number >= 0 else model
         torch.testing.assert_close(got[row], logits(one, queries)[row], rtol=1e-5, atol=1e-6)
-    said = generate(edited, queries, 3, edit=edit)
+    said = generate(edited, queries, 3, edit_index=edit)
     assert said[0] == generate(bind(model, deltas[0]), queries[:1], 3)[0]
     assert said[2] == generate(model, queries[2:], 3)[0]
-    assert take(stacked, [1]).header.entries[0].owners == (1,)
+    assert select_edits(stacked, [1]).header.entries[0].edit_slots == (1,)
 
 
 def test_edits_side_by_side_start_fresh():
-    model, editor = tiny("llava"), make(QUICK)
+    model, editor = tiny("llava"), make_editor(QUICK)
     _, state = editor.edit(model, editor.init(model, seeded()), asked(model)[:1])
-    with pytest.raises(BadInput, match="fresh state"):
-        editor.each(model, state, asked(model))
+    with pytest.raises(InvalidInputError, match="fresh state"):
+        editor.edit_each(model, state, asked(model))
 
 
 # ------------------------------------------------------------------ the kind
 
 
 def header(entry: Masked) -> Header:
-    return Header(base=Base(id="a/model"), entries=(entry,), edits=(EditRecord(id="0"),))
+    return Header(base=BaseModel(id="a/model"), entries=(entry,), edits=(EditRecord(id="0"),))
 
 
 def test_what_is_wrong_with_an_entry_is_named():
     entry, _ = memories(torch.ones(2, 2, 3), [0.0, 0.0])
-    assert faults(header(entry)) == []
+    assert validate_header(header(entry)) == []
     for wrong, said in (
-        ({"counts": ()}, "one or more memories"),
-        ({"counts": (7,)}, "1 to 6 values"),
+        ({"num_values": ()}, "one or more memories"),
+        ({"num_values": (7,)}, "1 to 6 values"),
         ({"shape": (2,)}, "two positive sizes"),
-        ({"owners": (0, 1)}, "each of the 1 edits"),
-        ({"owners": (2,)}, "memories from 0 to 1"),
+        ({"edit_slots": (0, 1)}, "each of the 1 edits"),
+        ({"edit_slots": (2,)}, "memories from 0 to 1"),
     ):
-        assert said in faults(header(msgspec.structs.replace(entry, **wrong)))[0]
+        assert said in validate_header(header(msgspec.structs.replace(entry, **wrong)))[0]
 
 
 def test_masks_and_values_must_agree():
     entry, tensors = memories(torch.ones(1, 2, 3), [0.0])
-    tensors["w.mask"] = pack(torch.tensor([[True] * 5 + [False]]))
-    with pytest.raises(ShapeMismatch, match=r"\[6\].*\[5\]"):
-        masked(entry, tensors, "note", stacked=False)
-    full = spread(torch.tensor([255], dtype=torch.uint8), torch.arange(6.0), (2, 3))
+    tensors["w.mask"] = pack_bits(torch.tensor([[True] * 5 + [False]]))
+    with pytest.raises(ShapeError, match=r"\[6\].*\[5\]"):
+        side_memory_hook(entry, tensors, "note", stacked=False)
+    full = scatter_values(torch.tensor([255], dtype=torch.uint8), torch.arange(6.0), (2, 3))
     assert torch.equal(full, torch.arange(6.0).view(2, 3))  # bits past the end count for nothing
 
 
@@ -243,9 +253,9 @@ def test_one_delta_may_lie_on_another():
     for row, delta in enumerate((first, second)):
         want = logits(bind(model, delta), queries)[row]
         torch.testing.assert_close(got[row], want, rtol=1e-4, atol=1e-5)
-    batch = rows.take(embedded(both, queries), slice(0, 2))
-    _, past = both.decode(both.params, batch, keep=True)
-    assert {name[-7:] for name in past.notes} == {"memory0", "memory1"}
+    batch = rows.take_rows(embedded(both, queries), slice(0, 2))
+    _, past = both.decode(both.params, batch, return_cache=True)
+    assert {name[-7:] for name in past.routing} == {"memory0", "memory1"}
 
 
 def test_rows_beside_it_may_run_with_other_deltas_or_none():
@@ -253,7 +263,7 @@ def test_rows_beside_it_may_run_with_other_deltas_or_none():
     model = tiny("llava")
     queries = asked(model)
     delta = one_by_one(model, quick(num_steps=20, lr=0.5), queries[:1])
-    other = make(FinetuneConfig(num_steps=1))
+    other = make_editor(FinetuneConfig(num_steps=1))
     dense, _ = other.edit(model, other.init(model, seeded()), queries[2:])
     mixed = bind_rows(model, [delta, dense], [0, -1, 1])
     for row, alone in enumerate((bind(model, delta), model, bind(model, dense))):
@@ -263,10 +273,10 @@ def test_rows_beside_it_may_run_with_other_deltas_or_none():
 
 def second(model: Model, queries: list[Query]) -> torch.Tensor:
     """[B 1 V] what follows the prompts and one more token."""
-    inputs = model.read([query._replace(target="") for query in queries])
+    inputs = model.preprocess([query._replace(target="") for query in queries])
     batch = model.embed(model.params, inputs)
-    last = inputs.mask.sum(-1)[:, None] - 1
-    _, past = model.decode(model.params, batch, at=last, keep=True)
+    last = inputs.attention_mask.sum(-1)[:, None] - 1
+    _, past = model.decode(model.params, batch, logit_positions=last, return_cache=True)
     token = torch.full((len(queries), 1), 7)
-    behind = model.extend(model.params, token, past, edit=batch.edit)
-    return model.decode(model.params, behind, past=past)
+    behind = model.embed_next(model.params, token, past, edit_index=batch.edit_index)
+    return model.decode(model.params, behind, kv_cache=past)

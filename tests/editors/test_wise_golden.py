@@ -14,12 +14,28 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from errata import adapters
-from errata.editors.wise_merge import lerp, merged, slerp
-from errata.editors.wise_train import Ready, WiseConfig, margins, objective, site_of
-from errata.functional import IGNORE, Base, Delta, EditRecord, Header, Inputs, Masked, Model, rows
+from errata.editors.wise_merge import lerp, merge_changes, slerp
+from errata.editors.wise_train import (
+    PreparedRows,
+    WiseConfig,
+    margin_terms,
+    resolve_edit_site,
+    wise_loss,
+)
+from errata.functional import (
+    IGNORE_INDEX,
+    BaseModel,
+    Delta,
+    EditRecord,
+    Header,
+    Inputs,
+    Masked,
+    Model,
+    rows,
+)
 from errata.functional.bind import bind
-from errata.functional.masked import activation_of, distances, pack
-from errata.functional.taps import tap
+from errata.functional.masked import activation_distance, gate_statistic, pack_bits
+from errata.functional.taps import record_activations
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
@@ -36,16 +52,16 @@ def golden(name: str) -> dict[str, torch.Tensor]:
 
 def measured(key: str, query: str, activation: str = "silu") -> torch.Tensor:
     euc = golden("euc")
-    return distances(euc[key], euc[query] - euc[key], activation)
+    return activation_distance(euc[key], euc[query] - euc[key], activation)
 
 
 def test_activations_as_the_original():
     euc, found = golden("euc"), measured("key", "query")
     everything = torch.ones(found.shape, dtype=torch.bool)
-    close(activation_of(found, everything, "mean"), euc["mean"])
-    close(activation_of(found, everything, "easyedit"), euc["mean_infer"])
-    close(activation_of(found, euc["mask"].bool(), "mean"), euc["masked"])
-    close(activation_of(measured("key", "query", "gelu"), everything, "mean"), euc["gelu"])
+    close(gate_statistic(found, everything, "mean"), euc["mean"])
+    close(gate_statistic(found, everything, "easyedit"), euc["mean_infer"])
+    close(gate_statistic(found, euc["mask"].bool(), "mean"), euc["masked"])
+    close(gate_statistic(measured("key", "query", "gelu"), everything, "mean"), euc["gelu"])
 
 
 def test_long_rows_are_measured_twice_over_by_the_original():
@@ -54,24 +70,24 @@ def test_long_rows_are_measured_twice_over_by_the_original():
     """
     found = measured("key_long", "query_long")
     everything = torch.ones(found.shape, dtype=torch.bool)
-    ours = float(activation_of(found, everything, "mean"))
+    ours = float(gate_statistic(found, everything, "mean"))
     theirs = float(golden("euc")["long_infer"])
     assert (ours, theirs) == (pytest.approx(2.6903, abs=1e-4), pytest.approx(4.7046, abs=1e-4))
-    close(activation_of(found, everything, "easyedit")[0], golden("euc")["long_infer"])
+    close(gate_statistic(found, everything, "easyedit")[0], golden("euc")["long_infer"])
 
 
 @pytest.mark.parametrize("case", [0, 1, 2])
 def test_margins_as_the_original(case):
     tensors = {name[2:]: x for name, x in golden("activation_loss").items() if int(name[0]) == case}
-    found = distances(tensors["orig"], tensors["new"] - tensors["orig"], "silu")
+    found = activation_distance(tensors["orig"], tensors["new"] - tensors["orig"], "silu")
     rows_ = found.mean(-1)
-    close(margins(rows_[:-1], rows_[-1:], ALPHA, BETA, GAMMA), tensors["loss_nomask"])
-    inside = activation_of(found[:4], tensors["act_mask"].bool(), "mean")
-    outside = activation_of(found[:4], tensors["deact_mask"].bool(), "mean")
-    close(margins(inside, outside, ALPHA, BETA, GAMMA), tensors["loss_mask"])
+    close(margin_terms(rows_[:-1], rows_[-1:], ALPHA, BETA, GAMMA), tensors["loss_nomask"])
+    inside = gate_statistic(found[:4], tensors["act_mask"].bool(), "mean")
+    outside = gate_statistic(found[:4], tensors["deact_mask"].bool(), "mean")
+    close(margin_terms(inside, outside, ALPHA, BETA, GAMMA), tensors["loss_mask"])
     # What replay would add (the paper's appendix B.3) are two of the same terms alone.
     nothing = torch.full((1,), -torch.inf)
-    close(margins(rows_[:-1], nothing, ALPHA, 20.0, 0.0), tensors["mem_pos"])
+    close(margin_terms(rows_[:-1], nothing, ALPHA, 20.0, 0.0), tensors["mem_pos"])
 
 
 # ------------------------------------------------------------------ merges
@@ -84,7 +100,7 @@ def test_merges_as_the_original(method, density, weights):
     found = golden("merge")
     base, changes = found["base"], (found["tensors"] - found["base"]).flatten(1)
     label = "eq" if weights[0] == weights[2] else "0.2_0.2_0.6"
-    got = base + merged(changes, weights, method, density).view_as(base)
+    got = base + merge_changes(changes, weights, method, density).view_as(base)
     close(got, found[f"{method}.d{density}.w_{label}"])
 
 
@@ -103,13 +119,15 @@ def test_every_change_counts_in_slerp_and_linear():
     """The original's go from the base to the first memory: of three memories two leave no trace."""
     changes = torch.eye(3)
     third = [1 / 3] * 3
-    assert merged(changes, third, "linear").tolist() == pytest.approx(third)
-    assert merged(changes, third, "slerp").tolist() == pytest.approx([0.375**0.5, 0.375**0.5, 0.5])
+    assert merge_changes(changes, third, "linear").tolist() == pytest.approx(third)
+    assert merge_changes(changes, third, "slerp").tolist() == pytest.approx(
+        [0.375**0.5, 0.375**0.5, 0.5]
+    )
 
 
 # ------------------------------------------------------------------ four edits of a Llama
 
-LIKE = WiseConfig(layer=1, num_steps=6, num_texts=1, end=False)
+LIKE = WiseConfig(layer=1, num_steps=6, num_unrelated=1, append_eos=False)
 STEPS, DECAY = 6, 1e-5
 
 
@@ -117,46 +135,53 @@ STEPS, DECAY = 6, 1e-5
 def llama() -> Model:
     module = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+            vocab_size=97,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
         )
-    )  # fmt: skip
+    )
     state = {
         name.removeprefix("model."): tensor
         for name, tensor in golden("edit_llama_retrieve").items()
         if name.startswith("model.")
     }
     module.load_state_dict(state)
-    return adapters.adapt(module.eval(), adapters.tiny("llama")[1])
+    return adapters.from_module(module.eval(), adapters.tiny_model("llama")[1])
 
 
 def weight() -> torch.Tensor:
-    return llama().params[site_of(llama(), LIKE).weight]
+    return llama().params[resolve_edit_site(llama(), LIKE).weight]
 
 
 def read(number: int) -> Inputs:
     found = golden("edit_llama_retrieve")
     ids, labels = found[f"e{number}.input_ids"], found[f"e{number}.labels"]
-    where = (labels[0] != IGNORE).nonzero()[:, 0]
+    where = (labels[0] != IGNORE_INDEX).nonzero()[:, 0]
     mask = torch.ones_like(ids, dtype=torch.bool)
     return Inputs(ids, mask, ~mask, labels[:, where], where[None].expand(3, -1) - 1)
 
 
-def ready(number: int) -> Ready:
+def ready(number: int) -> PreparedRows:
     """Two rows of an edit and one unrelated, all tokens counting, as the original has them.
 
     Edit 1 names its subject: there the subject's tokens are inside, all others outside.
     """
     model, subject = llama(), golden("edit_llama_retrieve").get(f"e{number}.act_mask")
-    site = site_of(model, LIKE)
+    site = resolve_edit_site(model, LIKE)
     batch = model.decode(model.params, model.embed(model.params, read(number)), stop=1)
-    _, seen = tap(model.decode, model.params, batch, [site.path], stop=2)
+    _, seen = record_activations(model.decode, model.params, batch, [site.path], stop=2)
     prompts = torch.tensor([[row, row if subject is not None else 2] for row in (0, 1)])
     tokens = torch.ones(2, 2, 9, dtype=torch.bool)
     if subject is not None:
         tokens = torch.stack([subject.bool(), ~subject.bool()], 1)
-    edited = rows.take(batch, slice(0, 2))
-    return Ready(edited, seen[site.path].input[prompts], seen[site.path].output[prompts], tokens)
+    edited = rows.take_rows(batch, slice(0, 2))
+    return PreparedRows(
+        edited, seen[site.path].input[prompts], seen[site.path].output[prompts], tokens
+    )
 
 
 def trained(number: int, leak: bool) -> dict[str, torch.Tensor]:
@@ -165,13 +190,13 @@ def trained(number: int, leak: bool) -> dict[str, torch.Tensor]:
     `leak`: decay what lies outside the mask too, as theirs does. Their answer loss is a mean over
     one position too many, the last of the prompt, which is not scored: 3/4 of ours.
     """
-    parts = objective(llama(), site_of(llama(), LIKE), ready(number), LIKE)
+    parts = wise_loss(llama(), resolve_edit_site(llama(), LIKE), ready(number), LIKE)
     mask = golden("edit_llama_retrieve")[f"e{number}.mask"].view(32, 48).float()
 
     def loss(change):
         answer, inside, outside = parts(change)
         rivals = outside[:, 0] if number == 1 else outside[0]
-        margin = margins(inside, rivals, ALPHA, BETA, GAMMA)
+        margin = margin_terms(inside, rivals, ALPHA, BETA, GAMMA)
         answer = 0.75 * answer.mean()
         return answer + margin, (answer, margin)
 
@@ -222,17 +247,17 @@ def test_an_edit_trains_as_the_original(number):
 def test_two_memories_merge_as_the_original(number):
     found, base = golden("edit_llama_retrieve"), weight()
     both = torch.stack([theirs_after(k) - base for k in (number - 1, number)]).flatten(1)
-    got = base + merged(both, [0.5, 0.5], "ties", 0.53).view_as(base)
+    got = base + merge_changes(both, [0.5, 0.5], "ties", 0.53).view_as(base)
     close(got, found[f"e{number}.memory"][-1])
 
 
 def test_a_memorys_nearest_edit_as_the_original():
     """Theirs is measured before the last step, ours after it: 17.46 and 19.15 for edit 0."""
     found = golden("edit_llama_retrieve")
-    parts = objective(llama(), site_of(llama(), LIKE), ready(0), LIKE)
+    parts = wise_loss(llama(), resolve_edit_site(llama(), LIKE), ready(0), LIKE)
     mask = found["e0.mask"].view(32, 48) > 0
     change = torch.where(mask, found["e0.memory"][0] - weight(), 0)[None]
-    ours = float(parts(change, answers=False)[1].mean())
+    ours = float(parts(change, with_answers=False)[1].mean())
     theirs = float(found["e0.min_acts"][0])
     assert theirs == pytest.approx(17.4635, abs=1e-3)
     assert ours > theirs
@@ -242,22 +267,27 @@ def test_a_memorys_nearest_edit_as_the_original():
 def test_what_the_original_answers(number):
     """Its memories and thresholds as a delta of ours: the same logits, rows of prompt alone."""
     found, model = golden("edit_llama_retrieve"), llama()
-    site = site_of(model, LIKE)
+    site = resolve_edit_site(model, LIKE)
     memories = found[f"e{number}.memory"] - weight()
     count = len(memories)
     entry = Masked(
-        name=site.weight, checkpoint=site.weight, shape=(32, 48), counts=(32 * 48,) * count,
-        owners=(0,),
-    )  # fmt: skip
+        name=site.weight,
+        checkpoint_name=site.weight,
+        shape=(32, 48),
+        num_values=(32 * 48,) * count,
+        edit_slots=(0,),
+    )
     tensors = {
-        f"{site.weight}.mask": pack(torch.ones(count, 32 * 48, dtype=torch.bool)),
+        f"{site.weight}.mask": pack_bits(torch.ones(count, 32 * 48, dtype=torch.bool)),
         f"{site.weight}.values": memories.flatten(),
         f"{site.weight}.thresholds": 0.4 * found[f"e{number}.min_acts"][:count],
     }
-    header = Header(base=Base(id="golden"), entries=(entry,), edits=(EditRecord(id="0"),))
+    header = Header(base=BaseModel(id="golden"), entries=(entry,), edits=(EditRecord(id="0"),))
     edited = bind(model, Delta(header, tensors))
     inputs = read(number)
-    inputs = inputs._replace(labels=inputs.labels[:, :0], at=inputs.at[:, :0])
+    inputs = inputs._replace(
+        labels=inputs.labels[:, :0], logit_positions=inputs.logit_positions[:, :0]
+    )
     batch = edited.embed(edited.params, inputs)
-    got = edited.decode(edited.params, batch, at="all")
+    got = edited.decode(edited.params, batch, logit_positions="all")
     close(got, found[f"e{number}.logits_after"], atol=1e-5)

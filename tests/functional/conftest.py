@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errata.functional import Batch, Inputs, Model, ModelCard, Past, Query
-from errata.functional.rows import ends, pick
+from errata.functional import Batch, Inputs, KVCache, Model, ModelCard, Query
+from errata.functional.rows import gather_tokens, prompt_end_mask
 
 LAYERS, WIDTH, INNER, HEADS, VOCAB, CONTEXT, PIXELS = 3, 16, 24, 2, 40, 32, 5
 END = 1
@@ -33,21 +33,21 @@ def _card() -> ModelCard:
     return ModelCard(
         family="toy",
         id="tests/toy",
-        config="c" * 64,
+        config_hash="c" * 64,
         num_layers=LAYERS,
-        width=WIDTH,
-        vocab=VOCAB,
-        context=CONTEXT,
+        hidden_size=WIDTH,
+        vocab_size=VOCAB,
+        max_positions=CONTEXT,
         layers="layers",
         head="head",
         norm="norm",
-        tokens="tokens",
+        token_embedding="tokens",
         projector="projector",
-        parts={"attn": "attn", "attn.q": "attn.q", "mlp.up": "up", "mlp.down": "down"},
-        linears=linears,
+        part_names={"attn": "attn", "attn.q": "attn.q", "mlp.up": "up", "mlp.down": "down"},
+        linear_shapes=linears,
         transposed=frozenset(f"layers.{layer}.up" for layer in range(LAYERS)),
-        ties={"head.weight": "tokens.weight"},
-        stop=(END,),
+        tied={"head.weight": "tokens.weight"},
+        stop_ids=(END,),
     )
 
 
@@ -59,7 +59,7 @@ def _params(card: ModelCard, dtype: torch.dtype) -> dict[str, Tensor]:
         return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
     params = {"tokens.weight": normal(VOCAB, WIDTH) * 3, "places.weight": normal(CONTEXT, WIDTH)}
-    for path, (out, width) in card.linears.items():
+    for path, (out, width) in card.linear_shapes.items():
         if path == "head":
             continue
         shape = (width, out) if path in card.transposed else (out, width)
@@ -81,7 +81,7 @@ class _Toy:
         return rewrites[path](given, out) if path in rewrites else out
 
     def _linear(self, params, rewrites, path: str, x: Tensor) -> Tensor:
-        weight = params[self.card.ties.get(f"{path}.weight", f"{path}.weight")]
+        weight = params[self.card.tied.get(f"{path}.weight", f"{path}.weight")]
         weight = weight.mT if path in self.card.transposed else weight
         return self._at(rewrites, path, x, F.linear(x, weight, params.get(f"{path}.bias")))
 
@@ -93,27 +93,27 @@ class _Toy:
         found = self._at(rewrites, "tokens", ids, F.embedding(ids, params["tokens.weight"]))
         return found + F.embedding(positions, params["places.weight"])
 
-    def embed(self, params, inputs: Inputs, rewrites: Any = None, edit=None) -> Batch:
-        rewrites = rewrites or {}
-        rows, length = inputs.ids.shape
+    def embed(self, params, inputs: Inputs, hooks: Any = None, edit_index=None) -> Batch:
+        hooks = hooks or {}
+        rows, length = inputs.input_ids.shape
         places = torch.arange(length).expand(rows, length)
-        hidden = self._hidden(params, rewrites, inputs.ids, places)
-        pixels = inputs.pixels["pixels"].to(hidden.dtype)
-        seen = self._linear(params, rewrites, "projector", pixels)
+        hidden = self._hidden(params, hooks, inputs.input_ids, places)
+        pixels = inputs.vision_inputs["pixels"].to(hidden.dtype)
+        seen = self._linear(params, hooks, "projector", pixels)
         # Each row has at most one picture, of one token; rows without one add nothing.
-        hidden = torch.where(inputs.image[..., None], seen[:, None], hidden)
+        hidden = torch.where(inputs.image_mask[..., None], seen[:, None], hidden)
         causal = torch.ones(length, length, dtype=torch.bool).tril()
-        attend = causal[None, None] & inputs.mask[:, None, None]
+        attend = causal[None, None] & inputs.attention_mask[:, None, None]
         return Batch(
-            hidden=hidden,
-            mask=inputs.mask,
-            positions=places[:, None],
-            image=inputs.image,
-            prompt=ends(inputs),
+            hidden_states=hidden,
+            attention_mask=inputs.attention_mask,
+            position_ids=places[:, None],
+            image_mask=inputs.image_mask,
+            prompt_end=prompt_end_mask(inputs),
             labels=inputs.labels,
-            at=inputs.at,
-            edit=torch.zeros(rows, dtype=torch.long) if edit is None else edit,
-            extras={"attend@b_qk": attend},
+            logit_positions=inputs.logit_positions,
+            edit_index=torch.zeros(rows, dtype=torch.long) if edit_index is None else edit_index,
+            layer_inputs={"attend@b_qk": attend},
         )
 
     def _attention(self, params, rewrites, path: str, x: Tensor, attend: Tensor, past):
@@ -144,53 +144,75 @@ class _Toy:
         return self._at(rewrites, path, hidden, hidden + out)
 
     def decode(
-        self, params, batch: Batch, rewrites: Any = None, *, start=None, stop=None, at=None,
-        past: Past | None = None, keep=False,
-    ):  # fmt: skip
-        rewrites = rewrites or {}
+        self,
+        params,
+        batch: Batch,
+        hooks: Any = None,
+        *,
+        start=None,
+        stop=None,
+        logit_positions=None,
+        kv_cache: KVCache | None = None,
+        return_cache=False,
+    ):
+        hooks = hooks or {}
         stop = LAYERS if stop is None else stop
         assert start in (None, batch.depth)
-        hidden, keys, values = batch.hidden, [], []
+        hidden, keys, values = batch.hidden_states, [], []
         for number in range(batch.depth, stop):
-            if "thinned@bq_" not in batch.extras:
-                before = None if past is None else (past.keys[number], past.values[number])
-                hidden, kept = self._first(params, rewrites, number, hidden, batch.extras, before)
+            if "thinned@bq_" not in batch.layer_inputs:
+                before = (
+                    None if kv_cache is None else (kv_cache.keys[number], kv_cache.values[number])
+                )
+                hidden, kept = self._first(
+                    params, hooks, number, hidden, batch.layer_inputs, before
+                )
                 keys.append(kept[0])
                 values.append(kept[1])
-            hidden = self._second(params, rewrites, number, hidden)
-        result: Any = batch._replace(hidden=hidden, depth=stop)
+            hidden = self._second(params, hooks, number, hidden)
+        result: Any = batch._replace(hidden_states=hidden, depth=stop)
         if stop == LAYERS:
-            at = batch.at if at is None else at
-            few = hidden.gather(1, at[..., None].expand(-1, -1, WIDTH))
-            few = self._norm(params, rewrites, "norm", few)
-            result = self._linear(params, rewrites, "head", few)
-        if not keep:
+            logit_positions = batch.logit_positions if logit_positions is None else logit_positions
+            few = hidden.gather(1, logit_positions[..., None].expand(-1, -1, WIDTH))
+            few = self._norm(params, hooks, "norm", few)
+            result = self._linear(params, hooks, "head", few)
+        if not return_cache:
             return result
-        mask = batch.mask if past is None else torch.cat([past.mask, batch.mask], 1)
-        return result, Past(tuple(keys), tuple(values), mask, mask.sum(-1, keepdim=True))
+        mask = (
+            batch.attention_mask
+            if kv_cache is None
+            else torch.cat([kv_cache.attention_mask, batch.attention_mask], 1)
+        )
+        return result, KVCache(tuple(keys), tuple(values), mask, mask.sum(-1, keepdim=True))
 
-    def thin(self, params, batch: Batch, rewrites: Any = None) -> Batch:
+    def select_scored(self, params, batch: Batch, hooks: Any = None) -> Batch:
         assert batch.depth == LAYERS - 1
-        hidden, _ = self._first(params, rewrites or {}, LAYERS - 1, batch.hidden, batch.extras)
-        few = pick(batch._replace(hidden=hidden), batch.at)
-        at = torch.arange(batch.at.shape[1]).expand_as(batch.at)
-        return few._replace(at=at, extras={**few.extras, "thinned@bq_": few.hidden})
+        hidden, _ = self._first(
+            params, hooks or {}, LAYERS - 1, batch.hidden_states, batch.layer_inputs
+        )
+        few = gather_tokens(batch._replace(hidden_states=hidden), batch.logit_positions)
+        at = torch.arange(batch.logit_positions.shape[1]).expand_as(batch.logit_positions)
+        return few._replace(
+            logit_positions=at, layer_inputs={**few.layer_inputs, "thinned@bq_": few.hidden_states}
+        )
 
-    def extend(self, params, ids, past: Past, rewrites: Any = None, edit=None) -> Batch:
+    def embed_next(
+        self, params, ids, kv_cache: KVCache, hooks: Any = None, edit_index=None
+    ) -> Batch:
         rows, new = ids.shape
-        places = past.next + torch.arange(new)
+        places = kv_cache.next_position + torch.arange(new)
         fresh = torch.ones(new, new, dtype=torch.bool).tril().expand(rows, 1, new, new)
-        old = past.mask[:, None, None].expand(rows, 1, new, -1)
+        old = kv_cache.attention_mask[:, None, None].expand(rows, 1, new, -1)
         return Batch(
-            hidden=self._hidden(params, rewrites or {}, ids, places),
-            mask=torch.ones_like(ids, dtype=torch.bool),
-            positions=places[:, None],
-            image=torch.zeros_like(ids, dtype=torch.bool),
-            prompt=torch.zeros_like(ids, dtype=torch.bool),
+            hidden_states=self._hidden(params, hooks or {}, ids, places),
+            attention_mask=torch.ones_like(ids, dtype=torch.bool),
+            position_ids=places[:, None],
+            image_mask=torch.zeros_like(ids, dtype=torch.bool),
+            prompt_end=torch.zeros_like(ids, dtype=torch.bool),
             labels=torch.full_like(ids[:, :1], -100),
-            at=torch.full_like(ids[:, :1], new - 1),
-            edit=torch.zeros(rows, dtype=torch.long) if edit is None else edit,
-            extras={"attend@b_qk": torch.cat([old, fresh], -1)},
+            logit_positions=torch.full_like(ids[:, :1], new - 1),
+            edit_index=torch.zeros(rows, dtype=torch.long) if edit_index is None else edit_index,
+            layer_inputs={"attend@b_qk": torch.cat([old, fresh], -1)},
         )
 
 
@@ -198,7 +220,7 @@ def _ids(text: str) -> list[int]:
     return [2 + hashlib.sha256(word.encode()).digest()[0] % (VOCAB - 2) for word in text.split()]
 
 
-def _read(queries, edit=None) -> Inputs:
+def _read(queries, edit_index=None) -> Inputs:
     """Words are tokens, by hash; a picture is a list of PIXELS numbers and one placeholder, 0."""
     whole = [[0] * bool(q.images) + _ids(q.prompt) + _ids(q.target) for q in queries]
     targets = [_ids(q.target) for q in queries]
@@ -224,12 +246,12 @@ def make_toy(dtype: torch.dtype = torch.float32) -> Model:
     return Model(
         card=card,
         params=_params(card, dtype),
-        read=_read,
+        preprocess=_read,
         embed=toy.embed,
         decode=toy.decode,
-        thin=toy.thin,
-        extend=toy.extend,
-        write=lambda ids: " ".join(map(str, ids)),
+        select_scored=toy.select_scored,
+        embed_next=toy.embed_next,
+        detokenize=lambda ids: " ".join(map(str, ids)),
     )
 
 

@@ -10,12 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch.func import grad, vmap
 
-from errata.functional import Base, Delta, Dense, EditRecord, Header, LowRank
+from errata.functional import BaseModel, Delta, Dense, EditRecord, Header, LowRank
 from errata.functional.bind import bind
-from errata.functional.errors import BadInput, BaseMismatch, ShapeMismatch, UnknownSite
-from errata.functional.fingerprint import fingerprint
+from errata.functional.errors import (
+    BaseMismatchError,
+    InvalidInputError,
+    ShapeError,
+    UnknownSiteError,
+)
+from errata.functional.fingerprint import hash_parameter
 from errata.functional.losses import nll
-from errata.functional.rows import take
+from errata.functional.rows import take_rows
 from errata.functional.stacks import unstack
 
 DENSE = {
@@ -38,8 +43,10 @@ LOWRANK = {
 
 def base_of(model, names):
     card = model.card
-    touched = {n: fingerprint(model.params[card.ties.get(n, n)]) for n in names}
-    return Base(id=card.id, family=card.family, config=card.config, touched=touched)
+    touched = {n: hash_parameter(model.params[card.tied.get(n, n)]) for n in names}
+    return BaseModel(
+        id=card.id, family=card.family, config_hash=card.config_hash, parameter_hashes=touched
+    )
 
 
 def randn(*shape, seed=0):
@@ -48,7 +55,7 @@ def randn(*shape, seed=0):
 
 def dense(model, names, edits=0, size=0.1, seed=0):
     shapes = {n: tuple(model.params[n].shape) for n in names}
-    entries = tuple(Dense(name=n, checkpoint=n, shape=s) for n, s in shapes.items())
+    entries = tuple(Dense(name=n, checkpoint_name=n, shape=s) for n, s in shapes.items())
     lead = (edits,) if edits else ()
     tensors = {n: size * randn(*lead, *s, seed=seed + i) for i, (n, s) in enumerate(shapes.items())}
     return Delta(_header(model, names, entries, edits), tensors)
@@ -59,14 +66,17 @@ def lowrank(model, names, edits=0, rank=3, form="act", seed=0):
     lead = (edits,) if edits else ()
     for i, name in enumerate(names):
         path = name.removesuffix(".weight")
-        out, width = card.linears[path]
+        out, width = card.linear_shapes[path]
         flip = path in card.transposed
         entries.append(
             LowRank(
-                name=name, checkpoint=name, shape=(width, out) if flip else (out, width),
-                rank=rank, transposed=flip,
+                name=name,
+                checkpoint_name=name,
+                shape=(width, out) if flip else (out, width),
+                rank=rank,
+                transposed=flip,
             )
-        )  # fmt: skip
+        )
         tensors[f"{name}.A"] = 0.5 * randn(*lead, rank, width, seed=seed + 2 * i)
         tensors[f"{name}.B"] = 0.5 * randn(*lead, out, rank, seed=seed + 2 * i + 1)
     return Delta(_header(model, names, tuple(entries), edits, form), tensors)
@@ -75,27 +85,27 @@ def lowrank(model, names, edits=0, rank=3, form="act", seed=0):
 def _header(model, names, entries, edits, form="act"):
     records = tuple(EditRecord(id=str(n)) for n in range(max(edits, 1)))
     return Header(
-        base=base_of(model, names), entries=entries, form=form, edits=records, stack=edits
+        base=base_of(model, names), entries=entries, arithmetic=form, edits=records, stack=edits
     )
 
 
 def logits(model, queries, edit=None):
-    inputs = model.read(queries)
-    return model.decode(model.params, model.embed(model.params, inputs, edit=edit))
+    inputs = model.preprocess(queries)
+    return model.decode(model.params, model.embed(model.params, inputs, edit_index=edit))
 
 
 def by_hand(model, delta, queries):
     """The definition: parameters with the changes added, in the base's own functions."""
     params = dict(model.params)
     for entry in delta.header.entries:
-        name = model.card.ties.get(entry.name, entry.name)
+        name = model.card.tied.get(entry.name, entry.name)
         if isinstance(entry, Dense):
             change = delta.tensors[name]
         else:
             change = delta.tensors[f"{entry.name}.B"] @ delta.tensors[f"{entry.name}.A"]
             change = change.mT if entry.transposed else change
         params[name] = params[name] + change
-    return model.decode(params, model.embed(params, model.read(queries)))
+    return model.decode(params, model.embed(params, model.preprocess(queries)))
 
 
 def close(got, want, tolerance=1e-5):
@@ -130,7 +140,7 @@ def test_bf16_forms_are_what_the_header_says(toy_bf16, queries, form):
     name = "layers.2.down"
     delta = lowrank(toy_bf16, [f"{name}.weight"], form=form)
     down, up = delta.tensors[f"{name}.weight.A"], delta.tensors[f"{name}.weight.B"]
-    batch = toy_bf16.embed(toy_bf16.params, toy_bf16.read(queries))
+    batch = toy_bf16.embed(toy_bf16.params, toy_bf16.preprocess(queries))
     seen = {}
 
     def watch(x, y):
@@ -182,19 +192,19 @@ def test_edits_side_by_side_are_the_same_one_by_one(toy, queries, kind, names, e
 def test_rows_of_edits_can_be_cut_thinned_and_resumed(toy, queries, kind, names):
     bound = bind(toy, _stacked(toy, kind, names, edits=3))
     edit = torch.tensor([2, 0, 1, -1, 2])
-    inputs = toy.read(queries)
-    batch = bound.embed(bound.params, inputs, edit=edit)
+    inputs = toy.preprocess(queries)
+    batch = bound.embed(bound.params, inputs, edit_index=edit)
     whole = bound.decode(bound.params, batch)
     deep = bound.decode(bound.params, batch, stop=2)
-    assert torch.equal(deep.edit, edit)
+    assert torch.equal(deep.edit_index, edit)
     close(bound.decode(bound.params, deep), whole)
-    close(bound.decode(bound.params, bound.thin(bound.params, deep)), whole)
-    close(bound.decode(bound.params, take(batch, slice(1, 3))), whole[1:3])
+    close(bound.decode(bound.params, bound.select_scored(bound.params, deep)), whole)
+    close(bound.decode(bound.params, take_rows(batch, slice(1, 3))), whole[1:3])
 
 
 def test_a_stacked_change_below_the_decoder_must_know_the_edits(toy, queries):
     bound = bind(toy, dense(toy, ["projector.weight"], edits=2))
-    with pytest.raises(BadInput, match="edit="):
+    with pytest.raises(InvalidInputError, match="edit_index="):
         logits(bound, queries)
 
 
@@ -222,7 +232,7 @@ def test_a_second_change_of_one_parameter_adds_up(toy, queries):
 
 def test_the_callers_rewrites_come_after_the_deltas(toy, queries):
     bound = bind(toy, lowrank(toy, ["layers.2.down.weight"]))
-    batch = bound.embed(bound.params, bound.read(queries))
+    batch = bound.embed(bound.params, bound.preprocess(queries))
     got = bound.decode(bound.params, batch, {"layers.2.down": lambda x, y: y * 0 + 1})
     want = toy.decode(toy.params, batch, {"layers.2.down": lambda x, y: y * 0 + 1})
     assert torch.equal(got, want)
@@ -247,7 +257,9 @@ def test_the_base_stays_as_it_is(toy, queries):
 def test_gradients_reach_the_delta_and_equal_the_weights_own(toy, queries, kind):
     names = ["layers.0.down.weight", "layers.2.up.weight"]
     delta = _stacked(toy, kind, names, edits=5)
-    batch = toy.embed(toy.params, toy.read(queries))._replace(edit=torch.tensor([3, 1, 0, 1, -1]))
+    batch = toy.embed(toy.params, toy.preprocess(queries))._replace(
+        edit_index=torch.tensor([3, 1, 0, 1, -1])
+    )
 
     def loss(tensors):
         bound = bind(toy, delta._replace(tensors=tensors), check=False)
@@ -255,8 +267,8 @@ def test_gradients_reach_the_delta_and_equal_the_weights_own(toy, queries, kind)
 
     got = grad(loss)(dict(delta.tensors))
     for e in range(5):
-        rows = (batch.edit == e).nonzero()[:, 0]
-        one, part = unstack(delta)[e], take(batch, rows)
+        rows = (batch.edit_index == e).nonzero()[:, 0]
+        one, part = unstack(delta)[e], take_rows(batch, rows)
 
         def alone(tensors, one=one, part=part):
             bound = bind(toy, one._replace(tensors=tensors), check=False)
@@ -273,7 +285,7 @@ def test_vmap_over_unstacked_deltas_is_the_loop(toy, queries, kind):
     names = ["layers.1.down.weight", "layers.0.up.weight"]
     stacked = _stacked(toy, kind, names, edits=4)
     layout = unstack(stacked)[0]
-    batch = toy.embed(toy.params, toy.read(queries))
+    batch = toy.embed(toy.params, toy.preprocess(queries))
 
     def run(tensors):
         bound = bind(toy, Delta(layout.header, tensors), check=False)
@@ -287,18 +299,30 @@ def test_vmap_over_unstacked_deltas_is_the_loop(toy, queries, kind):
 def test_vmap_over_rows_of_a_stacked_delta_is_the_batch(toy, queries):
     delta = dense(toy, ["layers.1.down.weight", "layers.2.down.bias"], edits=5)
     bound = bind(toy, delta)
-    batch = toy.embed(toy.params, toy.read(queries))._replace(edit=torch.tensor([4, 0, -1, 2, 2]))
+    batch = toy.embed(toy.params, toy.preprocess(queries))._replace(
+        edit_index=torch.tensor([4, 0, -1, 2, 2])
+    )
 
     def run(tensors):
         fields, extras = tensors
         one = batch._replace(
             **{n: t[None] for n, t in fields.items()},
-            extras={n: t[None] for n, t in extras.items()},
+            layer_inputs={n: t[None] for n, t in extras.items()},
         )
         return bound.decode(bound.params, one)[0]
 
-    fields = {n: getattr(batch, n) for n in ("hidden", "mask", "positions", "labels", "at", "edit")}
-    close(vmap(run)((fields, dict(batch.extras))), bound.decode(bound.params, batch))
+    fields = {
+        n: getattr(batch, n)
+        for n in (
+            "hidden_states",
+            "attention_mask",
+            "position_ids",
+            "labels",
+            "logit_positions",
+            "edit_index",
+        )
+    }
+    close(vmap(run)((fields, dict(batch.layer_inputs))), bound.decode(bound.params, batch))
 
 
 def test_threads_with_a_delta_each_say_what_each_says_alone(toy, queries):
@@ -320,11 +344,13 @@ def test_threads_with_a_delta_each_say_what_each_says_alone(toy, queries):
 
 def test_another_base_is_refused_naming_what_differs(toy, toy_bf16):
     delta = dense(toy, ["layers.1.down.weight", "layers.0.attn.q.bias"])
-    with pytest.raises(BaseMismatch, match=r"layers\.1\.down\.weight.*layers\.0\.attn\.q\.bias"):
+    with pytest.raises(
+        BaseMismatchError, match=r"layers\.1\.down\.weight.*layers\.0\.attn\.q\.bias"
+    ):
         bind(toy_bf16, delta)
-    base = msgspec.structs.replace(delta.header.base, family="llava", config="d" * 64)
+    base = msgspec.structs.replace(delta.header.base, family="llava", config_hash="d" * 64)
     header = msgspec.structs.replace(delta.header, base=base)
-    with pytest.raises(BaseMismatch, match=r"'llava'.*configuration"):
+    with pytest.raises(BaseMismatchError, match=r"'llava'.*configuration"):
         bind(toy, delta._replace(header=header))
 
 
@@ -334,22 +360,22 @@ def test_the_same_base_is_known_again_after_binding(toy):
     assert bind(bound, first).deltas == (first, first)
     on_top = dense(bound, ["layers.1.down.weight"])  # made for the edited model
     assert bind(bound, on_top).deltas == (first, on_top)
-    with pytest.raises(BaseMismatch):
+    with pytest.raises(BaseMismatchError):
         bind(toy, on_top)
 
 
 def test_unknown_parameters_and_bad_shapes_are_all_named(toy):
     good = dense(toy, ["layers.1.down.weight", "layers.1.up.weight"])
-    base = msgspec.structs.replace(good.header.base, touched={})
+    base = msgspec.structs.replace(good.header.base, parameter_hashes={})
     strange = (
-        Dense(name="layers.1.dawn.weight", checkpoint="x", shape=(2, 2)),
-        Dense(name="layers.1.up.weight", checkpoint="x", shape=(2, 2)),
+        Dense(name="layers.1.dawn.weight", checkpoint_name="x", shape=(2, 2)),
+        Dense(name="layers.1.up.weight", checkpoint_name="x", shape=(2, 2)),
     )
     header = msgspec.structs.replace(good.header, base=base, entries=strange)
     tensors = {entry.name: torch.zeros(2, 2) for entry in strange}
-    with pytest.raises(UnknownSite, match=r"dawn.*layers\.1\.up.*\[16, 24\].*Near.*down"):
+    with pytest.raises(UnknownSiteError, match=r"dawn.*layers\.1\.up.*\[16, 24\].*Near.*down"):
         bind(toy, Delta(header, tensors))
-    with pytest.raises(ShapeMismatch, match=r"layers\.1\.down\.weight must be \[16, 24\]"):
+    with pytest.raises(ShapeError, match=r"layers\.1\.down\.weight must be \[16, 24\]"):
         bind(toy, good._replace(tensors={n: t[:3] for n, t in good.tensors.items()}))
-    with pytest.raises(ShapeMismatch, match=r"down\.weight is missing.*up\.weight is missing"):
+    with pytest.raises(ShapeError, match=r"down\.weight is missing.*up\.weight is missing"):
         bind(toy, good._replace(tensors={}))

@@ -12,16 +12,16 @@ import pytest
 import safetensors.torch
 import torch
 
-from errata.adapters.tiny import tiny
-from errata.functional import Base, Delta, Dense, EditRecord, Header, LowRank, bind, merge
+from errata.adapters.tiny import tiny_model
+from errata.functional import BaseModel, Delta, Dense, EditRecord, Header, LowRank, bind, merge
 from errata.functional.errors import (
-    BadInput,
-    BaseMismatch,
-    DeltaFault,
-    KindUnsupported,
-    UnknownSite,
+    BaseMismatchError,
+    DeltaFileError,
+    InvalidInputError,
+    UnknownSiteError,
+    UnsupportedKindError,
 )
-from errata.functional.fold import fold
+from errata.functional.fold import fuse
 from errata.functional.stacks import stack
 from tests.adapters.deltas import case, lowrank
 
@@ -47,17 +47,21 @@ def base(tmp_path):
 
 def delta_for(folder) -> Delta:
     entries = (
-        LowRank(name="m.a.weight", checkpoint="a.weight", shape=(6, 4), rank=2, rows=(2,)),
-        LowRank(name="m.b.weight", checkpoint="b.weight", shape=(5, 4), rank=1, rows=(1,)),
-        Dense(name="m.c.bias", checkpoint="c.bias", shape=(5,)),
+        LowRank(
+            name="m.a.weight", checkpoint_name="a.weight", shape=(6, 4), rank=2, edit_ranks=(2,)
+        ),
+        LowRank(
+            name="m.b.weight", checkpoint_name="b.weight", shape=(5, 4), rank=1, edit_ranks=(1,)
+        ),
+        Dense(name="m.c.bias", checkpoint_name="c.bias", shape=(5,)),
     )
     header = Header(
-        base=Base(id="m", family="llama"),
-        form="weight",
+        base=BaseModel(id="m", family="llama"),
+        arithmetic="weight",
         entries=entries,
         edits=(EditRecord(id="0"),),
     )
-    tensors = {name: torch.randn(shape) for name, (_, shape) in header.tensors().items()}
+    tensors = {name: torch.randn(shape) for name, (_, shape) in header.tensor_specs().items()}
     return Delta(header, tensors)
 
 
@@ -70,7 +74,7 @@ def everything(folder) -> dict[str, torch.Tensor]:
 
 def test_only_what_the_delta_names_changes(base, tmp_path):
     delta = delta_for(base)
-    fold(delta, base, tmp_path / "out")
+    fuse(delta, base, tmp_path / "out")
     old, new = everything(base), everything(tmp_path / "out")
     a = delta.tensors["m.a.weight.B"] @ delta.tensors["m.a.weight.A"]
     b = delta.tensors["m.b.weight.B"] @ delta.tensors["m.b.weight.A"]
@@ -99,7 +103,7 @@ def test_a_folded_model_is_the_bound_one(name, tmp_path):
     delta = merge(
         lowrank(model, "weight", seed=1, id="a"), lowrank(model, "weight", seed=2, id="b")
     )
-    fold(delta, tmp_path / "base", tmp_path / "out")
+    fuse(delta, tmp_path / "base", tmp_path / "out")
     again = type(module).from_pretrained(tmp_path / "out").eval()
     edited = bind(model, delta)
     for entry in delta.header.entries:
@@ -108,20 +112,20 @@ def test_a_folded_model_is_the_bound_one(name, tmp_path):
 
 
 def test_the_base_is_recognised_by_its_values_in_any_dtype(tmp_path):
-    module, _ = tiny("llama", layers=1)
+    module, _ = tiny_model("llama", num_layers=1)
     _, model, _, _ = case("llama")
     module.save_pretrained(tmp_path / "other")
     case("llama").module.save_pretrained(tmp_path / "base")
     delta = lowrank(model, "weight")
-    fold(delta, tmp_path / "base", tmp_path / "out")
+    fuse(delta, tmp_path / "base", tmp_path / "out")
     tensors = safetensors.torch.load_file(tmp_path / "base" / "model.safetensors")
     wide = {name: x.double() for name, x in tensors.items()}
     safetensors.torch.save_file(wide, tmp_path / "base" / "model.safetensors", {"format": "pt"})
-    fold(delta, tmp_path / "base", tmp_path / "wide")
+    fuse(delta, tmp_path / "base", tmp_path / "wide")
     one = lowrank(model, "weight", paths=["model.layers.0.mlp.down_proj"])
-    with pytest.raises(BaseMismatch, match="other values"):
-        fold(one, tmp_path / "other", tmp_path / "no")
-    fold(one, tmp_path / "other", tmp_path / "forced", check=False)
+    with pytest.raises(BaseMismatchError, match="other values"):
+        fuse(one, tmp_path / "other", tmp_path / "no")
+    fuse(one, tmp_path / "other", tmp_path / "forced", check=False)
     assert not (tmp_path / "no").exists()
 
 
@@ -133,25 +137,25 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(base, tmp_path)
         tensors = {k: x for k, x in delta.tensors.items() if k.startswith("m.a.")}
         return Delta(msgspec.structs.replace(delta.header, entries=entries), tensors)
 
-    with pytest.raises(UnknownSite, match="has no 'q.weight'"):
-        fold(with_entry(checkpoint="q.weight"), base, tmp_path / "out")
-    with pytest.raises(UnknownSite, match=r"shape \[6, 4\], not \[4, 6\]"):
-        fold(with_entry(shape=(4, 6)), base, tmp_path / "out")
-    with pytest.raises(UnknownSite, match="stored as I64"):
-        fold(with_entry(checkpoint="z", shape=(3,)), base, tmp_path / "out")
+    with pytest.raises(UnknownSiteError, match="has no 'q.weight'"):
+        fuse(with_entry(checkpoint_name="q.weight"), base, tmp_path / "out")
+    with pytest.raises(UnknownSiteError, match=r"shape \[6, 4\], not \[4, 6\]"):
+        fuse(with_entry(shape=(4, 6)), base, tmp_path / "out")
+    with pytest.raises(UnknownSiteError, match="stored as I64"):
+        fuse(with_entry(checkpoint_name="z", shape=(3,)), base, tmp_path / "out")
     alien = Delta(
-        msgspec.structs.replace(delta.header, base=Base(id="m", family="llava")), delta.tensors
+        msgspec.structs.replace(delta.header, base=BaseModel(id="m", family="llava")), delta.tensors
     )
-    with pytest.raises(UnknownSite, match="family 'llama', not 'llava'"):
-        fold(alien, base, tmp_path / "out")
-    with pytest.raises(KindUnsupported, match="stacked"):
-        fold(stack([delta, delta]), base, tmp_path / "out")
-    with pytest.raises(BadInput, match="outside"):
-        fold(delta, base, base / "out")
+    with pytest.raises(UnknownSiteError, match="family 'llama', not 'llava'"):
+        fuse(alien, base, tmp_path / "out")
+    with pytest.raises(UnsupportedKindError, match="stacked"):
+        fuse(stack([delta, delta]), base, tmp_path / "out")
+    with pytest.raises(InvalidInputError, match="outside"):
+        fuse(delta, base, base / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
-    with pytest.raises(BadInput, match="must not exist yet"):
-        fold(delta, base, tmp_path / "full")
+    with pytest.raises(InvalidInputError, match="must not exist yet"):
+        fuse(delta, base, tmp_path / "full")
     assert sorted(os.listdir(tmp_path)) == ["base", "full"]
     assert os.listdir(tmp_path / "full") == ["mine"]
 
@@ -159,23 +163,23 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(base, tmp_path)
 @pytest.mark.parametrize("shard", ["../../etc/passwd", "sub/model.safetensors", "model.bin", "x"])
 def test_an_index_that_points_elsewhere_is_refused(base, tmp_path, shard):
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
-    with pytest.raises(DeltaFault, match="no safetensors file beside it"):
-        fold(delta_for(base), base, tmp_path / "out")
+    with pytest.raises(DeltaFileError, match="no safetensors file beside it"):
+        fuse(delta_for(base), base, tmp_path / "out")
 
 
 def test_pickled_checkpoints_are_not_read(tmp_path):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "pytest_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(BadInput, match="pickles never"):
-        fold(delta_for(tmp_path), tmp_path / "base", tmp_path / "out")
+    with pytest.raises(InvalidInputError, match="pickles never"):
+        fuse(delta_for(tmp_path), tmp_path / "base", tmp_path / "out")
 
 
 def test_full_disk_leaves_nothing_behind(base, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (128, limits[1]))
     try:
-        with pytest.raises(BadInput, match=os.strerror(errno.EFBIG)):
-            fold(delta_for(base), base, tmp_path / "out")
+        with pytest.raises(InvalidInputError, match=os.strerror(errno.EFBIG)):
+            fuse(delta_for(base), base, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(os.listdir(tmp_path)) == ["base"]

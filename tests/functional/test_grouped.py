@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.func import grad, vmap
 
-from errata.functional.grouped import Unformed, grouped_linear
+from errata.functional.grouped import FactoredGradient, grouped_linear
 
 EDITS = {
     "in order": [0, 1, 2],
@@ -89,14 +89,18 @@ def test_unused_edits_get_no_gradient():
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
 def test_gradients_in_factors_form_one_by_one(edit, tokens, monkeypatch):
-    monkeypatch.setitem(Unformed.one.__globals__, "_BLOCK", 12)  # two blocks of two rows, and one
+    monkeypatch.setitem(
+        FactoredGradient.write_edit.__globals__, "_BLOCK", 12
+    )  # two blocks of two rows, and one
     edit = torch.tensor(edit)
-    factors = Unformed(normal(len(edit), tokens, 5), normal(len(edit), tokens, 6, seed=1), edit)
-    formed = factors.formed(3)
+    factors = FactoredGradient(
+        normal(len(edit), tokens, 5), normal(len(edit), tokens, 6, seed=1), edit
+    )
+    formed = factors.to_dense(3)
     for number in range(3):
         own = (edit == number).double()
         want = torch.einsum("b,blo,bli->oi", own, factors.left, factors.right)
         torch.testing.assert_close(formed[number], want)
         for out in (torch.full((5, 6), torch.nan), torch.full((6, 5), torch.nan).mT):
-            got = factors.one(number, out.double())
+            got = factors.write_edit(number, out.double())
             torch.testing.assert_close(got, want)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.func import grad, vmap
 
-from errata.functional import IGNORE, losses
+from errata.functional import IGNORE_INDEX, losses
 
-LABELS = torch.tensor([[3, 1, IGNORE], [0, 4, 2], [IGNORE, IGNORE, IGNORE]])
+LABELS = torch.tensor([[3, 1, IGNORE_INDEX], [0, 4, 2], [IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX]])
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def by_row(values):
 
 
 def chosen(values):
-    return by_row([values[b][LABELS[b] != IGNORE] for b in range(3)])
+    return by_row([values[b][LABELS[b] != IGNORE_INDEX] for b in range(3)])
 
 
 def test_nll_is_the_mean_over_scored_tokens(logits):
@@ -40,19 +40,19 @@ def test_kl_is_zero_for_equals_and_the_definition_else(logits):
 
 
 def test_margin_is_zero_exactly_where_the_target_leads(logits):
-    loose = losses.margin(logits, LABELS)
+    loose = losses.margin_loss(logits, LABELS)
     for row in range(2):
-        keep = LABELS[row] != IGNORE
+        keep = LABELS[row] != IGNORE_INDEX
         right = logits[row].argmax(-1)[keep] == LABELS[row][keep]
         assert bool(loose[row] == 0) == bool(right.all())
     own = logits.gather(-1, LABELS.clamp_min(0)[..., None])[..., 0]
     other = logits.scatter(-1, LABELS.clamp_min(0)[..., None], -torch.inf).amax(-1)
     want = chosen((0.7 + other - own).clamp_min(0).double())
-    got = losses.margin(logits, LABELS, least=0.7)
+    got = losses.margin_loss(logits, LABELS, min_margin=0.7)
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["nll", "margin", "kl"])
+@pytest.mark.parametrize("name", ["nll", "margin_loss", "kl"])
 def test_rows_are_independent_and_vmap_is_the_loop(logits, name):
     def loss(z, y):
         if name == "kl":

@@ -8,7 +8,7 @@ import torch
 
 from errata.bench.hostile import sample
 from errata.functional import (
-    Base,
+    BaseModel,
     Delta,
     Dense,
     EditRecord,
@@ -17,15 +17,15 @@ from errata.functional import (
     compress,
     conflicts,
     diff,
-    load,
+    load_delta,
     merge,
     remove,
-    save,
+    save_delta,
     scale,
     select,
 )
-from errata.functional.errors import BadInput, BaseMismatch, KindUnsupported
-from errata.functional.kinds import as_dense, parts
+from errata.functional.errors import BaseMismatchError, InvalidInputError, UnsupportedKindError
+from errata.functional.kinds import entries_of, to_dense
 from errata.functional.stacks import stack
 
 WIDE, TALL = 7, 5
@@ -36,7 +36,8 @@ def low(
 ) -> Delta:
     generator = torch.Generator().manual_seed(number)
     entries = tuple(
-        LowRank(name=n, checkpoint=n, shape=(TALL, WIDE), rank=rank, rows=(rank,)) for n in names
+        LowRank(name=n, checkpoint_name=n, shape=(TALL, WIDE), rank=rank, edit_ranks=(rank,))
+        for n in names
     )
     tensors = {}
     for entry in entries:
@@ -44,7 +45,7 @@ def low(
         tensors[f"{entry.name}.B"] = torch.randn(TALL, rank, generator=generator).to(dtype)
     known = Header(
         editor="x",
-        base=Base(id="a/model", touched={n: f"{ord(n[0]):064x}" for n in names}),
+        base=BaseModel(id="a/model", parameter_hashes={n: f"{ord(n[0]):064x}" for n in names}),
         entries=entries,
         edits=(EditRecord(id=f"e{number}", prompt=f"{number:064x}", target=f"{number:064x}"),),
     )
@@ -53,17 +54,19 @@ def low(
 
 def dense(number: int) -> Delta:
     generator = torch.Generator().manual_seed(number)
-    entry = Dense(name="a.weight", checkpoint="a.weight", shape=(TALL, WIDE))
+    entry = Dense(name="a.weight", checkpoint_name="a.weight", shape=(TALL, WIDE))
     return Delta(
-        Header(base=Base(id="a/model"), entries=(entry,), edits=(EditRecord(id=f"d{number}"),)),
+        Header(
+            base=BaseModel(id="a/model"), entries=(entry,), edits=(EditRecord(id=f"d{number}"),)
+        ),
         {"a.weight": torch.randn(TALL, WIDE, generator=generator)},
     )
 
 
 def total(delta: Delta) -> dict[str, torch.Tensor]:
     out: dict[str, torch.Tensor] = {}
-    for part in parts(delta).values():
-        out[part.entry.name] = out.get(part.entry.name, 0) + as_dense(part)
+    for part in entries_of(delta).values():
+        out[part.entry.name] = out.get(part.entry.name, 0) + to_dense(part)
     return out
 
 
@@ -83,7 +86,7 @@ def test_one_edit_removed_from_a_merge_of_50_is_the_merge_of_49(gone, dtype, tmp
     left = remove(merge(*deltas), [f"e{gone}"])
     want = merge(*deltas[:gone], *deltas[gone + 1 :])
     assert equal(left, want)
-    assert save(tmp_path / "left", left) == save(tmp_path / "want", want)
+    assert save_delta(tmp_path / "left", left) == save_delta(tmp_path / "want", want)
     assert (tmp_path / "left").read_bytes() == (tmp_path / "want").read_bytes()
 
 
@@ -91,7 +94,7 @@ def test_the_only_edit_of_a_parameter_takes_the_parameter_with_it():
     merged = merge(low(0, ("a.weight",)), low(1, ("b.weight",)))
     left = remove(merged, [1])
     assert equal(left, merge(low(0, ("a.weight",))))
-    assert set(left.header.base.touched) == {"a.weight"}
+    assert set(left.header.base.parameter_hashes) == {"a.weight"}
 
 
 def test_merging_adds_the_changes_and_is_associative_bit_for_bit():
@@ -133,57 +136,64 @@ def test_stacked_edits_can_be_selected_whatever_their_kind():
 
 
 def test_what_can_not_be_taken_apart_is_refused_with_the_reason():
-    with pytest.raises(KindUnsupported, match="sum of its 2 edits"):
+    with pytest.raises(UnsupportedKindError, match="sum of its 2 edits"):
         remove(merge(dense(0), dense(1)), [0])
     recursive = merge(low(0), low(1))
-    recursive = Delta(msgspec.structs.replace(recursive.header, recursive=True), recursive.tensors)
-    with pytest.raises(KindUnsupported, match="on top of those before"):
+    recursive = Delta(
+        msgspec.structs.replace(recursive.header, order_dependent=True), recursive.tensors
+    )
+    with pytest.raises(UnsupportedKindError, match="on top of those before"):
         remove(recursive, [0])
-    with pytest.raises(KindUnsupported, match="on top of those before"):
+    with pytest.raises(UnsupportedKindError, match="on top of those before"):
         remove(merge(recursive, low(2)), [2])
     shared = compress(merge(low(0), low(1)), rank=2).delta
-    with pytest.raises(KindUnsupported, match="shared by 2 edits"):
+    with pytest.raises(UnsupportedKindError, match="shared by 2 edits"):
         remove(shared, ["e0"])
-    with pytest.raises(BadInput, match="'nobody'.*it has e0"):
+    with pytest.raises(InvalidInputError, match="'nobody'.*it has e0"):
         remove(low(0), ["nobody"])
-    with pytest.raises(BadInput, match="7 is none"):
+    with pytest.raises(InvalidInputError, match="7 is none"):
         select(low(0), [7])
 
 
 def test_edits_made_alone_by_a_recursive_method_can_be_taken_apart():
-    one, two, three = (low(n, recursive=True) for n in range(3))
+    one, two, three = (low(n, order_dependent=True) for n in range(3))
     both = merge(one, two, three)
-    assert not both.header.recursive
+    assert not both.header.order_dependent
     assert equal(remove(both, ["e1"]), merge(one, three))
 
 
-@pytest.mark.parametrize("whole", [low(0, recursive=True), dense(0), stack([dense(0), dense(1)])])
+@pytest.mark.parametrize(
+    "whole", [low(0, order_dependent=True), dense(0), stack([dense(0), dense(1)])]
+)
 def test_without_any_of_its_edits_a_delta_changes_nothing(whole, tmp_path):
     nothing = remove(whole, range(len(whole.header.edits)))
     assert (nothing.header.entries, nothing.header.edits, nothing.tensors) == ((), (), {})
-    save(tmp_path / "x", nothing)
-    assert load(tmp_path / "x").header == nothing.header
+    save_delta(tmp_path / "x", nothing)
+    assert load_delta(tmp_path / "x").header == nothing.header
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf"), "2"])
 def test_a_factor_must_be_a_finite_number(factor):
-    with pytest.raises(BadInput, match="finite number"):
+    with pytest.raises(InvalidInputError, match="finite number"):
         scale(low(0), factor)
 
 
 def test_what_can_not_be_merged_is_refused_with_all_reasons():
-    other = low(1, base=Base(id="a/model", touched={"a.weight": "f" * 64}))
-    with pytest.raises(BaseMismatch, match=r"a.weight has other values"):
+    other = low(1, base=BaseModel(id="a/model", parameter_hashes={"a.weight": "f" * 64}))
+    with pytest.raises(BaseMismatchError, match=r"a.weight has other values"):
         merge(low(0), other)
-    with pytest.raises(BaseMismatch, match="family"):
-        merge(low(0, base=Base(id="m", family="llava")), low(1, base=Base(id="m", family="opt")))
-    with pytest.raises(BadInput) as error:
-        merge(low(0), low(1, dtype=torch.bfloat16, form="weight"))
+    with pytest.raises(BaseMismatchError, match="family"):
+        merge(
+            low(0, base=BaseModel(id="m", family="llava")),
+            low(1, base=BaseModel(id="m", family="opt")),
+        )
+    with pytest.raises(InvalidInputError) as error:
+        merge(low(0), low(1, dtype=torch.bfloat16, arithmetic="weight"))
     assert "dtypes differ" in str(error.value)
-    assert "forms differ (act, weight)" in str(error.value)
-    with pytest.raises(BadInput, match="stacked"):
+    assert "arithmetics differ (act, weight)" in str(error.value)
+    with pytest.raises(InvalidInputError, match="stacked"):
         merge(stack([low(0), low(0)]), low(1))
-    with pytest.raises(BadInput, match="at least one"):
+    with pytest.raises(InvalidInputError, match="at least one"):
         merge()
 
 
@@ -198,8 +208,8 @@ def test_compressing_gives_the_nearest_change_and_reports_what_is_lost(tmp_path)
         assert lost["a.weight"] == pytest.approx(share, abs=1e-6)
         off = float((change - kept).square().sum() / change.square().sum())
         assert off == pytest.approx(share, abs=1e-6)  # Eckart-Young: no nearer one exists
-        save(tmp_path / "x", small)
-        noted = load(tmp_path / "x").header.settings["compressed"]["lost"]["a.weight"]
+        save_delta(tmp_path / "x", small)
+        noted = load_delta(tmp_path / "x").header.settings["compressed"]["lost_energy"]["a.weight"]
         assert noted == lost["a.weight"]
     half, lost = compress(merged, energy=0.9)
     assert lost["a.weight"] <= 0.1
@@ -212,7 +222,7 @@ def test_a_dense_change_compresses_to_a_low_rank_one():
     assert lost["a.weight"] == pytest.approx(0, abs=1e-9)
     torch.testing.assert_close(total(small)["a.weight"], total(dense(0))["a.weight"])
     for bad in ({}, {"rank": 0}, {"energy": 1.5}, {"rank": 1, "energy": 0.5}):
-        with pytest.raises(BadInput, match="compress needs"):
+        with pytest.raises(InvalidInputError, match="compress needs"):
             compress(dense(0), **bad)
 
 
@@ -228,10 +238,10 @@ def test_diff_measures_without_multiplying_out():
     for item in diff(left, right):
         a = total(left).get(item.name, torch.zeros(TALL, WIDE))
         b = total(right).get(item.name, torch.zeros(TALL, WIDE))
-        assert item.left == pytest.approx(float(a.norm()), rel=1e-5)
-        assert item.right == pytest.approx(float(b.norm()), rel=1e-5)
-        assert item.apart == pytest.approx(float((a - b).norm()), rel=1e-4)
-    assert all(item.apart == 0 for item in diff(left, left))
+        assert item.norm_a == pytest.approx(float(a.norm()), rel=1e-5)
+        assert item.norm_b == pytest.approx(float(b.norm()), rel=1e-5)
+        assert item.distance == pytest.approx(float((a - b).norm()), rel=1e-4)
+    assert all(item.distance == 0 for item in diff(left, left))
 
 
 def test_conflicts_finds_the_same_question_and_the_same_keys():
@@ -239,15 +249,17 @@ def test_conflicts_finds_the_same_question_and_the_same_keys():
     again = low(1, edits=(EditRecord(id="again", prompt=f"{0:064x}", target="f" * 64),))
     same = low(2, edits=(EditRecord(id="same", prompt=f"{0:064x}", target=f"{0:064x}"),))
     found = conflicts(asked, again, same, overlap=0.999)
-    assert [(c.what, c.ids) for c in found] == [
-        ("contradicts", ("e0", "again")),
-        ("repeats", ("e0", "same")),
-        ("contradicts", ("again", "same")),
+    assert [(c.kind, c.ids) for c in found] == [
+        ("contradiction", ("e0", "again")),
+        ("duplicate", ("e0", "same")),
+        ("contradiction", ("again", "same")),
     ]
     shifted = low(3)
     shifted.tensors["a.weight.A"][1] = -2 * low(0).tensors["a.weight.A"][0]
     clash = conflicts(low(0), shifted, overlap=0.999)
-    assert [(c.what, c.where, c.first, c.second) for c in clash] == [("overlaps", "a.weight", 0, 1)]
+    assert [(c.kind, c.parameter, c.edit_a, c.edit_b) for c in clash] == [
+        ("overlap", "a.weight", 0, 1)
+    ]
     assert clash[0].score == pytest.approx(1)
 
 
@@ -263,5 +275,5 @@ def test_the_algebra_changes_none_of_its_arguments():
 def test_any_sample_survives_merging_with_itself(tmp_path):
     for seed in range(6):
         delta = sample(seed)
-        save(tmp_path / "x", merge(delta, delta))
-        assert len(load(tmp_path / "x").header.edits) == 2 * len(delta.header.edits)
+        save_delta(tmp_path / "x", merge(delta, delta))
+        assert len(load_delta(tmp_path / "x").header.edits) == 2 * len(delta.header.edits)

@@ -7,9 +7,17 @@ import torch
 from safetensors.torch import load_file
 
 from errata.functional import metrics
-from errata.functional.errors import BadSettings
-from errata.functional.metrics import SCORERS, Agreement, Reading, probe, reading, score, scorer
-from errata.functional.types import IGNORE
+from errata.functional.errors import InvalidSettingsError
+from errata.functional.metrics import (
+    SCORERS,
+    Agreement,
+    Readout,
+    get_probe,
+    get_scorer,
+    make_readout,
+    score_probe,
+)
+from errata.functional.types import IGNORE_INDEX
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -29,15 +37,15 @@ def shifted(logits, labels):
 def test_token_accuracy_and_exact_match_equal_easyedit(case, path):
     tensors = golden("easyedit_token_acc")
     logits, labels = shifted(tensors[f"{case}.logits"], tensors[f"{case}.labels"])
-    out = reading(logits, labels, k=1)
-    ids = out.top[..., 0]
+    out = make_readout(logits, labels, k=1)
+    ids = out.top_ids[..., 0]
     # EasyEdit pools the tokens of a batch; it always runs one row, where both are the same
-    per_row = (labels != IGNORE).sum(-1)
+    per_row = (labels != IGNORE_INDEX).sum(-1)
     pooled = (metrics.token_accuracy(ids, labels) * per_row).sum() / per_row.sum()
     assert pooled == pytest.approx(tensors[f"{case}.{path}_acc.exact0"].item(), abs=1e-7)
     assert metrics.exact_match(ids, labels).mean() == tensors[f"{case}.{path}_acc.exact1"]
     wanted = tensors.get(f"{case}.blip_pred_ids")
-    assert torch.equal(torch.where(labels != IGNORE, ids, 0), wanted)
+    assert torch.equal(torch.where(labels != IGNORE_INDEX, ids, 0), wanted)
 
 
 def whole(logits, k):
@@ -51,13 +59,13 @@ def test_ordered_agreement_over_all_positions_equals_easyedit(k, other):
     pre = tensors["pre"]
     post = pre[:, -5:] if other == "short" else tensors[other]
     blank = torch.zeros(1, 1, dtype=torch.int64)
-    one = Reading(blank, blank[..., None], blank.float(), whole(pre, k))
-    two = Reading(blank, blank[..., None], blank.float(), whole(post, k))
+    one = Readout(blank, blank[..., None], blank.float(), whole(pre, k))
+    two = Readout(blank, blank[..., None], blank.float(), whole(post, k))
     got = metrics.locality(Agreement(k=k, positions="all"), one, two)
     name = {"post": "match", "post_long": "match_long", "short": "match_short"}[other]
     assert torch.equal(got, tensors[f"{name}.k{k}"][None])
     if other == "post":
-        assert torch.equal(one.whole, tensors[f"pre_ids.k{k}"])
+        assert torch.equal(one.all_top_ids, tensors[f"pre_ids.k{k}"])
 
 
 def test_losses_and_accuracy_equal_liveedit():
@@ -65,22 +73,22 @@ def test_losses_and_accuracy_equal_liveedit():
     length = tensors["label_ids"].shape[1]
     logits, logits2 = tensors["logits"][:, -length:], tensors["logits2"][:, -length:]
     keep = tensors["mask"].bool()
-    labels = torch.where(keep, tensors["label_ids"], IGNORE)
-    out = reading(logits, labels, k=1)
+    labels = torch.where(keep, tensors["label_ids"], IGNORE_INDEX)
+    out = make_readout(logits, labels, k=1)
     share = keep.sum(-1) / keep.sum()  # LiveEdit pools tokens of the batch in its losses
     nll = metrics.mean_nll(out.nll, labels)
     torch.testing.assert_close((nll * share).sum(), tensors["label_loss"])
-    kl = metrics.divergence(logits, logits2, keep)
+    kl = metrics.mean_kl(logits, logits2, keep)
     torch.testing.assert_close((kl * share).sum(), tensors["kl_12"])
-    back = metrics.divergence(logits2, logits, keep)
+    back = metrics.mean_kl(logits2, logits, keep)
     torch.testing.assert_close((back * share).sum(), tensors["kl_21"])
-    assert torch.equal(metrics.token_accuracy(out.top[..., 0], labels), tensors["acc"])
+    assert torch.equal(metrics.token_accuracy(out.top_ids[..., 0], labels), tensors["acc"])
 
 
 # ------------------------------------------------------------------ by hand
 def rows(*labels):
     width = max(map(len, labels))
-    return torch.tensor([[*row, *[IGNORE] * (width - len(row))] for row in labels])
+    return torch.tensor([[*row, *[IGNORE_INDEX] * (width - len(row))] for row in labels])
 
 
 def test_rows_are_scored_one_by_one_never_pooled():
@@ -102,11 +110,11 @@ def test_ignored_positions_never_matter():
     logits = torch.randn(2, 2, 8)
     spoiled = logits.clone()
     spoiled[1, 1] = torch.randn(8) * 100
-    clean, dirty = reading(logits, labels, k=3), reading(spoiled, labels, k=3)
+    clean, dirty = make_readout(logits, labels, k=3), make_readout(spoiled, labels, k=3)
     for rule in SCORERS.values():
-        if not rule.whole:
-            one = score(rule, "image_locality", clean, clean)
-            two = score(rule, "image_locality", clean, dirty)
+        if not rule.needs_all_positions:
+            one = score_probe(rule, "image_locality", clean, clean)
+            two = score_probe(rule, "image_locality", clean, dirty)
             assert all(map(torch.equal, one, two))
     assert torch.equal(clean.nll, dirty.nll)
 
@@ -127,52 +135,58 @@ def test_alignment_is_per_row_on_real_positions_only():
         [[[7], [8], [1], [2], [3], [-1]], [[8], [4], [9], [-1], [-1], [-1]]]
     )  # a prompt-based editor puts tokens in front
     blank = torch.zeros(2, 1, dtype=torch.int64)
-    one = Reading(blank, blank[..., None], blank.float(), base)
-    two = Reading(blank, blank[..., None], blank.float(), longer)
+    one = Readout(blank, blank[..., None], blank.float(), base)
+    two = Readout(blank, blank[..., None], blank.float(), longer)
     rule = Agreement(k=1, positions="all")
     assert metrics.locality(rule, one, two).tolist() == [1.0, 0.5]
     assert metrics.locality(rule, two, one).tolist() == [1.0, 0.5]
 
 
 def test_a_scorer_over_all_positions_refuses_an_answer_only_reading():
-    out = reading(torch.randn(1, 1, 4), rows([1]))
-    with pytest.raises(BadSettings, match="all positions"):
-        score(scorer("easyedit"), "text_locality", out, out)
+    out = make_readout(torch.randn(1, 1, 4), rows([1]))
+    with pytest.raises(InvalidSettingsError, match="all positions"):
+        score_probe(get_scorer("easyedit"), "text_locality", out, out)
 
 
 def test_text_and_image_locality_use_their_own_rule():
     labels = rows([0])
-    base = Reading(labels, torch.tensor([[[1, 2, 3]]]), torch.zeros(1, 1))
-    edited = Reading(labels, torch.tensor([[[1, 3, 2]]]), torch.zeros(1, 1))
-    rule = scorer("comprehendedit")
-    assert score(rule, "text_locality", base, edited).agreement.tolist() == [1.0]
-    image = score(rule, "image_locality", base, edited).agreement
+    base = Readout(labels, torch.tensor([[[1, 2, 3]]]), torch.zeros(1, 1))
+    edited = Readout(labels, torch.tensor([[[1, 3, 2]]]), torch.zeros(1, 1))
+    rule = get_scorer("comprehendedit")
+    assert score_probe(rule, "text_locality", base, edited).agreement.tolist() == [1.0]
+    image = score_probe(rule, "image_locality", base, edited).agreement
     torch.testing.assert_close(image, torch.tensor([1 / 3]))
-    assert score(rule, "rephrase", base, edited).agreement is None
+    assert score_probe(rule, "rephrase", base, edited).agreement is None
 
 
 def test_an_unedited_model_agrees_with_itself_under_every_scorer():
     labels = rows([1, 2], [3])
     logits = torch.randn(2, 2, 12)
-    out = reading(logits, labels, whole=whole(torch.randn(2, 5, 12), 10))
+    out = make_readout(logits, labels, all_top_ids=whole(torch.randn(2, 5, 12), 10))
     for rule in SCORERS.values():
         for name in ("text_locality", "image_locality"):
-            assert score(rule, name, out, out).agreement.tolist() == [1.0, 1.0]
+            assert score_probe(rule, name, out, out).agreement.tolist() == [1.0, 1.0]
 
 
 def test_scorers_are_known_by_name():
     assert set(SCORERS) == {
-        "errata", "easyedit", "vlkeb", "mmke", "comprehendedit", "liveedit", "ice",
-    }  # fmt: skip
+        "errata",
+        "easyedit",
+        "vlkeb",
+        "mmke",
+        "comprehendedit",
+        "liveedit",
+        "ice",
+    }
     assert all(rule.source for rule in SCORERS.values())
-    assert scorer("easyedit").ranks == 10
-    assert scorer("easyedit").whole
-    with pytest.raises(BadSettings, match="must be one of errata, easyedit.*got 'bleu'"):
-        scorer("bleu")
+    assert get_scorer("easyedit").num_ranks == 10
+    assert get_scorer("easyedit").needs_all_positions
+    with pytest.raises(InvalidSettingsError, match="must be one of errata, easyedit.*got 'bleu'"):
+        get_scorer("bleu")
 
 
 @pytest.mark.parametrize(
-    ("name", "short", "kind"),
+    ("name", "column", "kind"),
     [
         ("reliability", "Rel", "success"),
         ("portability_3hop", "Port 3hop", "success"),
@@ -181,8 +195,8 @@ def test_scorers_are_known_by_name():
         ("image_reliability", "I-Rel", "success"),
     ],
 )
-def test_probe_names(name, short, kind):
-    assert (probe(name).short, probe(name).kind) == (short, kind)
+def test_probe_names(name, column, kind):
+    assert (get_probe(name).column, get_probe(name).kind) == (column, kind)
 
 
 def test_perplexity_is_the_papers_formula():
@@ -197,16 +211,16 @@ def test_perplexity_is_the_papers_formula():
 def test_neighbour_match_counts_missing_neighbours_as_misses():
     said = [["red", "two", "cat"], ["dog"]]
     gold = [["red ", "2", "cat"], ["dog"]]
-    assert metrics.neighbour_match(said, gold, k=2) == 50.0  # (1 + 1) / (2 * 2)
-    assert metrics.neighbour_match(said, gold, k=1, last=True) == 100.0
-    with pytest.raises(BadSettings, match="got k=0"):
-        metrics.neighbour_match(said, gold, k=0)
+    assert metrics.neighbor_match(said, gold, k=2) == 50.0  # (1 + 1) / (2 * 2)
+    assert metrics.neighbor_match(said, gold, k=1, from_end=True) == 100.0
+    with pytest.raises(InvalidSettingsError, match="got k=0"):
+        metrics.neighbor_match(said, gold, k=0)
 
 
 def test_divergence_is_zero_only_for_equal_distributions():
     logits, keep = torch.randn(3, 4, 7), torch.ones(3, 4, dtype=torch.bool)
-    torch.testing.assert_close(metrics.divergence(logits, logits + 5, keep), torch.zeros(3))
-    assert (metrics.divergence(logits, torch.randn(3, 4, 7), keep) > 0).all()
+    torch.testing.assert_close(metrics.mean_kl(logits, logits + 5, keep), torch.zeros(3))
+    assert (metrics.mean_kl(logits, torch.randn(3, 4, 7), keep) > 0).all()
 
 
 def test_scores_pass_through_vmap():

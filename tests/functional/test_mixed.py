@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from errata.functional import Delta, Dense, EditRecord, Header, Query, bind, bind_rows
-from errata.functional.errors import BadInput, KindUnsupported, ShapeMismatch
+from errata.functional.errors import InvalidInputError, ShapeError, UnsupportedKindError
 from errata.functional.generate import generate
-from errata.functional.records import base_of
+from errata.functional.records import base_identity
 from errata.functional.stacks import stack
 from tests.adapters.deltas import case, lowrank, sites
 from tests.adapters.models import picture
@@ -24,7 +24,7 @@ COUNT = 16
 def questions(model, count=COUNT):
     asked = ["what is it?", "where is the old town?", "who wrote the book?", "a cat or two dogs?"]
     return [
-        Query(asked[n % 4], "a red cat", (picture(n),) if model.card.images else ())
+        Query(asked[n % 4], "a red cat", (picture(n),) if model.card.takes_images else ())
         for n in range(count)
     ]
 
@@ -39,7 +39,7 @@ def many(model):
 
 
 def logits(model, queries):
-    batch = model.embed(model.params, model.read(queries))
+    batch = model.embed(model.params, model.preprocess(queries))
     return model.decode(model.params, batch)
 
 
@@ -60,9 +60,9 @@ def test_a_mixed_batch_of_16_is_16_separate_runs(name):
 def test_a_mixed_batch_generates_what_each_delta_generates_alone(name):
     _, model, _, _ = case(name)
     deltas, queries = many(model), questions(model)
-    mixed = generate(bind_rows(model, deltas, range(COUNT)), queries, 5, stop=())
-    alone = [generate(bind(model, d), [q], 5, stop=())[0] for d, q in zip(deltas, queries)]
-    plain = generate(model, queries, 5, stop=())
+    mixed = generate(bind_rows(model, deltas, range(COUNT)), queries, 5, stop_ids=())
+    alone = [generate(bind(model, d), [q], 5, stop_ids=())[0] for d, q in zip(deltas, queries)]
+    plain = generate(model, queries, 5, stop_ids=())
     assert mixed == alone
     assert mixed != plain
 
@@ -79,9 +79,9 @@ def test_rows_of_no_delta_answer_as_the_base():
 def test_other_kinds_run_apart_in_their_own_form():
     _, model, _, _ = case("llava")
     name = f"{sites(model)[1]}.weight"
-    entry = Dense(name=name, checkpoint=name, shape=tuple(model.params[name].shape))
+    entry = Dense(name=name, checkpoint_name=name, shape=tuple(model.params[name].shape))
     dense = Delta(
-        Header(base=base_of(model, [name]), entries=(entry,), edits=(EditRecord(id="d"),)),
+        Header(base=base_identity(model, [name]), entries=(entry,), edits=(EditRecord(id="d"),)),
         {name: 0.2 * torch.randn(entry.shape)},
     )
     deltas = [dense, lowrank(model, "weight", seed=3), lowrank(model, "act", seed=4)]
@@ -93,19 +93,19 @@ def test_other_kinds_run_apart_in_their_own_form():
         torch.testing.assert_close(
             got[row : row + 1, : want.shape[1]], want, rtol=CLOSE, atol=CLOSE
         )
-    said = generate(bound, queries, 4, stop=())
-    assert said[1] == generate(bind(model, dense), [queries[1]], 4, stop=())[0]
+    said = generate(bound, queries, 4, stop_ids=())
+    assert said[1] == generate(bind(model, dense), [queries[1]], 4, stop_ids=())[0]
 
 
 def test_rows_that_name_no_delta_and_batches_of_other_sizes_are_refused():
     _, model, _, _ = case("llava")
     deltas = many(model)[:2]
     for rows in ([0, 2], [-2], [[0]]):
-        with pytest.raises(BadInput, match="each row must name"):
+        with pytest.raises(InvalidInputError, match="each row must name"):
             bind_rows(model, deltas, rows)
-    with pytest.raises(BadInput, match="each row must name"):
+    with pytest.raises(InvalidInputError, match="each row must name"):
         bind_rows(model, [], [0])
-    with pytest.raises(KindUnsupported, match="stacked"):
+    with pytest.raises(UnsupportedKindError, match="stacked"):
         bind_rows(model, [stack([deltas[0], deltas[0]])], [0])
-    with pytest.raises(ShapeMismatch, match="has 3"):
+    with pytest.raises(ShapeError, match="has 3"):
         logits(bind_rows(model, deltas, [0, 1]), questions(model, 3))

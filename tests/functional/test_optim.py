@@ -62,7 +62,7 @@ def test_steps_are_those_of_torch(name, donate):
         for n, leaf in leaves.items():
             leaf.grad = grad[n].clone()
         reference.step()
-    got, state = descend(ours(donate=donate), clone(start), grads)
+    got, state = descend(ours(inplace=donate), clone(start), grads)
     assert_same(got, {n: t.detach() for n, t in leaves.items()}, 1e-6 if donate else 1e-7)
     assert state.step == 8
 
@@ -81,7 +81,7 @@ def test_pure_by_default(name):
 
 @each_optimizer
 def test_donated_tensors_are_the_ones_handed_back(name):
-    optimizer = MAKE[name][0](donate=True)
+    optimizer = MAKE[name][0](inplace=True)
     start = tree()
     got, _ = optimizer.update(tree(1), optimizer.init(start), start)
     assert all(got[n] is start[n] for n in start)
@@ -94,7 +94,7 @@ MASKS = [[True, True, True], [True, False, True], [True, False, False], [True, T
 @each_optimizer
 @donated
 def test_finished_edits_stay_and_each_counts_its_own_steps(name, donate):
-    optimizer = MAKE[name][0](donate=donate)
+    optimizer = MAKE[name][0](inplace=donate)
     start, grads = tree(lead=(3,)), [tree(seed, lead=(3,)) for seed in range(1, 5)]
     masks = [torch.tensor(mask) for mask in MASKS]
     got, state = descend(optimizer, clone(start), grads, 3, masks)
@@ -121,23 +121,25 @@ def test_vmap_is_the_loop(name):
 
 @each_optimizer
 @donated
-def test_an_anchor_decays_with_the_change(name, donate):
-    """Weight decay on a change d with anchor W is weight decay on W + d."""
+def test_a_decay_reference_decays_with_the_change(name, donate):
+    """Weight decay on a change d with reference W is weight decay on W + d."""
     base, start = tree(5), {n: torch.zeros_like(t) for n, t in tree().items()}
     grads = [tree(seed) for seed in range(1, 5)]
     whole, _ = descend(MAKE[name][0](), base, grads)
-    got, _ = descend(MAKE[name][0](donate=donate), clone(start), grads, anchor=base)
+    got, _ = descend(MAKE[name][0](inplace=donate), clone(start), grads, decay_reference=base)
     assert_same({n: base[n] + got[n] for n in base}, whole, 1e-5)
     stacked = {n: torch.stack([t, t]) for n, t in start.items()}
     twice = [{n: torch.stack([t, t]) for n, t in g.items()} for g in grads]
-    both, _ = descend(MAKE[name][0](donate=donate), stacked, twice, 2, anchor={"w": base["w"]})
+    both, _ = descend(
+        MAKE[name][0](inplace=donate), stacked, twice, 2, decay_reference={"w": base["w"]}
+    )
     torch.testing.assert_close(both["w"][1], got["w"], rtol=1e-5, atol=1e-6)
 
 
 @donated
 def test_gradients_may_come_in_another_order(donate):
     start, grad = tree(), tree(1)
-    optimizer = optim.adam(donate=donate)
+    optimizer = optim.adam(inplace=donate)
     turned = dict(reversed(grad.items()))
     got, _ = optimizer.update(turned, optimizer.init(start), clone(start))
     want, _ = optimizer.update(grad, optimizer.init(start), clone(start))
@@ -153,7 +155,7 @@ def test_gradients_may_lie_in_memory_in_another_order(name):
     assert turned[0]["w"].stride() != start["w"].stride()
     for masks in (None, [torch.tensor([True, False, True])] * 2):
         want, _ = descend(MAKE[name][0](), start, grads, 3, masks)
-        got, _ = descend(MAKE[name][0](donate=True), clone(start), turned, 3, masks)
+        got, _ = descend(MAKE[name][0](inplace=True), clone(start), turned, 3, masks)
         assert_same(got, want, 1e-6)
 
 
@@ -161,13 +163,13 @@ def test_gradients_may_lie_in_memory_in_another_order(name):
 def test_schedules_follow_each_edits_steps(donate):
     start, grads = {"w": torch.zeros(2, 3)}, [{"w": torch.ones(2, 3)}] * 3
     masks = [torch.tensor(m) for m in ([True, True], [True, False], [True, True])]
-    made = optim.sgd(optim.exponential(1.0, 0.5), donate=donate)
+    made = optim.sgd(optim.exponential_schedule(1.0, 0.5), inplace=donate)
     got, _ = descend(made, clone(start), grads, 2, masks)
     assert got["w"][:, 0].tolist() == [-1.75, -1.5]
-    warm = optim.warmup(1.0, 4)
+    warm = optim.linear_warmup(1.0, 4)
     assert [float(warm(torch.tensor(float(n)))) for n in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    assert optim.constant(0.5)(torch.tensor(3.0)) == 0.5
-    halved, _ = descend(optim.sgd(1.0, donate=donate), clone(start), grads[:1], 2, scale=0.5)
+    assert optim.constant_schedule(0.5)(torch.tensor(3.0)) == 0.5
+    halved, _ = descend(optim.sgd(1.0, inplace=donate), clone(start), grads[:1], 2, scale=0.5)
     assert halved["w"][0, 0] == -0.5
 
 
@@ -177,14 +179,14 @@ def test_gradients_are_clipped_as_torch_does():
     for leaf, grad in zip(leaves, grads.values()):
         leaf.grad = grad.clone()
     norm = torch.nn.utils.clip_grad_norm_(leaves, 1.0)
-    got, total = optim.clip_norm(grads, 1.0)
+    got, total = optim.clip_grad_norm(grads, 1.0)
     torch.testing.assert_close(total, norm)
     for leaf, grad in zip(leaves, got.values()):
         torch.testing.assert_close(grad, leaf.grad)
-    small, _ = optim.clip_norm(grads, 1e6)
+    small, _ = optim.clip_grad_norm(grads, 1e6)
     assert_same(small, grads)
     stacked = {n: torch.stack([t, 100 * t]) for n, t in grads.items()}
-    each, norms = vmap(lambda g: optim.clip_norm(g, 1.0))(stacked)
+    each, norms = vmap(lambda g: optim.clip_grad_norm(g, 1.0))(stacked)
     assert norms.shape == (2,)
     assert_same({n: t[0] for n, t in each.items()}, got, 1e-6)
 
@@ -192,7 +194,7 @@ def test_gradients_are_clipped_as_torch_does():
 @donated
 def test_clamp_bounds_every_element(donate):
     tensors = tree()
-    got = optim.clamp(tensors, 0.5, donate=donate)
+    got = optim.clip_elements(tensors, 0.5, inplace=donate)
     assert all(t.abs().max() <= 0.5 for t in got.values())
     assert (got["w"] is tensors["w"]) == donate
     assert torch.equal(got["b"], tree()["b"].clamp(-0.5, 0.5))
@@ -208,7 +210,7 @@ def test_a_mask_needs_a_step_per_edit():
 def test_bf16_stays_bf16(donate):
     start = {n: t.bfloat16() for n, t in tree().items()}
     grad = {n: t.bfloat16() for n, t in tree(1).items()}
-    optimizer = optim.adamw(lr=1e-2, donate=donate)
+    optimizer = optim.adamw(lr=1e-2, inplace=donate)
     got, state = optimizer.update(grad, optimizer.init(start), clone(start))
     assert all(t.dtype == torch.bfloat16 for t in (*got.values(), *state.mean.values()))
     assert not torch.equal(got["w"], start["w"])

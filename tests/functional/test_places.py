@@ -2,15 +2,21 @@
 
 import pytest
 
-from errata.functional.places import canonical, module_of, runs_above, runs_below, uses
+from errata.functional.places import (
+    all_names,
+    before_decoder,
+    canonical_name,
+    in_decoder,
+    module_path,
+)
 
 
 def test_a_tied_parameter_has_one_home_and_all_its_names(toy):
-    assert canonical(toy.card, "head.weight") == "tokens.weight"
-    assert uses(toy.card, "head.weight") == ["tokens.weight", "head.weight"]
-    assert uses(toy.card, "tokens.weight") == ["tokens.weight", "head.weight"]
-    assert uses(toy.card, "norm.weight") == ["norm.weight"]
-    assert module_of("layers.0.attn.q.weight") == "layers.0.attn.q"
+    assert canonical_name(toy.card, "head.weight") == "tokens.weight"
+    assert all_names(toy.card, "head.weight") == ["tokens.weight", "head.weight"]
+    assert all_names(toy.card, "tokens.weight") == ["tokens.weight", "head.weight"]
+    assert all_names(toy.card, "norm.weight") == ["norm.weight"]
+    assert module_path("layers.0.attn.q.weight") == "layers.0.attn.q"
 
 
 @pytest.mark.parametrize(
@@ -27,5 +33,5 @@ def test_a_tied_parameter_has_one_home_and_all_its_names(toy):
     ],
 )
 def test_what_can_not_be_told_counts_as_both(toy, name, below, above):
-    assert runs_below(toy.card, name) == below
-    assert runs_above(toy.card, name) == above
+    assert before_decoder(toy.card, name) == below
+    assert in_decoder(toy.card, name) == above

@@ -7,46 +7,57 @@ import pytest
 import torch
 
 from errata import adapters
-from errata.functional import Base, Delta, EditRecord, Header, Prompt, Query, bind, io
-from errata.functional.errors import BadInput, DeltaFault
-from errata.functional.fingerprint import fingerprint
-from errata.functional.header import faults
-from errata.functional.prompts import asked, filled
+from errata.functional import BaseModel, Delta, EditRecord, Header, Prompt, Query, bind, io
+from errata.functional.errors import DeltaFileError, InvalidInputError
+from errata.functional.fingerprint import hash_parameter
+from errata.functional.header import validate_header
+from errata.functional.prompts import expand_prompts, fill_template
 
 
 @pytest.fixture(scope="module")
 def model():
-    return adapters.adapt(*adapters.tiny("gpt2"))
+    return adapters.from_module(*adapters.tiny_model("gpt2"))
 
 
 def memory(model, demos=b"who? bo. ", ends=(5, 9), **fields) -> Delta:
     """One fact and two demonstrations, all keys alike."""
-    tokens = f"{model.card.tokens}.weight"
+    tokens = f"{model.card.token_embedding}.weight"
     entry = Prompt(
         **{
-            "name": tokens, "checkpoint": tokens, "shape": tuple(model.params[tokens].shape),
-            "facts": ("it is bo. ",), "num_facts": 1, "owners": (0,), "encoder": "hashed:16",
-            "width": 16, "k": 2, "num_demos": 2, "demo_bytes": len(demos), **fields,
+            "name": tokens,
+            "checkpoint_name": tokens,
+            "shape": tuple(model.params[tokens].shape),
+            "facts": ("it is bo. ",),
+            "num_facts": 1,
+            "edit_slots": (0,),
+            "encoder": "hashed:16",
+            "key_size": 16,
+            "num_demonstrations": 2,
+            "num_stored_demonstrations": 2,
+            "demonstration_bytes": len(demos),
+            **fields,
         }
-    )  # fmt: skip
+    )
     header = Header(
-        base=Base(id=model.card.id, touched={tokens: fingerprint(model.params[tokens])}),
+        base=BaseModel(
+            id=model.card.id, parameter_hashes={tokens: hash_parameter(model.params[tokens])}
+        ),
         entries=(entry,),
         edits=(EditRecord(id="a"),),
     )
     tensors = {
-        "questions": torch.full((1, entry.width), 0.25),
-        "demos": torch.frombuffer(bytearray(demos), dtype=torch.uint8),
-        "ends": torch.tensor(ends),
-        "demo_keys": torch.full((2, entry.width), 0.25),
+        "question_keys": torch.full((1, entry.key_size), 0.25),
+        "demonstrations": torch.frombuffer(bytearray(demos), dtype=torch.uint8),
+        "demonstration_ends": torch.tensor(ends),
+        "demonstration_keys": torch.full((2, entry.key_size), 0.25),
     }
     return Delta(header, {f"{tokens}.{part}": tensor for part, tensor in tensors.items()})
 
 
 def test_a_file_of_another_hand_is_applied_as_the_format_says(model, tmp_path):
-    io.save(tmp_path / "x.safetensors", memory(model))
-    bound = bind(model, io.load(tmp_path / "x.safetensors"))
-    assert asked(bound, [Query("who?")])[0].prompt == "bo. who? it is bo. who?"
+    io.save_delta(tmp_path / "x.safetensors", memory(model))
+    bound = bind(model, io.load_delta(tmp_path / "x.safetensors"))
+    assert expand_prompts(bound, [Query("who?")])[0].prompt == "bo. who? it is bo. who?"
 
 
 @pytest.mark.parametrize(
@@ -59,39 +70,51 @@ def test_a_file_of_another_hand_is_applied_as_the_format_says(model, tmp_path):
     ],
 )
 def test_demonstrations_that_are_none_are_refused(model, wrong, says):
-    with pytest.raises(DeltaFault, match=says):
+    with pytest.raises(DeltaFileError, match=says):
         bind(model, memory(model, **wrong))
 
 
 def test_everything_wrong_with_an_entry_is_listed(model):
     good = memory(model).header
     entry = msgspec.structs.replace(
-        good.entries[0], facts=("a", "b"), ask="?", least=2.0, owners=(3,), encoder="a\nb"
+        good.entries[0],
+        facts=("a", "b"),
+        question_template="?",
+        min_similarity=2.0,
+        edit_slots=(3,),
+        encoder="a\nb",
     )
-    found = " ".join(faults(msgspec.structs.replace(good, entries=(entry,))))
-    for said in ("must be 1 facts, are 2", "`ask` must hold", "least and least_look must lie",
-                 "owners must be facts from 0 to 0", "encoder must be printable"):  # fmt: skip
+    found = " ".join(validate_header(msgspec.structs.replace(good, entries=(entry,))))
+    for said in (
+        "must be 1 facts, are 2",
+        "`question_template` must hold",
+        "min_similarity and min_image_similarity must lie",
+        "edit_slots must be facts from 0 to 0",
+        "encoder must be printable",
+    ):
         assert said in found
     paths = msgspec.structs.replace(good.entries[0], encoder="sentence:/home/me/model")
-    assert "no path" in " ".join(faults(msgspec.structs.replace(good, entries=(paths,))))
+    assert "no path" in " ".join(validate_header(msgspec.structs.replace(good, entries=(paths,))))
 
 
 def test_an_encoder_of_another_width_is_refused(model):
     delta = memory(model)
     entry = msgspec.structs.replace(delta.header.entries[0], encoder="hashed:32")
     other = Delta(msgspec.structs.replace(delta.header, entries=(entry,)), delta.tensors)
-    with pytest.raises(BadInput, match="must give keys of width 16"):
-        bind(model, other).read([Query("who?")])
+    with pytest.raises(InvalidInputError, match="must give keys of width 16"):
+        bind(model, other).preprocess([Query("who?")])
 
 
 def test_memories_bound_one_on_another_both_speak(model):
     one = memory(model)
-    other = memory(model, facts=("it is kim. ",), k=0)
+    other = memory(model, facts=("it is kim. ",), num_demonstrations=0)
     bound = bind(bind(model, one), other)
-    assert asked(bound, [Query("who?")])[0].prompt.count("it is") == 2
-    put = asked(bound, [Query("who?")])[0]
-    assert torch.equal(bound.read([Query("who?")]).ids, model.read([put]).ids)
+    assert expand_prompts(bound, [Query("who?")])[0].prompt.count("it is") == 2
+    put = expand_prompts(bound, [Query("who?")])[0]
+    assert torch.equal(
+        bound.preprocess([Query("who?")]).input_ids, model.preprocess([put]).input_ids
+    )
 
 
 def test_places_in_a_template_are_filled_once():
-    assert filled("{a} {b} {c}", {"a": "{b}", "b": "{a}"}) == "{b} {a} {c}"
+    assert fill_template("{a} {b} {c}", {"a": "{b}", "b": "{a}"}) == "{b} {a} {c}"

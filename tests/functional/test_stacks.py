@@ -4,14 +4,16 @@ import msgspec
 import pytest
 import torch
 
-from errata.functional import Base, Delta, Dense, EditRecord, Header, LowRank, stacks
-from errata.functional.errors import KindUnsupported, ShapeMismatch
+from errata.functional import BaseModel, Delta, Dense, EditRecord, Header, LowRank, stacks
+from errata.functional.errors import ShapeError, UnsupportedKindError
 
 
 def delta(number, *, shape=(4, 3), rank=2, **header):
     entries = (
-        Dense(name="b.weight", checkpoint="b.weight", shape=shape),
-        LowRank(name="a.weight", checkpoint="a.weight", shape=shape, rank=rank, rows=(rank,)),
+        Dense(name="b.weight", checkpoint_name="b.weight", shape=shape),
+        LowRank(
+            name="a.weight", checkpoint_name="a.weight", shape=shape, rank=rank, edit_ranks=(rank,)
+        ),
     )
     generator = torch.Generator().manual_seed(number)
     tensors = {
@@ -21,7 +23,7 @@ def delta(number, *, shape=(4, 3), rank=2, **header):
     }
     settings = {
         "editor": "test",
-        "base": Base(id="a/model"),
+        "base": BaseModel(id="a/model"),
         "edits": (EditRecord(id=str(number)),),
     }
     return Delta(Header(entries=entries, **{**settings, **header}), tensors)
@@ -41,7 +43,7 @@ def test_unstack_undoes_stack():
 
 def test_take_chooses_edits_in_any_order():
     stacked = stacks.stack([delta(n) for n in range(4)])
-    some = stacks.take(stacked, [3, 1])
+    some = stacks.select_edits(stacked, [3, 1])
     assert [edit.id for edit in some.header.edits] == ["3", "1"]
     assert some.header.stack == 2
     for name, tensor in some.tensors.items():
@@ -49,41 +51,41 @@ def test_take_chooses_edits_in_any_order():
 
 
 def test_every_difference_in_layout_is_named():
-    other = delta(1, shape=(5, 3), base=Base(id="b/model"))
+    other = delta(1, shape=(5, 3), base=BaseModel(id="b/model"))
     bare = delta(2)
     bare.tensors["b.weight"] = torch.zeros(1)
     with pytest.raises(
-        ShapeMismatch, match="delta 1 has another base; delta 1 has other entries; delta 2 .*shapes"
+        ShapeError, match="delta 1 has another base; delta 1 has other entries; delta 2 .*shapes"
     ):
         stacks.stack([delta(0), other, bare])
-    with pytest.raises(ShapeMismatch, match="stacked already"):
+    with pytest.raises(ShapeError, match="stacked already"):
         stacks.stack([delta(0), stacks.stack([delta(1)])])
-    with pytest.raises(ShapeMismatch, match="got none"):
+    with pytest.raises(ShapeError, match="got none"):
         stacks.stack([])
 
 
 def test_only_stacks_come_apart():
-    for run in (stacks.unstack, lambda d: stacks.take(d, [0])):
-        with pytest.raises(KindUnsupported, match="not"):
+    for run in (stacks.unstack, lambda d: stacks.select_edits(d, [0])):
+        with pytest.raises(UnsupportedKindError, match="not"):
             run(delta(0))
 
 
 def test_shared_rank_stays_shared_for_edits_that_depend_on_one_another():
-    header = msgspec.structs.replace(stacks.stack([delta(0)]).header, recursive=True)
+    header = msgspec.structs.replace(stacks.stack([delta(0)]).header, order_dependent=True)
     alone = stacks.unstack(Delta(header, stacks.stack([delta(0)]).tensors))[0]
-    assert alone.header.entries[1].rows == ()
+    assert alone.header.entries[1].edit_ranks == ()
 
 
 def test_per_edit_is_the_mean_over_rows_and_differentiable():
     values = torch.tensor([1.0, 3.0, 5.0, 7.0], requires_grad=True)
     edit = torch.tensor([2, 0, 2, -1])
-    got = stacks.per_edit(values, edit, 3)
+    got = stacks.mean_per_edit(values, edit, 3)
     assert got.tolist() == [3.0, 0.0, 3.0]
     assert torch.autograd.grad(got.sum(), values)[0].tolist() == [0.5, 1.0, 0.5, 0.0]
 
 
 def test_spread_puts_every_row_under_every_edit(toy, queries):
-    batch = toy.embed(toy.params, toy.read(queries[:2]))
-    many = stacks.spread(batch, 3)
-    assert many.edit.tolist() == [0, 0, 1, 1, 2, 2]
-    assert torch.equal(many.hidden, batch.hidden.repeat(3, 1, 1))
+    batch = toy.embed(toy.params, toy.preprocess(queries[:2]))
+    many = stacks.repeat_per_edit(batch, 3)
+    assert many.edit_index.tolist() == [0, 0, 1, 1, 2, 2]
+    assert torch.equal(many.hidden_states, batch.hidden_states.repeat(3, 1, 1))

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from torch.func import grad, vmap
 
-from errata.functional.call import rewriting
-from errata.functional.taps import tap
+from errata.functional.call import forward_hooks
+from errata.functional.taps import record_activations
 
 
 class Flat(nn.Module):
@@ -20,8 +20,8 @@ class Flat(nn.Module):
 
 
 def decode_of(module):
-    def decode(params, batch, rewrites, scale=1):
-        with rewriting(module, rewrites):
+    def decode(params, batch, hooks, scale=1):
+        with forward_hooks(module, hooks):
             return torch.func.functional_call(module, dict(params), (batch,)) * scale
 
     return decode
@@ -31,7 +31,7 @@ def test_taps_see_behind_rewrites_and_options_pass_through():
     module = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
     x = torch.randn(2, 5, 3)
     double = {"0": lambda given, out: out * 2}
-    result, taps = tap(decode_of(module), {}, x, ["0"], rewrites=double, scale=3)
+    result, taps = record_activations(decode_of(module), {}, x, ["0"], hooks=double, scale=3)
     assert torch.equal(taps["0"].input, x)
     torch.testing.assert_close(taps["0"].output, module[0](x) * 2)
     torch.testing.assert_close(result, taps["0"].output.tanh() * 3)
@@ -44,7 +44,9 @@ def test_delta_and_input_give_the_weight_gradient():
     decode = decode_of(module)
 
     def by_probe(probes):
-        out, taps = tap(decode, {"0.up.weight": weight}, x, ["0.up"], probes=probes)
+        out, taps = record_activations(
+            decode, {"0.up.weight": weight}, x, ["0.up"], perturbations=probes
+        )
         return out.square().sum(), taps["0.up"].input
 
     def by_weight(value):
@@ -62,7 +64,7 @@ def test_probes_work_under_vmap():
     decode = decode_of(module)
 
     def loss(probe, given):
-        out, _ = tap(decode, {}, given, [], probes={"0": probe})
+        out, _ = record_activations(decode, {}, given, [], perturbations={"0": probe})
         return out.square().sum()
 
     zeros = torch.zeros(6, 1, 5, 4)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.func import grad, jvp, vjp, vmap
 
-from errata.kernels import grouped_lora
+from errata.kernels import apply_grouped_lora
 from errata.kernels.grouped_lora import ref
 
 EDIT = torch.tensor([2, -1, 0, 2])
@@ -28,7 +28,7 @@ def loop(x, down, up, base=None):
 
 
 def loss(x, down, up, base):
-    return grouped_lora(x, down, up, EDIT, base).square().sum()
+    return apply_grouped_lora(x, down, up, EDIT, base).square().sum()
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -37,7 +37,7 @@ def test_each_row_goes_through_its_edit(enabled, based):
     x, down, up, base = inputs()
     base = base if based else None
     with torch.set_grad_enabled(enabled):
-        got = grouped_lora(x, down, up, EDIT, base)
+        got = apply_grouped_lora(x, down, up, EDIT, base)
         torch.testing.assert_close(got, loop(x, down, up, base))
         assert torch.equal(got[1], torch.zeros(3, 5) if base is None else base[1])
 
@@ -45,7 +45,7 @@ def test_each_row_goes_through_its_edit(enabled, based):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_rounds_once(dtype):
     args = inputs(dtype)
-    got = grouped_lora(*args[:3], EDIT, args[3])
+    got = apply_grouped_lora(*args[:3], EDIT, args[3])
     want = loop(*(part.double() for part in args))
     unit = torch.finfo(dtype).eps / 2
     assert got.dtype == dtype
@@ -54,9 +54,9 @@ def test_rounds_once(dtype):
 
 def test_base_gives_the_dtype():
     x, down, up, base = inputs()
-    got = grouped_lora(x.bfloat16(), down, up, EDIT, base)
+    got = apply_grouped_lora(x.bfloat16(), down, up, EDIT, base)
     assert got.dtype == torch.float32
-    assert grouped_lora(x.bfloat16(), down, up, EDIT).dtype == torch.bfloat16
+    assert apply_grouped_lora(x.bfloat16(), down, up, EDIT).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -65,9 +65,9 @@ def test_a_row_without_an_edit_keeps_its_bits(enabled):
     base[1, 0, :3] = torch.tensor([-0.0, math.nan, -math.inf])
     down[0], x[1] = math.nan, math.inf
     with torch.set_grad_enabled(enabled):
-        got = grouped_lora(x, down, up, EDIT, base)
-        none = grouped_lora(x, down[:0], up[:0], torch.full((4,), -1), base)
-        zero = grouped_lora(x, down[:0], up[:0], torch.full((4,), -1))
+        got = apply_grouped_lora(x, down, up, EDIT, base)
+        none = apply_grouped_lora(x, down[:0], up[:0], torch.full((4,), -1), base)
+        zero = apply_grouped_lora(x, down[:0], up[:0], torch.full((4,), -1))
     assert torch.equal(got[1].view(torch.int32), base[1].view(torch.int32))
     assert torch.equal(none.view(torch.int32), base.view(torch.int32))
     assert not zero.any()
@@ -80,10 +80,12 @@ def test_neighbours_of_one_edit_go_together():
     edit = torch.tensor([1, 1, -1, 1])
     for given in (base, None):
         with torch.no_grad():
-            got = grouped_lora(x, down, up, edit, given)
-        torch.testing.assert_close(got, ref.apply(x, down, up, edit, given))
+            got = apply_grouped_lora(x, down, up, edit, given)
+        torch.testing.assert_close(got, ref.grouped_lora_differentiable(x, down, up, edit, given))
         with torch.no_grad():
-            none = grouped_lora(x[:0], down, up, edit[:0], None if given is None else given[:0])
+            none = apply_grouped_lora(
+                x[:0], down, up, edit[:0], None if given is None else given[:0]
+            )
         assert none.shape == (0, 3, 5)
 
 
@@ -140,7 +142,9 @@ def test_op_is_well_registered(num_rows, based):
 
 def test_what_does_not_fit_is_refused_all_at_once():
     x, down, up, base = inputs()
-    with pytest.raises(ValueError, match=r"up must be \[3 O 2\].*edit must be \[4\] integers"):
-        grouped_lora(x, down, up.mT, EDIT.float())
+    with pytest.raises(
+        ValueError, match=r"up must be \[3 O 2\].*edit_index must be \[4\] integers"
+    ):
+        apply_grouped_lora(x, down, up.mT, EDIT.float())
     with pytest.raises(ValueError, match=r"base must be \[4, 3, 5\]"):
-        grouped_lora(x, down, up, EDIT, base[:, :2])
+        apply_grouped_lora(x, down, up, EDIT, base[:, :2])

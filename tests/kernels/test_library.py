@@ -18,7 +18,7 @@ def test_imports_without_triton():
     script = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch, errata.kernels as k\n"
-        "assert k.nearest(torch.eye(2), torch.eye(2)).index.tolist() == [0, 1]\n"
+        "assert k.nearest_key(torch.eye(2), torch.eye(2)).index.tolist() == [0, 1]\n"
         "print(torch._C._dispatch_has_kernel_for_dispatch_key('errata::nearest', 'CUDA'))\n"
     )
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -48,7 +48,7 @@ def test_every_example_runs():
 
 @pytest.mark.parametrize("large", [1, 1 << 60], ids=["oneDNN", "BLAS"])
 def test_affine_is_the_product(large, monkeypatch):
-    monkeypatch.setattr(library, "LARGE", large)
+    monkeypatch.setattr(library, "ONEDNN_MIN_MULTIPLICATIONS", large)
     rows, weight, bias = torch.randn(3, 40), torch.randn(70, 40), torch.randn(70)
     want = rows.double() @ weight.double().T
     torch.testing.assert_close(library.affine(rows, weight).double(), want, rtol=1e-5, atol=1e-5)
@@ -59,6 +59,6 @@ def test_affine_is_the_product(large, monkeypatch):
 
 
 def test_tensors_on_two_devices_are_refused():
-    complaint = library.must_share_device("op", a=torch.ones(1), b=torch.ones(1, device="meta"))
+    complaint = library.device_mismatches("op", a=torch.ones(1), b=torch.ones(1, device="meta"))
     with pytest.raises(ValueError, match="op refuses its arguments: all tensors .* b on meta"):
-        library.refuse("op", complaint)
+        library.raise_if_invalid("op", complaint)

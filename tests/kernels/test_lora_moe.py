@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.func import grad, jvp, vjp, vmap
 
-from errata.kernels import Routes, apply, route, weigh
+from errata.kernels import Routes, apply_experts, expert_weights, route_experts
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -51,12 +51,14 @@ def test_agrees_with_liveedit():
         part = {k[3:]: v for k, v in golden.items() if k.startswith(f"q{number}.")}
         vision, query = part["ivr"].flatten(1), part["iqr"].flatten(1)
         threshold = part["vis_sim_prot"][:, 0]
-        routed = route(vision, query, threshold, vision_keys, query_keys, scale=scale)
+        routed = route_experts(vision, query, threshold, vision_keys, query_keys, scale=scale)
         count = len(part["selected"])
         assert routed.count.tolist() == [count]
         assert torch.equal(routed.ids[0, :count], part["selected"])
         torch.testing.assert_close(routed.weights[:, :count], part["fuse_coe"])
-        got = apply(part["reps"], golden["pool.moe_c"], golden["pool.moe_r"], routed, norm=norm)
+        got = apply_experts(
+            part["reps"], golden["pool.moe_c"], golden["pool.moe_r"], routed, norm=norm
+        )
         torch.testing.assert_close(got, part["reps"] + part["residual"], rtol=1e-5, atol=1e-6)
 
 
@@ -66,7 +68,7 @@ def test_route_equals_its_formula(num_experts, num_rows, dtype):
     vision, query = torch.randn(2, num_rows, 24, dtype=dtype)
     vision_keys, query_keys = torch.randn(2, num_experts, 24, dtype=dtype)
     threshold = torch.randn(num_rows) * 0.2
-    got = route(vision, query, threshold, vision_keys, query_keys, scale=0.1)
+    got = route_experts(vision, query, threshold, vision_keys, query_keys, scale=0.1)
     similarity = vision.double() @ vision_keys.double().T * 0.1
     scores = query.double() @ query_keys.double().T * 0.1
     for row in range(num_rows):
@@ -82,18 +84,22 @@ def test_route_equals_its_formula(num_experts, num_rows, dtype):
 def test_the_gate_is_strict():
     key = torch.ones(1, 4)
     for threshold, count in [(4.0, 0), (3.99, 1)]:
-        assert route(key, key, torch.tensor([threshold]), key, key).count.tolist() == [count]
+        assert route_experts(key, key, torch.tensor([threshold]), key, key).count.tolist() == [
+            count
+        ]
 
 
 def test_one_expert_weighs_its_sigmoid():
     query = torch.randn(3, 4)
-    got = route(query, query, torch.full((3,), -math.inf), query[:1], query[:1])
+    got = route_experts(query, query, torch.full((3,), -math.inf), query[:1], query[:1])
     torch.testing.assert_close(got.weights, (query @ query[:1].T).sigmoid())
 
 
 def test_far_scores_do_not_overflow():
     query = torch.tensor([[1.0], [-1.0]])
-    got = route(query, query, torch.full((2,), -1e9), torch.zeros(2, 1), torch.tensor([[3e4], [1]]))
+    got = route_experts(
+        query, query, torch.full((2,), -1e9), torch.zeros(2, 1), torch.tensor([[3e4], [1]])
+    )
     assert got.weights.isfinite().all()
     torch.testing.assert_close(got.weights[:, :2].sum(1), torch.tensor([1.0, 1 / (1 + math.e)]))
 
@@ -101,8 +107,8 @@ def test_far_scores_do_not_overflow():
 def test_deleted_experts_are_as_if_absent():
     vision, keys, alive = torch.randn(4, 8), torch.randn(20, 8), torch.rand(20) > 0.4
     kept = alive.nonzero()[:, 0]
-    got = route(vision, vision, torch.zeros(4), keys, keys, alive=alive)
-    want = route(vision, vision, torch.zeros(4), keys[kept], keys[kept])
+    got = route_experts(vision, vision, torch.zeros(4), keys, keys, is_active=alive)
+    want = route_experts(vision, vision, torch.zeros(4), keys[kept], keys[kept])
     slots = len(kept)
     assert torch.equal(got.count, want.count)
     assert torch.equal(got.ids[:, :slots], torch.where(want.ids >= 0, kept[want.ids], -1))
@@ -114,18 +120,18 @@ def test_an_expert_that_is_not_finite_is_not_chosen(bad):
     vision, keys = torch.randn(4, 8), torch.randn(6, 8)
     vision_keys, query_keys = keys.clone(), keys.clone()
     query_keys[2, 1] = bad
-    got = route(vision, vision, torch.full((4,), -1e9), vision_keys, query_keys)
+    got = route_experts(vision, vision, torch.full((4,), -1e9), vision_keys, query_keys)
     assert got.ids[:, :5].tolist() == [[0, 1, 3, 4, 5]] * 4
     vision_keys[2, 1] = math.nan
-    again = route(vision, vision, torch.full((4,), -1e9), vision_keys, keys)
+    again = route_experts(vision, vision, torch.full((4,), -1e9), vision_keys, keys)
     assert torch.equal(got.ids, again.ids)
     assert again.weights.isfinite().all()
 
 
 def test_top_k_keeps_the_heaviest():
     vision, keys = torch.randn(5, 8), torch.randn(20, 8)
-    full = route(vision, vision, torch.zeros(5), keys, keys)
-    got = route(vision, vision, torch.zeros(5), keys, keys, top_k=3)
+    full = route_experts(vision, vision, torch.zeros(5), keys, keys)
+    got = route_experts(vision, vision, torch.zeros(5), keys, keys, top_k=3)
     assert got.ids.shape == (5, 3)
     for row in range(5):
         count = int(full.count[row])
@@ -133,10 +139,16 @@ def test_top_k_keeps_the_heaviest():
         assert got.ids[row, : len(best)].tolist() == full.ids[row, best].tolist()
         assert torch.equal(got.weights[row, : len(best)], full.weights[row, best])
         assert got.count[row] == len(best)
-    tied = route(vision[:1], vision[:1], torch.tensor([-1e9]), keys[:1].expand(4, 8),
-                 keys[:1].expand(4, 8), top_k=2)  # fmt: skip
+    tied = route_experts(
+        vision[:1],
+        vision[:1],
+        torch.tensor([-1e9]),
+        keys[:1].expand(4, 8),
+        keys[:1].expand(4, 8),
+        top_k=2,
+    )
     assert tied.ids.tolist() == [[0, 1]]
-    assert route(vision, vision, torch.zeros(5), keys, keys, top_k=99).ids.shape == (5, 20)
+    assert route_experts(vision, vision, torch.zeros(5), keys, keys, top_k=99).ids.shape == (5, 20)
 
 
 def test_weigh_has_the_gradient_of_its_formula():
@@ -148,9 +160,9 @@ def test_weigh_has_the_gradient_of_its_formula():
         rows = [row[keep].softmax(0) * row[keep].sigmoid() for row, keep in zip(scores, gate)]
         return torch.cat(rows).square().sum()
 
-    got = grad(lambda s: weigh(s, gate).square().sum())(scores)
+    got = grad(lambda s: expert_weights(s, gate).square().sum())(scores)
     torch.testing.assert_close(got, grad(plain)(scores))
-    assert not weigh(scores, gate)[1].any()
+    assert not expert_weights(scores, gate)[1].any()
 
 
 @pytest.mark.parametrize("mode", ["grad", "no_grad"])
@@ -166,7 +178,7 @@ def test_apply_equals_the_peers_einsum(mode, activation, norm):
     }[norm]
     act = F.relu if activation == "relu" else (lambda x: x)
     with torch.set_grad_enabled(mode == "grad"):
-        got = apply(hidden, down, up, routed, norm=norm, activation=activation)
+        got = apply_experts(hidden, down, up, routed, norm=norm, activation=activation)
     want = peer(hidden, down, up, routed, norm, act).float()
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
@@ -176,7 +188,7 @@ def test_apply_rounds_once(dtype):
     hidden, (down, up) = torch.randn(2, 4, 8).to(dtype), pool(40)
     routed = routes(range(40), [3])
     with torch.no_grad():
-        got = apply(hidden, down.to(dtype), up.to(dtype), routed)
+        got = apply_experts(hidden, down.to(dtype), up.to(dtype), routed)
     want = peer(hidden, down.to(dtype), up.to(dtype), routed)
     unit = torch.finfo(dtype).eps / 2
     assert ((got.double() - want).abs() <= unit * want.abs() * 1.001 + 1e-4).all()
@@ -188,8 +200,8 @@ def test_what_has_no_expert_keeps_its_bits(enabled):
     hidden[1, 0, :3] = torch.tensor([-0.0, math.nan, math.inf])
     lengths = torch.tensor([2, 4, 0])
     with torch.set_grad_enabled(enabled):
-        got = apply(hidden, down, up, routes([1], [], [2]), lengths=lengths)
-        empty = apply(hidden, down[:0], up[:0], routes([], [], [], num_slots=3))
+        got = apply_experts(hidden, down, up, routes([1], [], [2]), lengths=lengths)
+        empty = apply_experts(hidden, down[:0], up[:0], routes([], [], [], num_slots=3))
     assert torch.equal(got[1].view(torch.int32), hidden[1].view(torch.int32))
     assert torch.equal(got[0, 2:], hidden[0, 2:])
     assert torch.equal(got[2], hidden[2])
@@ -203,7 +215,7 @@ def test_a_broken_expert_reaches_only_those_who_chose_it(enabled):
     for broken in (0, 3):
         down[broken], up[broken] = math.nan, math.inf
     with torch.set_grad_enabled(enabled):
-        got = apply(hidden, down, up, routes([1, 2], [3], [], num_slots=6))
+        got = apply_experts(hidden, down, up, routes([1, 2], [3], [], num_slots=6))
     assert got[0].isfinite().all()
     assert got[1].isnan().all()
     assert torch.equal(got[2], hidden[2])
@@ -214,17 +226,19 @@ def test_order_of_experts_does_not_matter():
     order = torch.randperm(6)
     routed = routes(range(6))
     moved = Routes(order[None], routed.weights[:, order], routed.count)
-    torch.testing.assert_close(apply(hidden, down, up, moved), apply(hidden, down, up, routed))
+    torch.testing.assert_close(
+        apply_experts(hidden, down, up, moved), apply_experts(hidden, down, up, routed)
+    )
 
 
 def test_a_batch_is_its_sequences():
     hidden, (down, up) = torch.randn(3, 4, 8), pool()
     routed = routes([0, 2, 5], [4], [1, 3])
     with torch.no_grad():
-        whole = apply(hidden, down, up, routed)
+        whole = apply_experts(hidden, down, up, routed)
         for row in range(3):
             one = Routes(*(part[row : row + 1] for part in routed))
-            alone = apply(hidden[row : row + 1], down, up, one)
+            alone = apply_experts(hidden[row : row + 1], down, up, one)
             torch.testing.assert_close(whole[row : row + 1], alone)
 
 
@@ -233,7 +247,7 @@ ROUTED = routes([0, 2, 5], [], [1], num_slots=4)
 
 def loss(hidden, down, up, weights):
     routed = ROUTED._replace(weights=weights)
-    return apply(hidden, down, up, routed, norm=(torch.ones(8), None)).square().sum()
+    return apply_experts(hidden, down, up, routed, norm=(torch.ones(8), None)).square().sum()
 
 
 def test_gradient_is_that_of_the_peers_einsum():
@@ -275,8 +289,8 @@ def test_forward_mode_agrees(enabled):
 @pytest.mark.parametrize("enabled", [True, False])
 def test_compiles_whole(enabled):
     def whole(vision, hidden, keys, down, up):
-        routed = route(vision, vision, torch.zeros_like(vision[:, 0]), keys, keys, top_k=3)
-        return apply(hidden, down, up, routed)
+        routed = route_experts(vision, vision, torch.zeros_like(vision[:, 0]), keys, keys, top_k=3)
+        return apply_experts(hidden, down, up, routed)
 
     args = torch.randn(3, 4), torch.randn(3, 5, 8), torch.randn(6, 4), *pool()
     with torch.set_grad_enabled(enabled):
@@ -290,7 +304,7 @@ def test_ops_are_well_registered(num_rows, num_experts):
     alive = torch.ones(num_experts, dtype=torch.bool)
     args = (vision, vision, torch.zeros(num_rows), keys, keys, alive, 0.5)
     torch.library.opcheck(torch.ops.errata.route_experts.default, args)
-    routed = route(*args[:5])
+    routed = route_experts(*args[:5])
     hidden, lengths = torch.randn(num_rows, 5, 8), torch.full((num_rows,), 5)
     experts = [part[:num_experts] for part in pool()]
     args = (hidden, *experts, *routed, lengths, torch.ones(8), None, 1e-5, "relu")
@@ -300,6 +314,6 @@ def test_ops_are_well_registered(num_rows, num_experts):
 def test_what_does_not_fit_is_refused_all_at_once():
     hidden, (down, up) = torch.randn(2, 3, 8), pool()
     with pytest.raises(ValueError, match=r"up must be \[6, 2, 8\].*activation must be one of"):
-        apply(hidden, down, up[:, :, :7], routes([0], [1]), activation="gelu")
+        apply_experts(hidden, down, up[:, :, :7], routes([0], [1]), activation="gelu")
     with pytest.raises(ValueError, match=r"threshold must be \[2\].*top_k must be at least 1"):
-        route(hidden[:, 0], hidden[:, 0], torch.zeros(3), down[:, 0], down[:, 0], top_k=0)
+        route_experts(hidden[:, 0], hidden[:, 0], torch.zeros(3), down[:, 0], down[:, 0], top_k=0)

@@ -122,7 +122,7 @@ def test_route(num_experts, num_rows, width, dtype, normal):
     if num_experts > 9:
         vision_keys[3], query_keys[5] = math.nan, math.inf
     args = (vision, query, threshold, vision_keys, query_keys, alive, 0.3)
-    want, got = moe_ref.route(*args), moe.route_experts(*args)
+    want, got = moe_ref.route_experts(*args), moe.route_experts(*args)
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[2], want[2])
     torch.testing.assert_close(got[1], want[1], rtol=1e-5, atol=1e-6)
