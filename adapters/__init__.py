@@ -19,14 +19,16 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attach import attach
-    from .core import cache_vision_features
-    from .load import from_module, from_pretrained
-    from .micro import list_families, load_micro
-    from .peft import export_peft, import_peft
-    from .templates import TEMPLATES, get_template
-    from .text import PromptTemplate
-    from .tiny import tiny_model
+    from errata.adapters.families.table import list_families
+    from errata.adapters.hf.functional_model import cache_vision_features
+    from errata.adapters.inputs.prompt_format import PromptTemplate
+    from errata.adapters.inputs.templates import TEMPLATES, get_template
+    from errata.adapters.interop.attachment import attach
+    from errata.adapters.interop.peft_export import export_peft
+    from errata.adapters.interop.peft_import import import_peft
+    from errata.adapters.loading.load import from_module, from_pretrained
+    from errata.adapters.zoo.micro import load_micro
+    from errata.adapters.zoo.tiny import tiny_model
 
 __all__ = [
     "TEMPLATES",

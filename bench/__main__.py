@@ -2,6 +2,6 @@
 
 import sys
 
-from errata.bench.cli import main
+from errata.bench.cli.main import main
 
 sys.exit(main())

@@ -11,25 +11,30 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import msgspec
 
+from errata.editors import finetune as _finetune
+from errata.editors import lora as _lora
+from errata.editors.finetune import FinetuneConfig, finetune_editor
+from errata.editors.grace import editor as _grace
+from errata.editors.grace.config import GraceConfig
+from errata.editors.grace.editor import grace_editor
+from errata.editors.ike import editor as _ike
+from errata.editors.ike.config import IkeConfig
+from errata.editors.ike.editor import ike_editor
+from errata.editors.liveedit import editor as _liveedit
+from errata.editors.liveedit.config import LiveEditConfig
+from errata.editors.liveedit.editor import liveedit_editor
+from errata.editors.lora import LoraConfig, lora_editor
+from errata.editors.mend import editor as _mend
+from errata.editors.mend.config import MendConfig
+from errata.editors.mend.editor import mend_editor
+from errata.editors.serac import editor as _serac
+from errata.editors.serac.config import SeracConfig
+from errata.editors.serac.editor import serac_editor
+from errata.editors.wise import editor as _wise
+from errata.editors.wise.config import WiseConfig
+from errata.editors.wise.editor import wise_editor
 from errata.functional import Case, Editor
 from errata.functional.errors import InvalidSettingsError
-
-from . import finetune as _finetune
-from . import grace as _grace
-from . import ike as _ike
-from . import liveedit as _liveedit
-from . import lora as _lora
-from . import mend as _mend
-from . import serac as _serac
-from . import wise as _wise
-from .finetune import FinetuneConfig, finetune_editor
-from .grace import GraceConfig, grace_editor
-from .ike import IkeConfig, ike_editor
-from .liveedit import LiveEditConfig, liveedit_editor
-from .lora import LoraConfig, lora_editor
-from .mend import MendConfig, mend_editor
-from .serac import SeracConfig, serac_editor
-from .wise import WiseConfig, wise_editor
 
 __all__ = [
     "METHODS",

@@ -25,10 +25,7 @@ from typing import Annotated, Literal
 import msgspec
 import torch
 
-from errata.functional import Delta, Dense, Editor, Model, Query
-from errata.functional.records import make_header
-
-from .descent import (
+from errata.editors.common.gradient_descent import (
     DescentConfig,
     DescentState,
     Objective,
@@ -36,7 +33,9 @@ from .descent import (
     descend_jointly,
     require_no_edits,
 )
-from .sites import resolve_parameters
+from errata.editors.common.sites import resolve_parameters
+from errata.functional import Delta, Dense, Editor, Model, Query
+from errata.functional.deltas.records import make_header
 
 __all__ = ["PRESETS", "FinetuneConfig", "finetune_editor"]
 

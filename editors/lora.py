@@ -22,11 +22,16 @@ from typing import Annotated, Literal
 import msgspec
 import torch
 
+from errata.editors.common.gradient_descent import (
+    DescentConfig,
+    DescentState,
+    descend_each,
+    descend_jointly,
+    require_no_edits,
+)
+from errata.editors.common.sites import resolve_linears
 from errata.functional import Delta, Editor, LowRank, Model, Query
-from errata.functional.records import make_header
-
-from .descent import DescentConfig, DescentState, descend_each, descend_jointly, require_no_edits
-from .sites import resolve_linears
+from errata.functional.deltas.records import make_header
 
 __all__ = ["PRESETS", "LoraConfig", "lora_editor"]
 

@@ -12,19 +12,26 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .answers import read_out
-    from .bind import bind
-    from .card import BaseModel, ModelCard
-    from .compare import conflicts, diff
-    from .generate import generate
-    from .header import Codebook, Dense, EditRecord, Experts, Header, LowRank, Masked, Prompt, Scope
-    from .io import load_delta, save_delta
-    from .merge import compress, merge, remove, scale, select
-    from .mixed import bind_rows
-    from .types import (
+    from errata.functional.binding.bound_model import bind
+    from errata.functional.binding.per_row import bind_rows
+    from errata.functional.card import BaseModel, ModelCard
+    from errata.functional.deltas.comparison import conflicts, diff
+    from errata.functional.deltas.merging import compress, merge, remove, scale, select
+    from errata.functional.deltas.serialization import load_delta, save_delta
+    from errata.functional.forward.generation import generate
+    from errata.functional.header import EditRecord, Header
+    from errata.functional.kinds.codebook.entry import Codebook
+    from errata.functional.kinds.dense.entry import Dense
+    from errata.functional.kinds.experts.entry import Experts
+    from errata.functional.kinds.lowrank.entry import LowRank
+    from errata.functional.kinds.masked.entry import Masked
+    from errata.functional.kinds.prompt.entry import Prompt
+    from errata.functional.kinds.scope.entry import Scope
+    from errata.functional.metrics.readout import read_out
+    from errata.functional.queries import Case, Query
+    from errata.functional.types import (
         IGNORE_INDEX,
         Batch,
-        Case,
         Delta,
         Editor,
         Hook,
@@ -34,7 +41,6 @@ if TYPE_CHECKING:
         Learner,
         Model,
         Params,
-        Query,
     )
 
 __all__ = [

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
+import typing
 from collections.abc import Iterable
 
 __all__ = [
-    "InvalidInputError",
-    "InvalidSettingsError",
     "BaseMismatchError",
     "DeltaFileError",
     "ErrataError",
-    "UnsupportedKindError",
-    "UnsupportedModelError",
+    "InvalidInputError",
+    "InvalidSettingsError",
     "ShapeError",
     "UnknownSiteError",
+    "UnsupportedKindError",
+    "UnsupportedModelError",
     "join_messages",
+    "unknown_name",
 ]
 
 
@@ -63,3 +66,21 @@ def join_messages(violations: Iterable[str]) -> str:
     items = list(violations)
     shown = "; ".join(items[:12])
     return shown if len(items) <= 12 else f"{shown}; and {len(items) - 12} more"
+
+
+def unknown_name(what: str, name: str, known) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{what} must be one of {', '.join(known)}; got {name!r}.{hint}"
+
+
+def unknown_name(name: str, known: typing.Iterable[str]) -> str:
+    """The words for a name that is not among the known ones, with the nearest.
+
+    >>> unknown_name("cuont", ["count", "seed"])
+    "'cuont' is unknown; did you mean 'count'?"
+    """
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    return f"{name!r} is unknown; {hint}"

@@ -7,49 +7,32 @@ A kind joins by its Struct: `name` is the parameter or site it is about, `tensor
 tensors it has, named `<name>` or `<name>.<part>` (without the edit axis of a stacked delta), and
 `faults()` what is wrong with it; then it stands in `Entry`. Files, `show` and `check` need no more
 than that; `kinds.register` gives it an algebra. `FORMAT.md` describes the file.
-"""
+
+
+What every kind of entry is: a name, the tensors it has, and how it reads side by side."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
 
-from .card import BaseModel
-from .entries import (
-    FLOAT_DTYPES,
-    PARAMETER_NAME,
-    Codebook,
-    Dense,
-    Experts,
-    LowRank,
-    Masked,
-    Prompt,
-    Replacement,
-    RoutingInput,
-    Scope,
-    TensorSpec,
-)
+from errata.functional.card import BaseModel
+from errata.functional.kinds.schema import AnyEntry
 
 __all__ = [
+    "ActsOn",
+    "Arithmetic",
+    "EditRecord",
+    "Entry",
     "FLOAT_DTYPES",
     "FORMAT",
-    "RoutingInput",
-    "Codebook",
-    "Dense",
-    "EditRecord",
-    "AnyEntry",
-    "Experts",
-    "Arithmetic",
     "Header",
-    "LowRank",
-    "Masked",
-    "Prompt",
-    "Scope",
+    "PARAMETER_NAME",
     "TensorSpec",
-    "Replacement",
+    "invalid_names",
     "validate_header",
 ]
 
@@ -65,8 +48,6 @@ act       y = x Wᵀ + (x Aᵀ) Bᵀ, in the model's dtype
 act_fp32  the same, the low-rank product in fp32, cast once at the end
 weight    W' = W + (B A).to(W.dtype), B A in fp32, then y = x W'ᵀ: what PEFT merges to
 """
-
-AnyEntry = Dense | LowRank | Codebook | Masked | Experts | Scope | Prompt
 
 
 class EditRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -168,3 +149,67 @@ def _absolute_paths(value: Any, where: str) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for inner in value:
             yield from _absolute_paths(inner, f"{where}[]")
+
+
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+TensorSpec = tuple[tuple[str, ...], tuple[int, ...]]
+"""What a tensor must be: one of these dtypes (safetensors' names), and this shape."""
+
+ActsOn = Literal["module", "embeddings", "prompt"]
+
+PARAMETER_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}(\.[A-Za-z0-9_-]{1,128}){0,31}", re.ASCII)
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An entry of a delta: what it changes, in plain data. `name` is its parameter or site.
+
+    The last five say how an entry reads when edits stand side by side; those of a kind without
+    anything per edit are these.
+    """
+
+    name: str
+
+    def acts_on(self) -> ActsOn:
+        """Where it acts first: at its site, on the embedded rows, or on the questions as read."""
+        return "module"
+
+    def needs_all_tokens(self) -> bool:
+        """Whether it must see all tokens of a row where it acts, not the scored ones alone."""
+        return False
+
+    def tensor_specs(self) -> dict[str, TensorSpec]:
+        """Every tensor, named `<name>` or `<name>.<part>`, without the axis of a stack."""
+        raise NotImplementedError
+
+    def validate(self, header: Header) -> Iterator[str]:
+        """Everything that is wrong with the entry in itself."""
+        raise NotImplementedError
+
+    def shared_tensors(self) -> frozenset[str]:
+        """Tensors that all edits of a stacked delta share: those without an edit axis there."""
+        return frozenset()
+
+    def layout(self) -> Entry:
+        """What entries of a kind must agree in to be stacked: all but what is per edit."""
+        return self
+
+    @classmethod
+    def stack(cls, entries: Sequence[Entry]) -> Entry:
+        """The same entry of several deltas as it reads in a stacked one."""
+        return entries[0].layout()
+
+    def select(self, edits: Sequence[int]) -> Entry:
+        """An entry of a stacked delta with these edits only."""
+        return self
+
+    def unstack(self, header: Header, edit: int) -> Entry:
+        """An entry of a stacked delta as it reads in the delta of one of its edits."""
+        return self.select([edit])
+
+
+def invalid_names(*names: str) -> Iterator[str]:
+    """Faults of names that are no dotted parameter names."""
+    for name in names:
+        if not PARAMETER_NAME.fullmatch(name):
+            yield f"{name[:80]!r} must be a dotted parameter name of letters, digits, '_' and '-'"

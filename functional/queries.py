@@ -5,10 +5,11 @@ The names are those of `errata.functional.types`, which holds everything made of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["IMAGE_PLACEHOLDER", "Case", "Image", "Query"]
+__all__ = ["Case", "EncodedImage", "IMAGE_PLACEHOLDER", "Image", "Query", "as_png", "open_pngs"]
 
 IMAGE_PLACEHOLDER = "<image>"
 """In a prompt: a picture stands here."""
@@ -39,3 +40,31 @@ class Case(NamedTuple):
     id: str
     edit: Query
     probes: Mapping[str, tuple[Query, ...]] = {}
+
+
+_PNG: list[tuple[Callable[[Any], bytes], Callable[[bytes], Any]]] = []
+
+
+def open_pngs(write: Callable[[Any], bytes], read: Callable[[bytes], Any]) -> None:
+    """Say how pictures become PNG files and back: the adapters do, who know pictures."""
+    _PNG[:] = [(write, read)]
+
+
+def as_png(image: Any) -> bytes:
+    """A picture as the bytes of a PNG file."""
+    return _PNG[0][0](image)
+
+
+class EncodedImage(NamedTuple):
+    """A picture out of a delta file, named by its content."""
+
+    data: bytes
+    content_id: str
+
+    def load(self) -> Any:
+        """Decode it."""
+        return _PNG[0][1](self.data)
+
+
+def _encoded_image(data: bytes) -> EncodedImage:
+    return EncodedImage(data, hashlib.sha256(data).hexdigest())

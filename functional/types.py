@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .card import ModelCard
-from .header import Header
-from .queries import Case, Image, Query
+from errata.functional.card import ModelCard
+from errata.functional.header import Header
+from errata.functional.queries import Case, Image, Query
 
 __all__ = [
     "IGNORE_INDEX",

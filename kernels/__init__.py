@@ -14,7 +14,8 @@ from errata.kernels.codebook import (
     square_norms,
 )
 from errata.kernels.grouped_lora import apply_grouped_lora
-from errata.kernels.lora_moe import Routes, apply_experts, expert_weights, route_experts
+from errata.kernels.lora_moe import Routes, apply_experts, route_experts
+from errata.kernels.lora_moe.ref import expert_weights
 
 __all__ = [
     "KeyLookup",

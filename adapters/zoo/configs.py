@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import transformers as hf
 from tokenizers import Tokenizer
 
-from errata.adapters.minigpt4 import (
+from errata.adapters.families.llava_onevision import LlavaOnevisionImageTextProcessor
+from errata.adapters.families.minigpt4 import (
     MiniGPT4Config,
     MiniGPT4ForConditionalGeneration,
     MiniGPT4Processor,
 )
-from errata.adapters.processors import LlavaOnevisionImageTextProcessor, Qwen2VLImageTextProcessor
-from errata.adapters.zoo.world import IMAGE_SIZE
+from errata.adapters.families.qwen2_vl import Qwen2VLImageTextProcessor
+from errata.adapters.zoo.assets import IMAGE_SIZE
 
 HIDDEN_SIZE, NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, FFN_DIM = 192, 4, 6, 2, 512
 OPT_FFN_DIM = 672  # so that 4 M parameters stay below 8 MB in fp16

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import torch
 
-from errata.bench.memory import measure_peak
+from errata.bench.evaluation.memory import measure_peak
 
 __all__ = ["Figure", "ceilings", "compare", "describe", "available_device", "in_pytest", "report"]
 

@@ -17,8 +17,8 @@ def _train(options: argparse.Namespace) -> None:
     import torch
     from tokenizers import Tokenizer
 
-    from errata.adapters.zoo import TOKENIZER
-    from errata.bench.zoo.ship import ship
+    from errata.adapters.zoo.assets import TOKENIZER
+    from errata.bench.zoo.release import ship
     from errata.bench.zoo.train import RECIPES, Recipe, Trainer
 
     torch.set_num_threads(options.threads)
@@ -33,8 +33,8 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _tokenizer(options: argparse.Namespace) -> None:
-    from errata.adapters.zoo.world import World
-    from errata.bench.zoo.tokens import train_tokenizer
+    from errata.bench.data.world.world import World
+    from errata.bench.zoo.tokenizer import train_tokenizer
 
     train_tokenizer(World()).save(str(options.target))
 
@@ -46,13 +46,13 @@ def _assets(options: argparse.Namespace) -> None:
 
 
 def _table(options: argparse.Namespace) -> None:
-    from errata.bench.zoo.table import update_readme
+    from errata.bench.zoo.accuracy_table import update_readme
 
     update_readme(options.readme, options.weights)
 
 
 def main() -> None:
-    from errata.adapters.zoo import FOLDER, TOKENIZER
+    from errata.adapters.zoo.assets import FOLDER, TOKENIZER
     from errata.adapters.zoo.configs import MICRO
 
     parser = argparse.ArgumentParser(prog="python -m errata.bench.zoo", description=__doc__)

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from errata.adapters.zoo.configs import END, MICRO, PAD, token_id
-from errata.bench.zoo.families import FAMILIES, Pixels, prefixes
-from errata.bench.zoo.lessons import Row
-from errata.bench.zoo.pictures import VISION_HEADS, augment
+from errata.bench.zoo.forward import FAMILIES, Pixels, prefixes
+from errata.bench.zoo.image_pools import VISION_HEADS, augment
+from errata.bench.zoo.questions import Row
 
 IGNORE_INDEX = -100
 

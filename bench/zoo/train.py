@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from errata.adapters.zoo.configs import MICRO
-from errata.adapters.zoo.world import World
-from errata.bench.zoo.families import FAMILIES, hidden_states, prepare
-from errata.bench.zoo.lessons import QuestionSampler
-from errata.bench.zoo.optim import MuonAdamW
+from errata.bench.data.world.world import World
+from errata.bench.zoo.forward import FAMILIES, hidden_states, prepare
+from errata.bench.zoo.image_pools import KINDS, VISION_HEADS, ImagePool, augment, load_pools
+from errata.bench.zoo.muon import MuonAdamW
 from errata.bench.zoo.packing import IGNORE_INDEX, SequencePacker, additive_mask, head_labels
-from errata.bench.zoo.pictures import KINDS, VISION_HEADS, ImagePool, augment, load_pools
+from errata.bench.zoo.questions import QuestionSampler
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from errata.kernels import library
+from errata.kernels import custom_op
 from errata.kernels.codebook import ref
 
 __all__ = ["KeyLookup", "Nearest", "lookup_key", "nearest_key", "replace_hits", "square_norms"]
@@ -40,7 +40,7 @@ def _fake(
     )
 
 
-_nearest_op = library.register(
+_nearest_op = custom_op.register(
     "nearest", ref.nearest, _fake, twin="errata.kernels.codebook.triton", row_arguments=(0, 3)
 )
 
@@ -100,8 +100,8 @@ def nearest_key(
     for name, tensor in (("is_active", is_active), ("norms", norms)):
         if tensor is not None and tensor.shape != keys.shape[:1]:
             problems.append(f"{name} must be [{keys.shape[0]}], got {list(tensor.shape)}")
-    problems += library.device_mismatches("nearest_key", query=query, keys=keys, norms=norms)
-    library.raise_if_invalid("nearest_key", problems)
+    problems += custom_op.device_mismatches("nearest_key", query=query, keys=keys, norms=norms)
+    custom_op.raise_if_invalid("nearest_key", problems)
 
     norms = square_norms(keys, is_active) if norms is None else norms
     if not isinstance(max_distance, Tensor):
@@ -139,7 +139,7 @@ def lookup_key(
     tensor([ True, False])
     """
     if radii.shape != keys.shape[:1]:
-        library.raise_if_invalid(
+        custom_op.raise_if_invalid(
             "lookup_key", [f"radii must be [{keys.shape[0]}], got {list(radii.shape)}"]
         )
     radii = radii.detach().float().nan_to_num(nan=-1.0, posinf=math.inf, neginf=-1.0)
@@ -182,7 +182,7 @@ def replace_hits(
         problems.append(
             f"token_mask must be {list(hidden_states.shape[:2])}, got {list(token_mask.shape)}"
         )
-    library.raise_if_invalid("replace_hits", problems)
+    custom_op.raise_if_invalid("replace_hits", problems)
     if values.shape[0] == 0:
         return hidden_states
     hit = lookup.hit[:, None] if token_mask is None else lookup.hit[:, None] & token_mask  # [B L]

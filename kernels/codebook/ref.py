@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errata.kernels import library
+from errata.kernels import custom_op
 
 TILE = 16  # keys per tile: one fp32 minimum is kept for each
 BAND = 8.0  # rounding errors of an fp32 dot product, in units of sqrt(D) * 2^-23 * |q| |k|
@@ -84,7 +84,7 @@ def _tile_minima(query: Tensor, keys: Tensor, norms: Tensor) -> Tensor:
     blocks = []
     for start in range(0, keys.shape[0], rows):
         block = keys[start : start + rows].float()
-        scores = library.affine(scaled, block, norms[start : start + rows])  # [B rows]
+        scores = custom_op.affine(scaled, block, norms[start : start + rows])  # [B rows]
         scores = F.pad(scores, (0, -block.shape[0] % TILE), value=math.inf)
         blocks.append(scores.unflatten(1, (-1, TILE)).amin(-1))
     return torch.cat(blocks, 1)

@@ -5,7 +5,7 @@ Legend: B rows · L tokens · I, O input and output widths · E edits · R rank
 
 from torch import Tensor
 
-from errata.kernels import library
+from errata.kernels import custom_op
 from errata.kernels.grouped_lora import ref
 
 __all__ = ["apply_grouped_lora"]
@@ -16,7 +16,7 @@ def _fake(x: Tensor, down: Tensor, up: Tensor, edit_index: Tensor, base: Tensor 
     return like.new_empty((*x.shape[:2], up.shape[1]))
 
 
-_grouped_lora_op = library.register(
+_grouped_lora_op = custom_op.register(
     "grouped_lora",
     ref.grouped_lora,
     _fake,
@@ -74,12 +74,12 @@ def apply_grouped_lora(
     if base is not None and list(base.shape) != [*x.shape[:2], up.shape[1]]:
         shape = [*x.shape[:2], up.shape[1]]
         problems.append(f"base must be {shape}, got {list(base.shape)}")
-    problems += library.device_mismatches(
+    problems += custom_op.device_mismatches(
         "apply_grouped_lora", x=x, down=down, up=up, edit_index=edit_index
     )
-    library.raise_if_invalid("apply_grouped_lora", problems)
+    custom_op.raise_if_invalid("apply_grouped_lora", problems)
 
     tensors = (x, down, up, edit_index.long(), base)
-    if library.needs_autograd(x, down, up, base):
+    if custom_op.needs_autograd(x, down, up, base):
         return ref.grouped_lora_differentiable(*tensors)
     return _grouped_lora_op(*(tensor if tensor is None else tensor.detach() for tensor in tensors))

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from errata.kernels import library
+from errata.kernels import custom_op
 from errata.kernels.lora_moe import ref
 from errata.kernels.lora_moe.ref import expert_weights
 
@@ -47,14 +47,14 @@ def _fake_apply(hidden_states: Tensor, *rest: object) -> Tensor:
     return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
 
 
-_route_experts_op = library.register(
+_route_experts_op = custom_op.register(
     "route_experts",
     ref.route_experts,
     _fake_route,
     twin="errata.kernels.lora_moe.triton",
     row_arguments=(0, 1, 2),
 )
-_apply_experts_op = library.register(
+_apply_experts_op = custom_op.register(
     "apply_experts",
     ref.apply_experts,
     _fake_apply,
@@ -117,8 +117,8 @@ def route_experts(
     problems = _shape_mismatches(expected_shapes)
     if top_k is not None and top_k < 1:
         problems.append(f"top_k must be at least 1, got {top_k}")
-    problems += library.device_mismatches("route_experts", vision=vision, vision_keys=vision_keys)
-    library.raise_if_invalid("route_experts", problems)
+    problems += custom_op.device_mismatches("route_experts", vision=vision, vision_keys=vision_keys)
+    custom_op.raise_if_invalid("route_experts", problems)
 
     if is_active is None:
         is_active = torch.ones_like(vision_keys[:, 0], dtype=torch.bool)
@@ -199,15 +199,15 @@ def apply_experts(
         problems.append(f"hidden_states must be [B L D], got {list(hidden_states.shape)}")
     if activation not in ACTIVATIONS:
         problems.append(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    problems += library.device_mismatches(
+    problems += custom_op.device_mismatches(
         "apply_experts", hidden_states=hidden_states, down=down, up=up, ids=routes.ids
     )
-    library.raise_if_invalid("apply_experts", problems)
+    custom_op.raise_if_invalid("apply_experts", problems)
 
     if lengths is None:
         lengths = torch.full_like(routes.count, hidden_states.shape[1])
     tensors = (hidden_states, down, up, *routes, lengths, gamma, beta)
-    if library.needs_autograd(hidden_states, down, up, routes.weights, gamma, beta):
+    if custom_op.needs_autograd(hidden_states, down, up, routes.weights, gamma, beta):
         return ref.apply_experts_differentiable(*tensors, eps, activation)  # pyright: ignore[reportCallIssue]
     detached = (tensor if tensor is None else tensor.detach() for tensor in tensors)
     return _apply_experts_op(*detached, eps, activation)

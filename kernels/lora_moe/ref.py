@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errata.kernels import library
+from errata.kernels import custom_op
 
 WIDENED = 1 << 22  # elements of gathered or widened keys and experts held at once
 HIDDEN = 1 << 24  # expert activations [B, L, S R] held at once
@@ -67,9 +67,9 @@ def _products(features: Tensor, keys: Tensor) -> Tensor:
     """`features @ keys.T` in fp32: [B P], [M P] -> [B M]."""
     features = features.float()
     if keys.dtype == torch.float32:
-        return library.affine(features, keys)
+        return custom_op.affine(features, keys)
     step = max(1, WIDENED // keys.shape[1])
-    return torch.cat([library.affine(features, part.float()) for part in keys.split(step)], 1)
+    return torch.cat([custom_op.affine(features, part.float()) for part in keys.split(step)], 1)
 
 
 def apply_experts_differentiable(
@@ -168,7 +168,7 @@ def _add_experts(
     start = hidden_states.float()
     total = out if out.dtype == torch.float32 else torch.empty_like(start)
     for first, second, columns in experts:
-        inner = library.affine(normed, first)  # [T SR]
+        inner = custom_op.affine(normed, first)  # [T SR]
         inner = (F.relu(inner) if activation == "relu" else inner) * columns
         start = torch.addmm(start, inner, second, out=total)
     if total is not out:

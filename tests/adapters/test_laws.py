@@ -12,14 +12,22 @@ import pytest
 import torch
 from torch.func import functional_call, grad, vmap
 
-from errata.adapters import core, structure
-from errata.adapters.families import family_of
-from errata.adapters.tiny import tiny_model
+from errata.adapters.families.table import family_of
+from errata.adapters.hf import functional_model, structure
+from errata.adapters.zoo.tiny import tiny_model
 from errata.functional import IGNORE_INDEX, Inputs, Query
 from errata.functional.errors import ShapeError, UnknownSiteError, UnsupportedModelError
-from errata.functional.rows import concat_batches, take_rows, tokens_before, tokens_from
-from errata.functional.taps import record_activations, zero_perturbations
-from tests.adapters.models import LAYERS, NAMES, VIDEO, made, picture, queries, whole
+from errata.functional.forward.activations import record_activations, zero_perturbations
+from errata.functional.forward.batches import concat_batches, take_rows, tokens_before, tokens_from
+from tests.adapters.zoo_of_families.models import (
+    LAYERS,
+    NAMES,
+    VIDEO,
+    made,
+    picture,
+    queries,
+    whole,
+)
 
 CLOSE = 1e-5
 each_family = pytest.mark.parametrize("name", NAMES)
@@ -360,7 +368,9 @@ def test_an_unknown_config_attribute_is_refused_by_name(name):
     module.config.get_text_config().sideways_attention = 3
     family = family_of(module.config.model_type)
     with pytest.raises(UnsupportedModelError, match="sideways_attention"):
-        core.functionalize(structure.describe_module(module, family), module, None, None)
+        functional_model.functionalize(
+            structure.describe_module(module, family), module, None, None
+        )
 
 
 @each_family

@@ -34,7 +34,7 @@ def as_bytes(pixels: torch.Tensor, mean: list[float], std: list[float]) -> Image
 
 
 def golden(name: str, folder: str):
-    from errata.adapters.load import load_parts
+    from errata.adapters.loading.load import load_parts
 
     notes = json.loads((GOLDEN / f"{name}.json").read_text())
     module, processor, _ = load_parts(GOLDEN / "models" / folder)

@@ -11,12 +11,20 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from errata.adapters import core, generic, structure  # noqa: E402
-from errata.adapters.families import FAMILIES, REFUSED  # noqa: E402
-from errata.functional.errors import UnsupportedModelError  # noqa: E402
-from tests.adapters.models import NAMES, made, queries  # noqa: E402
-from tests.adapters.others import OTHERS  # noqa: E402
-from tests.adapters.test_generic import module_of  # noqa: E402
+from errata.adapters.families import unlisted  # noqa: E402
+from errata.adapters.families.table import FAMILIES, REFUSED
+from errata.adapters.hf import attention, functional_model, structure, verification
+from errata.adapters.hf import decoder as core
+from errata.functional.errors import UnsupportedModelError
+from tests.adapters.hf.test_verification import module_of
+from tests.adapters.zoo_of_families.models import NAMES, made, queries
+from tests.adapters.zoo_of_families.parts import OTHERS
+
+# noqa: E402
+# noqa: E402
+# noqa: E402
+# noqa: E402
+# noqa: E402
 
 HEAD = """# Families
 
@@ -44,7 +52,7 @@ def line(name: str, proofs, remarks: str) -> str:
 
 def remarks(decoder: core.FunctionalDecoder) -> str:
     told = []
-    if decoder.attention_name != generic.EXPLICIT_ATTENTION:
+    if decoder.attention_name != attention.EXPLICIT_ATTENTION:
         told.append("its own eager attention")
     if decoder.select_refusal:
         told.append(f"no scored-only pass: {decoder.select_refusal}")
@@ -67,10 +75,10 @@ def named() -> str:
         else:
             module, _ = module_of(TEXT_DECODERS[model_type])
             card = structure.describe_module(module, family)
-            given = generic.sample_inputs(card, module, None)
+            given = verification.sample_inputs(card, module, None)
         decoder = core.FunctionalDecoder(card, module, family)
         where = structure.decoder_path(module)
-        proofs = [generic.verify(module, where, decoder, one) for one in given]
+        proofs = [verification.verify(module, where, decoder, one) for one in given]
         text += line(model_type, proofs, remarks(decoder))
     return text
 
@@ -87,11 +95,11 @@ def found() -> str:
     refused = "\n## Refused\n\n| family | reason |\n|---|---|\n"
     for name in OTHERS:
         module, given = module_of(name)
-        family = generic.generic(module.config.model_type)
+        family = unlisted.generic(module.config.model_type)
         try:
             card = structure.describe_module(module, family)
-            samples = [*generic.sample_inputs(card, module, None), *([given] if given else [])]
-            model = core.functionalize(card, module, None, None, family, samples)
+            samples = [*verification.sample_inputs(card, module, None), *([given] if given else [])]
+            model = functional_model.functionalize(card, module, None, None, family, samples)
         except UnsupportedModelError as error:
             reason = REFUSED.get(module.config.model_type) or str(error)
             reason = " ".join(reason.replace("|", "/").split())

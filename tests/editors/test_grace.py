@@ -11,22 +11,12 @@ from PIL import Image
 
 from errata import adapters
 from errata.editors import GraceConfig, configure, make_editor
-from errata.editors.grace import Codebook, add_key, resolve_edit_site
-from errata.functional import (
-    BaseModel,
-    Header,
-    Model,
-    Query,
-    generate,
-    merge,
-    remove,
-    rows,
-    scale,
-)
-from errata.functional import (
-    Codebook as CodebookEntry,
-)
-from errata.functional.bind import bind
+from errata.editors.grace.codebook import Codebook, add_key
+from errata.editors.grace.editor import resolve_edit_site
+from errata.functional import BaseModel, Header, Model, Query, generate, merge, remove, scale
+from errata.functional import Codebook as CodebookEntry
+from errata.functional.binding.bound_model import bind
+from errata.functional.deltas.stacking import select_edits, stack, unstack
 from errata.functional.errors import (
     InvalidInputError,
     InvalidSettingsError,
@@ -34,8 +24,8 @@ from errata.functional.errors import (
     UnsupportedKindError,
     UnsupportedModelError,
 )
+from errata.functional.forward import batches
 from errata.functional.header import validate_header
-from errata.functional.stacks import select_edits, stack, unstack
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
@@ -303,6 +293,6 @@ def test_only_tokens_from_the_key_on_are_run_again(family):
     editor.edit(model._replace(decode=decode), editor.init(model, seeded()), [query])
     inputs = model.preprocess([query], append_eos=True)
     length, above = inputs.input_ids.shape[1], model.card.num_layers - 1
-    first = int(rows.prompt_end_mask(inputs).int().argmax())
+    first = int(batches.prompt_end_mask(inputs).int().argmax())
     few = length - first
     assert tokens == [length, above * first, few] + [above * few] * 6

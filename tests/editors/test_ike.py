@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from errata import adapters
-from errata.bench.data import world
+from errata.bench.data.world import cases as world
 from errata.editors import IkeConfig, configure, ike_editor, make_editor
-from errata.editors.ike import PRESETS
-from errata.functional import Case, Prompt, Query, bind, generate, io
+from errata.editors.ike.config import PRESETS
+from errata.functional import Case, Prompt, Query, bind, generate
+from errata.functional.deltas import serialization
+from errata.functional.deltas.merging import remove
 from errata.functional.errors import InvalidInputError, InvalidSettingsError
-from errata.functional.merge import remove
-from errata.functional.prompts import RetrievalPreprocess, expand_prompts
-from tests.editors.facts import edited, picture, put
+from errata.functional.kinds.prompt.apply import RetrievalPreprocess, expand_prompts
+from tests.editors.queries import edited, picture, put
 
 PLAIN = IkeConfig(
     fact_template="{statement}. ", question_template="{question}", encoder="hashed:128"
@@ -276,8 +277,8 @@ def test_facts_and_demonstrations_show_their_pictures(family, tmp_path):
     )
     mine = picture(1)
     delta = edited(model, config, Query("who is it?", "bo", (mine,)), cases=CORPUS)
-    io.save_delta(tmp_path / "shown.safetensors", delta)
-    delta = io.load_delta(tmp_path / "shown.safetensors")
+    serialization.save_delta(tmp_path / "shown.safetensors", delta)
+    delta = serialization.load_delta(tmp_path / "shown.safetensors")
     (read,) = expand_prompts(bind(model, delta), [Query("who is it?", "bo", (picture(7),))])
     assert read.prompt.count("<image>") == 4 == len(read.images)
     assert read.images[2].load().tobytes() == mine.tobytes()

@@ -11,12 +11,13 @@ import torch
 
 from errata import adapters
 from errata.editors import IkeConfig, ike_editor
-from errata.functional import Case, Query, bind, bind_rows, io
+from errata.functional import Case, Query, bind, bind_rows
+from errata.functional.deltas import serialization
+from errata.functional.deltas.merging import merge, remove, scale, select
+from errata.functional.deltas.stacking import stack, unstack
 from errata.functional.errors import InvalidInputError
-from errata.functional.merge import merge, remove, scale, select
-from errata.functional.prompts import expand_prompts
-from errata.functional.stacks import stack, unstack
-from tests.editors.facts import edited, picture, put
+from errata.functional.kinds.prompt.apply import expand_prompts
+from tests.editors.queries import edited, picture, put
 
 PLAIN = IkeConfig(
     fact_template="{statement}. ", question_template="{question}", encoder="hashed:128"
@@ -112,7 +113,7 @@ def test_a_saved_delta_works_in_a_process_without_the_editor(tiny, tmp_path):
         SCOPED, num_demonstrations=2, include_images=True, encoder="base"
     )
     delta = edited(tiny, config, edit, cases=CORPUS)
-    io.save_delta(tmp_path / "edit.safetensors", delta)
+    serialization.save_delta(tmp_path / "edit.safetensors", delta)
     picture(1).save(tmp_path / "seen.png")
     script = f"""
 import sys
@@ -134,4 +135,4 @@ def test_a_delta_tells_no_paths(tiny, tmp_path):
     config = msgspec.structs.replace(PLAIN, demonstration_source=str(tmp_path / "train.json"))
     delta = edited(tiny, config, Query("who?", "bo"))
     assert delta.header.settings["demonstration_source"] == "train.json"
-    io.save_delta(tmp_path / "edit.safetensors", delta)
+    serialization.save_delta(tmp_path / "edit.safetensors", delta)

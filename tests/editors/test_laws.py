@@ -23,12 +23,14 @@ from errata.editors import (
     WiseConfig,
     make_editor,
 )
-from errata.functional import Delta, Editor, LowRank, Model, Query, Scope, io
-from errata.functional.bind import bind
+from errata.functional import Delta, Editor, LowRank, Model, Query, Scope
+from errata.functional.binding.bound_model import bind
+from errata.functional.deltas import serialization
+from errata.functional.deltas.stacking import unstack
 from errata.functional.errors import BaseMismatchError
-from errata.functional.kinds import EntryTensors, algebra
-from errata.functional.losses import nll
-from errata.functional.stacks import unstack
+from errata.functional.gradients.losses import nll
+from errata.functional.kinds.common.algebra import EntryTensors
+from errata.functional.kinds.table import algebra
 
 CASES = {
     "finetune": FinetuneConfig(num_steps=4, lr=5e-3),
@@ -250,8 +252,8 @@ def test_side_by_side_equals_one_by_one(model, editor):
 def test_a_saved_delta_gives_the_same_bits(model, editor, tmp_path):
     asked = queries(model)
     delta, _ = editor.edit(model, editor.init(model, seeded()), asked[:1])
-    io.save_delta(tmp_path / "edit.safetensors", delta)
-    loaded = io.load_delta(tmp_path / "edit.safetensors")
+    serialization.save_delta(tmp_path / "edit.safetensors", delta)
+    loaded = serialization.load_delta(tmp_path / "edit.safetensors")
     assert loaded.header == delta.header
     assert torch.equal(logits(bind(model, delta), asked), logits(bind(model, loaded), asked))
 

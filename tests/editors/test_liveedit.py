@@ -11,27 +11,13 @@ from PIL import Image
 
 from errata import adapters
 from errata.editors import configure
-from errata.editors.liveedit import (
-    LiveEditConfig,
-    generate_experts,
-    liveedit_editor,
-    resolve_edit_site,
-)
-from errata.functional import (
-    Delta,
-    Hooks,
-    Model,
-    Query,
-    generate,
-    merge,
-    remove,
-    scale,
-    select,
-)
-from errata.functional.bind import bind
+from errata.editors.liveedit.config import LiveEditConfig
+from errata.editors.liveedit.editor import generate_experts, liveedit_editor, resolve_edit_site
+from errata.functional import Delta, Hooks, Model, Query, generate, merge, remove, scale, select
+from errata.functional.binding.bound_model import bind
+from errata.functional.deltas.stacking import select_edits, stack, unstack
 from errata.functional.errors import InvalidInputError, InvalidSettingsError
 from errata.functional.header import validate_header
-from errata.functional.stacks import select_edits, stack, unstack
 
 SMALL = LiveEditConfig(
     feature_dim=8, num_heads=2, num_sentinel_tokens=4, num_text_sentinel_tokens=3

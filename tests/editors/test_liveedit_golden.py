@@ -16,16 +16,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from errata.adapters import from_module
-from errata.editors.liveedit import ExpertPool, LiveEditConfig, LiveEditState, liveedit_editor
-from errata.editors.liveedit_losses import RoutingScores, hard_gate_loss, routing_scores
-from errata.editors.liveedit_net import (
+from errata.editors.liveedit.config import LiveEditConfig
+from errata.editors.liveedit.editor import liveedit_editor
+from errata.editors.liveedit.losses import RoutingScores, hard_gate_loss, routing_scores
+from errata.editors.liveedit.networks import (
     CrossAttention,
+    ExpertPool,
     FactorGenerator,
     FeatureNetwork,
     LiveEditNetworks,
     fold_queries,
     make_pool,
 )
+from errata.editors.liveedit.pool import LiveEditState
 from errata.functional import (
     IGNORE_INDEX,
     BaseModel,
@@ -36,10 +39,11 @@ from errata.functional import (
     Inputs,
     Query,
 )
-from errata.functional.bind import bind
-from errata.functional.experts import EPS, expert_hook, routing_features, token_roles
-from errata.functional.losses import kl, nll
+from errata.functional.binding.bound_model import bind
+from errata.functional.gradients.losses import kl, nll
+from errata.functional.kinds.experts.apply import EPS, expert_hook, routing_features, token_roles
 from errata.kernels import lora_moe
+from errata.kernels.lora_moe import ref as lora_moe
 from tests.adapters.test_parity import GOLDEN as SHARED
 from tests.adapters.test_parity import as_bytes, golden, needs_golden
 

@@ -9,21 +9,23 @@ from PIL import Image
 from torch.utils import _pytree as pytree
 
 from errata import adapters
-from errata.bench.data import world
-from errata.bench.data.world_text import text_cases
-from errata.editors.fit import TrainingConfig, train
-from errata.editors.lessons import PrefixDataset
-from errata.editors.liveedit import PRESETS, liveedit_editor, liveedit_trainable
-from errata.editors.liveedit_losses import (
+from errata.bench.data.world import cases as world
+from errata.bench.data.world.text_cases import text_cases
+from errata.editors.common.checkpoint import WEIGHTS
+from errata.editors.liveedit.config import PRESETS
+from errata.editors.liveedit.editor import liveedit_editor, liveedit_trainable
+from errata.editors.liveedit.losses import (
     RoutingScores,
     hard_gate_loss,
     margin_loss,
     soft_gate_loss,
 )
-from errata.editors.statefile import WEIGHTS
+from errata.editors.training.batches import PrefixDataset
+from errata.editors.training.config import TrainingConfig
+from errata.editors.training.loop import train
 from errata.functional import Case, Model, Query, generate
-from errata.functional.bind import bind
-from errata.functional.losses import nll
+from errata.functional.binding.bound_model import bind
+from errata.functional.gradients.losses import nll
 from tests.editors.test_liveedit import SMALL, seeded, tiny
 
 

@@ -14,10 +14,11 @@ from torch.utils import _pytree as pytree
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from errata import adapters
-from errata.bench.data import world
-from errata.editors import statefile
-from errata.editors.mend import PRESETS, MendConfig, compatibility, mend_editor, trained_weights
-from errata.editors.mend_net import (
+from errata.bench.data.world import cases
+from errata.editors.common import checkpoint
+from errata.editors.mend.config import PRESETS, MendConfig
+from errata.editors.mend.editor import compatibility, mend_editor, trained_weights
+from errata.editors.mend.network import (
     GradientTransform,
     TransformLayer,
     init_statistics,
@@ -25,13 +26,14 @@ from errata.editors.mend_net import (
     transform_factors,
     update_statistics,
 )
-from errata.functional import Batch, Delta, Header, Inputs, LowRank, Query, prefix
-from errata.functional.bind import bind
+from errata.functional import Batch, Delta, Header, Inputs, LowRank, Query
+from errata.functional.binding.bound_model import bind
+from errata.functional.deltas.records import base_identity
+from errata.functional.deltas.stacking import unstack
 from errata.functional.errors import InvalidInputError, UnknownSiteError
-from errata.functional.factors import GradientFactors, gradient_factors
-from errata.functional.losses import kl, nll, scored_mask, token_nll
-from errata.functional.records import base_identity
-from errata.functional.stacks import unstack
+from errata.functional.forward import prefix
+from errata.functional.gradients.factors import GradientFactors, gradient_factors
+from errata.functional.gradients.losses import kl, nll, scored_mask, token_nll
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -302,7 +304,7 @@ def test_a_state_is_read_back_or_refused(tmp_path):
     model = tiny()
     state = mend_editor(CONFIG).init(model, torch.Generator().manual_seed(1))
     path = tmp_path / "mend.safetensors"
-    statefile.save_checkpoint(path, trained_weights(state), compatibility(model, CONFIG))
+    checkpoint.save_checkpoint(path, trained_weights(state), compatibility(model, CONFIG))
     again = mend_editor(msgspec.structs.replace(CONFIG, weights=str(path)))
     read = again.init(model, torch.Generator().manual_seed(2))
     for mine, theirs in zip(pytree.tree_leaves(read.weights), pytree.tree_leaves(state.weights)):
@@ -327,7 +329,7 @@ def test_the_shipped_state_edits_and_generalises(name):
     """Four unseen cases: their targets likelier than not, asked as edited and in other words."""
     model = adapters.load_micro(name)
     editor = mend_editor(PRESETS["micro"])
-    some = world.cases(4, seed=5)
+    some = cases.cases(4, seed=5)
     asked = [case.edit for case in some]
     delta = editor.edit_each(model, editor.init(model, torch.Generator()), asked)
     edited = bind(model, delta)

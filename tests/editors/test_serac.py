@@ -9,27 +9,29 @@ from PIL import Image
 from torch.utils import _pytree as pytree
 
 from errata import adapters
-from errata.bench.data import world
-from errata.editors import statefile
-from errata.editors.fit import TrainingConfig, train
-from errata.editors.liveedit import LiveEditConfig, liveedit_editor
-from errata.editors.serac import (
-    PRESETS,
-    SeracConfig,
+from errata.bench.data.world import cases as world
+from errata.editors.common import checkpoint
+from errata.editors.liveedit.config import LiveEditConfig
+from errata.editors.liveedit.editor import liveedit_editor
+from errata.editors.serac.config import PRESETS, SeracConfig
+from errata.editors.serac.editor import (
     compatibility,
-    scope_loss,
     serac_editor,
-    serac_trainable,
     trained_weights,
     unembedding_map,
 )
-from errata.functional import Case, Query, bind_rows, generate, io, merge, remove, rows, scale
-from errata.functional.bind import bind
+from errata.editors.serac.training import scope_loss, serac_trainable
+from errata.editors.training.config import TrainingConfig
+from errata.editors.training.loop import train
+from errata.functional import Case, Query, bind_rows, generate, merge, remove, scale
+from errata.functional.binding.bound_model import bind
+from errata.functional.deltas import serialization
+from errata.functional.deltas.stacking import stack, unstack
 from errata.functional.errors import InvalidInputError, UnsupportedKindError
-from errata.functional.losses import nll
-from errata.functional.scope import logits_from_states, mix_logits
-from errata.functional.scope_net import classify_scope, network_inputs
-from errata.functional.stacks import stack, unstack
+from errata.functional.forward import batches
+from errata.functional.gradients.losses import nll
+from errata.functional.kinds.scope.apply import logits_from_states, mix_logits
+from errata.functional.kinds.scope.network import classify_scope, network_inputs
 
 SMALL = {
     "dim": 32,
@@ -146,7 +148,7 @@ def test_token_by_token_is_one_pass(name):
     batch = embedded(bound, asked)
     whole = bound.decode(bound.params, batch)
     cut = int(batch.prompt_end.int().argmax(1).min()) - 2
-    before, after = rows.tokens_before(batch, cut), rows.tokens_from(batch, cut)
+    before, after = batches.tokens_before(batch, cut), batches.tokens_from(batch, cut)
     _, past = bound.decode(
         bound.params, before, logit_positions=before.logit_positions[:, :1], return_cache=True
     )
@@ -208,7 +210,7 @@ def test_deltas_one_on_another_and_side_by_side_keep_to_their_own_memory():
     batch = embedded(model, made)
     apart = torch.cat(
         [
-            bind(model, delta).decode(model.params, rows.take_rows(batch, slice(n, n + 1)))
+            bind(model, delta).decode(model.params, batches.take_rows(batch, slice(n, n + 1)))
             for n, delta in enumerate((one, two))
         ]
     )
@@ -234,7 +236,7 @@ def test_company_and_padding_change_nothing():
     together = bound.decode(bound.params, batch)
     for number, one in enumerate(asked):
         alone = bound.decode(bound.params, embedded(model, [one]))
-        wide = bound.decode(bound.params, rows.pad_batch(embedded(model, [one]), 90))
+        wide = bound.decode(bound.params, batches.pad_batch(embedded(model, [one]), 90))
         got = together[number, : alone.shape[1]]
         torch.testing.assert_close(got, alone[0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(wide, alone, rtol=1e-4, atol=1e-4)
@@ -325,8 +327,8 @@ def test_edits_are_merged_removed_stacked_and_saved(tmp_path):
     batch = embedded(model, made)
     assert torch.equal(share_of(bound, batch) > 0.99, torch.tensor([True, False, True]))
     assert not remove(joined, [0, 1, 2]).header.entries
-    io.save_delta(tmp_path / "three.safetensors", whole)
-    assert io.load_delta(tmp_path / "three.safetensors").header == whole.header
+    serialization.save_delta(tmp_path / "three.safetensors", whole)
+    assert serialization.load_delta(tmp_path / "three.safetensors").header == whole.header
     with pytest.raises(UnsupportedKindError, match="has no half"):
         scale(whole, 0.5)
     other = serac_editor(HARD)
@@ -413,7 +415,7 @@ def test_training_teaches_the_scope(config, tmp_path):
     assert done.validation_loss < held[0]
     assert any("scope" in name for name in seen[0].terms)
     path = tmp_path / "serac.safetensors"
-    statefile.save_checkpoint(path, trained_weights(done.state), compatibility(model, config))
+    checkpoint.save_checkpoint(path, trained_weights(done.state), compatibility(model, config))
     again = serac_editor(msgspec.structs.replace(config, weights=str(path)))
     state = again.init(model, torch.Generator())
     for mine, theirs in zip(

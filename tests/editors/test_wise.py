@@ -10,29 +10,22 @@ import torch
 from PIL import Image
 
 from errata import adapters
-from errata.bench.checkpoint import SequenceCheckpoint, load_checkpoint, save_checkpoint
+from errata.bench.storage.checkpoint import SequenceCheckpoint, load_checkpoint, save_checkpoint
 from errata.editors import WiseConfig, configure, make_editor
-from errata.editors.wise import PRESETS, wise_editor
-from errata.editors.wise_train import sample_mask
-from errata.functional import (
-    Delta,
-    Model,
-    Query,
-    bind,
-    merge,
-    remove,
-    scale,
-)
+from errata.editors.wise.config import PRESETS
+from errata.editors.wise.editor import wise_editor
+from errata.editors.wise.training import sample_mask
+from errata.functional import Delta, Model, Query, bind, merge, remove, scale
+from errata.functional.deltas.stacking import unstack
 from errata.functional.errors import (
     InvalidInputError,
     InvalidSettingsError,
     UnknownSiteError,
     UnsupportedKindError,
 )
+from errata.functional.gradients.losses import nll
 from errata.functional.header import validate_header
-from errata.functional.losses import nll
-from errata.functional.masked import pack_bits, unpack_bits
-from errata.functional.stacks import unstack
+from errata.functional.kinds.masked.bitmask import pack_bits, unpack_bits
 
 QUICK = WiseConfig(
     layer=1,

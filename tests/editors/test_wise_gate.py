@@ -6,7 +6,6 @@ import msgspec
 import pytest
 import torch
 
-from errata.bench.protocols import delta_depth
 from errata.editors import FinetuneConfig, make_editor
 from errata.functional import (
     BaseModel,
@@ -18,13 +17,14 @@ from errata.functional import (
     bind,
     bind_rows,
     generate,
-    prefix,
-    rows,
 )
+from errata.functional.deltas.stacking import select_edits, stack
 from errata.functional.errors import InvalidInputError, ShapeError
+from errata.functional.forward import batches, prefix
+from errata.functional.forward.prefix import delta_depth
 from errata.functional.header import validate_header
-from errata.functional.masked import gated_tokens, pack_bits, scatter_values, side_memory_hook
-from errata.functional.stacks import select_edits, stack
+from errata.functional.kinds.masked.apply import gated_tokens, side_memory_hook
+from errata.functional.kinds.masked.bitmask import pack_bits, scatter_values
 from tests.editors.test_wise import (
     QUICK,
     asked,
@@ -253,7 +253,7 @@ def test_one_delta_may_lie_on_another():
     for row, delta in enumerate((first, second)):
         want = logits(bind(model, delta), queries)[row]
         torch.testing.assert_close(got[row], want, rtol=1e-4, atol=1e-5)
-    batch = rows.take_rows(embedded(both, queries), slice(0, 2))
+    batch = batches.take_rows(embedded(both, queries), slice(0, 2))
     _, past = both.decode(both.params, batch, return_cache=True)
     assert {name[-7:] for name in past.routing} == {"memory0", "memory1"}
 

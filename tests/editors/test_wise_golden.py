@@ -14,14 +14,10 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from errata import adapters
-from errata.editors.wise_merge import lerp, merge_changes, slerp
-from errata.editors.wise_train import (
-    PreparedRows,
-    WiseConfig,
-    margin_terms,
-    resolve_edit_site,
-    wise_loss,
-)
+from errata.editors.wise.config import WiseConfig
+from errata.editors.wise.merging import lerp, merge_changes, slerp
+from errata.editors.wise.objective import PreparedRows, margin_terms, wise_loss
+from errata.editors.wise.training import resolve_edit_site
 from errata.functional import (
     IGNORE_INDEX,
     BaseModel,
@@ -31,11 +27,12 @@ from errata.functional import (
     Inputs,
     Masked,
     Model,
-    rows,
 )
-from errata.functional.bind import bind
-from errata.functional.masked import activation_distance, gate_statistic, pack_bits
-from errata.functional.taps import record_activations
+from errata.functional.binding.bound_model import bind
+from errata.functional.forward import batches
+from errata.functional.forward.activations import record_activations
+from errata.functional.kinds.masked.apply import activation_distance, gate_statistic
+from errata.functional.kinds.masked.bitmask import pack_bits
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
@@ -178,7 +175,7 @@ def ready(number: int) -> PreparedRows:
     tokens = torch.ones(2, 2, 9, dtype=torch.bool)
     if subject is not None:
         tokens = torch.stack([subject.bool(), ~subject.bool()], 1)
-    edited = rows.take_rows(batch, slice(0, 2))
+    edited = batches.take_rows(batch, slice(0, 2))
     return PreparedRows(
         edited, seen[site.path].input[prompts], seen[site.path].output[prompts], tokens
     )

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from errata.functional import Batch, Inputs, KVCache, Model, ModelCard, Query
-from errata.functional.rows import gather_tokens, prompt_end_mask
+from errata.functional.forward.batches import gather_tokens, prompt_end_mask
 
 LAYERS, WIDTH, INNER, HEADS, VOCAB, CONTEXT, PIXELS = 3, 16, 24, 2, 40, 32, 5
 END = 1

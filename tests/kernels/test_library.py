@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from errata.kernels import library
+from errata.kernels import custom_op
 
 OPS = ["nearest", "route_experts", "apply_experts", "grouped_lora"]
 
@@ -48,17 +48,17 @@ def test_every_example_runs():
 
 @pytest.mark.parametrize("large", [1, 1 << 60], ids=["oneDNN", "BLAS"])
 def test_affine_is_the_product(large, monkeypatch):
-    monkeypatch.setattr(library, "ONEDNN_MIN_MULTIPLICATIONS", large)
+    monkeypatch.setattr(custom_op, "ONEDNN_MIN_MULTIPLICATIONS", large)
     rows, weight, bias = torch.randn(3, 40), torch.randn(70, 40), torch.randn(70)
     want = rows.double() @ weight.double().T
-    torch.testing.assert_close(library.affine(rows, weight).double(), want, rtol=1e-5, atol=1e-5)
-    got = library.affine(rows, weight[::2], bias[::2])
+    torch.testing.assert_close(custom_op.affine(rows, weight).double(), want, rtol=1e-5, atol=1e-5)
+    got = custom_op.affine(rows, weight[::2], bias[::2])
     torch.testing.assert_close(got.double(), (want + bias)[:, ::2], rtol=1e-5, atol=1e-5)
-    assert library.affine(rows[:0], weight).shape == (0, 70)
-    assert library.affine(rows, weight[:0]).shape == (3, 0)
+    assert custom_op.affine(rows[:0], weight).shape == (0, 70)
+    assert custom_op.affine(rows, weight[:0]).shape == (3, 0)
 
 
 def test_tensors_on_two_devices_are_refused():
-    complaint = library.device_mismatches("op", a=torch.ones(1), b=torch.ones(1, device="meta"))
+    complaint = custom_op.device_mismatches("op", a=torch.ones(1), b=torch.ones(1, device="meta"))
     with pytest.raises(ValueError, match="op refuses its arguments: all tensors .* b on meta"):
-        library.raise_if_invalid("op", complaint)
+        custom_op.raise_if_invalid("op", complaint)

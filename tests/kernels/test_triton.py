@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from errata.kernels import square_norms
-
-pytest.importorskip("triton", reason="the twins need Triton, an optional dependency")
-
 from errata.kernels.codebook import ref as codebook_ref
 from errata.kernels.codebook import triton as codebook
 from errata.kernels.grouped_lora import ref as grouped_ref
 from errata.kernels.grouped_lora import triton as grouped
 from errata.kernels.lora_moe import ref as moe_ref
 from errata.kernels.lora_moe import triton as moe
+
+pytest.importorskip("triton", reason="the twins need Triton, an optional dependency")
+
 
 # NaN and infinity are put in on purpose, and NumPy, inside the interpreter, says so.
 pytestmark = [

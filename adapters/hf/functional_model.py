@@ -1,0 +1,78 @@
+"""`functionalize(module, ...) -> Model`; `cache_vision_features`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from errata.adapters.families.base import Family
+from errata.adapters.families.table import family_of
+from errata.adapters.hf.config_check import check_config
+from errata.adapters.hf.decoder import FunctionalDecoder
+from errata.adapters.hf.structure import decoder_path
+from errata.adapters.hf.verification import first_verified, sample_inputs
+from errata.functional import Inputs, Model, ModelCard, Query
+
+__all__ = ["cache_vision_features", "functionalize"]
+
+
+def functionalize(
+    card: ModelCard,
+    module: Any,
+    preprocess: Callable[[Sequence[Query]], Inputs],
+    detokenize: Callable[[Sequence[int]], str],
+    family: Family | None = None,
+    verification_inputs: Sequence[Inputs] = (),
+) -> Model:
+    """A Hugging Face module as pure functions of its parameters.
+
+    The module is never written to, and its parameters are shared, not copied. What its layers are
+    handed is found by two probes of a few tokens, in which no layer runs but one of each class.
+    A family found by structure is then proven on real input: `given`, or what `samples` makes.
+    Raises ModelUnsupported with the reason where the module does something a cut can not carry.
+    """
+    family = family or family_of(card.family)
+    if family.verified:
+        check_config(module.config, family)
+        decoder = FunctionalDecoder(card, module, family)
+    else:
+        decoder = first_verified(
+            module,
+            decoder_path(module),
+            verification_inputs or sample_inputs(card, module, preprocess),
+            lambda attention: FunctionalDecoder(card, module, family, attention),
+        )
+    return Model(
+        card=decoder.card,
+        params={name: tensor.detach() for name, tensor in module.named_parameters()},
+        preprocess=preprocess,
+        embed=decoder.embed,
+        decode=decoder.decode,
+        select_scored=decoder.select_scored,
+        embed_next=decoder.embed_next,
+        detokenize=detokenize,
+    )
+
+
+def cache_vision_features(model: Model, max_bytes: int = 256 << 20) -> Model:
+    """The model, with each picture's features computed once and kept, up to `limit` bytes.
+
+    Each picture is looked at alone, whoever shares its batch: features equal those of a batch up to
+    rounding, and are the same in any batch. Edits of the vision path and rewrites in it are not
+    served by what is kept. A family without `features` comes back as it is.
+
+    >>> from errata import adapters
+    >>> model = cache_vision_features(adapters.from_module(*adapters.tiny_model("llava")))
+    """
+    decoder = getattr(model.embed, "__self__", None)
+    vision_cache = (
+        decoder.runner.make_vision_cache(model.params, max_bytes)
+        if isinstance(decoder, FunctionalDecoder)
+        else None
+    )
+    return (
+        model
+        if vision_cache is None
+        else model._replace(embed=partial(model.embed, vision_cache=vision_cache))
+    )

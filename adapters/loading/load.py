@@ -1,0 +1,221 @@
+"""From a folder or hub id, or from a module in memory, to a Model.
+
+Weights are read by transformers' own loader: the skeleton is built on the meta device and the
+safetensors files are memory-mapped, so that on a CPU and in the checkpoint's own dtype the mapped
+file *is* the one copy of the weights. Everything that can be wrong with a folder is said before a
+weight is read. Only safetensors are read, and no code that a checkpoint brings is run.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from errata.adapters.loading.checkpoint_files import (
+    _check_files,
+    _find_commit,
+    _load_config,
+    _quiet_transformers,
+)
+from errata.adapters.loading.processors import load_processor
+from errata.functional.errors import (
+    ErrataError,
+    InvalidInputError,
+    InvalidSettingsError,
+    UnsupportedModelError,
+    join_messages,
+)
+
+if TYPE_CHECKING:
+    from errata.adapters.inputs.prompt_format import PromptTemplate
+    from errata.functional import Model
+
+__all__ = ["from_module", "from_pretrained", "load_parts"]
+
+
+def from_module(
+    module: Any,
+    processor: Any,
+    *,
+    template: str | PromptTemplate = "default",
+    id: str = "",
+    revision: str = "",
+    cache: int = 256 << 20,
+) -> Model:
+    """A Hugging Face module and its processor (or tokenizer) as a Model.
+
+    The module's parameters are shared, not copied, and never written to. `template` is a preset's
+    name or a Template; `cache` bounds the preprocessed pictures kept, in bytes. Raises
+    ModelUnsupported with the reason, BadSettings for an unknown template.
+
+    >>> from errata import adapters
+    >>> model = adapters.from_module(*adapters.tiny_model("llava"))
+    >>> model.card.family, model.card.num_layers
+    ('llava', 3)
+    """
+    from errata.adapters.families.table import family_of
+    from errata.adapters.hf import decoder as core
+    from errata.adapters.hf.structure import describe_module
+    from errata.adapters.inputs.processor import make_processor
+    from errata.adapters.inputs.prompt_format import make_detokenizer
+
+    refuse_encoder_decoder(module.config)
+    family = family_of(module.config.model_type)
+    card = describe_module(module, family, id=id, revision=revision)
+    preprocess = make_processor(processor, module.config, card, template, cache)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return core.functionalize(card, module, preprocess, make_detokenizer(tokenizer), family)
+
+
+def refuse_encoder_decoder(config: Any) -> None:
+    """Raise ModelUnsupported for an encoder-decoder, whose layers can not be cut."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for part in (config, getattr(config, "text_config", None), text):
+        if getattr(part, "is_encoder_decoder", False):
+            kind = getattr(getattr(config, "text_config", None), "model_type", config.model_type)
+            raise UnsupportedModelError(
+                f"a model must answer with a decoder alone; {config.model_type!r} over {kind!r} is "
+                "an encoder-decoder, whose layers read an encoder's states beside the stream. Take "
+                "a checkpoint with a decoder-only text model (for BLIP-2: one of the OPT ones)."
+            )
+
+
+def from_pretrained(
+    id_or_path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    device_map: Any = None,
+    template: str | PromptTemplate = "default",
+    revision: str | None = None,
+    check: bool = True,
+    cache: int = 256 << 20,
+) -> Model:
+    """Load a checkpoint: a folder, or a hub id that is in the local cache or can be reached.
+
+    `dtype` None keeps the checkpoint's own. `device_map` is Hugging Face's, for a model larger than
+    one device. `check` looks for values that are not finite, which reads every weight once.
+
+    Raises BadInput (no such folder, no config, no safetensors, a truncated or incomplete file, NaN
+    weights, offline), ModelUnsupported, BadSettings.
+    """
+    module, processor, commit = load_parts(
+        id_or_path,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        revision=revision,
+        check=check,
+    )
+    name = os.fspath(id_or_path)
+    id = Path(name).resolve().name if os.path.isdir(name) else name
+    return from_module(module, processor, template=template, id=id, revision=commit, cache=cache)
+
+
+def load_parts(
+    id_or_path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    device_map: Any = None,
+    revision: str | None = None,
+    check: bool = True,
+) -> tuple[Any, Any, str]:
+    """The module, the processor and the commit (empty for a plain folder) of a checkpoint."""
+    name = os.fspath(id_or_path)
+    config = _load_config(name, revision)
+    refuse_encoder_decoder(config)
+    commit = _find_commit(name, revision)
+    if os.path.isdir(name):
+        _check_files(Path(name))
+    processor = load_processor(name, config, revision=commit or revision)
+    module = _load_module(
+        name, config, _resolve_dtype(dtype), device, device_map, commit or revision
+    )
+    if check:
+        _check_finite(module, name)
+    module.requires_grad_(False)
+    return module.eval(), processor, commit
+
+
+# ---- weights
+
+
+def _resolve_dtype(dtype: Any) -> Any:
+    import torch
+
+    if dtype is None:
+        return "auto"
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return dtype
+    short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+    resolved = getattr(torch, short.get(str(dtype), str(dtype)), None)
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise InvalidSettingsError(
+            f"dtype must be float32, bfloat16, float16 or float64, or left out; got {dtype!r}."
+        )
+    return resolved
+
+
+def _auto_class(config: Any) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
+        if type(config) in auto._model_mapping:
+            return auto
+    raise UnsupportedModelError(
+        f"a model must be an image-text-to-text or causal language model of Hugging Face; "
+        f"{config.model_type!r} is neither."
+    )
+
+
+def _load_module(
+    name: str, config: Any, dtype: Any, device: Any, device_map: Any, revision: str | None
+) -> Any:
+    from safetensors import SafetensorError
+
+    device_options = {"device_map": device_map} if device_map is not None else {}
+    try:
+        with _quiet_transformers():
+            module, info = _auto_class(config).from_pretrained(
+                name,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                revision=revision,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **device_options,
+            )
+    except ErrataError:
+        raise
+    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise InvalidInputError(f"the weights of {name!r} can not be loaded: {error}") from error
+    wrong = [f"{key} is missing" for key in sorted(info.get("missing_keys", []))]
+    for key, have, want in sorted(info.get("mismatched_keys", [])):
+        wrong.append(f"{key} must have shape {tuple(want)}, has {tuple(have)}")
+    if wrong:
+        raise InvalidInputError(
+            f"the weights of {name!r} must be those of a {type(module).__name__}: {join_messages(wrong)}."
+        )
+    return module if device is None else module.to(device)
+
+
+def _check_finite(module: Any, name: str) -> None:
+    import torch
+
+    bad = []
+    for path, tensor in module.named_parameters():
+        if tensor.is_floating_point() and tensor.numel() and tensor.device.type != "meta":
+            low, high = torch.aminmax(tensor)
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                count = int((~torch.isfinite(tensor)).sum())
+                bad.append(f"{path} ({count} of {tensor.numel()} values)")
+    if bad:
+        raise InvalidInputError(
+            f"the weights of {name!r} must be finite numbers; NaN or infinite in {join_messages(bad)}. "
+            "Fetch the checkpoint again, or pass check=False if it is meant so."
+        )

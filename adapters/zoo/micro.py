@@ -1,0 +1,89 @@
+"""The models that come with the package, and the names of what can be loaded; torch comes late.
+
+The micro zoo: a drawn world, and small models of real Hugging Face classes that know it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from errata.adapters.zoo.assets import WEIGHTS
+from errata.functional.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from errata.adapters.inputs.prompt_format import PromptTemplate
+    from errata.functional import Model
+
+__all__ = ["load_micro", "load_micro_parts", "micro_names"]
+
+
+def micro_names() -> tuple[str, ...]:
+    """The names that `micro` takes."""
+    from errata.adapters.zoo import micro as zoo
+
+    return zoo.micro_names()
+
+
+def load_micro(name: str, template: str | PromptTemplate = "default") -> Model:
+    """A small trained model of the drawn world, as shipped: offline, in well under a second.
+
+    Raises BadInput with the names there are.
+
+    >>> from errata import adapters
+    >>> adapters.load_micro("llava").card.family
+    'llava'
+    """
+    if name not in micro_names():
+        raise InvalidInputError(
+            f"a micro model must be one of {', '.join(micro_names()) or '(none is installed)'}; "
+            f"got {name!r}."
+        )
+    from errata.adapters.loading.load import from_module
+    from errata.adapters.zoo import micro as zoo
+
+    module, processor = zoo.load_micro_parts(name)
+    return from_module(module, processor, template=template, id=f"micro/{name}")
+
+
+def micro_names() -> tuple[str, ...]:
+    """The micro models that are shipped, by name.
+
+    >>> "llava" in micro_names()
+    True
+    """
+    return tuple(sorted(path.parent.name for path in WEIGHTS.glob("*/model.safetensors")))
+
+
+def load_micro_parts(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """A shipped micro model and its processor: (Hugging Face module in eval mode, processor).
+
+    Reads one folder of this package, never the network; works without torchvision. The fp16
+    weights are loaded as `dtype`, float32 by default.
+
+    Raises `ModelUnsupported` for a name that is not shipped.
+    """
+    if name not in micro_names():
+        from errata.functional.errors import UnsupportedModelError
+
+        raise UnsupportedModelError(
+            f"no micro model is named {name!r}; there are {', '.join(micro_names()) or 'none'}."
+        )
+    import torch
+    from tokenizers import Tokenizer
+    from transformers.utils import logging
+
+    from errata.adapters.zoo.configs import MICRO, fast_tokenizer
+
+    micro, folder = MICRO[name], WEIGHTS / name
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a bar over a hundredth of a second is noise
+    try:
+        module = micro.module.from_pretrained(
+            folder, dtype=torch.float32 if dtype is None else dtype, local_files_only=True
+        )
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    return module.eval(), micro.processor(fast_tokenizer(tokenizer, **micro.special_tokens))

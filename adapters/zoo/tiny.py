@@ -1,0 +1,58 @@
+"""`tiny_model`: a random model of any family, for tests and docs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from errata.adapters.families.table import TINY
+from errata.adapters.families.tiny_configs import HEAD_DIM, TinySize, tiny_tokenizer
+from errata.functional.errors import UnsupportedModelError
+
+__all__ = ["tiny_model"]
+
+
+def _model_class(name: str) -> type:
+    import transformers as hf
+
+    if name == "MiniGPT4ForConditionalGeneration":  # the only class that is ours
+        from errata.adapters.families.minigpt4 import MiniGPT4ForConditionalGeneration
+
+        return MiniGPT4ForConditionalGeneration
+    return getattr(hf, name)
+
+
+def tiny_model(
+    name: str, seed: int = 0, num_layers: int = 3, hidden_size: int = 32
+) -> tuple[Any, Any]:
+    """A random model of a family and its processor (a tokenizer, where it takes no images).
+
+    The model is in fp32, in evaluation mode, asks for no gradients, and follows from the seed;
+    `layers` and `width` (a multiple of 32) are those of the decoder. Raises ModelUnsupported for
+    a name that is not in `TINY`.
+
+    >>> module, processor = tiny_model("llava", num_layers=2)
+    >>> module.config.model_type, module.config.text_config.num_hidden_layers
+    ('llava', 2)
+    """
+    if name not in TINY:
+        raise UnsupportedModelError(
+            f"a tiny model must be one of {', '.join(sorted(TINY))}; got {name!r}."
+        )
+    if hidden_size % (2 * HEAD_DIM) or hidden_size <= 0 or num_layers < 1:
+        raise UnsupportedModelError(
+            f"a tiny model needs num_layers >= 1 and a hidden_size that is a multiple of {2 * HEAD_DIM}, "
+            f"got num_layers={num_layers}, hidden_size={hidden_size}."
+        )
+    entry = TINY[name]
+    processor = entry.processor(tiny_tokenizer(entry.add_bos))
+    tokenizer = getattr(processor, "tokenizer", processor)
+    config = entry.config(TinySize(num_layers, hidden_size, tokenizer))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = _model_class(entry.class_name)(config)
+        if hasattr(module, "query_tokens"):  # Hugging Face leaves zeros, all queries alike
+            torch.nn.init.normal_(module.query_tokens, std=0.5)
+    module.requires_grad_(False)
+    return module.eval(), processor

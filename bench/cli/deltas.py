@@ -1,0 +1,227 @@
+"""The verbs of `errata` that work on delta files.
+
+`inspect` and `verify` read headers only and import no torch, so that a delta of a gigabyte is looked at
+in a blink; everything heavier is imported by the verb that needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from errata.bench.cli.inspect import _file_size, _format_size, _inspect, _verify
+from errata.functional.errors import InvalidInputError, join_messages
+
+__all__ = ["register"]
+
+
+def register(subparsers: Any) -> None:
+    """Add the verbs to the subparsers of `errata`."""
+    show = _add_command(
+        subparsers, "inspect", _inspect, "what a delta file changes, and for which edits"
+    )
+    _add_file_argument(show)
+    show.add_argument("--norms", action="store_true", help="read the values, too: |dW| of each")
+    show.add_argument("--json", action="store_true", help="for programs")
+
+    check = _add_command(
+        subparsers, "verify", _verify, "whether a delta file is sound, and fits a checkpoint"
+    )
+    _add_file_argument(check)
+    check.add_argument("--base", type=Path, help="folder of the checkpoint it is meant for")
+    check.add_argument(
+        "--values", action="store_true", help="read every value: digest, NaN, the base's hashes"
+    )
+
+    merge = _add_command(subparsers, "merge", _merge, "one delta that does what several do")
+    merge.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    _add_output_option(merge)
+
+    remove = _add_command(subparsers, "remove", _remove, "take single edits out of a delta")
+    _add_file_argument(remove)
+    remove.add_argument("edits", nargs="+", metavar="EDIT", help="by id, or #n for the n-th (0, 1)")
+    _add_output_option(remove)
+
+    diff = _add_command(
+        subparsers, "diff", _diff, "how two deltas differ, and which edits conflict"
+    )
+    diff.add_argument("left", type=Path, metavar="FILE")
+    diff.add_argument("right", type=Path, metavar="FILE")
+    diff.add_argument("--json", action="store_true", help="for programs")
+
+    export = _add_command(subparsers, "export", _export, "write a delta as a PEFT LoRA folder")
+    _add_file_argument(export)
+    export.add_argument("-o", "--output", type=Path, required=True, help="the folder to make")
+    export.add_argument("--profile", choices=["peft", "serving"], default="peft")
+    export.add_argument("--base", type=Path, help="checkpoint folder, for the shapes of siblings")
+    export.add_argument("--rank", type=int, help="compress to this rank first; says what is lost")
+
+    import_parser = _add_command(
+        subparsers, "import", _import, "read a PEFT LoRA folder as a delta"
+    )
+    import_parser.add_argument("folder", type=Path)
+    import_parser.add_argument(
+        "--model", help="micro/NAME, a folder or a hub id: checks names and shapes"
+    )
+    import_parser.add_argument("--arithmetic", choices=["act", "act_fp32", "weight"])
+    _add_output_option(import_parser)
+
+    fold = _add_command(
+        subparsers, "fuse", _fuse, "write a new checkpoint with the delta in its weights"
+    )
+    _add_file_argument(fold)
+    fold.add_argument("--base", type=Path, required=True, help="folder of the checkpoint")
+    fold.add_argument("-o", "--output", type=Path, required=True, help="the folder to make")
+    fold.add_argument("--skip-check", action="store_true", help="do not compare the base's hashes")
+
+    apply = _add_command(
+        subparsers, "apply", _apply, "ask a model one question with and without a delta"
+    )
+    _add_file_argument(apply)
+    apply.add_argument("--model", required=True, help="micro/NAME, a folder, or a hub id")
+    apply.add_argument("--prompt", required=True)
+    apply.add_argument("--image", type=Path, action="append", default=[], help="may be repeated")
+    apply.add_argument("--max-new-tokens", type=int, default=32, help="longest answer")
+    apply.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"]
+    )
+    apply.add_argument("--device", default="cpu")
+
+
+def _add_command(
+    subparsers: Any, name: str, function: Any, summary: str
+) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser(
+        name, help=summary, description=summary[0].upper() + summary[1:] + "."
+    )
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _add_file_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="a delta file")
+
+
+def _add_output_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the delta file to write")
+
+
+def _diff(options: argparse.Namespace) -> None:
+    from errata.functional import conflicts, diff, load_delta
+
+    left, right = load_delta(options.left), load_delta(options.right)
+    differences, conflicts_found = diff(left, right), conflicts(left, right)
+    if options.json:
+        report = {
+            "parameters": [item._asdict() for item in differences],
+            "conflicts": [item._asdict() for item in conflicts_found],
+        }
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+        return
+    for item in differences:
+        print(
+            f"{item.name}  |left| {item.norm_a:.4g}  |right| {item.norm_b:.4g}  "
+            f"apart {item.distance:.4g}  cosine {item.cosine:.4f}"
+        )
+    for item in conflicts_found:
+        where = f" at {item.parameter} (cosine {item.score:.3f})" if item.parameter else ""
+        print(f"edit {item.ids[1]} {item.kind} edit {item.ids[0]}{where}")
+    if all(item.distance == 0 for item in differences):
+        print("the same change")
+
+
+# Making.
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from errata.functional import load_delta, merge, save_delta
+
+    delta = merge(*(load_delta(path) for path in options.files))
+    save_delta(options.output, delta)
+    print(
+        f"{options.output}: {len(delta.header.edits)} edit(s), {_format_size(_file_size(options.output))}"
+    )
+
+
+def _remove(options: argparse.Namespace) -> None:
+    from errata.functional import load_delta, remove, save_delta
+
+    invalid = [e for e in options.edits if e.startswith("#") and not e[1:].isdecimal()]
+    if invalid:
+        raise InvalidInputError(
+            f"an edit is named by its id, or by # and its number, got {join_messages(invalid)}."
+        )
+    delta = remove(
+        load_delta(options.file), [int(e[1:]) if e.startswith("#") else e for e in options.edits]
+    )
+    save_delta(options.output, delta)
+    print(
+        f"{options.output}: {len(delta.header.edits)} edit(s), {_format_size(_file_size(options.output))}"
+    )
+
+
+def _export(options: argparse.Namespace) -> None:
+    from errata.adapters.interop.peft_export import export_peft
+    from errata.functional import compress, load_delta
+    from errata.functional.deltas import shards
+
+    delta = load_delta(options.file)
+    if options.rank is not None:
+        delta, lost_energy = compress(delta, rank=options.rank)
+        for name, share in lost_energy.items():
+            print(f"{name}: {share:.2%} of its energy lost")
+    shapes = None
+    if options.base:
+        shapes = {
+            name: place.slot.shape
+            for name, place in shards.checkpoint_parameters(options.base).items()
+        }
+    export = export_peft(delta, options.output, options.profile, shapes=shapes)
+    for note in export.inexact:
+        print(f"note: {note}")
+    print(f"{export.folder}: load with autocast_adapter_dtype={export.autocast_adapter_dtype}")
+
+
+def _import(options: argparse.Namespace) -> None:
+    from errata.adapters.interop.peft_import import import_peft
+    from errata.functional import save_delta
+
+    model = _open_model(options.model) if options.model else None
+    delta = import_peft(options.folder, model, arithmetic=options.arithmetic)
+    save_delta(options.output, delta)
+    print(
+        f"{options.output}: {len(delta.header.entries)} parameter(s), {_format_size(_file_size(options.output))}"
+    )
+
+
+def _fuse(options: argparse.Namespace) -> None:
+    from errata.functional import load_delta
+    from errata.functional.deltas.fusing import fuse
+
+    folder = fuse(
+        load_delta(options.file), options.base, options.output, check=not options.skip_check
+    )
+    print(f"{folder}: a checkpoint that any loader of {options.base} loads")
+
+
+def _apply(options: argparse.Namespace) -> None:
+    from errata.adapters.inputs.images import open_image
+    from errata.functional import Query, bind, load_delta
+    from errata.functional.forward.generation import generate
+
+    if not options.prompt.strip() or options.max_new_tokens < 1:
+        raise InvalidInputError("--prompt must ask something, and --max-new-tokens be at least 1.")
+    delta = load_delta(options.file)
+    query = Query(options.prompt, "", tuple(map(open_image, options.image)))
+    model = _open_model(options.model, options.dtype, options.device)
+    for what, one in (("without", model), ("with", bind(model, delta))):
+        print(f"{what + ':':9}{generate(one, [query], options.max_new_tokens)[0].strip()}")
+
+
+def _open_model(name: str, dtype: Any = "auto", device: str = "cpu") -> Any:
+    from errata.bench.runs.settings import ModelSettings
+    from errata.bench.runs.sources import open_model
+
+    return open_model(ModelSettings(id=name, dtype=dtype, device=device))

@@ -1,0 +1,117 @@
+"""`errata edit`, `generate`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from errata.bench.cli.options import _format_file_size
+from errata.functional.errors import InvalidInputError, InvalidSettingsError
+
+if TYPE_CHECKING:
+    from errata.functional import Model, Query
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="micro/NAME, a folder, or a hub id")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"]
+    )
+    parser.add_argument("--device", default="cpu")
+
+
+def _edit(options: argparse.Namespace) -> None:
+    import torch
+
+    from errata import editors
+    from errata.bench.data.demonstrations import demonstration_cases
+    from errata.bench.evaluation.batching import check_finite
+    from errata.functional.binding.bound_model import bind
+    from errata.functional.deltas import serialization as io
+    from errata.functional.metrics.readout import read_out
+
+    config = editors.configure(
+        options.editor, options.preset, **_parse_assignments(options.settings)
+    )
+    editor = editors.make_editor(config, demonstration_cases(config))
+    if not options.target.strip():
+        raise InvalidInputError("--target must say the answer wanted; it is empty.")
+    query = _make_query(options, options.target)
+    model = _open_model(options)
+    check_finite(model, read_out(model, model.preprocess([query])))
+    state = editor.init(model, torch.Generator().manual_seed(options.seed))
+    delta, _ = editor.edit(model, state, [query])
+    texts = [
+        " ".join(_generate_printable(one, query).split()) for one in (model, bind(model, delta))
+    ]
+    io.save_delta(options.output, delta)
+    print(
+        f"before: {texts[0]}\nafter:  {texts[1]}\n{options.output}: {_format_file_size(options.output)}"
+    )
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from errata.functional.binding.bound_model import bind
+    from errata.functional.deltas import serialization as io
+
+    if options.max_new_tokens < 1:
+        raise InvalidInputError(
+            f"--max-new-tokens must be at least 1; got {options.max_new_tokens}."
+        )
+    query = _make_query(options, "")
+    deltas = [io.load_delta(path) for path in options.delta]
+    model = _open_model(options)
+    for delta in deltas:
+        model = bind(model, delta)
+    print(_generate_printable(model, query, options.max_new_tokens))
+
+
+def _open_model(options: argparse.Namespace) -> Model:
+    from errata.bench.runs.settings import ModelSettings
+    from errata.bench.runs.sources import open_model
+
+    return open_model(ModelSettings(id=options.model, dtype=options.dtype, device=options.device))
+
+
+def _make_query(options: argparse.Namespace, target: str) -> Query:
+    """The request; pictures are opened here, so that a bad one is said before a model is loaded."""
+    from errata.adapters.inputs.images import open_image
+    from errata.functional import Query
+
+    if not options.prompt.strip():
+        raise InvalidInputError("--prompt must ask something; it is empty.")
+    return Query(options.prompt, target, tuple(map(open_image, options.image)))
+
+
+def _generate_printable(model: Model, query: Query, max_new_tokens: int = 32) -> str:
+    from errata.functional.forward.generation import generate
+
+    max_room = (
+        model.card.max_positions - model.preprocess([query._replace(target="")]).input_ids.shape[1]
+    )
+    text = generate(model, [query], max(1, min(max_new_tokens, max_room)))[0].strip()
+    # what a model says may hold codes that a terminal would obey
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+
+
+def _parse_assignments(pairs: Sequence[str]) -> dict[str, Any]:
+    """`--set key=value`, the value as TOML has it; a bare word is text."""
+    import tomllib
+
+    settings: dict[str, Any] = {}
+    faults = []
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not (sign and key.strip()):
+            faults.append(f"--set must be KEY=VALUE, got {pair!r}")
+            continue
+        try:
+            settings[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            settings[key.strip()] = value
+    if faults:
+        raise InvalidSettingsError("; ".join(faults) + ".")
+    return settings

@@ -1,0 +1,67 @@
+"""`errata run`, `report`, `compare`."""
+
+from __future__ import annotations
+
+import argparse
+
+from errata.functional.errors import InvalidInputError
+
+
+def _run(options: argparse.Namespace) -> None:
+    import msgspec
+
+    from errata.bench.runs.settings_file import read_settings
+
+    settings = read_settings(options.file)
+    if options.output:
+        settings = msgspec.structs.replace(settings, output_dir=options.output)
+
+    from errata.bench.report import summary as report
+    from errata.bench.runs.runner import run
+    from errata.bench.storage.results_log import read_rows
+
+    text = options.file.read_text()
+    folder = run(settings, text, overwrite=options.overwrite, profile=options.profile)
+    print(report.table(read_rows(folder)))
+    if options.profile:
+        print(f"\n{report.timing_table(folder)}")
+    print(f"\n{folder / 'report.html'}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    import msgspec
+
+    from errata.bench.report import summary as report
+    from errata.bench.storage.results_log import read_rows
+
+    rows = read_rows(options.run)
+    if not rows:
+        raise InvalidInputError(
+            f"{options.run} must hold results; its results log is empty so far."
+        )
+    if options.html:
+        settings = options.run / "settings.toml"
+        text = settings.read_text() if settings.is_file() else ""
+        report.write_page(
+            rows, options.html, folder=options.run, settings=text, title=options.title
+        )
+        print(options.html)
+    elif options.format == "json":
+        print(msgspec.json.format(msgspec.json.encode(report.summary_json(rows))).decode())
+    else:
+        print(report.table(rows, options.format))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from errata.bench.report import comparison as compare
+    from errata.bench.storage.results_log import read_rows
+
+    names = [str(path) for path in options.runs]
+    short = [path.resolve().name for path in options.runs]
+    labels = short if len(set(short)) == len(short) else names
+    if len(set(labels)) < len(labels):
+        raise InvalidInputError(
+            f"runs to compare must be different folders; got {', '.join(names)}."
+        )
+    runs = {label: read_rows(path) for label, path in zip(labels, options.runs)}
+    print(compare.table(runs))

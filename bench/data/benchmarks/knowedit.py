@@ -1,0 +1,140 @@
+"""KnowEdit (text only): ZsRE, wiki_recent, wiki_counterfact, WikiBio; original schema and ICE's.
+
+Answers may be a string, a list of aliases, or a list of lists of aliases: the first that is not
+empty is scored under teacher forcing, and any of them counts as right in free generation. WikiBio
+names its fields `text`, `labels`, `concept`; ICE's files add `context`, five statements of the new
+fact, which are checked and counted but go into no case: no editor here takes any. Locality and
+portability are objects of kinds, each a list of questions; kinds become probes
+(`text_locality_forgetfulness`, `portability_reasoning`). Nothing is drawn at random: every question
+of a record is asked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from errata.bench.data.reading.benchmark import Benchmark, RecordContext, SkipRecord
+from errata.functional.queries import Case, Query
+
+__all__ = ["KNOWEDIT", "ProbeRecord", "Record", "aliases", "case", "anomalies"]
+
+Answers = str | list[str | list[str]] | None
+
+
+class ProbeRecord(msgspec.Struct, frozen=True):
+    """One locality or portability question."""
+
+    prompt: str
+    ground_truth: Answers = None
+
+
+class Record(msgspec.Struct, frozen=True):
+    """One fact and its edit, in either schema."""
+
+    prompt: str = ""
+    text: str = ""
+    target_new: str = ""
+    labels: str = ""
+    subject: str = ""
+    concept: str = ""
+    ground_truth: Answers = None
+    rephrase_prompt: str = ""
+    rephrase: str = ""
+    locality: dict[str, list[ProbeRecord]] | None = None
+    portability: dict[str, list[ProbeRecord]] | None = None
+    context: list[str] = []
+
+
+def aliases(answers: str | Sequence[Any] | None) -> list[str]:
+    """Every answer that is not empty, in order, however deep the lists are.
+
+    >>> aliases([["Paris", "City of Light"], [""]]), aliases("Rome"), aliases(None)
+    (['Paris', 'City of Light'], ['Rome'], [])
+    """
+    if answers is None:
+        return []
+    if isinstance(answers, str):
+        return [answers] if answers.strip() else []
+    return [one for part in answers for one in aliases(part)]
+
+
+def _probes(
+    stem: str, kinds: Mapping[str, list[ProbeRecord]] | None, context: RecordContext
+) -> dict[str, tuple[Query, ...]]:
+    probes = {}
+    for kind, items in (kinds or {}).items():
+        queries = []
+        for item in items:
+            if item.prompt and (answers := aliases(item.ground_truth)):
+                prompt = (
+                    context.wrap_prompt("text_loc", item.prompt) if "loc" in stem else item.prompt
+                )
+                first, *others = dict.fromkeys(map(context.clean_text, answers))
+                queries.append(Query(prompt, first, aliases=tuple(others)))
+            else:
+                context.skip_counts[f"{stem} question without an answer left out"] += 1
+        if queries:
+            probes[f"{stem}_{re.sub('[^a-z0-9]+', '_', kind.lower())}"] = tuple(queries)
+    return probes
+
+
+def case(record: Record, name: str, context: RecordContext) -> Case:
+    """A record as a case without images."""
+    prompt, target = record.prompt or record.text, record.target_new or record.labels
+    if not target.strip():
+        raise SkipRecord("the target is empty")
+    if not prompt.strip():
+        raise SkipRecord("the prompt is empty")
+    edit = Query(context.clean_text(prompt), context.clean_text(target))
+    probes: dict[str, tuple[Query, ...]] = {}
+    if rephrased := context.rephrased_prompt(record.rephrase_prompt or record.rephrase):
+        probes["rephrase"] = (edit._replace(prompt=rephrased),)
+    probes |= _probes("text_locality", record.locality, context)
+    probes |= _probes("portability", record.portability, context)
+    return Case(name, edit, probes)
+
+
+def anomalies(record: Record) -> Iterator[str]:
+    """What `errata data verify` counts."""
+    target = record.target_new or record.labels
+    if target != target.strip():
+        yield "target has white space at an end"
+    if record.subject != record.subject.strip():
+        yield "subject has white space at an end"
+    if record.text != record.text.strip():
+        yield "text has white space at an end"
+    if target in aliases(record.ground_truth):
+        yield "target is a true answer already"
+    if len(aliases(record.ground_truth)) > 1:
+        yield "ground_truth has several answers"
+    if isinstance(record.ground_truth, list) and any(
+        isinstance(one, list) for one in record.ground_truth
+    ):
+        yield "ground_truth is nested"
+    if record.locality is None:
+        yield "no locality"
+    if record.portability is None:
+        yield "no portability"
+    if not all(text.isascii() for text in (record.prompt, record.text, target)):
+        yield "not ASCII"
+    if record.context and not all(target in one for one in record.context):
+        yield "a context lacks the target"
+
+
+KNOWEDIT = Benchmark(
+    "knowedit",
+    "KnowEdit",
+    Record,
+    case,
+    lambda record: (),
+    lambda raw, path: (
+        "image" not in raw
+        and bool({"prompt", "text"} & raw.keys())
+        and bool({"target_new", "labels"} & raw.keys())
+    ),
+    anomalies,
+)

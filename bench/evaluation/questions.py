@@ -1,0 +1,112 @@
+"""Which questions a case asks; `ProbeQuestion`, `ProbeResult`, `EvaluationConfig`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+from errata.bench.storage.results_log import ProbeAnswer
+from errata.functional import Case, Model, Query
+from errata.functional.errors import ErrataError, InvalidInputError, join_messages
+from errata.functional.hashing import content_id
+from errata.functional.metrics.conventions import Scorer
+from errata.functional.queries import Case, Query
+
+__all__ = [
+    "EvaluationConfig",
+    "ProbeQuestion",
+    "ProbeResult",
+    "query_key",
+    "questions_of",
+    "validate_cases",
+]
+
+
+class ProbeQuestion(NamedTuple):
+    """One question to one edit."""
+
+    probe: str
+    query: Query
+    edit_index: int = 0  # number in the stacked delta; 0 where only one edit is bound
+
+
+class EvaluationConfig(NamedTuple):
+    """How answers are measured."""
+
+    scorers: tuple[Scorer, ...]
+    max_new_tokens: int = 0  # tokens of free generation; 0: none
+    generate_probes: Literal["all", "success"] = "all"  # probe, or all but localities
+    ppl_r_tokens: int = (
+        0  # tokens an edited model goes on for behind the edit's target; 0: no PPL_r
+    )
+    memory_bytes: int = 1 << 30  # bytes a batch may take beside the model
+
+    @property
+    def num_ranks(self) -> int:
+        return max(one.num_ranks for one in self.scorers)
+
+    @property
+    def needs_all_positions(self) -> bool:
+        return any(one.needs_all_positions for one in self.scorers)
+
+
+class ProbeResult(NamedTuple):
+    """What came of one ask: both answers, and (base success, score) by scorer name."""
+
+    before: ProbeAnswer
+    after: ProbeAnswer
+    scores: dict[str, tuple[float | None, float | None]]
+    kl: float | None = None  # KL(base || edited) at the answer, nats per token
+    generation_unchanged: bool | None = None  # localities: both say the same when left to talk
+    ppl_r: float | None = None  # of edits
+
+
+def query_key(query: Query) -> tuple:
+    """What makes two questions the same: words, target, and what the pictures show."""
+    return query.prompt, query.target, tuple(map(content_id, query.images)), query.video
+
+
+@contextlib.contextmanager
+def _name_failing_case(model: Model, cases: Sequence[Case]) -> Iterator[None]:
+    """Say which case a fault is about: the first whose questions can not be read, else all."""
+    try:
+        yield
+    except ErrataError as fault:
+        for case in cases:
+            try:
+                model.preprocess([query for _, _, query in questions_of(case)])
+            except ErrataError as own:
+                raise type(own)(f"case {case.id!r}: {own}") from own
+        if len(cases) == 1:
+            raise type(fault)(f"case {cases[0].id!r}: {fault}") from fault
+        raise
+
+
+def questions_of(case: Case) -> list[tuple[str, int, Query]]:
+    """What is asked about a case, in the order of its rows: (probe, index, query).
+
+    `reliability` is the edit itself where the case does not ask it otherwise.
+    """
+    probes = {"reliability": (case.edit,), **case.probes}
+    return [(name, i, query) for name, asked in probes.items() for i, query in enumerate(asked)]
+
+
+def validate_cases(cases: Sequence[Case]) -> None:
+    """Refuse cases that can not be edited or scored, all of them at once, before any work.
+
+    Raises BadInput.
+    """
+    faults = []
+    seen: set[str] = set()
+    for case in cases:
+        if case.id in seen:
+            faults.append(f"case {case.id!r} comes twice")
+        seen.add(case.id)
+        for probe, index, query in questions_of(case):
+            if not query.target.strip():
+                faults.append(f"case {case.id!r}, {probe}[{index}]: the target is empty")
+    if faults:
+        raise InvalidInputError(
+            f"every query must have a target and every case a name: {join_messages(faults)}."
+        )

@@ -1,0 +1,83 @@
+"""Edits in sequence, evaluated after 1, 10, 100, 1000."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+
+from errata.bench.evaluation.base_pass import SharedBasePass
+from errata.bench.evaluation.memory import measure_peak
+from errata.bench.evaluation.profiling import section
+from errata.bench.evaluation.questions import EvaluationConfig, _name_failing_case
+from errata.bench.protocols.base import (
+    Step,
+    _device,
+    _evaluate_cases,
+    _EvaluatedCase,
+    _load_base_rows,
+    _Stopwatch,
+)
+from errata.bench.storage.checkpoint import CheckpointFile, SequenceCheckpoint
+from errata.functional import Case, Editor, Model
+
+__all__ = ["run_lifelong"]
+
+
+def run_lifelong(
+    model: Model,
+    editor: Editor,
+    cases: Sequence[Case],
+    evaluation_config: EvaluationConfig,
+    *,
+    eval_after: Sequence[int],
+    max_evaluated: int = 0,
+    seed: int = 0,
+    completed: Collection[int] = (),
+    checkpoint: CheckpointFile | None = None,
+    base_pass: SharedBasePass | None = None,
+) -> Iterator[Step]:
+    """Edits one after another; after n of them, n in `lengths` and at the end, all n are asked.
+
+    With `asked` at most so many of the n, evenly spread, the first and the last among them. A
+    result's gap is n: `evaluated_at` "after_length" with gap 100 is the model after 100 edits, asked about these.
+    Every edit is a step; steps go on from `marks` as those of `sequential` do.
+    """
+    device, num_units = _device(model), len(cases)
+    evaluated_counts = {*eval_after, num_units}
+    first_pending = next((k for k in range(num_units) if k not in completed), num_units)
+    if first_pending == num_units:
+        return
+    model = base_pass.model if base_pass else model
+    state, delta, begin = editor.init(model, torch.Generator().manual_seed(seed)), None, 0
+    saved = checkpoint.load(0, device) if checkpoint and first_pending else None
+    if saved and saved.num_edits <= first_pending:
+        begin, state, delta = saved
+    for k in range(begin, num_units):
+        stopwatch = _Stopwatch(device)
+        with measure_peak(device) as peak:
+            with _name_failing_case(model, cases[k : k + 1]):
+                _load_base_rows(base_pass, [k])
+                with section("edit"):
+                    delta, state = editor.edit(model, state, [cases[k].edit])
+            edit_seconds = stopwatch.lap()
+            if k < first_pending:
+                continue
+            results = []
+            if k + 1 in evaluated_counts:
+                chosen = _evenly_spaced(k + 1, max_evaluated)
+                evaluated = [_EvaluatedCase(n, cases[n], "after_length", k + 1) for n in chosen]
+                results = _evaluate_cases(model, delta, evaluated, evaluation_config, base_pass)
+        named_deltas = {f"edits-{k + 1:05d}": delta} if k + 1 in evaluated_counts else {}
+        yield Step(
+            k, num_units, 1, results, named_deltas, edit_seconds, stopwatch.lap(), peak.bytes
+        )
+        if checkpoint:  # only now: whoever asks for more has kept the step
+            checkpoint.save(0, SequenceCheckpoint(k + 1, state, delta))
+
+
+def _evenly_spaced(count: int, max_count: int) -> list[int]:
+    """At most `most` of the numbers below `count`, evenly spread; all with 0."""
+    if not max_count or count <= max_count:
+        return list(range(count))
+    return sorted({round(k * (count - 1) / max(1, max_count - 1)) for k in range(max_count)})

@@ -1,0 +1,126 @@
+"""Independent edits side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+
+from errata.bench.evaluation.base_pass import SharedBasePass
+from errata.bench.evaluation.batching import row_num_bytes
+from errata.bench.evaluation.memory import measure_peak
+from errata.bench.evaluation.profiling import section
+from errata.bench.evaluation.questions import EvaluationConfig, _name_failing_case
+from errata.bench.protocols.base import (
+    Step,
+    _device,
+    _evaluate_cases,
+    _EvaluatedCase,
+    _load_base_rows,
+    _Stopwatch,
+)
+from errata.functional import Case, Delta, Editor, Model
+from errata.functional.deltas.stacking import unstack
+from errata.functional.forward.prefix import delta_depth
+
+__all__ = ["run_single"]
+
+MAX_PARALLEL_EDITS = 64  # side by side, whatever the budget
+OPTIMIZER_COPIES = 5  # a delta, its gradient, two moments, and the copy it is written to
+ACTIVATIONS_PER_TOKEN = 34  # values of model width per token that autograd keeps of a layer
+
+
+def run_single(
+    model: Model,
+    editor: Editor,
+    cases: Sequence[Case],
+    evaluation_config: EvaluationConfig,
+    *,
+    seed: int = 0,
+    batch_size: int = 0,
+    completed: Collection[int] = (),
+    base_pass: SharedBasePass | None = None,
+) -> Iterator[Step]:
+    """n independent edits, each from the base; probes before and after.
+
+    `together` edits run side by side; with 0 the first case runs alone, and the size of its delta
+    says how many of the others fit into `terms.budget`. Steps whose numbers are in `done` are left
+    out. All edits start from one state, drawn from `seed`.
+
+    Cost of a step: one optimisation for all its edits, one prefix per distinct question, and from
+    the cut on one pass of the base per question and one of the edited model per ask.
+    """
+    device = _device(model)
+    model = base_pass.model if base_pass else model
+    state = editor.init(model, torch.Generator().manual_seed(seed))
+    if batch_size:
+        chunks = [slice(i, i + batch_size) for i in range(0, len(cases), batch_size)]
+    else:
+        chunks = [slice(0, 1)]
+    number = 0
+    while number < len(chunks):
+        chunk = cases[chunks[number]]
+        is_pending = number not in completed
+        is_sizing = number == 0 and not batch_size and len(cases) > 1
+        if not (is_pending or is_sizing):
+            number += 1
+            continue
+        stopwatch = _Stopwatch(device)
+        with measure_peak(device) as peak:
+            first = chunks[number].start
+            with _name_failing_case(model, chunk):
+                _load_base_rows(base_pass, range(first, first + len(chunk)))
+                with section("edit"):
+                    delta = editor.edit_each(model, state, [case.edit for case in chunk])
+            edit_seconds = stopwatch.lap()
+            if is_sizing:
+                size = _num_parallel_edits(
+                    model, delta, cases, evaluation_config.memory_bytes, base_pass
+                )
+                chunks += [slice(i, i + size) for i in range(1, len(cases), size)]
+            results = []
+            if is_pending:
+                evaluated = [
+                    _EvaluatedCase(first + e, case, edit_index=e) for e, case in enumerate(chunk)
+                ]
+                results = _evaluate_cases(model, delta, evaluated, evaluation_config, base_pass)
+        if is_pending:
+            named_deltas = {f"case-{first + e:05d}": one for e, one in enumerate(unstack(delta))}
+            yield Step(
+                number,
+                len(chunks),
+                len(chunk),
+                results,
+                named_deltas,
+                edit_seconds,
+                stopwatch.lap(),
+                peak.bytes,
+            )
+        number += 1
+
+
+def _num_parallel_edits(
+    model: Model,
+    delta: Delta,
+    cases: Sequence[Case],
+    memory_bytes: int,
+    base_pass: SharedBasePass | None,
+) -> int:
+    """How many edits like this one may run side by side: its optimiser, and what autograd keeps."""
+    card, depth = model.card, delta_depth(model, delta)
+    delta_bytes = (
+        sum(t.numel() * t.element_size() for t in delta.tensors.values()) // delta.header.stack
+    )
+    longest = max(cases, key=lambda case: len(case.edit.prompt) + len(case.edit.target)).edit
+    with _name_failing_case(model, cases):
+        inputs = model.preprocess([longest])
+    scored, tokens = inputs.labels.shape[1], inputs.input_ids.shape[1]
+    num_kept_tokens = scored if depth.scored_only else tokens
+    layers = max(1, card.num_layers - depth.layer)
+    graph_bytes = 4 * (
+        ACTIVATIONS_PER_TOKEN * layers * num_kept_tokens * card.hidden_size
+        + 3 * scored * card.vocab_size
+    )
+    bytes_per_edit = OPTIMIZER_COPIES * delta_bytes + graph_bytes + row_num_bytes(model, tokens)
+    bytes_per_edit += base_pass.bytes_per_case if base_pass else 0
+    return max(1, min(MAX_PARALLEL_EDITS, memory_bytes // bytes_per_edit))

@@ -1,0 +1,173 @@
+"""Terminal, Markdown and LaTeX tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from errata.bench.report.summary import (
+    EditorSummary,
+    ProbeSummary,
+    TableKey,
+    sort_probes,
+    summarize,
+)
+from errata.bench.storage.results_log import ResultRow
+from errata.functional.errors import InvalidInputError
+from errata.functional.metrics.bootstrap import Interval
+from errata.functional.metrics.conventions import get_probe
+
+__all__ = ["table"]
+
+Style = Literal["terminal", "markdown", "latex"]
+
+
+def table(rows: Iterable[ResultRow], style: Style = "terminal") -> str:
+    """Every leg as a table: a base line, a line per editor, a column per probe, values times 100.
+
+    The terminal shows intervals; Markdown and LaTeX print EM/Acc pairs for success probes, as
+    MMEdit does, and half the interval's width.
+
+    Raises `BadInput` for an unknown style or no rows.
+    """
+    if style not in _STYLES:
+        raise InvalidInputError(
+            f"a table's style must be one of {', '.join(_STYLES)}; got {style!r}."
+        )
+    tables = summarize(rows)
+    if not tables:
+        raise InvalidInputError("a table needs at least one row; the ledger has none.")
+    return "\n\n".join(_STYLES[style](leg, lines) for leg, lines in tables.items())
+
+
+def heading(key: TableKey, editors: Sequence[EditorSummary]) -> str:
+    """What a table's numbers are of, in words."""
+    evaluated_at_words = {
+        "after_edit": "right after each edit",
+        "after_gap": f"{key.gap} edits later",
+        "end": "after all edits",
+        "after_length": f"after {key.gap} edit{'s' * (key.gap != 1)}, asked about these",
+    }
+    counts = sorted({line.cases for line in editors})
+    cases = str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
+    when = (
+        ""
+        if key.protocol == "single"
+        else f", {evaluated_at_words.get(key.evaluated_at, key.evaluated_at)}"
+    )
+    return f"{key.model} · {key.protocol}{when} · scorer {key.scorer} · {cases} cases"
+
+
+def _probe_columns(editors: Sequence[EditorSummary]) -> list[str]:
+    return sort_probes(name for line in editors for name in line.probes)
+
+
+def _format_percent(value: float | None, places: int = 1) -> str:
+    return "–" if value is None or value != value else f"{100 * value:.{places}f}"
+
+
+def _base_success(editors: Sequence[EditorSummary], name: str) -> float | None:
+    """The unedited model's success, 1 for a locality: it agrees with itself."""
+    cells = [line.probes[name] for line in editors if name in line.probes]
+    return 1.0 if get_probe(name).kind == "locality" else _mean_or_none(cells[0].base)
+
+
+def _mean_or_none(value: Interval | None) -> float | None:
+    return value and value.mean
+
+
+def _terminal_table(key: TableKey, editors: Sequence[EditorSummary]) -> str:
+    names = _probe_columns(editors)
+    body = [["", *(get_probe(name).column for name in names)]]
+    body.append(["base", *(_format_percent(_base_success(editors, name)) for name in names)])
+    for line in editors:
+        cells = [line.probes.get(name) for name in names]
+        body.append([line.editor, *(_format_interval(cell) for cell in cells)])
+        for label, field in (("exact", "exact_match"), ("said", "generation_match")):
+            values = [cell and _mean_or_none(getattr(cell, field)) for cell in cells]
+            if any(value is not None for value in values):
+                marks = (_format_percent(v) if v is not None else "" for v in values)
+                body.append([f"  {label}", *marks])
+    widths = [max(len(row[i]) for row in body) for i in range(len(body[0]))]
+    text = [heading(key, editors)]
+    for row in body:
+        first, *rest = (
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
+        )
+        text.append("  ".join([first, *rest]).rstrip())
+    return "\n".join(text)
+
+
+def _format_interval(summary: ProbeSummary | None) -> str:
+    if summary is None or summary.score.count == 0:
+        return "–"
+    mean, low, high, _ = summary.score
+    return f"{_format_percent(mean)} [{_format_percent(low)} {_format_percent(high)}]"
+
+
+def _format_pair(summary: ProbeSummary | None, plus: str) -> str:
+    """`EM/Acc ± half width` of a success, `value ± half width` of a locality."""
+    if summary is None or summary.score.count == 0:
+        return "–"
+    mean, low, high, _ = summary.score
+    front = (
+        "" if summary.exact_match is None else f"{_format_percent(summary.exact_match.mean, 2)}/"
+    )
+    return f"{front}{_format_percent(mean, 2)} {plus} {_format_percent((high - low) / 2)}"
+
+
+def _table_grid(editors: Sequence[EditorSummary], plus: str) -> tuple[list[str], list[list[str]]]:
+    names = _probe_columns(editors)
+    head = ["Method", *(get_probe(name).column for name in names)]
+    base = ["Base"]
+    for name in names:
+        before = next(
+            (x.probes[name].exact_match_before for x in editors if name in x.probes), None
+        )
+        front = "" if before is None else f"{_format_percent(before.mean, 2)}/"
+        base.append(f"{front}{_format_percent(_base_success(editors, name), 2)}")
+    body = [
+        [x.editor, *(_format_pair(x.probes.get(name), plus) for name in names)] for x in editors
+    ]
+    return head, [base, *body]
+
+
+def _markdown_table(key: TableKey, editors: Sequence[EditorSummary]) -> str:
+    head, body = _table_grid(editors, "±")
+    rows = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    text = "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows)
+    return f"{heading(key, editors)}\n\n{text}\n\n{_NOTE}"
+
+
+_NOTE = "Values times 100; success probes as exact match/score; ± half a 95% interval over cases."
+_LATEX_ESCAPES = str.maketrans(
+    {c: f"\\{c}" for c in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"–": "--", "±": r"$\pm$", "·": r"$\cdot$"}
+)
+
+
+def _latex_table(key: TableKey, editors: Sequence[EditorSummary]) -> str:
+    head, body = _table_grid(editors, "±")
+    rows = [
+        " & ".join(cell.translate(_LATEX_ESCAPES) for cell in row) + r" \\" for row in (head, *body)
+    ]
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{heading(key, editors).translate(_LATEX_ESCAPES)}. {_NOTE.translate(_LATEX_ESCAPES)}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
+            r"\toprule",
+            rows[0],
+            r"\midrule",
+            *rows[1:],
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+        ]
+    )
+
+
+_STYLES = {"terminal": _terminal_table, "markdown": _markdown_table, "latex": _latex_table}

@@ -1,0 +1,209 @@
+"""What a run is, as data: a TOML file read into frozen Structs, every fault named at once.
+
+    output_dir = "out/demo"
+
+    [cases]
+    source = "world"
+    num_cases = 20
+
+    [[models]]
+    id = "micro/llava"
+
+    [[editors]]
+    type = "finetune"
+    num_steps = 25
+
+    [[protocols]]
+    type = "single"
+
+Importing this module costs no torch; checking the editors' own settings does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from errata.functional.errors import InvalidSettingsError
+
+__all__ = [
+    "BenchmarkCases",
+    "CaseSource",
+    "Dtype",
+    "EditorSettings",
+    "ModelSettings",
+    "Protocol",
+    "RunSettings",
+    "SequentialSettings",
+    "SingleSettings",
+    "WorldCases",
+    "parse_size",
+]
+
+_SIZE_PATTERN = re.compile(r"^(\d+(?:\.\d+)?) ?(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)$")
+
+Count = Annotated[int, Meta(ge=1)]
+Natural = Annotated[int, Meta(ge=0)]
+Text = Annotated[str, Meta(min_length=1)]
+Size = Annotated[str, Meta(pattern=_SIZE_PATTERN.pattern)]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._+-]{0,63}$")]
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+"""Of the weights; "auto" is the checkpoint's own."""
+
+_UNITS = {"B": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+class WorldCases(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    tag_field="source",
+    tag="world",
+):
+    """Cases of the micro world (`bench.data.world`), drawn on demand."""
+
+    num_cases: Count = 20
+    seed: int = 0
+    skip: Natural = 0  # cases left out at the front
+    split: Literal["train", "test"] = "test"
+    subjects: Literal["known", "new"] = "known"
+    relations: tuple[str, ...] = ("name", "home", "food", "keeper")
+
+
+class BenchmarkCases(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    tag_field="source",
+    tag="file",
+):
+    """Cases of an annotation file of the field's benchmarks (`bench.data.open_cases`)."""
+
+    path: Text
+    benchmark: str = ""  # its name, where the first record should not decide
+    num_cases: Natural = 0  # 0: all
+    skip: Natural = 0
+    image_root: str = ""  # folder the image names start from; "": beside the file and above it
+    missing_images: Literal["error", "skip", "none", "placeholder"] = "error"
+    invalid_records: Literal["error", "skip"] = "error"
+    template: str = "raw"
+    clean_rephrases: bool = False
+    strip_whitespace: bool = False
+    fix_encoding: bool = False
+    hop: Natural = 0
+    num_neighbors: Natural = 0  # ComprehendEdit: how many of an edit's neighbours are asked
+    neighbor_answers: str = "answer"  # and whose answers they should keep
+
+
+CaseSource = WorldCases | BenchmarkCases
+
+
+class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One model: `micro/NAME`, `tiny/NAME`, a folder, or a hub id."""
+
+    id: Text
+    name: Name | None = None  # in results; the id's last part by default
+    dtype: Dtype = "auto"
+    device: Text = "cpu"
+    revision: str = ""
+    template: Text = "default"  # `errata.adapters.TEMPLATES`
+
+    @property
+    def label(self) -> str:
+        return self.name or self.id.rstrip("/").rsplit("/", 1)[-1]
+
+
+class EditorSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """One editor: its type, a preset, and settings of its own over it."""
+
+    type: Text
+    name: Name | None = None  # in results; the type by default
+    preset: str = ""
+    models: tuple[str, ...] = ()  # labels of the models it edits; all of them by default
+    settings: dict[str, Any] = {}
+
+    @property
+    def label(self) -> str:
+        return self.name or self.type
+
+
+class SingleSettings(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="single"
+):
+    """Independent edits, each from the base, run side by side."""
+
+    batch_size: Natural = 0  # edits in one batch; 0: as many as the memory budget allows
+
+
+class SequentialSettings(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="sequential"
+):
+    """Edits one after another; the base is back before each group."""
+
+    sequence_length: Natural = 0  # edits in a row; 0: all of them
+    gaps: tuple[Count, ...] = ()  # also probe a case this many edits after its own
+
+
+class LifelongSettings(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="lifelong"
+):
+    """Edits one after another; after so many of them, all edits so far are asked."""
+
+    eval_after: Annotated[tuple[Count, ...], Meta(min_length=1)] = (1, 10, 100, 1000)
+    max_evaluated: Natural = 0  # of the edits so far, at most so many, evenly spread; 0: all
+
+
+Protocol = SingleSettings | SequentialSettings | LifelongSettings
+
+
+class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything about a run."""
+
+    output_dir: Text
+    title: str = ""
+    seed: int = 0
+    scorers: Annotated[tuple[str, ...], Meta(min_length=1)] = ("errata",)
+    max_new_tokens: Natural = 0  # tokens of free generation beside teacher forcing; 0: none
+    generate_probes: Literal["all", "success"] = "all"  # probe, or all but localities
+    ppl_r_tokens: Natural = 0  # tokens an edited model goes on for behind its target; 0: no PPL_r
+    memory_budget: Size = "1 GiB"  # what a batch of edits or probes may take beside the model
+    num_threads: Natural = 0  # of torch; 0: as it comes
+    save_deltas: bool = True  # write one file per edit (single) or group (sequential)
+    num_thumbnails: Natural = 24  # cases whose pictures are kept for the report
+    cases: CaseSource = WorldCases()
+    models: Annotated[tuple[ModelSettings, ...], Meta(min_length=1)]
+    editors: Annotated[tuple[EditorSettings, ...], Meta(min_length=1)]
+    protocols: Annotated[tuple[Protocol, ...], Meta(min_length=1)] = (SingleSettings(),)
+
+    @property
+    def memory_bytes(self) -> int:
+        """The memory budget in bytes."""
+        return parse_size(self.memory_budget)
+
+    def digest(self, *more: str) -> str:
+        """A short hash of what decides the results: not of `out`, the title or the pictures."""
+        plain = {**msgspec.to_builtins(self), "output_dir": "", "title": "", "num_thumbnails": 0}
+        data = msgspec.json.encode([plain, *more], order="sorted")
+        return hashlib.sha256(data).hexdigest()[:12]
+
+
+def parse_size(text: str) -> int:
+    """A size as people write it, in bytes.
+
+    >>> parse_size("1.5 GiB"), parse_size("200 MB")
+    (1610612736, 200000000)
+    """
+    match = _SIZE_PATTERN.match(text)
+    if not match:
+        raise InvalidSettingsError(
+            f"a size must be a number and a unit, e.g. '2 GiB'; got {text!r}."
+        )
+    base = 1024 if "i" in match[2] else 1000
+    return int(float(match[1]) * base ** _UNITS[match[2][0]])

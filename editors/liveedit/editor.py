@@ -1,0 +1,324 @@
+"""LiveEdit: each edit a low-rank expert made by a trained network, chosen by picture and question.
+
+An edit is one forward up to a layer. From what the layer gives the edit's picture V, prompt Q and
+answer A, trained networks (`liveedit_net.py`) make two routing keys and the factors of an expert;
+`functional/experts.py` says how experts are chosen and applied. Nothing is optimised, earlier
+experts never change, and an edit is taken back by taking its expert out. An edit of the same
+question about the same pictures takes the place of the earlier one.
+
+Training minimises, over lessons of E edits side by side,
+
+    L = sum of weights * NLL(p', target)        where an edit should reach: own expert, some others
+      + sum of weights * KL(p || p')            localities: some of the lesson's experts
+      + soft + hard + apart                     routing, `liveedit_losses.py`
+
+Source: LiveEdit (CVPR 2025, arXiv 2411.15432), qizhou000/LiveEdit. Different from the original:
+
+* Training runs the layers behind the edited one on h + residual. There the edited layer's output
+  is fed into that layer again, which no inference does.
+* Experts beside a row's own are a random subset of the lesson's, not a prefix of the batch: there
+  the first expert is a distractor in 8 of 9 steps and the last in 1 of 9.
+* Localities of every kind are learned from, text among them; there only those with a picture.
+* With `blend` "query_and_vision" chosen experts are weighed by vision too: of two alike creatures asked the
+  same, a query alone can not tell which was edited.
+* `apart` compares each expert with the sentinel, as the gate does. The hard loss is a softmax over
+  the lesson's experts, and lets any of them pass the gate as long as it is not the largest.
+* Half of a lesson's experts are made from the answer alone, so that makers learn to read it rather
+  than to know the training's answers by heart.
+* With `sure` an edit's vision key is lengthened until its own question passes the gate by so much;
+  there nothing makes certain that an edit is heard at all.
+* With `places` makers know the order of an answer's tokens; the original's have to guess it.
+* Edits and questions without a picture work: see `functional/experts.py`.
+* Many edits are made in one forward, each as if alone.
+
+Legend: B rows · E edits · N experts · D width · S slots · K width of a slot · R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import msgspec
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from errata.editors.common import checkpoint
+from errata.editors.liveedit.config import LiveEditConfig
+from errata.editors.liveedit.losses import liveedit_loss
+from errata.editors.liveedit.networks import (
+    ExpertPool,
+    LiveEditNetworks,
+    fold_queries,
+    init_networks,
+    make_pool,
+)
+from errata.editors.liveedit.pool import LiveEditState, _add_edit, _pad_pool, _raise_self_margin
+from errata.editors.training.batches import TrainingBatch
+from errata.editors.training.trainable import TrainableEditor
+from errata.functional import Batch, Delta, Editor, EditRecord, Experts, Header, Model, Query
+from errata.functional.deltas.records import base_identity, make_header
+from errata.functional.errors import InvalidSettingsError
+from errata.functional.forward import prefix
+from errata.functional.forward.activations import record_activations
+from errata.functional.types import Learner
+
+__all__ = [
+    "EditSite",
+    "compatibility",
+    "generate_experts",
+    "liveedit_editor",
+    "liveedit_trainable",
+    "resolve_edit_site",
+    "trained_weights",
+]
+
+
+class EditSite(NamedTuple):
+    """The layer whose output experts are added to, and the weight that names it."""
+
+    weight: str
+    path: str
+    layer: int
+
+
+def liveedit_editor(config: LiveEditConfig = LiveEditConfig()) -> Editor:
+    """LiveEdit as an editor: the delta is a pool of `experts` at one layer's output.
+
+    Untrained networks make experts that change answers at random: train them (`fit`), or take a
+    shipped state. Raises BadSettings for a layer that has none behind it or for sizes that do not
+    fit the model, BadInput for a trained state that is missing or does not fit.
+
+    >>> from errata import adapters
+    >>> model = adapters.adapt(*adapters.tiny("llava"))
+    >>> editor = liveedit_editor(LiveEditConfig(feature_dim=8, num_heads=2))
+    >>> state = editor.init(model, torch.Generator().manual_seed(0))
+    >>> for target in ("bo", "owl"):
+    ...     delta, state = editor.edit(model, state, [Query("who is it?", target)])
+    >>> delta.header.entries[0].edit_slots
+    (-1, 0)
+    """
+
+    def init(model: Model, generator: torch.Generator) -> LiveEditState:
+        state = _init_state(model, config, generator)
+        if not config.weights:
+            return state
+        is_shipped = config.weights == "shipped"
+        path = checkpoint.shipped_weights("liveedit", model) if is_shipped else config.weights
+        networks = checkpoint.load_checkpoint(path, state.networks, compatibility(model, config))
+        return state._replace(networks=networks)
+
+    def edit(
+        model: Model, state: LiveEditState, queries: Sequence[Query]
+    ) -> tuple[Delta, LiveEditState]:
+        records = _make_header(model, config, (), queries).edits
+        new_experts = generate_experts(model, state.networks, config, queries)
+        for row, record in enumerate(records):
+            state = _add_edit(
+                state, record, ExpertPool(*(part[row : row + 1] for part in new_experts))
+            )
+        header = _make_header(
+            model,
+            config,
+            state.edit_slots,
+            queries,
+            state.edits[: -len(records)],
+            num_experts=len(state.pool.down),
+        )
+        return Delta(header, _delta_tensors(model, config, state.networks, state.pool)), state
+
+    def edit_each(model: Model, state: LiveEditState, queries: Sequence[Query]) -> Delta:
+        records = _make_header(model, config, (), queries).edits
+        new_experts = generate_experts(model, state.networks, config, queries)
+        single_states = [
+            _add_edit(state, record, ExpertPool(*(part[row : row + 1] for part in new_experts)))
+            for row, record in enumerate(records)
+        ]
+        longest = max(len(one.pool.down) for one in single_states)
+        pools = [_pad_pool(one.pool, longest) for one in single_states]
+        pool = ExpertPool(*(torch.stack(parts) for parts in zip(*pools)))
+        edit_slots = tuple(one.edit_slots[-1] for one in single_states)
+        header = _make_header(
+            model, config, edit_slots, queries, num_experts=longest, stack=len(queries)
+        )
+        return Delta(header, _delta_tensors(model, config, state.networks, pool))
+
+    return Editor("liveedit", config, init, edit, edit_each)
+
+
+def liveedit_trainable(config: LiveEditConfig = LiveEditConfig()) -> TrainableEditor:
+    """How LiveEdit is trained, for `fit`: the edits of a lesson are one another's distractors."""
+
+    def loss(model: Model, state: LiveEditState, training_batch: TrainingBatch):
+        return liveedit_loss(config, model, state.networks, training_batch)
+
+    def sites(model: Model):
+        # the layers behind the edited one are all that training runs
+        next_layer = f"{model.card.layers}.{resolve_edit_site(model, config).layer + 1}."
+        return [path for path in model.card.linear_shapes if path.startswith(next_layer)]
+
+    return TrainableEditor(
+        learner=Learner(liveedit_editor(config), loss),
+        sites=sites,
+        parameters=lambda state: state.networks,
+        with_parameters=lambda state, networks: state._replace(networks=networks),
+        prepare=lambda model, state, training_batch, is_training: (state, training_batch),
+        append_eos=config.append_eos,
+    )
+
+
+def resolve_edit_site(model: Model, config: LiveEditConfig) -> EditSite:
+    """The layer that the settings mean; a share of the depth leaves a layer behind it.
+
+    Raises BadSettings for the last layer and for numbers that are no layer.
+    """
+    card, layer = model.card, config.layer
+    if isinstance(layer, float):
+        layer = max(0, min(int(card.num_layers * layer), card.num_layers - 2))
+    number = layer + card.num_layers if layer < 0 else layer
+    if not 0 <= number < card.num_layers - 1:
+        raise InvalidSettingsError(
+            f"experts must stand at a layer of {card.id} that has one behind it, 0 to "
+            f"{card.num_layers - 2}; got {layer}."
+        )
+    path = f"{card.layers}.{number}"
+    weights = [p for p in card.linear_shapes if p.startswith(f"{path}.")]
+    return EditSite(f"{weights[-1]}.weight", path, number)
+
+
+def generate_experts(
+    model: Model, networks: LiveEditNetworks, config: LiveEditConfig, queries: Sequence[Query]
+) -> ExpertPool:
+    """The experts and keys of many edits, each as if alone, from one forward up to the layer."""
+    site = resolve_edit_site(model, config)
+    inputs = (
+        model.preprocess(queries, append_eos=True)
+        if config.append_eos
+        else model.preprocess(queries)
+    )
+    with torch.no_grad():
+        batch = cast(Batch, prefix.run_prefix(model, inputs, prefix.EditDepth(layer=site.layer)))
+        _, activations = record_activations(
+            model.decode, model.params, batch, [site.path], stop=site.layer + 1
+        )
+        hidden_states = activations[site.path].output.reshape(*batch.attention_mask.shape, -1)
+        pool = make_pool(networks, config, hidden_states, batch)
+        return (
+            _raise_self_margin(networks, config, pool, hidden_states, batch)
+            if config.min_self_margin
+            else pool
+        )
+
+
+def compatibility(model: Model, config: LiveEditConfig) -> dict[str, Any]:
+    """What a trained state fits: the architecture of the networks, and the layer."""
+    site = resolve_edit_site(model, config)
+    base = base_identity(model, [site.weight])
+    fields = (
+        "feature_dim",
+        "num_query_tokens",
+        "num_heads",
+        "rank",
+        "num_sentinel_tokens",
+        "num_text_sentinel_tokens",
+        "expert_scale",
+        "routing_input",
+        "num_answer_positions",
+    )
+    return {
+        "editor": "liveedit",
+        "layer": site.layer,
+        **{name: getattr(config, name) for name in fields},
+        "append_eos": config.append_eos,
+        "family": base.family,
+        "parameter_hashes": base.parameter_hashes,
+    }
+
+
+def trained_weights(state: LiveEditState) -> LiveEditNetworks:
+    """What a file of a trained state holds."""
+    return state.networks
+
+
+def _init_state(model: Model, config: LiveEditConfig, generator: torch.Generator) -> LiveEditState:
+    site, hidden_size = resolve_edit_site(model, config), model.card.hidden_size
+    messages = [
+        f"{config.num_heads} heads must divide {what} {size}"
+        for what, size in (
+            ("the slots' width", config.feature_dim),
+            ("the model's width", hidden_size),
+        )
+        if size % config.num_heads
+    ]
+    if messages:
+        raise InvalidSettingsError(f"LiveEdit for {model.card.id}: {'; '.join(messages)}.")
+    networks = init_networks(
+        hidden_size,
+        config.num_query_tokens,
+        config.feature_dim,
+        config.rank,
+        config.num_sentinel_tokens,
+        config.num_text_sentinel_tokens,
+        generator,
+        config.num_answer_positions,
+    )
+    device = model.params[site.weight].device
+    networks = pytree.tree_map(lambda tensor: tensor.to(device), networks)
+    key_size = config.num_query_tokens * config.feature_dim
+    num_query_parts = 2 if config.routing_input == "query_and_vision" else 1
+    factors = (0, config.rank, hidden_size)
+    shapes = ((0, key_size + 2), (0, key_size * num_query_parts), factors, factors)
+    return LiveEditState(
+        networks, ExpertPool(*(torch.zeros(shape, device=device) for shape in shapes))
+    )
+
+
+def _make_header(
+    model: Model,
+    config: LiveEditConfig,
+    edit_slots: tuple[int, ...],
+    queries: Sequence[Query],
+    earlier: tuple[EditRecord, ...] = (),
+    num_experts: int = 1,
+    stack: int = 0,
+) -> Header:
+    site = resolve_edit_site(model, config)
+    entry = Experts(
+        name=site.weight,
+        checkpoint_name=model.card.checkpoint_names.get(site.weight, site.weight),
+        shape=tuple(model.params[site.weight].shape),
+        num_experts=num_experts,
+        rank=config.rank,
+        hidden_size=model.card.hidden_size,
+        num_query_tokens=config.num_query_tokens,
+        feature_dim=config.feature_dim,
+        num_heads=config.num_heads,
+        num_sentinel_tokens=config.num_sentinel_tokens,
+        num_text_sentinel_tokens=config.num_text_sentinel_tokens,
+        edit_slots=edit_slots,
+        routing_input=config.routing_input,
+        top_k=config.top_k,
+    )
+    settings = msgspec.structs.replace(
+        config, weights=Path(config.weights).name
+    )  # no one's folders
+    return make_header(
+        model, "liveedit", settings, (entry,), queries, earlier_edits=earlier, stack=stack
+    )
+
+
+def _delta_tensors(
+    model: Model, config: LiveEditConfig, networks: LiveEditNetworks, pool: ExpertPool
+) -> Mapping[str, Tensor]:
+    name = resolve_edit_site(model, config).weight
+    extractor = fold_queries(networks.query_features, config.num_heads)._asdict()
+    parts = {
+        **pool._asdict(),
+        **{field.replace("_", ".", 1): tensor for field, tensor in extractor.items()},
+        "input_norm": networks.input_norm,
+        "sentinel": networks.sentinel,
+        "sentinel_text": networks.sentinel_text,
+    }
+    return {f"{name}.{part}": tensor.detach().contiguous() for part, tensor in parts.items()}

@@ -1,0 +1,68 @@
+"""`SeracConfig`, presets, published training settings."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from errata.editors.training.config import MEND_LOSS_WEIGHTS, TrainingConfig
+from errata.functional.kinds.scope.entry import Gate
+
+__all__ = ["PRESETS", "SeracConfig", "TRAINING"]
+
+_PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class SeracConfig(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="serac"
+):
+    """Settings of SERAC; the sizes are those of the small network, for any base."""
+
+    gate: Gate = "hard"
+    threshold: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5  # of a hard gate
+    dim: _PositiveInt = 256
+    num_heads: _PositiveInt = 8
+    num_classifier_layers: _PositiveInt = 4  # layers
+    num_counterfactual_layers: _PositiveInt = 4  # layers
+    ffn_dim: _PositiveInt = 1024
+    key_dim: _PositiveInt = 128  # width of either half of what is compared
+    num_image_queries: _PositiveInt = 8  # rows that the pictures of a question are summed up in
+    append_eos: bool = True  # teach the end of the answer too, so that free generation stops there
+    weights: str = ""  # "shipped", or a file that `statefile.keep` wrote; "": untrained
+
+
+PRESETS: dict[str, SeracConfig] = {
+    "default": SeracConfig(),
+    # EasyEdit's gate: mixed by the similarity; targets without the token that ends an answer
+    "easyedit": SeracConfig(gate="soft", append_eos=False),
+    # eric-mitchell/serac at test time
+    "original": SeracConfig(gate="hard", threshold=0.5, append_eos=False),
+    # the micro zoo's: trained states come with the package
+    "micro": SeracConfig(
+        dim=96,
+        num_heads=4,
+        num_classifier_layers=2,
+        num_counterfactual_layers=2,
+        ffn_dim=256,
+        key_dim=64,
+        num_image_queries=4,
+        weights="shipped",
+    ),
+}
+
+TRAINING: dict[str, TrainingConfig] = {
+    # hparams/TRAINING/SERAC/*.yaml
+    "easyedit": TrainingConfig(
+        num_steps=50_000, batch_size=1, lr=1e-5, max_grad_norm=100.0, loss_weights=MEND_LOSS_WEIGHTS
+    ),
+    # serac: batches of ten edits, so that other edits are hard negatives
+    "original": TrainingConfig(
+        num_steps=50_000,
+        batch_size=10,
+        lr=1e-5,
+        max_grad_norm=100.0,
+        loss_weights=MEND_LOSS_WEIGHTS,
+    ),
+}
+"""Published trainings: Adam at 1e-5, 0.1 for what an edit should reach, 1 for localities."""

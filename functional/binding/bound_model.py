@@ -1,0 +1,193 @@
+"""Bind a delta to a model: a new value that answers as edited and shares every tensor.
+
+`bind` interprets kinds, never methods. A kind is one function (`KINDS`) that turns an entry into a
+`Change`: parameters to lay over the base's, and rewrites at modules for rows of a batch.
+
+    dense, one edit          overlay  W + d
+    dense, stacked           rewrite  y + x d_e^T  (a bias: y + d_e), e = the row's edit
+    lowrank, form "weight"   overlay  W + (B A).to(W.dtype), B A in fp32
+    lowrank, form "act"      rewrite  y + (x A^T) B^T, in the model's dtype
+    lowrank, "act_fp32"      rewrite  the product in fp32, cast once at the end (`chain`)
+    lowrank, stacked         rewrite  with A_e, B_e, as "act_fp32" whatever the form
+    codebook                 rewrite  a value in place of y where x comes near its key
+    experts                  rewrite  the chosen experts' outputs added to a layer's
+    prompt                   questions read with the facts that fit them put before
+    scope                    another answer where the prompt lies in the scope of an edit
+    masked                   rewrite  y + x D_m^T, m the side memory that the row's prompt activates
+
+Stacked changes that no rewrite can express (a norm's scale, an embedding, anything in the vision
+path) run edit by edit: once per edit that the batch names, each over its own rows in the decoder.
+
+A *tied* parameter is one tensor with several uses, and an edit of it acts on all of them. An
+embedding has no linear output to rewrite, so a low-rank change of one is laid over it ("weight"),
+whatever the form.
+
+Legend: B rows · L tokens · E edits.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from torch import Tensor
+
+from errata.functional.binding.edited_forward import HookPlan, edited_functions
+from errata.functional.card import BaseModel, all_names, before_decoder, canonical_name
+from errata.functional.deltas.stacking import unstack
+from errata.functional.errors import BaseMismatchError, ShapeError, UnknownSiteError, join_messages
+from errata.functional.forward.hooks import compose_hooks
+from errata.functional.hashing import base_parameter, hash_parameter, mark_edited
+from errata.functional.header import Header
+from errata.functional.kinds.common.patch import Patch
+from errata.functional.kinds.dense.entry import Dense
+from errata.functional.kinds.lowrank.entry import LowRank
+from errata.functional.kinds.table import KINDS
+from errata.functional.types import Delta, Model, Params
+
+__all__ = ["bind"]
+
+
+def bind(model: Model, delta: Delta, *, check: bool = True) -> Model:
+    """The model as edited: a new value; `model` stays as it is, and undo is dropping the result.
+
+    Use it like any model, with its own parameters: `bound.decode(bound.params, batch)`. Deltas
+    bind one on another (`bound.deltas`). With a stacked delta each row of a batch runs under edit
+    `batch.edit[b]`, -1 for the base. `check=False` skips comparing with the base (in a training
+    loop over values of one delta).
+
+    Raises BaseMismatch when the delta was made for another base, UnknownSite for parameters the
+    model lacks, ShapeMismatch where tensors do not fit them; all violations at once.
+
+        edited = bind(model, load("cat.safetensors"))
+        generate(edited, [Query("What is this?", images=(picture,))])
+    """
+    if check:
+        _check_fit(model, delta)
+    params = dict(model.params)
+    patches = []
+    for entry in delta.header.entries:
+        partly_bound = model._replace(params=params)
+        patch = KINDS[type(entry)](
+            partly_bound, delta.header, entry, _entry_tensors(partly_bound, entry, delta)
+        )
+        for name, tensor in patch.params.items():
+            params[name] = mark_edited(tensor, params[name])
+        patches.append(patch)
+    bound = model._replace(params=params, **_replaced_functions(model, delta, patches))
+    for patch in patches:
+        if patch.wrap is not None:
+            bound = patch.wrap(bound)
+    return bound._replace(deltas=(*model.deltas, delta))
+
+
+def _entry_tensors(model: Model, entry: Any, delta: Delta) -> dict[str, Tensor]:
+    """The tensors of an entry, on the device of the parameter they change."""
+    home = model.params.get(canonical_name(model.card, getattr(entry, "name", "")))
+    like = next(iter(model.params.values())) if home is None else home
+    return {name: delta.tensors[name].to(like.device) for name in entry.tensor_specs()}
+
+
+def _replaced_functions(model: Model, delta: Delta, patches: list[Patch]) -> dict[str, Any]:
+    """The functions that a delta replaces; none where it only lays parameters over others."""
+    hook_makers = [patch.hooks for patch in patches if patch.hooks is not None]
+    embed_hooks = compose_hooks(*(change.embed_hooks for change in patches))
+    embed_names: set[str] = set()
+    if delta.header.stack:
+        embed_names = {
+            name
+            for entry in delta.header.entries
+            if isinstance(entry, Dense | LowRank)
+            for name in all_names(model.card, entry.name)
+            if before_decoder(model.card, name)
+        }
+    if not (hook_makers or embed_hooks or embed_names):
+        return {}
+
+    def bind_one(params: Params, number: int) -> Model:
+        return bind(model._replace(params=params), unstack(delta)[number], check=False)
+
+    return edited_functions(
+        model,
+        HookPlan(
+            hooks=hook_makers,
+            embed_hooks=embed_hooks,
+            per_edit=any(change.per_edit for change in patches),
+            embed_per_edit=bool(embed_names),
+            embed_next_per_edit=f"{model.card.token_embedding}.weight" in embed_names,
+            bind_one=bind_one,
+        ),
+    )
+
+
+def _check_fit(model: Model, delta: Delta) -> None:
+    """Refuse a delta that was made for another model, with everything that does not fit."""
+    card, header = model.card, delta.header
+    base_differences = _base_differences(model, header)
+    unknown = [
+        entry.name
+        for entry in header.entries
+        if canonical_name(card, entry.name) not in model.params
+    ]
+    shapes = _shape_mismatches(model, delta)
+    problems = (
+        base_differences + [f"{name} is no parameter of the model" for name in unknown] + shapes
+    )
+    if base_differences:
+        raise BaseMismatchError(
+            f"the delta was made for {_describe_base(header.base)}, the model is {card.id}: "
+            f"{join_messages(problems)}. Bind it to the base it was made for."
+        )
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], model.params, n=3)
+        raise UnknownSiteError(
+            f"a delta can only change parameters the model has ({card.id}): {join_messages(problems)}."
+            + (f" Near {unknown[0]}: {', '.join(near)}." if near else "")
+        )
+    if shapes:
+        raise ShapeError(f"a delta must fit the parameters it changes: {join_messages(shapes)}.")
+
+
+def _base_differences(model: Model, header: Header) -> list[str]:
+    card, base = model.card, header.base
+    differences = []
+    if base.family and card.family and base.family != card.family:
+        differences.append(f"family {base.family!r} became {card.family!r}")
+    if base.config_hash and card.config_hash and base.config_hash != card.config_hash:
+        differences.append(
+            f"the configuration differs (sha256 {base.config_hash[:8]}, here {card.config_hash[:8]})"
+        )
+    for name, digest in base.parameter_hashes.items():
+        tensor = model.params.get(canonical_name(card, name))
+        if tensor is None or digest in (
+            hash_parameter(base_parameter(tensor)),
+            hash_parameter(tensor),
+        ):
+            continue
+        differences.append(
+            f"{name} holds other values ({str(tensor.dtype).removeprefix('torch.')} here)"
+        )
+    return differences
+
+
+def _shape_mismatches(model: Model, delta: Delta) -> list[str]:
+    mismatches = []
+    for entry in delta.header.entries:
+        tensor = model.params.get(canonical_name(model.card, getattr(entry, "name", "")))
+        if tensor is not None and tuple(tensor.shape) != tuple(entry.shape):
+            mismatches.append(
+                f"{entry.name} is {list(tensor.shape)} in the model, "
+                f"{list(entry.shape)} in the delta"
+            )
+    for name, (_, shape) in delta.header.tensor_specs().items():
+        if name not in delta.tensors:
+            mismatches.append(f"tensor {name} is missing")
+        elif tuple(delta.tensors[name].shape) != shape:
+            mismatches.append(
+                f"tensor {name} must be {list(shape)}, is {list(delta.tensors[name].shape)}"
+            )
+    return mismatches
+
+
+def _describe_base(base: BaseModel) -> str:
+    return base.id + (f" at {base.revision[:12]}" if base.revision else "")

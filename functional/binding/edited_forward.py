@@ -1,0 +1,243 @@
+"""The functions of a bound model: the base's, with a delta's rewrites, each row under its edit.
+
+Where a stacked change can not be written as a rewrite, the rows of each edit run apart, through the
+model bound to that edit alone. That reads the edit numbers, so it does not work under `vmap`; a
+caller's rewrites then see the rows of one edit at a time, edits in ascending order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from errata.functional.errors import InvalidInputError
+from errata.functional.forward.batches import concat_batches, take_rows
+from errata.functional.forward.hooks import compose_hooks
+from errata.functional.types import Batch, Hooks, Inputs, KVCache, Model, Params
+
+__all__ = ["HookPlan", "edited_functions"]
+
+
+NO_HOOKS: Hooks = MappingProxyType({})
+
+
+class HookPlan(NamedTuple):
+    """How a delta acts on the functions of a model, in the decoder and before it."""
+
+    hooks: Sequence[Callable[[Batch], Hooks]] = ()
+    embed_hooks: Hooks = {}
+    per_edit: bool = False  # decode edit by edit
+    embed_per_edit: bool = False  # embed edit by edit
+    embed_next_per_edit: bool = False  # embed new tokens edit by edit
+    bind_one: Callable[[Params, int], Model] | None = None  # (params, edit) -> bound to that edit
+
+
+def edited_functions(model: Model, plan: HookPlan) -> dict[str, Any]:
+    """embed, decode, thin and extend of `model` under a plan."""
+
+    def hooks_for(batch: Batch, extra_hooks: Hooks) -> Hooks:
+        return compose_hooks(*(make(batch) for make in plan.hooks), extra_hooks)
+
+    def embed(
+        params: Params, inputs: Inputs, hooks: Hooks = NO_HOOKS, edit_index: Tensor | None = None
+    ):
+        if plan.embed_per_edit:
+            return _embed_per_edit(model, plan, params, inputs, hooks, edit_index)
+        return model.embed(
+            params, inputs, compose_hooks(plan.embed_hooks, hooks), edit_index=edit_index
+        )
+
+    def decode(params: Params, batch: Batch, hooks: Hooks = NO_HOOKS, **options):
+        if plan.per_edit:
+
+            def run(bound: Model, edit_batch: Batch, rows: Tensor):
+                return bound.decode(bound.params, edit_batch, hooks, **_option_rows(options, rows))
+
+            return _run_per_edit(model, plan, params, batch, run)
+        routing, batch = batch.routing, batch._replace(routing=dict(batch.routing))
+        result = model.decode(params, batch, hooks_for(batch, hooks), **options)
+        return _with_routing(result, routing, batch.routing)
+
+    def select_scored(params: Params, batch: Batch, hooks: Hooks = NO_HOOKS, **options):
+        if plan.per_edit:
+
+            def run(bound: Model, edit_batch: Batch, rows: Tensor):
+                return bound.select_scored(
+                    bound.params, edit_batch, hooks, **_option_rows(options, rows)
+                )
+
+            selected = _run_per_edit(model, plan, params, batch, run, same_layout=True)
+            return batch if selected is None else selected
+        routing, batch = batch.routing, batch._replace(routing=dict(batch.routing))
+        return _with_routing(
+            model.select_scored(params, batch, hooks_for(batch, hooks), **options),
+            routing,
+            batch.routing,
+        )
+
+    def embed_next(
+        params: Params,
+        input_ids: Tensor,
+        kv_cache: KVCache,
+        hooks: Hooks = NO_HOOKS,
+        edit_index: Tensor | None = None,
+    ):
+        if not plan.embed_next_per_edit:
+            return model.embed_next(params, input_ids, kv_cache, hooks, edit_index=edit_index)
+        edit_index = _require_edit_index(edit_index)
+        groups, parts = _rows_by_edit(edit_index), []
+        for number, rows in groups:
+            bound, edit_cache = (
+                _model_of_edit(model, plan, params, number),
+                _cache_rows(kv_cache, rows),
+            )
+            parts.append(
+                bound.embed_next(
+                    bound.params, input_ids[rows], edit_cache, hooks, edit_index=edit_index[rows]
+                )
+            )
+        return _merge_groups(parts, groups)
+
+    return {
+        "embed": embed,
+        "decode": decode,
+        "select_scored": select_scored,
+        "embed_next": embed_next,
+    }
+
+
+def _with_routing(
+    result: Any, previous: Mapping[str, Tensor], routing: Mapping[str, Tensor]
+) -> Any:
+    """A result with what this run has noted: where deltas lie on one another each has a dict.
+
+    What was given and stays as it was is left out: a delta below may have noted something newer.
+    """
+    if isinstance(result, Batch | KVCache):
+        new_routing = {
+            name: value for name, value in routing.items() if previous.get(name) is not value
+        }
+        return result._replace(routing={**result.routing, **new_routing})
+    if isinstance(result, tuple):
+        return tuple(_with_routing(part, previous, routing) for part in result)
+    return result
+
+
+def _run_per_edit(
+    model: Model, plan: HookPlan, params: Params, batch: Batch, run, *, same_layout: bool = False
+) -> Any:
+    """What each edit's rows become; with `alike` None where only some of them are thinned.
+
+    Rows that keep all their tokens can not stand in one batch with rows that do not.
+    """
+    groups = _rows_by_edit(batch.edit_index)
+    parts = [
+        run(_model_of_edit(model, plan, params, n), take_rows(batch, rows), rows)
+        for n, rows in groups
+    ]
+    if same_layout and len({frozenset(part.layer_inputs) for part in parts}) > 1:
+        return None
+    return _merge_groups(parts, groups)
+
+
+def _embed_per_edit(
+    model, plan: HookPlan, params, inputs: Inputs, hooks, edit_index: Tensor | None
+) -> Batch:
+    # Pixels have no row axis in every family, so each edit embeds all rows and keeps its own.
+    edit_index = _require_edit_index(edit_index)
+    groups, parts = _rows_by_edit(edit_index), []
+    for number, rows in groups:
+        bound = _model_of_edit(model, plan, params, number)
+        parts.append(
+            take_rows(bound.embed(bound.params, inputs, hooks, edit_index=edit_index), rows)
+        )
+    return _merge_groups(parts, groups)
+
+
+def _model_of_edit(model: Model, plan: HookPlan, params: Params, number: int) -> Model:
+    base = model._replace(params=params)
+    assert plan.bind_one is not None
+    return base if number < 0 else plan.bind_one(params, number)
+
+
+def _require_edit_index(edit_index: Tensor | None) -> Tensor:
+    if edit_index is None:
+        raise InvalidInputError(
+            "a stacked delta that changes what runs before the decoder needs each row's edit "
+            "there: pass edit_index=[B] to `embed` (and to `embed_next`)."
+        )
+    return edit_index
+
+
+def _rows_by_edit(edit_index: Tensor) -> list[tuple[int, Tensor]]:
+    """(edit number, its rows) for every edit that occurs, in ascending order."""
+    numbers = sorted(set(edit_index.tolist()))
+    return [(number, (edit_index == number).nonzero()[:, 0]) for number in numbers]
+
+
+def _merge_groups(parts: list[Any], groups: list[tuple[int, Tensor]]) -> Any:
+    """The results of groups of rows as one, in the order of the rows."""
+    order = torch.cat([rows for _, rows in groups]).argsort()
+    sizes = [len(rows) for _, rows in groups]
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(parts)[order]
+    if isinstance(first, Batch):
+        routing = _merge_routing([part.routing for part in parts], sizes, order)
+        return take_rows(concat_batches(parts), order)._replace(routing=routing)
+    if isinstance(first, KVCache):
+        layers = range(len(first.keys))
+        return KVCache(
+            tuple(torch.cat([part.keys[n] for part in parts])[order] for n in layers),
+            tuple(torch.cat([part.values[n] for part in parts])[order] for n in layers),
+            torch.cat([part.attention_mask for part in parts])[order],
+            torch.cat([part.next_position for part in parts])[order],
+            _merge_routing([part.routing for part in parts], sizes, order),
+        )
+    return tuple(_merge_groups([part[n] for part in parts], groups) for n in range(len(first)))
+
+
+def _merge_routing(
+    parts: list[Mapping[str, Tensor]], sizes: list[int], order: Tensor
+) -> dict[str, Tensor]:
+    """The notes of all groups; zeros for rows whose edit has none of a name, and reads none.
+
+    A note may grow with its row. Rows whose edit does not know it carry it as it was: shorter than
+    the others', and zeros just as well.
+    """
+    merged = {}
+    for name in sorted({name for part in parts for name in part}):
+        present = [part[name] for part in parts if name in part]
+        like = max(present, key=lambda note: note[:1].numel())
+        values = [
+            part[name]
+            if name in part and part[name].shape[1:] == like.shape[1:]
+            else like.new_zeros(size, *like.shape[1:])
+            for part, size in zip(parts, sizes)
+        ]
+        merged[name] = torch.cat(values)[order]
+    return merged
+
+
+def _cache_rows(kv_cache: KVCache, rows: Tensor) -> KVCache:
+    return KVCache(
+        tuple(key[rows] for key in kv_cache.keys),
+        tuple(value[rows] for value in kv_cache.values),
+        kv_cache.attention_mask[rows],
+        kv_cache.next_position[rows],
+        {name: decision[rows] for name, decision in kv_cache.routing.items()},
+    )
+
+
+def _option_rows(options: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    """Options of `decode` that lead with rows, cut to those of one edit."""
+    row_options = dict(options)
+    if isinstance(row_options.get("logit_positions"), Tensor):
+        row_options["logit_positions"] = row_options["logit_positions"][rows]
+    if row_options.get("kv_cache") is not None:
+        row_options["kv_cache"] = _cache_rows(row_options["kv_cache"], rows)
+    return row_options

@@ -1,0 +1,144 @@
+"""Compare deltas: how far two are apart, and which edits get in each other's way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from errata.functional.deltas.merging import require_same_base
+from errata.functional.deltas.weight_change import inner_product, to_dense
+from errata.functional.errors import UnsupportedKindError
+from errata.functional.kinds.common.algebra import EntryTensors, entries_of
+from errata.functional.kinds.lowrank.algebra import ranks_per_edit
+from errata.functional.kinds.lowrank.entry import LowRank
+from errata.functional.kinds.table import algebra
+from errata.functional.types import Delta
+
+__all__ = ["Conflict", "Difference", "conflicts", "diff"]
+
+
+class Difference(NamedTuple):
+    """How two changes of one parameter differ; norms are Frobenius norms."""
+
+    name: str
+    norm_a: float  # |dW|
+    norm_b: float  # |dW'|
+    distance: float  # |dW - dW'|
+    cosine: float  # <dW, dW'> / |dW| |dW'|, 0 where one is nothing
+
+
+def diff(a: Delta, b: Delta) -> list[Difference]:
+    """Compare two deltas parameter by parameter, whatever their kinds; equal changes are 0 apart.
+
+    |dW - dW'|^2 = |dW|^2 - 2 <dW, dW'> + |dW'|^2, from the factors: no low-rank change is
+    multiplied out. Raises BaseMismatch for deltas of different bases.
+    """
+    for delta in (a, b):
+        if delta.header.stack:
+            raise UnsupportedKindError(
+                "a stacked delta holds edits side by side: unstack it first."
+            )
+    require_same_base([a, b])
+    entries_a, entries_b = _entries_by_name(a), _entries_by_name(b)
+    differences = []
+    for name in sorted(entries_a.keys() | entries_b.keys()):
+        changes_a, changes_b = entries_a.get(name, []), entries_b.get(name, [])
+        aa, bb, ab = (
+            float(sum((inner_product(p, q) for p in one for q in two), torch.zeros(())))
+            for one, two in ((changes_a, changes_a), (changes_b, changes_b), (changes_a, changes_b))
+        )
+        aa, bb = max(aa, 0.0), max(bb, 0.0)
+        squared_distance = 0.0 if _identical(changes_a, changes_b) else max(aa - 2 * ab + bb, 0.0)
+        cosine = ab / (aa * bb) ** 0.5 if aa and bb else 0.0
+        differences.append(
+            Difference(name, aa**0.5, bb**0.5, squared_distance**0.5, max(-1.0, min(1.0, cosine)))
+        )
+    return differences
+
+
+class Conflict(NamedTuple):
+    """Two edits that get in each other's way; numbers count through all the deltas, in order."""
+
+    kind: str  # "contradicts", "repeats" or "overlaps"
+    edit_a: int
+    edit_b: int
+    ids: tuple[str, str]
+    parameter: str = ""  # the parameter, where keys overlap
+    score: float = 1.0  # |cosine| of the nearest keys
+
+
+def conflicts(*deltas: Delta, overlap: float = 0.9) -> list[Conflict]:
+    """Pairs of edits of one or several deltas that address the same thing.
+
+    By their records: same prompt and images with another target ("contradicts") or with the same
+    ("repeats"). By their keys: low-rank changes of one parameter whose A rows point the same way,
+    |cos| >= `overlap` ("overlaps"): an input that one edit answers to, the other answers too.
+    """
+    found_conflicts = []
+    records = [edit for delta in deltas for edit in delta.header.edits]
+    by_question: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+    for number, edit in enumerate(records):
+        if edit.prompt:
+            by_question.setdefault((edit.prompt, edit.images), []).append(number)
+    for group in by_question.values():
+        for i, j in _pairs(group):
+            kind = "duplicate" if records[i].target == records[j].target else "contradiction"
+            found_conflicts.append(Conflict(kind, i, j, (records[i].id, records[j].id)))
+    for name, (keys, key_edits) in _lowrank_keys(deltas).items():
+        unit = torch.nn.functional.normalize(keys.float(), dim=1)  # [R I]
+        pair_scores: dict[tuple[int, int], float] = {}
+        for begin in range(0, len(unit), 1024):
+            cosine = (unit[begin : begin + 1024] @ unit.T).abs()
+            for i, j in (cosine >= overlap).nonzero().tolist():
+                pair = (key_edits[begin + i], key_edits[j])
+                if pair[0] < pair[1]:
+                    pair_scores[pair] = max(pair_scores.get(pair, 0.0), float(cosine[i, j]))
+        found_conflicts += [
+            Conflict("overlap", i, j, (records[i].id, records[j].id), name, min(score, 1.0))
+            for (i, j), score in sorted(pair_scores.items())
+        ]
+    return found_conflicts
+
+
+def _lowrank_keys(deltas: Sequence[Delta]) -> dict[str, tuple[Tensor, list[int]]]:
+    """Per parameter: the A rows of all its low-rank changes, and the edit that each belongs to."""
+    key_rows: dict[str, list[Tensor]] = {}
+    key_edits: dict[str, list[int]] = {}
+    num_earlier = 0
+    for delta in deltas:
+        for part in entries_of(delta).values():
+            counts = ranks_per_edit(part) if isinstance(part.entry, LowRank) else ()
+            if counts and not delta.header.stack:
+                key_rows.setdefault(part.entry.name, []).append(part.tensors[".A"])
+                edit_numbers = [
+                    num_earlier + k for k, count in enumerate(counts) for _ in range(count)
+                ]
+                key_edits.setdefault(part.entry.name, []).extend(edit_numbers)
+        num_earlier += len(delta.header.edits)
+    return {name: (torch.cat(found), key_edits[name]) for name, found in key_rows.items()}
+
+
+def _pairs(numbers: Sequence[int]) -> Iterable[tuple[int, int]]:
+    return ((i, j) for k, i in enumerate(numbers) for j in numbers[k + 1 :])
+
+
+def _entries_by_name(delta: Delta) -> dict[str, list[EntryTensors]]:
+    entries: dict[str, list[EntryTensors]] = {}
+    for part in entries_of(delta).values():
+        algebra(part.entry)
+        entries.setdefault(part.entry.name, []).append(part)
+    return entries
+
+
+def _identical(left: list[EntryTensors], right: list[EntryTensors]) -> bool:
+    if len(left) != len(right):
+        return False
+    for one, two in zip(left, right, strict=True):
+        if one.tensors.keys() != two.tensors.keys():
+            return torch.equal(to_dense(one), to_dense(two))
+        if not all(torch.equal(one.tensors[k], two.tensors[k]) for k in one.tensors):
+            return False
+    return True

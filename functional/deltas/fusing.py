@@ -1,0 +1,206 @@
+"""Fold a delta into a new checkpoint in Hugging Face layout, shard by shard."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torch import Tensor
+
+from errata.functional.deltas.inspection import encode_header
+from errata.functional.deltas.safetensors_header import TensorSlot, open_regular_file, read_header
+from errata.functional.deltas.serialization import DTYPE_BY_NAME, digest, tensor_bytes, tensor_view
+from errata.functional.deltas.shards import (
+    ParameterLocation,
+    checkpoint_mismatches,
+    checkpoint_model_type,
+    checkpoint_parameters,
+    shard_files,
+)
+from errata.functional.errors import (
+    BaseMismatchError,
+    InvalidInputError,
+    UnknownSiteError,
+    UnsupportedKindError,
+    join_messages,
+)
+from errata.functional.files import atomic_folder
+from errata.functional.kinds.dense.entry import Dense
+from errata.functional.kinds.lowrank.entry import LowRank
+from errata.functional.types import Delta
+
+__all__ = ["apply_entry", "fuse", "fuse_parameter", "mismatched_parameters"]
+
+_CHUNK = 1 << 24
+_WEIGHT_FILES = (
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.h5",
+    "*.msgpack",
+    "*.gguf",
+    "*.onnx",
+    "*.safetensors.index.json",
+    "*.bin.index.json",
+    ".git",
+    ".cache",
+)
+
+
+def fuse(
+    delta: Delta,
+    base: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    *,
+    check: bool = True,
+) -> Path:
+    """Write the checkpoint in `base` with the delta added, as a new folder `out`.
+
+    W' as `bind` has it for dense changes and for form "weight"; the other forms are added that
+    way, too, which moves logits by rounding. Shards keep their names, order and headers; one
+    parameter is in memory at a time. `check` first compares the base's parameters with the delta's
+    hashes.
+
+    Raises, before anything is written, KindUnsupported, UnknownSite or BaseMismatch for a delta
+    that does not fit `base`; BadInput where `out` exists or can not be written: then it is not
+    there, or is as it was.
+    """
+    _require_weight_changes(delta)
+    locations = checkpoint_parameters(base)
+    problems = checkpoint_mismatches(delta.header, locations, checkpoint_model_type(base))
+    if problems:
+        raise UnknownSiteError(f"the delta does not fit {base}: {join_messages(problems)}.")
+    mismatched = list(mismatched_parameters(delta, locations)) if check else []
+    if mismatched:
+        raise BaseMismatchError(
+            f"the delta was made for {delta.header.base.id}; in {base} other values are held by "
+            f"{join_messages(mismatched)}."
+        )
+    by_name: dict[str, list[Any]] = {}
+    for entry in delta.header.entries:
+        by_name.setdefault(entry.checkpoint_name, []).append(entry)
+    _require_outside(Path(base), Path(output_dir))
+    with atomic_folder(output_dir) as temporary:
+        shutil.copytree(
+            base, temporary, ignore=shutil.ignore_patterns(*_WEIGHT_FILES), dirs_exist_ok=True
+        )
+        for index in Path(base).glob("*.safetensors.index.json"):
+            shutil.copyfile(index, temporary / index.name)
+        for name in shard_files(base):
+            _fuse_shard(Path(base) / name, temporary / name, delta, by_name)
+        (temporary / "errata.json").write_text(encode_header(delta.header, digest(delta)))
+    return Path(output_dir)
+
+
+def apply_entry(base: Tensor, entry: Any, delta: Delta) -> Tensor:
+    """One parameter with one entry of a delta added, in the parameter's dtype.
+
+    W + d for a dense change, W + (B A).to(W.dtype), B A in fp32, for a low-rank one.
+    """
+    if isinstance(entry, Dense):
+        return (base + delta.tensors[entry.name]).to(base.dtype)
+    change = delta.tensors[f"{entry.name}.B"].float() @ delta.tensors[f"{entry.name}.A"].float()
+    change = change.to(base.dtype)
+    return base + (change.mT if entry.transposed else change)
+
+
+def mismatched_parameters(delta: Delta, locations: dict[str, ParameterLocation]) -> Iterable[str]:
+    """Names of touched parameters whose values in a checkpoint are not those the delta knows.
+
+    A hash fits if it is of the stored bytes, or of the same values in another floating dtype.
+    """
+    for entry in delta.header.entries:
+        expected_hash = delta.header.base.parameter_hashes.get(entry.name)
+        if expected_hash and expected_hash not in _possible_hashes(
+            locations[entry.checkpoint_name]
+        ):
+            yield entry.checkpoint_name
+
+
+def fuse_parameter(
+    memory: mmap.mmap, slot: TensorSlot, offset: int, entries: Iterable[Any], delta: Delta
+) -> Tensor:
+    """A parameter of a mapped shard with all its entries added."""
+    value = tensor_view(memory, slot.dtype, slot.shape, offset)
+    for entry in entries:
+        value = apply_entry(value, entry, delta)
+    return value
+
+
+def _possible_hashes(location: ParameterLocation) -> Iterable[str]:
+    with open_regular_file(location.file) as file:
+        file.seek(location.offset)
+        state = hashlib.sha256()
+        left = location.slot.nbytes
+        while left:
+            piece = file.read(min(left, _CHUNK))
+            if not piece:
+                return
+            state.update(piece)
+            left -= len(piece)
+        yield state.hexdigest()
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    value = tensor_view(memory, location.slot.dtype, location.slot.shape, location.offset)
+    for name in ("F32", "BF16", "F16", "F64"):
+        if name != location.slot.dtype:
+            yield hashlib.sha256(tensor_bytes(value.to(DTYPE_BY_NAME[name]))).hexdigest()
+
+
+def _fuse_shard(source: Path, target: Path, delta: Delta, by_name: dict[str, list[Any]]) -> None:
+    header = read_header(source)
+    changed = sorted((slot.start, name) for name, slot in header.tensors.items() if name in by_name)
+    with open_regular_file(source) as old, target.open("wb") as new:
+        done = 0
+        if changed:
+            memory = mmap.mmap(old.fileno(), 0, access=mmap.ACCESS_COPY)
+        for start, name in changed:
+            slot, offset = header.tensors[name], header.data_start + start
+            _copy(old, new, offset - done)
+            new.write(tensor_bytes(fuse_parameter(memory, slot, offset, by_name[name], delta)))
+            done = offset + slot.nbytes
+            old.seek(done)
+        _copy(old, new, header.num_bytes - done)
+
+
+def _copy(old: BinaryIO, new: BinaryIO, count: int) -> None:
+    while count:
+        piece = old.read(min(count, _CHUNK))
+        if not piece:
+            raise InvalidInputError(f"{old.name}: the file became shorter while it was read.")
+        new.write(piece)
+        count -= len(piece)
+
+
+def _require_outside(base: Path, output_dir: Path) -> None:
+    target = output_dir.resolve()
+    if base.resolve() in (target, *target.parents):
+        raise InvalidInputError(
+            f"{output_dir} must lie outside the checkpoint it is made from, {base}."
+        )
+
+
+def _require_weight_changes(delta: Delta) -> None:
+    if delta.header.stack:
+        raise UnsupportedKindError(
+            "a stacked delta holds edits side by side, and a checkpoint holds one model: fold one "
+            "of `stacks.unstack(delta)`."
+        )
+    other_kinds = sorted(
+        {
+            type(e).__name__.lower()
+            for e in delta.header.entries
+            if not isinstance(e, Dense | LowRank)
+        }
+    )
+    if other_kinds:
+        raise UnsupportedKindError(
+            f"a delta of kind {', '.join(other_kinds)} decides per input what to change, which no plain "
+            "checkpoint can: keep it as a file and `bind` it."
+        )

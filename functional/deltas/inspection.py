@@ -1,0 +1,125 @@
+"""Read what a delta file says of itself, without torch and without touching its tensors."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import msgspec
+
+from errata.functional.deltas.safetensors_header import (
+    TensorSlot,
+    canonical_json,
+    parse_strict_json,
+    printable,
+    read_header,
+)
+from errata.functional.errors import DeltaFileError, join_messages
+from errata.functional.header import FORMAT, Header, validate_header
+
+__all__ = [
+    "METADATA_KEY",
+    "DeltaInfo",
+    "decode_header",
+    "tensor_mismatches",
+    "inspect_delta",
+    "encode_header",
+]
+
+METADATA_KEY = "errata"
+"""The one metadata key of a delta file."""
+
+
+class DeltaInfo(NamedTuple):
+    """A delta file's header and the places of its tensors."""
+
+    header: Header
+    tensors: dict[str, TensorSlot]
+    digest: str  # sha256 of the delta's content, as the file claims it
+    data_start: int  # offset of the data in the file
+    num_bytes: int  # of the whole file, in bytes
+
+
+def inspect_delta(path: str | os.PathLike[str]) -> DeltaInfo:
+    """Read and check the header of a delta file; its tensors' values are not read.
+
+    Raises BadInput where the file can not be opened, DeltaFault naming the file and every fault.
+    """
+    file_header = read_header(path)
+    if set(file_header.metadata) != {METADATA_KEY}:
+        names = ", ".join(sorted(repr(key[:40]) for key in file_header.metadata)[:4]) or "none"
+        raise DeltaFileError(
+            f"{path}: a delta file must have the one metadata key {METADATA_KEY!r}, has {names}; "
+            "a PEFT adapter is read by `errata import`."
+        )
+    try:
+        header, digest = decode_header(file_header.metadata[METADATA_KEY])
+    except ValueError as error:
+        raise DeltaFileError(f"{path}: {error}.") from None
+    problems = validate_header(header) or tensor_mismatches(
+        header, {name: (slot.dtype, slot.shape) for name, slot in file_header.tensors.items()}
+    )
+    if problems:
+        raise DeltaFileError(f"{path}: {join_messages(problems)}.")
+    return DeltaInfo(
+        header, file_header.tensors, digest, file_header.data_start, file_header.num_bytes
+    )
+
+
+def encode_header(header: Header, digest: str) -> str:
+    """The canonical JSON that a file holds under `KEY`. Raises ValueError for what JSON has not."""
+    return canonical_json({**msgspec.to_builtins(header), "digest": digest})
+
+
+def tensor_mismatches(header: Header, stored: dict[str, tuple[str, tuple[int, ...]]]) -> list[str]:
+    """How tensors (name -> dtype, shape) differ from what a header says they are."""
+    specs = header.tensor_specs()
+    mismatches = [f"tensor {name[:160]!r} is missing" for name in specs if name not in stored]
+    mismatches += [
+        f"tensor {name[:160]!r} belongs to no entry" for name in stored if name not in specs
+    ]
+    for name in specs.keys() & stored.keys():
+        dtypes, shape = specs[name]
+        dtype, stored_shape = stored[name]
+        if stored_shape != shape:
+            mismatches.append(
+                f"tensor {name!r} must have shape {list(shape)}, has {list(stored_shape)}"
+            )
+        if dtype not in dtypes:
+            mismatches.append(f"tensor {name!r} must be one of {'/'.join(dtypes)}, is {dtype}")
+    for entry in header.entries:
+        kinds = {stored[name][0] for name in entry.tensor_specs() if name in stored}
+        if len(kinds & {"F64", "F32", "F16", "BF16"}) > 1:
+            mismatches.append(
+                f"the tensors of {entry.name!r} must be of one dtype, are of {sorted(kinds)}"
+            )
+    return sorted(mismatches)
+
+
+def decode_header(text: str) -> tuple[Header, str]:
+    """Header and digest from the canonical JSON; raises ValueError with the fault."""
+    body: Any = parse_strict_json(text.encode(), "the delta's description")
+    if not isinstance(body, dict):
+        raise ValueError("the delta's description must be a JSON object")
+    if body.get("format") != FORMAT:
+        raise ValueError(
+            f"the delta is of format {printable(body.get('format'), 20)}, this version of errata reads "
+            f"format {FORMAT}: update errata, or save the delta again with its own version"
+        )
+    if canonical_json(body) != text:
+        raise ValueError("the delta's description is not canonical JSON (see FORMAT.md)")
+    digest = body.pop("digest", "")
+    if (
+        not isinstance(digest, str)
+        or len(digest) != 64
+        or not set(digest) <= set("0123456789abcdef")
+    ):
+        raise ValueError("the delta's digest must be a sha256 in hex")
+    try:
+        header = msgspec.convert(body, Header)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise ValueError(f"the delta's description does not fit: {printable(error)}") from None
+    missing = set(Header.__struct_fields__) - set(body)
+    if missing:
+        raise ValueError(f"the delta's description lacks {', '.join(sorted(missing))}")
+    return header, digest

@@ -1,0 +1,247 @@
+"""Safetensors headers from hands nobody vouches for, and canonical JSON; without torch.
+
+A `.safetensors` file is 8 bytes N (little-endian), N bytes of JSON, then the data. Everything the
+JSON claims is checked against the file before a byte of data is touched: work and memory are
+bounded by what the file *is*, never by what it says.
+Format: https://github.com/huggingface/safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import msgspec
+
+from errata.functional.errors import DeltaFileError, InvalidInputError
+
+__all__ = [
+    "MAX_HEADER",
+    "MAX_VALUES",
+    "SIZES",
+    "TensorSlot",
+    "SafetensorsHeader",
+    "canonical_json",
+    "build_header",
+    "open_regular_file",
+    "parse_header",
+    "printable",
+    "read_header",
+    "parse_strict_json",
+]
+
+MAX_HEADER = 8 << 20
+"""Most bytes of header that are read; a delta of 30,000 listed edits has about this many."""
+
+MAX_VALUES = 400_000
+"""Most JSON values in a header: one byte of JSON can cost a hundred of memory."""
+
+MAX_RANK = 16
+
+SIZES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "I64": 8,
+    "U64": 8,
+    "F64": 8,
+}
+"""Bytes of one element of each dtype."""
+
+
+class TensorSlot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where one tensor lies: dtype, shape, and [start, stop) within the data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+    @property
+    def start(self) -> int:
+        return self.data_offsets[0]
+
+    @property
+    def nbytes(self) -> int:
+        return self.data_offsets[1] - self.data_offsets[0]
+
+
+class SafetensorsHeader(NamedTuple):
+    """A header that has been checked against its file."""
+
+    metadata: dict[str, str]
+    tensors: dict[str, TensorSlot]
+    data_start: int  # offset of the data in the file
+    num_bytes: int  # of the whole file, in bytes
+
+
+def canonical_json(value: Any) -> str:
+    """The one JSON text of a value: keys sorted by code point, no blanks, non-ASCII as itself.
+
+    Floats are Python's `repr` (the shortest digits that read back the same). Raises ValueError for
+    NaN, infinities and what JSON does not have.
+
+    >>> canonical_json({"b": 1, "a": [0.5, "é"]})
+    '{"a":[0.5,"é"],"b":1}'
+    """
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
+
+
+def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"the name {twice[:80]!r} is given twice")
+    return unique
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
+
+
+def parse_strict_json(raw: bytes, what: str) -> Any:
+    """JSON without duplicate names, NaN, broken UTF-8, or more than `MAX_VALUES` values.
+
+    Raises ValueError that says what is wrong with `what`.
+    """
+    count = raw.count(b",") + raw.count(b":") + raw.count(b"[") + 2 * raw.count(b"{")
+    if count > MAX_VALUES:
+        raise ValueError(f"{what} holds more than {MAX_VALUES} values")
+    try:
+        return json.loads(
+            raw.decode(), object_pairs_hook=_unique_pairs, parse_constant=_refuse_constant
+        )
+    except UnicodeDecodeError:
+        raise ValueError(f"{what} is not UTF-8") from None
+    except RecursionError:
+        raise ValueError(f"{what} is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{what} is not JSON as it must be: {printable(error)}") from None
+
+
+def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file for reading; folders, pipes and devices are refused before opening.
+
+    Raises BadInput that names the path as the caller gave it.
+    """
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+            raise InvalidInputError(f"{path} must be a file, and is {kind}.")
+        return Path(path).open("rb")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InvalidInputError(f"{path} can not be read: {reason}.") from None
+
+
+def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
+    """Read and check the header of a safetensors file; the data are not touched.
+
+    Raises BadInput where the file can not be opened, DeltaFault naming the file and the fault.
+    """
+    with open_regular_file(path) as file:
+        num_bytes = os.fstat(file.fileno()).st_size
+        head = file.read(8)
+        length = int.from_bytes(head, "little")
+        if len(head) < 8 or length > num_bytes - 8:
+            raise DeltaFileError(
+                f"{path}: a safetensors file must hold its header, and {num_bytes} bytes do not hold "
+                f"{'the 8 that give its length' if len(head) < 8 else f'{length} of header'}: "
+                "the file is cut short or no safetensors file."
+            )
+        if length > MAX_HEADER:
+            raise DeltaFileError(
+                f"{path}: the header must have at most {MAX_HEADER} bytes, has {length}."
+            )
+        raw = file.read(length)
+    try:
+        return parse_header(raw, num_bytes)
+    except ValueError as error:
+        raise DeltaFileError(f"{path}: {error}.") from None
+
+
+def parse_header(raw: bytes, num_bytes: int) -> SafetensorsHeader:
+    """Check a header's JSON against a file of `size` bytes; ValueError with the fault."""
+    body = parse_strict_json(raw, "the header")
+    if not isinstance(body, dict):
+        raise ValueError("the header must be a JSON object")
+    try:
+        metadata = msgspec.convert(body.pop("__metadata__", {}), dict[str, str])
+        tensors = msgspec.convert(body, dict[str, TensorSlot])
+    except msgspec.ValidationError as error:
+        raise ValueError(
+            f"the header does not have the form of safetensors: {printable(error)}"
+        ) from None
+    data_start = 8 + len(raw)
+    end = 0
+    for name, slot in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
+        if slot.dtype not in SIZES:
+            raise ValueError(f"tensor {name[:80]!r} has the unknown dtype {slot.dtype[:20]!r}")
+        if len(slot.shape) > MAX_RANK or min(slot.shape, default=0) < 0:
+            raise ValueError(f"tensor {name[:80]!r} has a shape that can not be")
+        start, stop = slot.data_offsets
+        expected_bytes = math.prod(slot.shape) * SIZES[slot.dtype]
+        if start != end or stop - start != expected_bytes:
+            raise ValueError(
+                f"tensor {name[:80]!r} must lie at byte {end} with {_bounded_int(expected_bytes)} bytes, "
+                f"and the header says {_bounded_int(start)} to {_bounded_int(stop)}"
+            )
+        if (data_start + start) % SIZES[slot.dtype]:
+            raise ValueError(f"tensor {name[:80]!r} must lie at a multiple of its element size")
+        end = stop
+    if data_start + end != num_bytes:
+        raise ValueError(
+            f"the header describes {_bounded_int(data_start + end)} bytes and the file has {num_bytes}: "
+            "it is cut short or has something appended"
+        )
+    return SafetensorsHeader(metadata, tensors, data_start, num_bytes)
+
+
+def printable(text: object, max_length: int = 200) -> str:
+    """Text from a stranger's file, fit for a message: printable, and not too long.
+
+    >>> printable("a\\x00b")
+    'a\\\\x00b'
+    """
+    text = str(text)[:max_length]
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def _bounded_int(number: int) -> str:
+    return str(number) if -(1 << 63) < number < 1 << 63 else "more than 2**63"
+
+
+def build_header(
+    metadata: dict[str, str], tensors: dict[str, tuple[str, tuple[int, ...]]]
+) -> tuple[bytes, list[str]]:
+    """The first bytes of a safetensors file, and the order in which the tensors follow.
+
+    Larger elements first, then by name, the JSON padded with blanks to 8 bytes: what the
+    safetensors library writes, so that both give the same file.
+    """
+    order = sorted(tensors, key=lambda name: (-SIZES[tensors[name][0]], name.encode()))
+    body: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name in order:
+        dtype, shape = tensors[name]
+        start, end = end, end + math.prod(shape) * SIZES[dtype]
+        body[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    raw = json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw, order

@@ -1,0 +1,180 @@
+"""Save and load a delta as one safetensors file (`FORMAT.md`): checked, reproducible, atomic."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from errata.functional.deltas.inspection import (
+    METADATA_KEY,
+    encode_header,
+    inspect_delta,
+    tensor_mismatches,
+)
+from errata.functional.deltas.safetensors_header import (
+    MAX_HEADER,
+    build_header,
+    canonical_json,
+    open_regular_file,
+    parse_header,
+)
+from errata.functional.errors import DeltaFileError, join_messages
+from errata.functional.files import atomic_write
+from errata.functional.header import Header, validate_header
+from errata.functional.types import Delta
+
+__all__ = [
+    "DTYPE_BY_NAME",
+    "NAME_BY_DTYPE",
+    "tensor_bytes",
+    "digest",
+    "load_delta",
+    "save_delta",
+    "tensor_view",
+]
+
+DTYPE_BY_NAME = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""Safetensors' names of the dtypes a delta may hold."""
+
+NAME_BY_DTYPE = {dtype: name for name, dtype in DTYPE_BY_NAME.items()}
+
+
+def save_delta(path: str | os.PathLike[str], delta: Delta) -> str:
+    """Write a delta to one file, whole or not at all, and return its digest.
+
+    The same delta gives the same bytes, wherever its tensors live and however they are strided.
+    Everything `load` would refuse is refused here, before a file is touched: DeltaFault lists all
+    violations; BadInput where the file can not be written (the old one stays).
+
+    >>> from errata.functional import BaseModel, Dense, Header
+    >>> entry = Dense(name="w", checkpoint_name="w", shape=(2,))
+    >>> header = Header(base=BaseModel(id="me/tiny"), entries=(entry,))
+    >>> folder = getfixture("tmp_path")
+    >>> digest = save_delta(folder / "edit.safetensors", Delta(header, {"w": torch.ones(2)}))
+    >>> load_delta(folder / "edit.safetensors").tensors["w"]
+    tensor([1., 1.])
+    """
+    header, tensors = delta.header, delta.tensors
+    problems = validate_header(header) or _tensor_problems(header, tensors)
+    if problems:
+        raise DeltaFileError(f"the delta for {path} can not be saved: {join_messages(problems)}.")
+    try:
+        content = digest(delta)
+        text = encode_header(header, content)
+    except (TypeError, ValueError) as error:
+        raise DeltaFileError(f"the delta for {path} can not be saved: settings: {error}.") from None
+    specs = {name: (NAME_BY_DTYPE[x.dtype], tuple(x.shape)) for name, x in tensors.items()}
+    head, order = build_header({METADATA_KEY: text}, specs)
+    if len(head) - 8 > MAX_HEADER:
+        raise DeltaFileError(
+            f"the delta for {path} can not be saved: its list of edits and settings takes "
+            f"{len(head)} bytes, and at most {MAX_HEADER} are read: save it in several files."
+        )
+    try:
+        parse_header(
+            head[8:], len(head) + sum(x.numel() * x.element_size() for x in tensors.values())
+        )
+    except ValueError as error:
+        raise DeltaFileError(f"the delta for {path} can not be saved: {error}.") from None
+    with atomic_write(path) as file:
+        file.write(head)
+        for name in order:
+            file.write(tensor_bytes(tensors[name]))
+    return content
+
+
+def load_delta(path: str | os.PathLike[str], *, verify: bool = True) -> Delta:
+    """Read a delta; its tensors are memory-mapped, and writing to them never reaches the file.
+
+    `verify` also reads every value once: all must be finite and match the file's digest. Raises
+    BadInput where the file can not be opened, DeltaFault naming the file and every fault.
+    """
+    info = inspect_delta(path)
+    with open_regular_file(path) as file:
+        if os.fstat(file.fileno()).st_size != info.num_bytes:
+            raise DeltaFileError(f"{path}: the file changed while it was read.")
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    tensors = {
+        name: tensor_view(memory, slot.dtype, slot.shape, info.data_start + slot.start)
+        for name, slot in info.tensors.items()
+    }
+    delta = Delta(info.header, {name: tensors[name] for name in info.header.tensor_specs()})
+    if verify:
+        if digest(delta) != info.digest:
+            raise DeltaFileError(
+                f"{path}: the content does not match its digest: the file was damaged or changed "
+                "after it was saved; fetch it again."
+            )
+        problems = list(_nonfinite_tensors(delta.tensors))
+        if problems:
+            raise DeltaFileError(f"{path}: {join_messages(problems)}.")
+    return delta
+
+
+def digest(delta: Delta) -> str:
+    """sha256 of a delta's content: canonical header, then each tensor by name.
+
+    H(header ‖ "\\n" ‖ Σ_name canonical([name, dtype, shape]) ‖ "\\n" ‖ bytes), names in code-point
+    order; independent of how a file lays its tensors out.
+    """
+    state = hashlib.sha256()
+    state.update(encode_header(delta.header, "").encode() + b"\n")
+    for name in sorted(delta.tensors):
+        x = delta.tensors[name]
+        state.update(canonical_json([name, NAME_BY_DTYPE[x.dtype], list(x.shape)]).encode() + b"\n")
+        state.update(tensor_bytes(x))
+    return state.hexdigest()
+
+
+def tensor_bytes(x: Tensor) -> memoryview:
+    """The raw little-endian bytes of a tensor, in row-major order."""
+    flat = x.detach().contiguous().cpu().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def tensor_view(
+    memory: mmap.mmap | bytearray, dtype: str, shape: tuple[int, ...], offset: int
+) -> Tensor:
+    """A tensor over bytes that stay where they are."""
+    count = 1
+    for size in shape:
+        count *= size
+    if not count:
+        return torch.empty(shape, dtype=DTYPE_BY_NAME[dtype])
+    return torch.frombuffer(memory, dtype=DTYPE_BY_NAME[dtype], count=count, offset=offset).reshape(
+        shape
+    )
+
+
+def _tensor_problems(header: Header, tensors: Mapping[str, Tensor]) -> list[str]:
+    unsupported = [
+        f"tensor {name!r} has dtype {x.dtype}"
+        for name, x in tensors.items()
+        if x.dtype not in NAME_BY_DTYPE
+    ]
+    specs = {name: (NAME_BY_DTYPE.get(x.dtype, "?"), tuple(x.shape)) for name, x in tensors.items()}
+    return unsupported or tensor_mismatches(header, specs) or list(_nonfinite_tensors(tensors))
+
+
+def _nonfinite_tensors(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    for name, x in tensors.items():
+        if x.dtype.is_floating_point and x.numel():
+            ends = torch.stack(torch.aminmax(x.detach()))  # NaN if there is one: far the fastest
+            if not bool(torch.isfinite(ends).all()):
+                yield f"tensor {name!r} must be finite, and holds NaN or infinite values"

@@ -1,0 +1,136 @@
+"""Greedy generation with a key-value cache, for a base or a bound model, one edit per row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from errata.functional.errors import InvalidInputError, UnsupportedModelError
+from errata.functional.queries import Query
+from errata.functional.types import Inputs, Model
+
+__all__ = ["generate_ids", "generate"]
+
+
+def generate(
+    model: Model,
+    queries: Sequence[Query],
+    max_new_tokens: int = 16,
+    *,
+    stop_ids: Sequence[int] | None = None,
+    edit_index: Tensor | None = None,
+) -> list[str]:
+    """What the model says to each query, word after word the likeliest; targets are not read.
+
+    Rows end at the first token of `stop` (default: the card's), which is left out. `edit` [B] says
+    which edit of a bound stacked delta each row runs under. Raises BadInput when a row could
+    outgrow the context.
+
+        generate(bind(model, delta), [Query("What is this?", images=(picture,))])
+    """
+    inputs = model.preprocess(
+        [query._replace(target="") for query in queries], edit_index=edit_index
+    )
+    longest = inputs.input_ids.shape[1]
+    if longest + max_new_tokens > model.card.max_positions:
+        raise InvalidInputError(
+            f"prompt and answer must fit into {model.card.max_positions} tokens; the longest prompt has "
+            f"{longest} and {max_new_tokens} new ones are asked for: shorten one of them."
+        )
+    generated = generate_ids(
+        model, inputs, max_new_tokens, stop_ids=stop_ids, edit_index=edit_index
+    )
+    return [model.detokenize(token_ids) for token_ids in generated]
+
+
+def generate_ids(
+    model: Model,
+    inputs: Inputs,
+    max_new_tokens: int,
+    *,
+    stop_ids: Sequence[int] | None = None,
+    edit_index: Tensor | None = None,
+) -> list[list[int]]:
+    """The token ids that follow each row, up to and without its stop token.
+
+    The prompt runs once and leaves its keys and values; then each step runs one token per row. One
+    number per step leaves the device: whether all rows have ended.
+    """
+    if max_new_tokens < 1:
+        raise InvalidInputError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    device = inputs.input_ids.device
+    stop_tokens = torch.tensor(
+        tuple(model.card.stop_ids if stop_ids is None else stop_ids), device=device
+    ).long()
+    new_ids: list[Tensor] = []
+    with torch.no_grad():
+        done = torch.zeros(len(inputs.input_ids), dtype=torch.bool, device=device)
+        for logits in _steps(model, inputs, new_ids, edit_index):
+            new_ids.append(logits[:, -1].argmax(-1))  # [B]
+            done = done | torch.isin(new_ids[-1], stop_tokens)
+            if len(new_ids) == max_new_tokens or bool(done.all()):
+                break
+    return [
+        _cut_at_stop(row, set(stop_tokens.tolist())) for row in torch.stack(new_ids, 1).tolist()
+    ]
+
+
+def _steps(
+    model: Model, inputs: Inputs, new_ids: list[Tensor], edit_index: Tensor | None
+) -> Iterator[Tensor]:
+    """The logits [B 1 V] of each next token, given what has been said since the last."""
+    batch = model.embed(model.params, inputs, edit_index=edit_index)
+    last = inputs.attention_mask.sum(-1, keepdim=True) - 1  # [B 1]
+    try:
+        logits, kv_cache = model.decode(
+            model.params, batch, logit_positions=last, return_cache=True
+        )
+    except UnsupportedModelError:  # a family whose layers take no cache of ours
+        yield from _steps_without_cache(model, inputs, new_ids, edit_index)
+        return
+    yield logits
+    while True:
+        batch = model.embed_next(
+            model.params, new_ids[-1][:, None], kv_cache, edit_index=batch.edit_index
+        )
+        logit_positions = torch.zeros_like(last)
+        logits, kv_cache = model.decode(
+            model.params,
+            batch,
+            logit_positions=logit_positions,
+            kv_cache=kv_cache,
+            return_cache=True,
+        )
+        yield logits
+
+
+def _steps_without_cache(
+    model: Model, inputs: Inputs, new_ids: list[Tensor], edit_index: Tensor | None
+) -> Iterator[Tensor]:
+    """The same without a cache: every step runs the rows from their beginning."""
+    while True:
+        batch = model.embed(model.params, inputs, edit_index=edit_index)
+        yield model.decode(
+            model.params, batch, logit_positions=inputs.attention_mask.sum(-1, keepdim=True) - 1
+        )
+        inputs = _append_token(inputs, new_ids[-1])
+
+
+def _append_token(inputs: Inputs, token_ids: Tensor) -> Inputs:
+    """The rows with one more token each, right behind their last; it counts as their answer's."""
+    length = inputs.attention_mask.sum(-1, keepdim=True)  # [B 1]
+    return inputs._replace(
+        input_ids=F.pad(inputs.input_ids, (0, 1)).scatter(1, length, token_ids[:, None]),
+        attention_mask=F.pad(inputs.attention_mask, (0, 1)).scatter(1, length, True),
+        image_mask=F.pad(inputs.image_mask, (0, 1)),
+        labels=torch.cat([inputs.labels, token_ids[:, None]], 1),
+        logit_positions=torch.cat([inputs.logit_positions, length - 1], 1),
+    )
+
+
+def _cut_at_stop(token_ids: list[int], stop_ids: set[int]) -> list[int]:
+    length = next((n for n, token in enumerate(token_ids) if token in stop_ids), len(token_ids))
+    return token_ids[:length]

@@ -1,0 +1,156 @@
+"""Keys by which facts are found again: of questions as words, and of pictures.
+
+    hashed:D       words and letters, hashed into D numbers: the same everywhere, knows no meaning
+    base:LAYER     what the base itself makes of the question, at its last token before that layer
+    SCHEME:NAME    whatever was enrolled under SCHEME; the adapters enrol `sentence`
+
+`hashed` in full, so that another reader can make the same keys: the text in lower case; words are
+runs of letters, digits and underscores (Python's `\\w+`). A word w has the features "w " + w and
+"c " + each run of 3 and of 4 characters of "^" + w + "$"; two words in a row "b " + both with a
+space between. A feature that occurs n times adds s (1 + ln n) to number h mod D, where h is the
+crc32 (zlib's) of its UTF-8 bytes and s is +1 if h >= 2^31, else -1. Divided by the length.
+
+Legend: B texts or questions · d, v widths of keys.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from errata.functional.errors import InvalidInputError, InvalidSettingsError
+from errata.functional.forward.batches import prompt_end_mask
+from errata.functional.queries import Query
+from errata.functional.types import Model
+
+__all__ = ["TextEncoder", "get_encoder", "enrol", "hashed_ngrams", "image_keys", "resolve_encoder"]
+
+TextEncoder = Callable[[Sequence[str]], Tensor]
+"""Texts to unit keys [B d], fp32."""
+
+DEFAULT_KEY_DIM = 512  # of hashed keys
+BATCH_SIZE = 32  # questions that the base reads at once
+
+_OPENERS: dict[str, Callable[[str], TextEncoder]] = {}
+
+
+def enrol(scheme: str, opener: Callable[[str], TextEncoder]) -> None:
+    """Let encoders called `scheme:NAME` be opened by `opener(NAME)`."""
+    _OPENERS[scheme] = opener
+
+
+def resolve_encoder(name: str, model: Model) -> str:
+    """The full name of an encoder for this model, as a delta file holds it.
+
+    "hashed" and "base" get their number (512; the layer in the middle); a name without a scheme is
+    a sentence-transformers model. Raises BadSettings for numbers that can not be.
+    """
+    scheme, _, rest = name.partition(":")
+    if scheme not in ("hashed", "base"):
+        return name if scheme in _OPENERS and rest else f"sentence:{name}"
+    count = model.card.num_layers
+    if not rest:
+        return f"hashed:{DEFAULT_KEY_DIM}" if scheme == "hashed" else f"base:{max(1, count // 2)}"
+    lowest, highest = (8, 1 << 16) if scheme == "hashed" else (1, count - 1)
+    if not (rest.isdecimal() and lowest <= int(rest) <= highest):
+        what = "a width" if scheme == "hashed" else "a layer"
+        raise InvalidSettingsError(
+            f"encoder {name!r} must name {what} from {lowest} to {highest}: {scheme}:{lowest}."
+        )
+    return f"{scheme}:{int(rest)}"
+
+
+def get_encoder(name: str, model: Model) -> TextEncoder:
+    """The encoder of a full name; `model` is the base that `base:LAYER` asks.
+
+    Raises BadSettings for a scheme that nobody enrolled.
+    """
+    scheme, _, rest = resolve_encoder(name, model).partition(":")
+    if scheme == "hashed":
+        return lambda texts: hashed_ngrams(texts, int(rest))
+    if scheme == "base":
+        return lambda texts: _base_layer_keys(model, texts, int(rest))
+    if scheme not in _OPENERS:
+        raise InvalidSettingsError(
+            f"encoder {name!r} needs a module that opens {scheme!r} models, and none is loaded: "
+            "import errata.adapters, or `register_encoder` one."
+        )
+    return _OPENERS[scheme](rest)
+
+
+def hashed_ngrams(texts: Sequence[str], dim: int = DEFAULT_KEY_DIM) -> Tensor:
+    """Keys of words and letters [B d], by the recipe above; a text without words is zero.
+
+    >>> one, two, other = hashed_ngrams(["who is it?", "WHO is it", "a cat sat"])
+    >>> bool(one @ two > 0.99), bool(one @ other < 0.5)
+    (True, True)
+    """
+    keys = torch.zeros(len(texts), dim, dtype=torch.float64)
+    for row, text in enumerate(texts):
+        for feature, count in Counter(_ngram_features(text)).items():
+            code = zlib.crc32(feature.encode("utf-8", "replace"))
+            sign = 1.0 if code >= 1 << 31 else -1.0
+            keys[row, code % dim] += sign * (1 + math.log(count))
+    return F.normalize(keys, dim=-1).float()
+
+
+def _ngram_features(text: str) -> list[str]:
+    words = re.findall(r"\w+", text.lower())
+    features = [f"w {word}" for word in words]
+    features += [f"b {one} {two}" for one, two in zip(words, words[1:])]
+    for word in words:
+        marked = f"^{word}$"
+        features += [f"c {marked[i : i + n]}" for n in (3, 4) for i in range(len(marked) - n + 1)]
+    return features
+
+
+def _base_layer_keys(model: Model, texts: Sequence[str], layer: int) -> Tensor:
+    """The base's rows before a layer, at the last token of each text, asked without a picture.
+
+    There it has gathered what the question is about: two ways to ask the same lie close together.
+    """
+    parts = []
+    with torch.no_grad():
+        for begin in range(0, len(texts), BATCH_SIZE):
+            inputs = model.preprocess([Query(text) for text in texts[begin : begin + BATCH_SIZE]])
+            batch = model.decode(model.params, model.embed(model.params, inputs), stop=layer)
+            last = prompt_end_mask(inputs).int().argmax(1)[:, None, None]  # [B 1 1]
+            rows = batch.hidden_states.gather(1, last.expand(-1, 1, batch.hidden_states.shape[-1]))[
+                :, 0
+            ]
+            parts.append(rows.float())
+    return F.normalize(torch.cat(parts), dim=-1)
+
+
+def image_keys(model: Model, queries: Sequence[Query]) -> Tensor:
+    """Keys of what questions show [B v]: the mean of the base's visual rows at depth 0.
+
+    k = normalize( mean of hidden[t] over image tokens t ),  zero for a question without pictures.
+
+    They are what the projector gives the decoder, so v is its width, and no new network is needed.
+    """
+    keys = torch.zeros(len(queries), model.card.hidden_size)
+    with_images = [n for n, query in enumerate(queries) if query.images]
+    with torch.no_grad():
+        for begin in range(0, len(with_images), BATCH_SIZE):
+            indices = with_images[begin : begin + BATCH_SIZE]
+            image_queries = [Query("?", "", queries[n].images, queries[n].video) for n in indices]
+            inputs = model.preprocess(image_queries)
+            batch = model.embed(model.params, inputs)
+            image_mask = batch.image_mask[..., None].float()
+            mean = (batch.hidden_states.float() * image_mask).sum(1) / image_mask.sum(1).clamp_min(
+                1
+            )  # [b D]
+            if not bool(mean.isfinite().all()):
+                raise InvalidInputError("the model's visual features must be finite, and are not.")
+            keys = keys.to(mean.device).index_copy(
+                0, torch.tensor(indices, device=mean.device), F.normalize(mean, dim=-1)
+            )
+    return keys

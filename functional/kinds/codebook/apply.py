@@ -1,0 +1,102 @@
+"""A codebook at a linear map, as a rewrite: the nearest key of each row, and its value.
+
+Legend: B rows · L tokens · E edits · N keys · I width of a key · O width of a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from errata.functional.card import before_decoder, canonical_name, module_path
+from errata.functional.errors import UnknownSiteError
+from errata.functional.header import Header
+from errata.functional.kinds.codebook.entry import Codebook, Replacement
+from errata.functional.kinds.common.patch import Patch
+from errata.functional.types import Batch, Model
+from errata.kernels import codebook as kernel
+
+__all__ = ["codebook_hook", "last_prompt_input", "replace_at", "replaced_tokens"]
+
+
+def codebook_hook(
+    entry: Codebook, tensors: Mapping[str, Tensor], *, stacked: bool
+) -> Callable[[Batch, Tensor, Tensor], Tensor]:
+    """What a codebook does to the output y of its map, given the map's input x.
+
+        q_b = x[b, t_b],  t_b the last prompt token of row b
+        n_b = argmin_n |keys_n - q_b|
+        y'[b, l] = values[n_b]  if |keys_(n_b) - q_b| <= radii_(n_b) and l is one of `where`
+                   y[b, l]      otherwise
+
+    A batch that does not hold a row's last prompt token (tokens generated behind it) leaves the row
+    as it is: the change of the prompt is in its keys and values. With `stacked` tensors lead with
+    E, and each row looks into the book of its own edit, none into that of edit -1.
+
+    After GRACE (Hartvigsen et al. 2023, arXiv 2211.11031), `GRACEAdapter.forward`.
+    """
+    keys, values, radii = (tensors[f"{entry.name}.{part}"] for part in ("keys", "values", "radii"))
+    keys = keys.float()
+    norms = None if stacked else kernel.square_norms(keys)
+
+    def hook(batch: Batch, x: Tensor, y: Tensor) -> Tensor:
+        query = last_prompt_input(batch, x).float()  # [B I]
+        has_prompt_end = batch.prompt_end.any(1)
+        if stacked:
+            edit_rows = batch.edit_index.clamp_min(0)
+            lookup = torch.vmap(kernel.lookup_key)(
+                query[:, None], keys[edit_rows], radii[edit_rows]
+            )
+            index, hit = (
+                lookup.index[:, 0],
+                lookup.hit[:, 0] & has_prompt_end & (batch.edit_index >= 0),
+            )
+            chosen = values[edit_rows, index.clamp_min(0)]
+        else:
+            lookup = kernel.lookup_key(query, keys, radii, norms=norms)
+            index, hit = lookup.index, lookup.hit & has_prompt_end
+            chosen = values[index.clamp_min(0)]  # [B O]
+        return replace_at(y, chosen, hit[:, None] & replaced_tokens(batch, entry.replacement))
+
+    return hook
+
+
+def last_prompt_input(batch: Batch, x: Tensor) -> Tensor:
+    """[B I] what a map was given at each row's last prompt token; the first, where there is none.
+
+    `x` is [B L I], or [B*L I] where a layer flattened rows and tokens (OPT does).
+    """
+    prompt_end = batch.prompt_end.int().argmax(1)[:, None, None]  # [B 1 1]
+    x = x.reshape(*batch.prompt_end.shape, -1)
+    return x.gather(1, prompt_end.expand(-1, 1, x.shape[-1]))[:, 0].detach()
+
+
+def replaced_tokens(batch: Batch, replacement: Replacement) -> Tensor:
+    """[B L] the tokens that a value replaces: `last` of the prompt, those before it, or `all`."""
+    if replacement == "last":
+        return batch.prompt_end
+    in_prompt = batch.prompt_end.int().flip(1).cumsum(1).flip(1) > 0
+    return in_prompt if replacement == "all" else in_prompt & ~batch.prompt_end
+
+
+def replace_at(y: Tensor, values: Tensor, token_mask: Tensor) -> Tensor:
+    """y with values [B O] at the tokens where [B L]; differentiable in both."""
+    rows = y.reshape(*token_mask.shape, -1)
+    return torch.where(token_mask[..., None], values[:, None].to(y.dtype), rows).view(y.shape)
+
+
+def _apply_codebook(
+    model: Model, header: Header, entry: Codebook, tensors: Mapping[str, Tensor]
+) -> Patch:
+    """A value in place of the output where the prompt's last input lies in its key's ball."""
+    path = module_path(canonical_name(model.card, entry.name))
+    if path not in model.card.linear_shapes or before_decoder(model.card, path):
+        raise UnknownSiteError(
+            f"a codebook's site must be a linear map in the decoder of {model.card.id}, and "
+            f"{path!r} is none."
+        )
+    hook = codebook_hook(entry, tensors, stacked=bool(header.stack))
+    return Patch(hooks=lambda batch: {path: partial(hook, batch)})

@@ -1,0 +1,72 @@
+"""Values in place of a linear map's output: GRACE's codebook."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, cast
+
+import msgspec
+
+from errata.functional.header import FLOAT_DTYPES, Entry, TensorSpec, invalid_names
+
+if TYPE_CHECKING:
+    from errata.functional.header import Header  # noqa: TID252
+
+__all__ = ["Codebook", "Replacement"]
+
+Replacement = Literal["last", "prompt", "all"]
+"""Which tokens a codebook's value replaces, with t the prompt's last: t, those before t, or both.
+
+Tokens of the answer are never replaced: what is generated token by token is what one pass gives.
+"""
+
+
+class Codebook(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="codebook"):
+    """Values that take the place of a linear map's output where its input comes near a key.
+
+    Tensors `<name>.keys` [N in], `<name>.values` [N out], `<name>.radii` [N]. With q the map's
+    input at the row's last prompt token and n the nearest key, the output there is values[n] if
+    |keys[n] - q| <= radii[n]. `owners[k]` is the key of edit k, -1 where a later edit took it over.
+    """
+
+    name: str  # the map's weight
+    checkpoint_name: str
+    shape: tuple[int, ...]  # of the weight as stored
+    num_keys: int
+    edit_slots: tuple[int, ...] = ()
+    replacement: Replacement = "last"
+    transposed: bool = False
+
+    def tensor_specs(self) -> dict[str, TensorSpec]:
+        out, inner = reversed(self.shape) if self.transposed else self.shape
+        return {
+            f"{self.name}.keys": (FLOAT_DTYPES, (self.num_keys, inner)),
+            f"{self.name}.values": (FLOAT_DTYPES, (self.num_keys, out)),
+            f"{self.name}.radii": (FLOAT_DTYPES, (self.num_keys,)),
+        }
+
+    def validate(self, header: Header) -> Iterator[str]:
+        yield from invalid_names(self.name, self.checkpoint_name)
+        if len(self.shape) != 2 or min(self.shape) < 1:
+            yield f"{self.name}: the shape must be two positive sizes, is {list(self.shape)[:4]}"
+        if self.num_keys < 1:
+            yield f"{self.name}: there must be at least 1 key, are {self.num_keys}"
+        if len(self.edit_slots) != len(header.edits):
+            yield (
+                f"{self.name}: edit_slots must name a key for each of the {len(header.edits)} edits, "
+                f"names {len(self.edit_slots)}"
+            )
+        elif any(not -1 <= key < self.num_keys for key in self.edit_slots):
+            yield f"{self.name}: edit_slots must be keys from 0 to {self.num_keys - 1}, or -1"
+
+    def layout(self) -> Codebook:
+        return msgspec.structs.replace(self, edit_slots=())
+
+    @classmethod
+    def stack(cls, entries: Sequence[Entry]) -> Codebook:
+        codebooks = [cast(Codebook, entry) for entry in entries]
+        edit_slots = tuple((codebook.edit_slots or (-1,))[-1] for codebook in codebooks)
+        return msgspec.structs.replace(codebooks[0], edit_slots=edit_slots)
+
+    def select(self, edits: Sequence[int]) -> Codebook:
+        return msgspec.structs.replace(self, edit_slots=tuple(self.edit_slots[k] for k in edits))

@@ -1,0 +1,68 @@
+"""W + dW, or one dW per row when stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from errata.functional.card import all_names, before_decoder, canonical_name, in_decoder
+from errata.functional.forward.batches import _unflatten_rows
+from errata.functional.forward.grouped_linear import grouped_linear
+from errata.functional.header import Header
+from errata.functional.kinds.common.patch import Patch, _make_hooks
+from errata.functional.kinds.dense.entry import Dense
+from errata.functional.types import Batch, Hook, Model
+
+# The kinds.
+
+
+def _apply_dense(
+    model: Model, header: Header, entry: Dense, tensors: Mapping[str, Tensor]
+) -> Patch:
+    """W' = W + d, in the wider dtype of the two, then in W's."""
+    card, parameter, change = (
+        model.card,
+        canonical_name(model.card, entry.name),
+        tensors[entry.name],
+    )
+    if not header.stack:
+        base = model.params[parameter]
+        return Patch(params={parameter: (base + change).to(base.dtype)})
+    makers: dict[str, Callable[[Batch], Hook]] = {}
+    per_edit = False
+    for name in filter(partial(in_decoder, card), all_names(card, parameter)):
+        path, _, leaf = name.rpartition(".")
+        if path not in card.linear_shapes or before_decoder(card, path):
+            per_edit = True
+        elif leaf == "weight":
+            maps = change.mT if path in card.transposed else change
+            makers[path] = partial(_per_row_hook, maps)
+        else:
+            makers[path] = partial(_per_row_bias_hook, change)
+    return Patch(hooks=partial(_make_hooks, makers), per_edit=per_edit)
+
+
+def _per_row_hook(maps: Tensor, batch: Batch) -> Hook:
+    """y + x maps[e]^T in the wider dtype, e = the row's edit."""
+
+    def hook(x: Tensor, y: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, maps.dtype)
+        change = grouped_linear(
+            _unflatten_rows(x, batch).to(dtype), maps.to(dtype), batch.edit_index
+        )
+        return (y + change.view(y.shape)).to(y.dtype)
+
+    return hook
+
+
+def _per_row_bias_hook(biases: Tensor, batch: Batch) -> Hook:
+    """y + biases[e], e = the row's edit."""
+
+    def hook(x: Tensor, y: Tensor) -> Tensor:
+        change = biases[batch.edit_index.clamp_min(0)] * (batch.edit_index >= 0)[:, None]  # [B out]
+        return (_unflatten_rows(y, batch) + change[:, None]).to(y.dtype).view(y.shape)
+
+    return hook

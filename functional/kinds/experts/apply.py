@@ -1,0 +1,324 @@
+"""LiveEdit's experts at a decoder layer's output: features of a row, the gate, the residual.
+
+With h what the layer gives a row, V its picture's tokens and Q its prompt's behind the picture
+(never the answer's), f = vision features of V as asked by Q, g = query features of Q, and f' =
+those of the sentinel picture as asked by Q:
+
+    S   = { m : <f, E_m> > <f, f'> }                                  the hard gate
+    w_m = softmax_S(s)_m * sigmoid(s_m),    s_m = scale * <g, G_m>    the soft one
+    h'  = h + sum_{m in S} w_m relu(LN(h) A_m^T) B_m                  at every token
+
+Features are cross-attentions from S_q learned slots: slots look at Q, what they found looks at V. A
+row decides once, at its prompt; later tokens take the decision from `batch.notes`.
+
+Rows without a picture take their prompt in place of V, and have a sentinel of their own. The last
+two columns of the keys say what an expert is for: (1, 0) pictures, (0, 1) text, (1, 1) nothing; a
+row's features hold -1e30 in the other kind's column, so no expert of that kind comes near.
+
+Because attention has few queries here, keys are never formed: q . (W_k x) = (W_k^T q) . x, and
+sum p (W_v x) = W_v (sum p x): 2 L d rows instead of 2 L d k multiplications each. The bias of W_k
+moves all scores of a softmax alike and is no part of this.
+
+Source: LiveEdit (arXiv 2411.15432), qizhou000/LiveEdit `editor/vllm_editors/liveedit/`. Different:
+answer tokens never enter the gate (there, unless the caller says how long the answer is, they do);
+rows without a picture can be edited (there, never); a pool may hold deleted experts.
+
+Legend: B rows · L tokens · D width of the decoder · M experts · S slots · K width of a slot ·
+H heads · R rank · E edits of a stack.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from errata.functional.card import canonical_name
+from errata.functional.errors import UnknownSiteError
+from errata.functional.header import Header
+from errata.functional.kinds.common.patch import Patch
+from errata.functional.kinds.experts.entry import Experts
+from errata.functional.types import Batch, Hooks, Model
+from errata.kernels import lora_moe
+from errata.kernels.lora_moe import Routes
+
+__all__ = [
+    "EPS",
+    "EXCLUDED",
+    "RoutingFeatures",
+    "FeatureExtractor",
+    "TokenRoles",
+    "cross_attention",
+    "with_modality_columns",
+    "expert_hook",
+    "routing_features",
+    "load_extractor",
+    "score_scale",
+    "token_roles",
+]
+
+EPS = 1e-5  # of every layer norm here
+EXCLUDED = 1e30
+
+
+class FeatureExtractor(NamedTuple):
+    """What reads a row's features; constant queries are absorbed into `rows`."""
+
+    prompt_norm: Tensor  # [2 D] weight and bias
+    prompt_queries: Tensor  # [SH D]
+    prompt_value: Tensor  # [K D]
+    prompt_value_bias: Tensor  # [K]
+    vision_query: Tensor  # [K K]
+    vision_query_bias: Tensor  # [K]
+    vision_key: Tensor  # [K D]
+    vision_value: Tensor  # [K D]
+    vision_value_bias: Tensor  # [K]
+    query_norm: Tensor  # [2 D]
+    query_queries: Tensor  # [SH D]
+    query_value: Tensor  # [K D]
+    query_value_bias: Tensor  # [K]
+
+
+class TokenRoles(NamedTuple):
+    """Which tokens of a row are what; a row without a picture sees its prompt."""
+
+    vision: Tensor  # [B L] bool
+    prompt: Tensor  # [B L] bool
+    answer: Tensor  # [B L] bool, behind the prompt's last
+    has_image: Tensor  # [B] bool
+
+
+class RoutingFeatures(NamedTuple):
+    """What a row is routed by."""
+
+    vision: Tensor  # [B SK]
+    query: Tensor  # [B SK]
+    sentinel: Tensor  # [B SK] of the sentinel, as this row asks
+    has_image: Tensor  # [B] bool
+
+
+def score_scale(num_query_tokens: int, feature_dim: int) -> float:
+    """1 / (S sqrt(K)): the mean over slots of scaled products."""
+    return 1 / (num_query_tokens * math.sqrt(feature_dim))
+
+
+def token_roles(batch: Batch) -> TokenRoles:
+    """Picture, prompt and answer of each row.
+
+    The prompt counts from behind the first token of the picture on, unless nothing stands there.
+    """
+    in_prompt = (
+        batch.prompt_end.int().flip(1).cumsum(1).flip(1) > 0
+    )  # [B L], with the prompt's last
+    image = batch.image_mask & in_prompt & batch.attention_mask
+    words = in_prompt & batch.attention_mask & ~batch.image_mask
+    after_image = words & (image.int().cumsum(1) > 0)
+    has_image = image.any(1)
+    prompt = torch.where(after_image.any(1, keepdim=True), after_image, words)
+    return TokenRoles(
+        vision=torch.where(has_image[:, None], image, prompt),
+        prompt=prompt,
+        answer=batch.attention_mask & ~in_prompt & batch.prompt_end.any(1, keepdim=True),
+        has_image=has_image,
+    )
+
+
+def cross_attention(
+    queries: Tensor, x: Tensor, mask: Tensor, value: Tensor, bias: Tensor, num_heads: int
+) -> Tensor:
+    """Cross-attention with absorbed queries: rows [SH D] or [B SH D], x [B L D] -> [B S K].
+
+    p = softmax over kept tokens of x . row;  out_h = W_v,h (sum p x) + b_v,h;  0 without tokens.
+    """
+    scores = x @ queries.mT  # [B L SH]
+    scores = torch.where(mask[..., None], scores, -torch.inf)
+    has_tokens = mask.any(1)[:, None, None]  # [B 1 1]
+    weights = torch.where(has_tokens, scores, 0).softmax(1)  # [B L SH]
+    pooled = (weights.mT @ x).unflatten(1, (-1, num_heads))  # [B S H D]
+    out = torch.einsum("bshd,hkd->bshk", pooled, value.unflatten(0, (num_heads, -1)))
+    return torch.where(has_tokens, out.flatten(2) + bias, 0)
+
+
+def routing_features(
+    extractor: FeatureExtractor,
+    hidden_states: Tensor,
+    roles: TokenRoles,
+    num_heads: int,
+    sentinels: tuple[Tensor, Tensor] | None = None,
+) -> RoutingFeatures:
+    """Features of rows with what a layer gave them [B L D], and of the sentinels for these rows.
+
+    `sentinels` are [L' D] for rows with a picture and [L'' D] for those without; None: zeros.
+    Differentiable in everything; fp32.
+    """
+    hidden_states = hidden_states.float()
+    normed = _layer_norm(hidden_states, extractor.prompt_norm)
+    prompt_features = cross_attention(
+        extractor.prompt_queries,
+        normed,
+        roles.prompt,
+        extractor.prompt_value,
+        extractor.prompt_value_bias,
+        num_heads,
+    )  # [B S K]
+    queries = F.linear(
+        prompt_features, extractor.vision_query, extractor.vision_query_bias
+    ).unflatten(-1, (num_heads, -1))
+    queries = queries / math.sqrt(queries.shape[-1])
+    keys = extractor.vision_key.unflatten(0, (num_heads, -1))  # [H K/H D]
+    absorbed_queries = torch.einsum("bshk,hkd->bshd", queries, keys).flatten(1, 2)  # [B SH D]
+    attend_vision = partial(
+        cross_attention,
+        value=extractor.vision_value,
+        bias=extractor.vision_value_bias,
+        num_heads=num_heads,
+    )
+    vision = attend_vision(absorbed_queries, normed, roles.vision).flatten(1)
+    query_states = _layer_norm(hidden_states, extractor.query_norm)
+    query = cross_attention(
+        extractor.query_queries,
+        query_states,
+        roles.prompt,
+        extractor.query_value,
+        extractor.query_value_bias,
+        num_heads,
+    ).flatten(1)
+    if sentinels is None:
+        return RoutingFeatures(vision, query, torch.zeros_like(vision), roles.has_image)
+    sentinel_states = _layer_norm(torch.cat(sentinels).float(), extractor.prompt_norm)  # [L'+L'' D]
+    sentinel_mask = torch.arange(len(sentinel_states), device=sentinel_states.device) < len(
+        sentinels[0]
+    )
+    sentinel_mask = sentinel_mask == roles.has_image[:, None]  # [B L'+L'']
+    sentinel = attend_vision(
+        absorbed_queries, sentinel_states.expand(len(hidden_states), -1, -1), sentinel_mask
+    ).flatten(1)
+    return RoutingFeatures(vision, query, sentinel, roles.has_image)
+
+
+def _layer_norm(x: Tensor, norm: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], norm[0], norm[1], EPS)
+
+
+def with_modality_columns(vision: Tensor, has_image: Tensor) -> Tensor:
+    """Vision features [B SK] with the two columns that keep out experts of the other kind."""
+    excluded = torch.full_like(vision[:, 0], -EXCLUDED)
+    columns = torch.stack(
+        [torch.where(has_image, 0, excluded), torch.where(has_image, excluded, 0)], 1
+    )
+    return torch.cat([vision, columns], 1)
+
+
+def load_extractor(entry: Experts, tensors: Mapping[str, Tensor]) -> FeatureExtractor:
+    """The reader that an entry's tensors hold, in fp32."""
+    names = (field.replace("_", ".", 1) for field in FeatureExtractor._fields)
+    return FeatureExtractor(*(tensors[f"{entry.name}.{name}"].float() for name in names))
+
+
+def expert_hook(
+    model: Model, header: Header, entry: Experts, tensors: Mapping[str, Tensor]
+) -> Patch:
+    """What a pool of experts does to a model: a rewrite of its layer's output."""
+    layer = model.card.layer_of(canonical_name(model.card, entry.name))
+    if layer is None:
+        raise UnknownSiteError(
+            f"experts must stand at a decoder layer of {model.card.id}, and {entry.name!r} is in "
+            "none."
+        )
+    # One model may carry several pools at one layer: each has notes of its own.
+    routing_prefix = f"{entry.name}.experts.{len(model.deltas)}."
+    expert_tensors = {
+        part: tensors[f"{entry.name}.{part}"] for part in ("down", "up", "input_norm")
+    }
+    stacked = bool(header.stack)
+    if stacked:
+        expert_tensors |= {part: expert_tensors[part].flatten(0, 1) for part in ("down", "up")}
+    route = _make_router(entry, tensors, stacked)
+
+    def hook(batch: Batch, x: Tensor, y: Tensor) -> Tensor:
+        hidden_states = y.reshape(*batch.attention_mask.shape, -1)
+        if f"{routing_prefix}ids" in batch.routing:
+            routes = Routes(*(batch.routing[routing_prefix + field] for field in Routes._fields))
+        else:
+            with torch.no_grad():
+                routes = route(batch, hidden_states.detach())
+            assert isinstance(batch.routing, dict)
+            batch.routing.update(
+                {routing_prefix + field: t for field, t in routes._asdict().items()}
+            )
+        norm = (
+            expert_tensors["input_norm"][0].to(hidden_states.device),
+            expert_tensors["input_norm"][1].to(hidden_states.device),
+        )
+        lengths = batch.attention_mask.sum(1)
+        return lora_moe.apply_experts(
+            hidden_states,
+            expert_tensors["down"],
+            expert_tensors["up"],
+            routes,
+            norm=norm,
+            eps=EPS,
+            lengths=lengths,
+        ).view(y.shape)
+
+    path = f"{model.card.layers}.{layer}"
+
+    def hooks(batch: Batch) -> Hooks:
+        return {path: partial(hook, batch)}
+
+    return Patch(hooks=hooks)
+
+
+def _make_router(
+    entry: Experts, tensors: Mapping[str, Tensor], stacked: bool
+) -> Callable[[Batch, Tensor], Routes]:
+    """(batch, the layer's output) -> the experts of each row."""
+    extractor = load_extractor(entry, tensors)
+    vision_keys, query_keys, *sentinels = (
+        tensors[f"{entry.name}.{part}"].float()
+        for part in ("vision_keys", "query_keys", "sentinel", "sentinel_text")
+    )
+    scale = score_scale(entry.num_query_tokens, entry.feature_dim)
+    num_experts = entry.num_experts
+    top_k = min(entry.top_k or num_experts, num_experts)
+
+    def route(batch: Batch, hidden_states: Tensor) -> Routes:
+        features = routing_features(
+            extractor,
+            hidden_states,
+            token_roles(batch),
+            entry.num_heads,
+            (sentinels[0], sentinels[1]),
+        )
+        threshold = scale * (features.vision * features.sentinel).sum(-1)
+        is_routed = batch.prompt_end.any(1) & (batch.edit_index >= 0 if stacked else True)
+        threshold = torch.where(is_routed, threshold, torch.inf)
+        vision = with_modality_columns(features.vision, features.has_image)
+        query = features.query
+        if entry.routing_input == "query_and_vision":
+            query = torch.cat([query, features.vision], 1)
+        if not stacked:
+            return lora_moe.route_experts(
+                vision, query, threshold, vision_keys, query_keys, scale=scale, top_k=top_k
+            )
+        edit_rows = batch.edit_index.clamp_min(0)
+        route_one = partial(lora_moe.route_experts, scale=scale, top_k=top_k)
+        routes = torch.vmap(route_one)(
+            vision[:, None],
+            query[:, None],
+            threshold[:, None],
+            vision_keys[edit_rows],
+            query_keys[edit_rows],
+        )
+        ids, weights, counts = (part[:, 0] for part in routes)
+        # the experts of all edits stand in one row
+        return Routes(
+            torch.where(ids < 0, ids, ids + edit_rows[:, None] * num_experts), weights, counts
+        )
+
+    return route

@@ -1,0 +1,84 @@
+"""The three arithmetics (`act`, `act_fp32`, `weight`) and the stacked form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial, reduce
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from errata.functional.card import (
+    all_names,
+    before_decoder,
+    canonical_name,
+    in_decoder,
+    module_path,
+)
+from errata.functional.forward.batches import _unflatten_rows
+from errata.functional.forward.grouped_linear import low_rank_maps
+from errata.functional.header import Header
+from errata.functional.kinds.common.patch import Patch, _make_hooks
+from errata.functional.kinds.lowrank.entry import LowRank
+from errata.functional.types import Batch, Hook, Model
+from errata.kernels import apply_grouped_lora
+
+
+def _apply_lowrank(
+    model: Model, header: Header, entry: LowRank, tensors: Mapping[str, Tensor]
+) -> Patch:
+    """dW = B A, added as `header.form` says."""
+    card, parameter = model.card, canonical_name(model.card, entry.name)
+    down, up = tensors[f"{entry.name}.A"], tensors[f"{entry.name}.B"]
+    if header.stack:
+        paths = [module_path(name) for name in all_names(card, parameter) if in_decoder(card, name)]
+        linear = [
+            path for path in paths if path in card.linear_shapes and not before_decoder(card, path)
+        ]
+        makers = {path: partial(_per_row_lowrank_hook, down, up) for path in linear}
+        return Patch(hooks=partial(_make_hooks, makers), per_edit=len(linear) < len(paths))
+    paths = [module_path(name) for name in all_names(card, parameter)]
+    all_linear = all(
+        p in card.linear_shapes and before_decoder(card, p) != in_decoder(card, p) for p in paths
+    )
+    if header.arithmetic == "weight" or not all_linear:
+        base = model.params[parameter]
+        full = (up.float() @ down.float()).to(base.dtype)  # as PEFT merges: rounded, then added
+        full = full.mT if entry.transposed else full
+        return Patch(params={parameter: base + full})
+    in_fp32 = header.arithmetic == "act_fp32"
+    hook = (
+        _act_fp32_hook(low_rank_maps(down, up, len(entry.edit_ranks)))
+        if in_fp32
+        else _act_hook(down, up)
+    )
+    decoder_hooks = {path: hook for path in paths if in_decoder(card, path)}
+    embed_hooks = {path: hook for path in paths if before_decoder(card, path)}
+    return Patch(
+        hooks=(lambda batch: decoder_hooks) if decoder_hooks else None, embed_hooks=embed_hooks
+    )
+
+
+def _act_hook(down: Tensor, up: Tensor) -> Hook:
+    def hook(x: Tensor, y: Tensor) -> Tensor:
+        return y + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+
+    return hook
+
+
+def _act_fp32_hook(maps: Sequence[Tensor]) -> Hook:
+    def hook(x: Tensor, y: Tensor) -> Tensor:
+        return (y + reduce(F.linear, maps, x.float())).to(y.dtype)
+
+    return hook
+
+
+def _per_row_lowrank_hook(down: Tensor, up: Tensor, batch: Batch) -> Hook:
+    """y + (x A_e^T) B_e^T in fp32, rounded once, e = the row's edit."""
+
+    def hook(x: Tensor, y: Tensor) -> Tensor:
+        return apply_grouped_lora(
+            _unflatten_rows(x, batch), down, up, batch.edit_index, _unflatten_rows(y, batch)
+        ).view(y.shape)
+
+    return hook

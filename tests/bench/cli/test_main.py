@@ -1,0 +1,318 @@
+"""The command line as a user meets it: exit codes, one sentence, nothing half-written."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from errata.bench.cli import main
+from errata.bench.evaluation import questions
+from errata.bench.runs import runner, sources
+from errata.bench.runs.progress import Progress, duration
+from errata.bench.storage import results_log
+from errata.bench.storage.results_log import ResultsLog, read_rows
+from errata.functional import load_delta
+
+SETTINGS = """
+output_dir = "{out}"
+num_thumbnails = 1
+[cases]
+source = "world"
+num_cases = 2
+[[models]]
+id = "tiny/llava"
+[[editors]]
+type = "finetune"
+num_steps = 2
+[[protocols]]
+type = "single"
+batch_size = 1
+"""
+
+
+@pytest.fixture
+def settings(tmp_path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(SETTINGS.format(out=tmp_path / "out"))
+    return path
+
+
+@pytest.fixture
+def image(tmp_path) -> Path:
+    path = tmp_path / "cat.png"
+    Image.new("RGB", (48, 40), (200, 30, 60)).save(path)
+    return path
+
+
+def said(capsys, *argv: object) -> str:
+    """The one sentence a command that can not be done ends with."""
+    before = set(Path.cwd().rglob("*"))
+    assert main.main([*map(str, argv)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("errata: ")
+    assert len(error.splitlines()) == 1, error
+    assert "Traceback" not in error
+    assert set(Path.cwd().rglob("*")) == before
+    return error
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_run_ends_with_a_table_a_report_and_files(settings, tmp_path, capsys):
+    assert main.main(["run", str(settings)]) == 0
+    shown = capsys.readouterr()
+    assert "llava · single" in shown.out
+    assert "M-Gen" in shown.out
+    assert "2/2 edits" in shown.err
+    out = tmp_path / "out"
+    rows = read_rows(out)
+    assert {row.case for row in rows} == {row.case for row in rows if row.probe == "reliability"}
+    assert len({row.case for row in rows}) == 2
+    assert {row.run for row in rows} == {json.loads((out / "run.json").read_bytes())["run"]}
+    assert (out / "settings.toml").read_text() == settings.read_text()
+    assert "<html" in (out / "report.html").read_text()
+    assert json.loads((out / "summary.json").read_bytes())["legs"]
+    deltas = sorted((out / "deltas" / "llava" / "finetune" / "single").iterdir())
+    assert [path.name for path in deltas] == ["case-00000.safetensors", "case-00001.safetensors"]
+    assert load_delta(deltas[1]).header.editor == "finetune"
+    shown = {image for row in rows if row.case_number == 0 for image in row.images}
+    assert {path.stem for path in (out / "thumbnails").iterdir()} == shown
+    units = ResultsLog(out).units
+    assert all(unit.edit_seconds > 0 and unit.peak_bytes > 1 << 20 for unit in units)
+
+
+def test_a_finished_run_is_not_run_again(settings, tmp_path, capsys, monkeypatch):
+    assert main.main(["run", str(settings)]) == 0
+    before = (tmp_path / "out" / "results.jsonl").read_bytes()
+    table = capsys.readouterr().out
+    monkeypatch.setattr(runner, "open_model", lambda choice: pytest.fail("no model is needed"))
+    assert main.main(["run", str(settings)]) == 0
+    assert capsys.readouterr().out == table
+    assert (tmp_path / "out" / "results.jsonl").read_bytes() == before
+
+
+def test_a_folder_of_another_run_is_refused_and_fresh_clears_it(settings, tmp_path, capsys):
+    assert main.main(["run", str(settings)]) == 0
+    text = settings.read_text().replace("num_cases = 2", "num_cases = 1")
+    settings.write_text(text)
+    capsys.readouterr()
+    assert "--overwrite" in said(capsys, "run", settings)
+    assert len({row.case for row in read_rows(tmp_path / "out")}) == 2
+    assert main.main(["run", str(settings), "--overwrite"]) == 0
+    assert len({row.case for row in read_rows(tmp_path / "out")}) == 1
+    assert main.main(["run", str(settings), "--output", str(tmp_path / "two")]) == 0
+    assert (tmp_path / "two" / "results.jsonl").stat().st_size > 0
+
+
+def test_fresh_removes_nothing_that_is_not_a_runs(settings, tmp_path, capsys):
+    (tmp_path / "out" / "thumbnails").mkdir(parents=True)
+    (tmp_path / "out" / "thumbnails" / "holiday.png").touch()
+    assert main.main(["run", str(settings), "--overwrite"]) == 0
+    assert (tmp_path / "out" / "thumbnails" / "holiday.png").exists()
+    (tmp_path / "out" / "run.json").write_text("{")
+    capsys.readouterr()
+    assert "must be empty or hold the same run" in said(capsys, "run", settings)
+    (tmp_path / "out" / "run.json").unlink()
+    assert "without run.json" in said(capsys, "run", settings, "--overwrite")
+
+
+def test_a_case_file_that_was_changed_is_another_run(settings, capsys, monkeypatch):
+    assert main.main(["run", str(settings)]) == 0
+    capsys.readouterr()
+    real = sources.open_cases
+    monkeypatch.setattr(runner, "open_cases", lambda choice: real(choice)[::-1])
+    assert "these settings and cases" in said(capsys, "run", settings)
+
+
+def test_two_runs_of_one_folder_exclude_each_other(settings, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").touch()
+    with results_log.lock_folder(tmp_path / "out"):
+        assert "in use" in said(capsys, "run", settings)
+
+
+def test_a_full_disk_ends_the_run_and_the_next_goes_on(settings, tmp_path, capsys, monkeypatch):
+    real, calls = results_log._sync, []
+
+    def full(file):
+        calls.append(file)
+        if len(calls) == 3:  # the second unit's rows
+            raise OSError(28, "No space left on device")
+        real(file)
+
+    monkeypatch.setattr(results_log, "_sync", full)
+    assert main.main(["run", str(settings)]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert len({row.case for row in read_rows(tmp_path / "out")}) == 1
+    monkeypatch.undo()
+    assert main.main(["run", str(settings), "--output", str(tmp_path / "out")]) == 0
+    assert len({row.case for row in read_rows(tmp_path / "out")}) == 2
+
+
+def test_a_place_that_can_not_be_written_is_said(settings, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert "file" in said(capsys, "run", settings, "--output", tmp_path / "file" / "out")
+
+
+def test_every_fault_of_a_settings_file_is_said_at_once(settings, capsys):
+    text = settings.read_text().replace("finetune", "finetuen").replace("num_cases", "num_csaes")
+    settings.write_text(text.replace("batch_size = 1", "batch_size = -1"))
+    error = said(capsys, "run", settings)
+    assert "did you mean 'num_cases'?" in error
+    assert "'finetune'" in error
+    assert "protocols[0].batch_size" in error
+
+
+def test_what_is_not_there_is_said_before_anything_is_loaded(settings, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "open_model", lambda choice: pytest.fail("nothing may be loaded"))
+    more = '[[models]]\nid = "micro/lava"\ntemplate = "easyedti"\n[[models]]\nid = "./nowhere"\n'
+    text = settings.read_text().replace("num_thumbnails = 1", 'scorers = ["errata", "vlkbe"]')
+    settings.write_text(text + more + '[[models]]\nid = "tiny/gpt2"\ndevice = "abacus"\n')
+    error = said(capsys, "run", settings)
+    for part in ("'lava'", "did you mean 'easyedit'?", "./nowhere", "abacus", "'vlkeb'"):
+        assert part in error
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (("num_steps = 2", 'sites = ["layers.9.mlp.down"]'), "layers.9.mlp.down"),
+        (("tiny/llava", "tiny/lava"), "'lava'"),
+        (("tiny/llava", "micro/none"), "'none'"),
+        (('source = "world"\nnum_cases = 2', 'source = "file"\npath = "no.json"'), "no.json"),
+        (("num_thumbnails = 1", 'scorers = ["erata"]'), "errata"),
+        (("[[editors]]", 'device = "abacus"\n[[editors]]'), "abacus"),
+    ],
+)
+def test_what_a_run_can_not_have_is_said(settings, capsys, change, part):
+    settings.write_text(settings.read_text().replace(*change))
+    assert main.main(["run", str(settings)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("errata: ")
+    assert part in error
+
+
+def test_an_edit_is_a_file_and_ask_shows_what_it_does(image, tmp_path, capsys):
+    asked = ["--model", "tiny/llava", "--image", str(image), "--prompt", "what is it?"]
+    steps = ["--target", "owl", "--set", "num_steps=12", "--set", "lr=0.05"]
+    assert main.main(["edit", *asked, *steps, "-o", "owl.safetensors"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in shown] == ["before", "after", "owl.safetensors"]
+    answers = []
+    for more in ([], ["--delta", "owl.safetensors"]):
+        assert main.main(["generate", *asked, *more, "--max-new-tokens", "4"]) == 0
+        answers.append(capsys.readouterr().out.strip())
+    assert answers[0] != answers[1]
+    assert answers[1].startswith("owl")
+    delta = load_delta(tmp_path / "owl.safetensors")
+    assert delta.header.base.id == "tiny/llava"
+    assert len(delta.header.edits) == 1
+
+
+def test_bad_requests_are_said_and_leave_nothing(image, tmp_path, capsys):
+    cut, note = tmp_path / "cut.png", tmp_path / "note.png"
+    cut.write_bytes(image.read_bytes()[:70])
+    note.write_text("not a picture")
+    start = ["edit", "--model", "tiny/llava", "--prompt", "what is it?", "-o", "e.safetensors"]
+    wanted = [
+        (["--target", " "], "--target"),
+        (["--target", "owl", "--image", cut], "cut.png"),
+        (["--target", "owl", "--image", note], "note.png"),
+        (["--target", "owl", "--image", tmp_path / "none.png"], "none.png"),
+        (["--target", "owl", "--editor", "lroa"], "'lora'"),
+        (["--target", "owl", "--set", "nmu_steps=3"], "'num_steps'"),
+        (["--target", "owl", "--set", "lr"], "KEY=VALUE"),
+        (["--target", "owl", "--preset", "nobody"], "'nobody'"),
+        (["--target", "owl", "--prompt", "why? " * 700], "512 tokens"),
+        (["--target", "owl", "-o", tmp_path / "no" / "e.safetensors"], "could not be written"),
+        (["--target", "owl", "-o", tmp_path], "folder"),
+    ]
+    for more, part in wanted:
+        assert part in said(capsys, *start, *more)
+
+
+def test_a_delta_for_another_base_is_refused(image, capsys):
+    edit = ["edit", "--model", "tiny/llava", "--prompt", "who?", "--target", "bo"]
+    assert main.main([*edit, "--set", "num_steps=1", "-o", "d.safetensors"]) == 0
+    capsys.readouterr()
+    ask = ["generate", "--model", "tiny/qwen2_vl", "--prompt", "who?", "--delta", "d.safetensors"]
+    assert "made for" in said(capsys, *ask)
+    assert "cat.png" in said(capsys, *ask[:-1], image)
+
+
+def test_models_and_editors_are_listed(capsys):
+    assert main.main(["models"]) == 0
+    assert "qwen2_vl" in capsys.readouterr().out
+    assert main.main(["editors", "lora"]) == 0
+    shown = capsys.readouterr().out
+    assert "rank = 8" in shown
+    assert "finetune:" not in shown
+    assert "'finetune'" in said(capsys, "editors", "finetuen")
+
+
+def test_debug_shows_where_it_came_from(capsys):
+    with pytest.raises(FileNotFoundError):
+        main.main(["--debug", "run", "nofile.toml"])
+    assert "nofile.toml: No such file" in said(capsys, "run", "nofile.toml")
+
+
+def test_a_bug_is_called_one(settings, capsys, monkeypatch):
+    monkeypatch.setattr(sources, "validate_cases", lambda cases: 1 / 0)
+    monkeypatch.setattr(runner, "validate_cases", questions.validate_cases)
+    assert main.main(["run", str(settings)]) == 1
+    assert "should not have happened: ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_stopping_by_hand_is_no_error(settings, capsys, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "open_model", stop)
+    assert main.main(["run", str(settings)]) == 130
+    assert "goes on from here" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_one_line_on_a_terminal_and_few_lines_elsewhere(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("errata.bench.progress.time.monotonic", lambda: clock[0])
+    for stream, ends in ((Terminal(), 1), (io.StringIO(), 3)):
+        progress = Progress(stream, every=10)
+        progress.start("m", 40, num_completed=10)
+        for _ in range(30):
+            clock[0] += 1
+            progress.step()
+        progress.stop()
+        text = stream.getvalue()
+        assert text.count("\n") == ends
+        assert "20/40 edits  1.0 edits/s  20 s left" in text
+        assert text.rstrip().endswith("40/40 edits  1.0 edits/s  in 30 s")
+    assert duration(3599.7) == "1 h 0 min"
+
+
+def test_settings_hold_for_the_process_that_is_started():
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+def test_a_run_that_got_nowhere_leaves_its_folder_to_the_corrected_one(settings, capsys):
+    good = settings.read_text()
+    settings.write_text(good.replace("num_steps = 2", 'sites = ["nowhere"]'))
+    assert main.main(["run", str(settings)]) == 2
+    assert "'nowhere'" in capsys.readouterr().err
+    settings.write_text(good)
+    assert main.main(["run", str(settings)]) == 0
+    settings.write_text(good.replace("num_steps = 2", "num_steps = 3"))
+    assert main.main(["run", str(settings)]) == 2
+    assert "must be empty or hold the same run" in capsys.readouterr().err
