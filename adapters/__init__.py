@@ -1,21 +1,19 @@
-"""Hugging Face models in functional form; the only floor that knows transformers and Pillow.
+"""Hugging Face models in functional form. The only floor that knows transformers and Pillow.
 
-    load(id_or_path) -> Model          a checkpoint folder or hub id
-    adapt(module, processor) -> Model  what is in memory already
-    micro(name) -> Model               a small trained model that comes with the package
-    tiny(name) -> (module, processor)  a random one, for tests
-    attach(module, delta)              a plain Hugging Face module, edited until detached
-    to_peft, from_peft                 deltas as LoRA folders and back
-    families() -> names                what has an adapter of its own
+    from_pretrained(id_or_path) -> Model      a checkpoint folder or hub id
+    from_module(module, processor) -> Model   a module that is in memory already
+    load_micro(name) -> Model                 a small trained model that ships with the package
+    tiny_model(name) -> (module, processor)   a random one, for tests
+    attach(module, delta)                     a plain Hugging Face module, edited until detached
+    export_peft, import_peft                  deltas as LoRA folders and back
+    list_families() -> names                  the families with an adapter of their own
 
 Importing this package loads neither torch nor transformers; its functions do.
 """
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,50 +29,43 @@ if TYPE_CHECKING:
     from errata.adapters.zoo.tiny import tiny_model
 
 __all__ = [
-    "TEMPLATES",
     "PromptTemplate",
-    "from_module",
+    "TEMPLATES",
     "attach",
-    "list_families",
-    "import_peft",
-    "from_pretrained",
-    "load_micro",
-    "get_template",
     "cache_vision_features",
-    "tiny_model",
     "export_peft",
+    "from_module",
+    "from_pretrained",
+    "get_template",
+    "import_peft",
+    "list_families",
+    "load_micro",
+    "tiny_model",
 ]
 
-_HOMES = {
-    "TEMPLATES": "templates",
-    "PromptTemplate": "text",
-    "from_module": "load",
-    "attach": "attach",
-    "list_families": "micro",
-    "import_peft": "peft",
-    "from_pretrained": "load",
-    "load_micro": "micro",
-    "get_template": "templates",
-    "cache_vision_features": "core",
-    "tiny_model": "tiny",
-    "export_peft": "peft",
+_MODULES = {
+    "list_families": "families.table",
+    "cache_vision_features": "hf.functional_model",
+    "PromptTemplate": "inputs.prompt_format",
+    "TEMPLATES": "inputs.templates",
+    "get_template": "inputs.templates",
+    "attach": "interop.attachment",
+    "export_peft": "interop.peft_export",
+    "import_peft": "interop.peft_import",
+    "from_module": "loading.load",
+    "from_pretrained": "loading.load",
+    "load_micro": "zoo.micro",
+    "tiny_model": "zoo.tiny",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-        return globals()[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
 
 
-class _Package(ModuleType):
-    """`adapters.from_pretrained` is the function, also after its module of the same name was imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and name in _HOMES:
-            value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

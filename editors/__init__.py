@@ -5,59 +5,31 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import msgspec
 
-from errata.editors import finetune as _finetune
-from errata.editors import lora as _lora
+from errata.editors.finetune import PRESETS as FINETUNE_PRESETS
 from errata.editors.finetune import FinetuneConfig, finetune_editor
-from errata.editors.grace import editor as _grace
-from errata.editors.grace.config import GraceConfig
-from errata.editors.grace.editor import grace_editor
-from errata.editors.ike import editor as _ike
-from errata.editors.ike.config import IkeConfig
-from errata.editors.ike.editor import ike_editor
-from errata.editors.liveedit import editor as _liveedit
-from errata.editors.liveedit.config import LiveEditConfig
-from errata.editors.liveedit.editor import liveedit_editor
+from errata.editors.grace import PRESETS as GRACE_PRESETS
+from errata.editors.grace import GraceConfig, grace_editor
+from errata.editors.ike import PRESETS as IKE_PRESETS
+from errata.editors.ike import IkeConfig, ike_editor
+from errata.editors.liveedit import PRESETS as LIVEEDIT_PRESETS
+from errata.editors.liveedit import LiveEditConfig, liveedit_editor
+from errata.editors.lora import PRESETS as LORA_PRESETS
 from errata.editors.lora import LoraConfig, lora_editor
-from errata.editors.mend import editor as _mend
-from errata.editors.mend.config import MendConfig
-from errata.editors.mend.editor import mend_editor
-from errata.editors.serac import editor as _serac
-from errata.editors.serac.config import SeracConfig
-from errata.editors.serac.editor import serac_editor
-from errata.editors.wise import editor as _wise
-from errata.editors.wise.config import WiseConfig
-from errata.editors.wise.editor import wise_editor
+from errata.editors.mend import PRESETS as MEND_PRESETS
+from errata.editors.mend import MendConfig, mend_editor
+from errata.editors.serac import PRESETS as SERAC_PRESETS
+from errata.editors.serac import SeracConfig, serac_editor
+from errata.editors.wise import PRESETS as WISE_PRESETS
+from errata.editors.wise import WiseConfig, wise_editor
 from errata.functional import Case, Editor
-from errata.functional.errors import InvalidSettingsError
+from errata.functional.errors import InvalidSettingsError, unknown_name
 
-__all__ = [
-    "METHODS",
-    "FinetuneConfig",
-    "GraceConfig",
-    "IkeConfig",
-    "LiveEditConfig",
-    "LoraConfig",
-    "MendConfig",
-    "Method",
-    "SeracConfig",
-    "WiseConfig",
-    "configure",
-    "finetune_editor",
-    "grace_editor",
-    "ike_editor",
-    "liveedit_editor",
-    "lora_editor",
-    "make_editor",
-    "mend_editor",
-    "serac_editor",
-    "wise_editor",
-]
+__all__ = ["METHODS", "Method", "configure", "make_editor"]
 
 
 class Method(NamedTuple):
@@ -73,41 +45,41 @@ METHODS: dict[str, Method] = {
     "finetune": Method(
         FinetuneConfig,
         finetune_editor,
-        _finetune.PRESETS,
+        FINETUNE_PRESETS,
         "gradient descent on chosen parameters (FT)",
     ),
     "grace": Method(
         GraceConfig,
         grace_editor,
-        _grace.PRESETS,
+        GRACE_PRESETS,
         "a codebook of activations and their replacements",
     ),
     "ike": Method(
-        IkeConfig, ike_editor, _ike.PRESETS, "new facts said before the question, found in a memory"
+        IkeConfig, ike_editor, IKE_PRESETS, "new facts said before the question, found in a memory"
     ),
     "liveedit": Method(
         LiveEditConfig,
         liveedit_editor,
-        _liveedit.PRESETS,
+        LIVEEDIT_PRESETS,
         "trained networks make an expert of each edit, and choose among them by picture and words",
     ),
-    "lora": Method(LoraConfig, lora_editor, _lora.PRESETS, "a low-rank change trained on the edit"),
+    "lora": Method(LoraConfig, lora_editor, LORA_PRESETS, "a low-rank change trained on the edit"),
     "mend": Method(
         MendConfig,
         mend_editor,
-        _mend.PRESETS,
+        MEND_PRESETS,
         "a trained network turns a gradient into an edit",
     ),
     "serac": Method(
         SeracConfig,
         serac_editor,
-        _serac.PRESETS,
+        SERAC_PRESETS,
         "edits in a memory, a trained classifier of their scope, a small model of what they say",
     ),
     "wise": Method(
         WiseConfig,
         wise_editor,
-        _wise.PRESETS,
+        WISE_PRESETS,
         "gated side memories of one map, trained on the edits",
     ),
 }
@@ -167,9 +139,3 @@ def make_editor(config: msgspec.Struct, cases: Sequence[Case] | None = None) -> 
             return method.factory(config, **extra_arguments)
     known = ", ".join(method.config.__name__ for method in METHODS.values())
     raise InvalidSettingsError(f"settings must be one of {known}; got {type(config).__name__}.")
-
-
-def unknown_name(what: str, name: str, known) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"{what} must be one of {', '.join(known)}; got {name!r}.{hint}"

@@ -34,8 +34,9 @@ from errata.editors.common.gradient_descent import (
     require_no_edits,
 )
 from errata.editors.common.sites import resolve_parameters
-from errata.functional import Delta, Dense, Editor, Model, Query
+from errata.functional import Delta, Editor, Model, Query
 from errata.functional.deltas.records import make_header
+from errata.functional.kinds.schema import Dense
 
 __all__ = ["PRESETS", "FinetuneConfig", "finetune_editor"]
 

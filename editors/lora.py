@@ -30,8 +30,9 @@ from errata.editors.common.gradient_descent import (
     require_no_edits,
 )
 from errata.editors.common.sites import resolve_linears
-from errata.functional import Delta, Editor, LowRank, Model, Query
+from errata.functional import Delta, Editor, Model, Query
 from errata.functional.deltas.records import make_header
+from errata.functional.kinds.schema import LowRank
 
 __all__ = ["PRESETS", "LoraConfig", "lora_editor"]
 

@@ -1,14 +1,11 @@
-"""The functional core: values, cut decoding, binding, factors, losses, metrics, delta files.
+"""The functional core: values, cut decoding, binding, gradients, metrics, delta files.
 
-Names load on first use, so that reading a delta's header (`errata inspect`) does not import torch. To
-export a name: import it below, list it in `__all__`, and list its module in `_MODULES`.
+Names are imported on first use, so that reading a delta's header does not import torch.
 """
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,13 +17,6 @@ if TYPE_CHECKING:
     from errata.functional.deltas.serialization import load_delta, save_delta
     from errata.functional.forward.generation import generate
     from errata.functional.header import EditRecord, Header
-    from errata.functional.kinds.codebook.entry import Codebook
-    from errata.functional.kinds.dense.entry import Dense
-    from errata.functional.kinds.experts.entry import Experts
-    from errata.functional.kinds.lowrank.entry import LowRank
-    from errata.functional.kinds.masked.entry import Masked
-    from errata.functional.kinds.prompt.entry import Prompt
-    from errata.functional.kinds.scope.entry import Scope
     from errata.functional.metrics.readout import read_out
     from errata.functional.queries import Case, Query
     from errata.functional.types import (
@@ -38,37 +28,27 @@ if TYPE_CHECKING:
         Hooks,
         Inputs,
         KVCache,
-        Learner,
         Model,
         Params,
     )
 
 __all__ = [
-    "IGNORE_INDEX",
     "BaseModel",
     "Batch",
     "Case",
-    "Codebook",
     "Delta",
-    "Dense",
     "EditRecord",
     "Editor",
-    "Experts",
     "Header",
+    "Hook",
+    "Hooks",
+    "IGNORE_INDEX",
     "Inputs",
-    "Learner",
-    "LowRank",
-    "Masked",
+    "KVCache",
     "Model",
     "ModelCard",
     "Params",
-    "KVCache",
-    "Prompt",
     "Query",
-    "Hook",
-    "Hooks",
-    "Scope",
-    "read_out",
     "bind",
     "bind_rows",
     "compress",
@@ -77,45 +57,53 @@ __all__ = [
     "generate",
     "load_delta",
     "merge",
+    "read_out",
     "remove",
     "save_delta",
     "scale",
     "select",
 ]
 
-# Searched in this order: those without torch first.
-_MODULES = (
-    "card",
-    "header",
-    "queries",
-    "types",
-    "io",
-    "merge",
-    "compare",
-    "bind",
-    "mixed",
-    "answers",
-    "generate",
-)
+_MODULES = {
+    "bind": "binding.bound_model",
+    "bind_rows": "binding.per_row",
+    "BaseModel": "card",
+    "ModelCard": "card",
+    "conflicts": "deltas.comparison",
+    "diff": "deltas.comparison",
+    "compress": "deltas.merging",
+    "merge": "deltas.merging",
+    "remove": "deltas.merging",
+    "scale": "deltas.merging",
+    "select": "deltas.merging",
+    "load_delta": "deltas.serialization",
+    "save_delta": "deltas.serialization",
+    "generate": "forward.generation",
+    "EditRecord": "header",
+    "Header": "header",
+    "read_out": "metrics.readout",
+    "Case": "queries",
+    "Query": "queries",
+    "IGNORE_INDEX": "types",
+    "Batch": "types",
+    "Delta": "types",
+    "Editor": "types",
+    "Inputs": "types",
+    "KVCache": "types",
+    "Model": "types",
+    "Params": "types",
+    "Hook": "types",
+    "Hooks": "types",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        for home in _MODULES:
-            module = import_module(f"{__name__}.{home}")
-            if name in module.__all__:
-                globals()[name] = getattr(module, name)
-                return globals()[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
 
 
-class _Package(ModuleType):
-    """`functional.bind` is the function, also after its module of the same name was imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and name in __all__:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

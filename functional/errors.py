@@ -74,10 +74,10 @@ def unknown_name(what: str, name: str, known) -> str:
     return f"{what} must be one of {', '.join(known)}; got {name!r}.{hint}"
 
 
-def unknown_name(name: str, known: typing.Iterable[str]) -> str:
+def suggest_name(name: str, known: typing.Iterable[str]) -> str:
     """The words for a name that is not among the known ones, with the nearest.
 
-    >>> unknown_name("cuont", ["count", "seed"])
+    >>> suggest_name("cuont", ["count", "seed"])
     "'cuont' is unknown; did you mean 'count'?"
     """
     known = list(known)

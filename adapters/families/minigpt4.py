@@ -9,8 +9,6 @@ stand differs, and that is the reader's business (`read.py`). Saving and loading
 Face's; `minigpt4_convert.py` makes such a folder from the original checkpoint files.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from transformers import (

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from errata.functional import Delta, Dense
+from errata.functional import Delta
 from errata.functional.errors import (
     BaseMismatchError,
     InvalidInputError,
@@ -28,6 +28,7 @@ from errata.functional.errors import (
 )
 from errata.functional.forward.grouped_linear import low_rank_maps
 from errata.functional.hashing import base_parameter, hash_parameter, mark_edited
+from errata.functional.kinds.schema import Dense
 
 __all__ = ["AttachedEdit", "attach"]
 

@@ -23,12 +23,13 @@ from errata.adapters.interop.peft_import import (
     WEIGHTS_FILE,
     import_peft,
 )
-from errata.functional import Delta, LowRank
+from errata.functional import Delta
 from errata.functional.deltas.inspection import encode_header
 from errata.functional.deltas.safetensors_header import build_header
 from errata.functional.deltas.serialization import NAME_BY_DTYPE, digest, tensor_bytes
 from errata.functional.errors import InvalidInputError, UnsupportedKindError, join_messages
 from errata.functional.files import atomic_folder
+from errata.functional.kinds.schema import LowRank
 
 __all__ = ["SERVABLE_RANKS", "PeftExport", "import_peft", "export_peft"]
 

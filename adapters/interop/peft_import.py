@@ -14,7 +14,7 @@ import torch
 from msgspec import structs
 from torch import Tensor
 
-from errata.functional import BaseModel, Delta, EditRecord, Header, LowRank, Model, bind
+from errata.functional import BaseModel, Delta, EditRecord, Header, Model, bind
 from errata.functional.deltas.inspection import decode_header, tensor_mismatches
 from errata.functional.deltas.safetensors_header import (
     MAX_HEADER,
@@ -33,6 +33,7 @@ from errata.functional.errors import (
 )
 from errata.functional.hashing import hash_parameter
 from errata.functional.header import FLOAT_DTYPES, Arithmetic, validate_header
+from errata.functional.kinds.schema import LowRank
 
 __all__ = ["CONFIG_FILE", "PEFT_PREFIX", "DELTA_FILE", "WEIGHTS_FILE", "import_peft"]
 

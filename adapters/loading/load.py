@@ -57,7 +57,7 @@ def from_module(
     ('llava', 3)
     """
     from errata.adapters.families.table import family_of
-    from errata.adapters.hf import decoder as core
+    from errata.adapters.hf.functional_model import functionalize
     from errata.adapters.hf.structure import describe_module
     from errata.adapters.inputs.processor import make_processor
     from errata.adapters.inputs.prompt_format import make_detokenizer
@@ -67,7 +67,7 @@ def from_module(
     card = describe_module(module, family, id=id, revision=revision)
     preprocess = make_processor(processor, module.config, card, template, cache)
     tokenizer = getattr(processor, "tokenizer", processor)
-    return core.functionalize(card, module, preprocess, make_detokenizer(tokenizer), family)
+    return functionalize(card, module, preprocess, make_detokenizer(tokenizer), family)
 
 
 def refuse_encoder_decoder(config: Any) -> None:

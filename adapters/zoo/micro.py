@@ -6,23 +6,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from errata.adapters.zoo.assets import WEIGHTS
 from errata.functional.errors import InvalidInputError
 
 if TYPE_CHECKING:
+    import torch
+
     from errata.adapters.inputs.prompt_format import PromptTemplate
     from errata.functional import Model
 
 __all__ = ["load_micro", "load_micro_parts", "micro_names"]
-
-
-def micro_names() -> tuple[str, ...]:
-    """The names that `micro` takes."""
-    from errata.adapters.zoo import micro as zoo
-
-    return zoo.micro_names()
 
 
 def load_micro(name: str, template: str | PromptTemplate = "default") -> Model:
@@ -40,9 +33,8 @@ def load_micro(name: str, template: str | PromptTemplate = "default") -> Model:
             f"got {name!r}."
         )
     from errata.adapters.loading.load import from_module
-    from errata.adapters.zoo import micro as zoo
 
-    module, processor = zoo.load_micro_parts(name)
+    module, processor = load_micro_parts(name)
     return from_module(module, processor, template=template, id=f"micro/{name}")
 
 

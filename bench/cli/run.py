@@ -16,22 +16,22 @@ def _run(options: argparse.Namespace) -> None:
     if options.output:
         settings = msgspec.structs.replace(settings, output_dir=options.output)
 
-    from errata.bench.report import summary as report
+    from errata.bench.report import tables, timing
     from errata.bench.runs.runner import run
     from errata.bench.storage.results_log import read_rows
 
     text = options.file.read_text()
     folder = run(settings, text, overwrite=options.overwrite, profile=options.profile)
-    print(report.table(read_rows(folder)))
+    print(tables.table(read_rows(folder)))
     if options.profile:
-        print(f"\n{report.timing_table(folder)}")
+        print(f"\n{timing.timing_table(folder)}")
     print(f"\n{folder / 'report.html'}")
 
 
 def _report(options: argparse.Namespace) -> None:
     import msgspec
 
-    from errata.bench.report import summary as report
+    from errata.bench.report import page, summary, tables
     from errata.bench.storage.results_log import read_rows
 
     rows = read_rows(options.run)
@@ -42,14 +42,12 @@ def _report(options: argparse.Namespace) -> None:
     if options.html:
         settings = options.run / "settings.toml"
         text = settings.read_text() if settings.is_file() else ""
-        report.write_page(
-            rows, options.html, folder=options.run, settings=text, title=options.title
-        )
+        page.write_page(rows, options.html, folder=options.run, settings=text, title=options.title)
         print(options.html)
     elif options.format == "json":
-        print(msgspec.json.format(msgspec.json.encode(report.summary_json(rows))).decode())
+        print(msgspec.json.format(msgspec.json.encode(summary.summary_json(rows))).decode())
     else:
-        print(report.table(rows, options.format))
+        print(tables.table(rows, options.format))
 
 
 def _compare(options: argparse.Namespace) -> None:

@@ -88,3 +88,7 @@ def _print_progress(progress: TrainingProgress) -> None:
             f"{terms}\n"
         )
         sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,7 +11,6 @@ from errata.functional import Case, Model, Query
 from errata.functional.errors import ErrataError, InvalidInputError, join_messages
 from errata.functional.hashing import content_id
 from errata.functional.metrics.conventions import Scorer
-from errata.functional.queries import Case, Query
 
 __all__ = [
     "EvaluationConfig",

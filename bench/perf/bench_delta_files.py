@@ -14,13 +14,13 @@ from errata.functional import (
     Delta,
     EditRecord,
     Header,
-    LowRank,
     load_delta,
     merge,
     remove,
     save_delta,
 )
 from errata.functional.deltas.inspection import inspect_delta
+from errata.functional.kinds.schema import LowRank
 
 WIDE, TALL, LAYERS = 2752, 1024, 5
 

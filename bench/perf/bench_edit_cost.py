@@ -29,20 +29,18 @@ from errata.bench.evaluation.questions import EvaluationConfig, questions_of
 from errata.bench.perf import plain_baseline, random_models, whole_forward
 from errata.bench.protocols.sequential import run_sequential
 from errata.bench.protocols.single import run_single
-from errata.editors import (
-    FinetuneConfig,
-    GraceConfig,
-    IkeConfig,
-    LiveEditConfig,
-    LoraConfig,
-    MendConfig,
-    SeracConfig,
-    WiseConfig,
-    make_editor,
-)
+from errata.editors import make_editor
+from errata.editors.finetune import FinetuneConfig
+from errata.editors.grace import GraceConfig
+from errata.editors.ike import IkeConfig
+from errata.editors.liveedit import LiveEditConfig
 from errata.editors.liveedit.editor import liveedit_trainable as liveedit_course
+from errata.editors.lora import LoraConfig
+from errata.editors.mend import MendConfig
 from errata.editors.mend.editor import mend_trainable as mend_course
+from errata.editors.serac import SeracConfig
 from errata.editors.training.config import TrainingConfig
+from errata.editors.wise import WiseConfig
 from errata.functional.metrics.conventions import SCORERS
 from errata.functional.metrics.readout import read_out
 

@@ -1,6 +1,6 @@
 """The kernels on the device at hand: checks, then every suite, one JSON and one table.
 
-    python -m errata.bench.perf.gpu bench/results/NAME.json [--cpu]
+    python -m errata.bench.perf.gpu bench/perf/results/NAME.json [--cpu]
 
 Without `--cpu` it wants a GPU and says so when there is none; no figure is ever estimated. It stops
 taking up new cases after eight minutes and names what it left out.

@@ -126,7 +126,9 @@ def render_page(
 
 
 def _read_asset(name: str) -> str:
-    return resources.files("errata.bench").joinpath("page", name).read_text(encoding="utf-8")
+    return (
+        resources.files("errata.bench.report").joinpath("assets", name).read_text(encoding="utf-8")
+    )
 
 
 class _ValueTable:
@@ -317,6 +319,4 @@ def write_page(
     the run's TOML text; it says which benchmark was asked, so that published numbers of the same
     setting stand beside ours. Raises OSError when the page can not be written.
     """
-    from errata.bench.report import page as report_html
-
-    report_html.write(list(rows), Path(path), Path(folder) if folder else None, settings, title)
+    write(list(rows), Path(path), Path(folder) if folder else None, settings, title)

@@ -28,7 +28,11 @@ class PublishedResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 @lru_cache(maxsize=1)
 def published_results() -> tuple[PublishedResult, ...]:
     """Every row of `published.toml`: a table gives its setting once, its rows the numbers."""
-    text = resources.files("errata.bench").joinpath("published.toml").read_text(encoding="utf-8")
+    text = (
+        resources.files("errata.bench.report")
+        .joinpath("published.toml")
+        .read_text(encoding="utf-8")
+    )
     rows = []
     for table in msgspec.toml.decode(text)["table"]:
         shared = ("benchmark", "models", "scorer", "templates", "protocol")

@@ -23,10 +23,11 @@ import torch
 
 from errata.adapters.interop.peft_export import export_peft
 from errata.adapters.interop.peft_import import import_peft
-from errata.functional import BaseModel, Delta, EditRecord, Header, LowRank, load_delta, save_delta
+from errata.functional import BaseModel, Delta, EditRecord, Header, load_delta, save_delta
 from errata.functional.deltas.fusing import fuse
 from errata.functional.deltas.serialization import digest
 from errata.functional.errors import ErrataError
+from errata.functional.kinds.schema import LowRank
 
 __all__ = ["OPERATIONS", "make_checkpoint", "make_delta", "crash"]
 

@@ -7,18 +7,8 @@ from typing import Any
 
 import torch
 
-from errata.functional import (
-    BaseModel,
-    Delta,
-    Dense,
-    EditRecord,
-    Experts,
-    Header,
-    LowRank,
-    Masked,
-    Prompt,
-    Scope,
-)
+from errata.functional import BaseModel, Delta, EditRecord, Header
+from errata.functional.kinds.schema import Dense, Experts, LowRank, Masked, Prompt, Scope
 from errata.functional.kinds.scope.entry import NetworkSizes
 
 __all__ = ["sample"]

@@ -13,7 +13,7 @@ import msgspec
 
 from errata.bench.runs.settings import EditorSettings, Name, RunSettings, Size
 from errata.bench.runs.sources import MICRO_PREFIX, TINY_PREFIX, _parse_device
-from errata.functional.errors import InvalidSettingsError, join_messages, unknown_name
+from errata.functional.errors import InvalidSettingsError, join_messages, suggest_name
 
 __all__ = ["find_unknown_names", "parse_settings", "read_settings", "validate_settings"]
 
@@ -95,7 +95,7 @@ def _duplicate_names(settings: RunSettings) -> list[str]:
     known = [m.label for m in settings.models]
     for number, editor in enumerate(settings.editors):
         faults += [
-            f"editors[{number}].models: {unknown_name(label, known)}"
+            f"editors[{number}].models: {suggest_name(label, known)}"
             for label in editor.models
             if label not in known
         ]
@@ -150,7 +150,7 @@ def _convert_struct(raw: Any, kind: Any, path: str, faults: list[str]) -> Any:
     values = {}
     for key, value in raw.items():
         if key not in fields:
-            faults.append(f"{dot}{key}: {unknown_name(key, fields)}")
+            faults.append(f"{dot}{key}: {suggest_name(key, fields)}")
         else:
             values[key] = _convert(value, hints[key], dot + key, faults)
     for name, field in fields.items():
@@ -212,7 +212,7 @@ def find_unknown_names(raw: Mapping[str, Any]) -> list[str]:
             faults += [f"{where}.id{fault}" for fault in _missing_model(id)]
         template = choice.get("template", "default")
         if isinstance(template, str) and template not in adapters.TEMPLATES:
-            faults.append(f"{where}.template: {unknown_name(template, adapters.TEMPLATES)}")
+            faults.append(f"{where}.template: {suggest_name(template, adapters.TEMPLATES)}")
         if isinstance(device := choice.get("device", "cpu"), str):
             try:
                 _parse_device(device)
@@ -226,7 +226,7 @@ def find_unknown_names(raw: Mapping[str, Any]) -> list[str]:
     }
     for where, (names, known) in named.items():
         faults += [
-            f"{where}: {unknown_name(name, known)}"
+            f"{where}: {suggest_name(name, known)}"
             for name in names
             if isinstance(name, str) and name not in known
         ]
@@ -242,7 +242,7 @@ def _missing_model(id: str) -> list[str]:
     for start, known in ((MICRO_PREFIX, micro_names()), (TINY_PREFIX, tuple(tinies))):
         name = id.removeprefix(start)
         if id.startswith(start) and name not in known:
-            faults.append(f": {unknown_name(name, known)}")
+            faults.append(f": {suggest_name(name, known)}")
     if id.startswith((".", "/", "~")) and not Path(id).is_dir():
         faults.append(f" must be a folder or a hub id; {id} is no folder")
     return faults

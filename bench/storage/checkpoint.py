@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from errata.functional import Delta
+from errata.functional import Delta, Header
 from errata.functional.files import atomic_write
+from errata.functional.kinds.schema import convert_header
 
 __all__ = ["SequenceCheckpoint", "CheckpointFile", "save_checkpoint", "load_checkpoint"]
 
@@ -117,7 +118,8 @@ def _decode(encoded: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
         case {"tensor": name}:
             return tensors[name]
         case {"struct": name, "value": value}:
-            return msgspec.convert(value, _load_class(name))
+            kind = _load_class(name)
+            return convert_header(value) if kind is Header else msgspec.convert(value, kind)
         case {"named": name, "items": items}:
             return _load_class(name)(*(_decode(one, tensors) for one in items))
         case {"tuple": items}:

@@ -1,16 +1,14 @@
 """Train an editor on the micro world: what makes the states that come with the package.
 
-errata train mend llava                # to editors/states/mend-llava.safetensors
+errata train mend llava                # to editors/weights/mend-llava.safetensors
 errata train mend llava --output my.safetensors --checkpoint-dir runs/mend
 """
 
 from __future__ import annotations
 
 import random
-import sys
 from typing import NamedTuple
 
-from errata.bench.cli.train import main
 from errata.bench.data.world import cases as world
 from errata.bench.data.world.text_cases import text_cases
 from errata.editors.training.config import TrainingConfig
@@ -139,7 +137,3 @@ def training_cases(mix: CaseMix) -> list[Case]:
         )
         for case in cases
     ]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

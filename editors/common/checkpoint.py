@@ -30,7 +30,7 @@ __all__ = [
     "shipped_weights",
 ]
 
-WEIGHTS = Path(__file__).parent / "states"
+WEIGHTS = Path(__file__).parents[1] / "weights"
 _METADATA_KEY = "errata.weights"
 
 

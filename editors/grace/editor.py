@@ -36,7 +36,6 @@ from errata.editors.common.gradient_descent import DescentConfig, run_descent
 from errata.editors.grace.codebook import Codebook, _pad_codebook, add_key
 from errata.editors.grace.config import GraceConfig
 from errata.functional import Batch, Delta, Editor, EditRecord, KVCache, Model, Query
-from errata.functional import Codebook as CodebookEntry
 from errata.functional.deltas.records import make_header
 from errata.functional.errors import InvalidSettingsError, UnsupportedModelError
 from errata.functional.forward import batches, prefix
@@ -44,6 +43,7 @@ from errata.functional.forward.activations import record_activations
 from errata.functional.forward.batches import mean_per_edit
 from errata.functional.gradients.losses import nll
 from errata.functional.kinds.codebook.apply import last_prompt_input, replace_at, replaced_tokens
+from errata.functional.kinds.schema import Codebook as CodebookEntry
 
 __all__ = ["GraceState", "grace_editor"]
 

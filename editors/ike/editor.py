@@ -34,13 +34,14 @@ from torch import Tensor
 
 from errata.editors.ike.config import IkeConfig, _strip_path, _validate, _without_paths
 from errata.editors.ike.demonstrations import _make_demonstrations, _template_values
-from errata.functional import Case, Delta, Editor, EditRecord, Model, Prompt, Query
+from errata.functional import Case, Delta, Editor, EditRecord, Model, Query
 from errata.functional.deltas.records import make_header
 from errata.functional.errors import InvalidInputError, InvalidSettingsError, join_messages
 from errata.functional.forward.retrieval_keys import get_encoder, image_keys, resolve_encoder
 from errata.functional.kinds.prompt.algebra import CHUNK_BYTES, merge_memories
 from errata.functional.kinds.prompt.apply import without_memories
 from errata.functional.kinds.prompt.memory import fill_template, strip_placeholders
+from errata.functional.kinds.schema import Prompt
 from errata.functional.queries import IMAGE_PLACEHOLDER, as_png
 
 __all__ = ["IkeState", "ike_editor"]
@@ -64,7 +65,7 @@ def ike_editor(config: IkeConfig = IkeConfig(), cases: Sequence[Case] | None = N
 
     >>> from errata import adapters
     >>> from errata.functional import bind
-    >>> from errata.functional.prompts import expand_prompts
+    >>> from errata.functional.kinds.prompt.apply import expand_prompts
     >>> model = adapters.adapt(*adapters.tiny("llava"))
     >>> editor = ike_editor()
     >>> state = editor.init(model, torch.Generator())

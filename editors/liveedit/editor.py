@@ -58,11 +58,12 @@ from errata.editors.liveedit.networks import (
 from errata.editors.liveedit.pool import LiveEditState, _add_edit, _pad_pool, _raise_self_margin
 from errata.editors.training.batches import TrainingBatch
 from errata.editors.training.trainable import TrainableEditor
-from errata.functional import Batch, Delta, Editor, EditRecord, Experts, Header, Model, Query
+from errata.functional import Batch, Delta, Editor, EditRecord, Header, Model, Query
 from errata.functional.deltas.records import base_identity, make_header
 from errata.functional.errors import InvalidSettingsError
 from errata.functional.forward import prefix
 from errata.functional.forward.activations import record_activations
+from errata.functional.kinds.schema import Experts
 from errata.functional.types import Learner
 
 __all__ = [

@@ -48,13 +48,14 @@ from errata.editors.mend.network import (
 from errata.editors.training.batches import TrainingBatch
 from errata.editors.training.loss import batch_loss
 from errata.editors.training.trainable import TrainableEditor
-from errata.functional import Batch, Delta, Editor, EditRecord, Header, LowRank, Model, Query
+from errata.functional import Batch, Delta, Editor, EditRecord, Header, Model, Query
 from errata.functional.binding.bound_model import bind
 from errata.functional.deltas.records import base_identity, make_header
 from errata.functional.errors import UnknownSiteError, join_messages
 from errata.functional.forward import prefix
 from errata.functional.gradients.factors import gradient_factors
 from errata.functional.gradients.losses import nll
+from errata.functional.kinds.schema import LowRank
 from errata.functional.types import Learner
 
 __all__ = [

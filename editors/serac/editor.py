@@ -37,10 +37,11 @@ from torch.utils import _pytree as pytree
 
 from errata.editors.common import checkpoint
 from errata.editors.serac.config import SeracConfig
-from errata.functional import Batch, Delta, Editor, EditRecord, Model, Query, Scope
+from errata.functional import Batch, Delta, Editor, EditRecord, Model, Query
 from errata.functional.card import canonical_name
 from errata.functional.deltas.records import base_identity, make_header
 from errata.functional.gradients.losses import scored_mask
+from errata.functional.kinds.schema import Scope
 from errata.functional.kinds.scope.algebra import pad_and_concat
 from errata.functional.kinds.scope.apply import logits_from_states
 from errata.functional.kinds.scope.entry import NetworkSizes

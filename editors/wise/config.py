@@ -20,45 +20,6 @@ _EASYEDIT_SETTINGS: dict[str, Any] = {
     "append_eos": False,
 }
 
-PRESETS: dict[str, WiseConfig] = {
-    # Llama-2-7b, Mistral-7b, Llama-3.2-3b; the paper's settings of its text-only models.
-    "easyedit-llama": WiseConfig(layer=27, num_unrelated=1, append_eos=False),
-    # `silu` there for a ReLU model: here the model's own.
-    "easyedit-blip2": WiseConfig(site="mlp.up", mode="merge", **_EASYEDIT_SETTINGS),
-    "easyedit-minigpt4": WiseConfig(mode="merge", **_EASYEDIT_SETTINGS),
-    "easyedit-llava-onevision": WiseConfig(**_EASYEDIT_SETTINGS),
-    "easyedit-qwen2-vl": WiseConfig(**_EASYEDIT_SETTINGS),
-    "easyedit-qwen3-vl": WiseConfig(**{**_EASYEDIT_SETTINGS, "layer": 30}),
-    # As qwen2-vl, by EasyEdit's two statistics: the mean of an edit against the largest of a long
-    # prompt, so that a gate is open for nearly every picture.
-    "easyedit-statistic": WiseConfig(gate_statistic="easyedit", **_EASYEDIT_SETTINGS),
-    # The micro zoo's: the map that reads the normed stream, at the prompt's end. There activations
-    # tell questions and creatures apart; with mlp.down and the mean, 96 to 100 % of other questions
-    # about an edit's picture reach 0.6 to 0.8 of its activation (24 cases, LLaVA).
-    "micro": WiseConfig(
-        site="mlp.up",
-        layer=-1,
-        optimizer="adam",
-        lr=3e-2,
-        weight_decay=0.0,
-        num_steps=250,
-        norm_constraint=None,
-        alpha=0.0,
-        beta=80.0,
-        gamma=40.0,
-        act_ratio=0.8,
-        gate_statistic="last",
-        num_unrelated=8,
-        own_negatives=("image", "question"),
-        stop_loss=0.05,
-        stop_improvement=1.0,
-        num_replayed=9,
-        save_freq=10,
-        merge_freq=1_000_000,  # the maps are small: memories stay apart
-    ),
-}
-
-
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 NonNegative = Annotated[float, msgspec.Meta(ge=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -97,3 +58,42 @@ class WiseConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     density: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.53  # of what a merge keeps
     mode: Literal["retrieve", "merge"] = "retrieve"  # merged memories stay apart, or become one
     append_eos: bool = True  # teach the end of the answer too, so that free generation stops there
+
+
+PRESETS: dict[str, WiseConfig] = {
+    # Llama-2-7b, Mistral-7b, Llama-3.2-3b; the paper's settings of its text-only models.
+    "easyedit-llama": WiseConfig(layer=27, num_unrelated=1, append_eos=False),
+    # `silu` there for a ReLU model: here the model's own.
+    "easyedit-blip2": WiseConfig(site="mlp.up", mode="merge", **_EASYEDIT_SETTINGS),
+    "easyedit-minigpt4": WiseConfig(mode="merge", **_EASYEDIT_SETTINGS),
+    "easyedit-llava-onevision": WiseConfig(**_EASYEDIT_SETTINGS),
+    "easyedit-qwen2-vl": WiseConfig(**_EASYEDIT_SETTINGS),
+    "easyedit-qwen3-vl": WiseConfig(**{**_EASYEDIT_SETTINGS, "layer": 30}),
+    # As qwen2-vl, by EasyEdit's two statistics: the mean of an edit against the largest of a long
+    # prompt, so that a gate is open for nearly every picture.
+    "easyedit-statistic": WiseConfig(gate_statistic="easyedit", **_EASYEDIT_SETTINGS),
+    # The micro zoo's: the map that reads the normed stream, at the prompt's end. There activations
+    # tell questions and creatures apart; with mlp.down and the mean, 96 to 100 % of other questions
+    # about an edit's picture reach 0.6 to 0.8 of its activation (24 cases, LLaVA).
+    "micro": WiseConfig(
+        site="mlp.up",
+        layer=-1,
+        optimizer="adam",
+        lr=3e-2,
+        weight_decay=0.0,
+        num_steps=250,
+        norm_constraint=None,
+        alpha=0.0,
+        beta=80.0,
+        gamma=40.0,
+        act_ratio=0.8,
+        gate_statistic="last",
+        num_unrelated=8,
+        own_negatives=("image", "question"),
+        stop_loss=0.05,
+        stop_improvement=1.0,
+        num_replayed=9,
+        save_freq=10,
+        merge_freq=1_000_000,  # the maps are small: memories stay apart
+    ),
+}

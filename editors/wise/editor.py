@@ -55,10 +55,11 @@ from errata.editors.wise.training import (
     sample_mask,
     train_values,
 )
-from errata.functional import Delta, Editor, EditRecord, Header, Masked, Model, Query
+from errata.functional import Delta, Editor, EditRecord, Header, Model, Query
 from errata.functional.deltas.records import edit_record, make_header
 from errata.functional.errors import InvalidInputError
 from errata.functional.kinds.masked.bitmask import pack_bits, scatter_values, unpack_bits
+from errata.functional.kinds.schema import Masked
 
 __all__ = ["ActiveShard", "SideMemory", "WiseState", "wise_editor"]
 

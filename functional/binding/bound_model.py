@@ -40,8 +40,6 @@ from errata.functional.forward.hooks import compose_hooks
 from errata.functional.hashing import base_parameter, hash_parameter, mark_edited
 from errata.functional.header import Header
 from errata.functional.kinds.common.patch import Patch
-from errata.functional.kinds.dense.entry import Dense
-from errata.functional.kinds.lowrank.entry import LowRank
 from errata.functional.kinds.table import KINDS
 from errata.functional.types import Delta, Model, Params
 
@@ -68,7 +66,7 @@ def bind(model: Model, delta: Delta, *, check: bool = True) -> Model:
     patches = []
     for entry in delta.header.entries:
         partly_bound = model._replace(params=params)
-        patch = KINDS[type(entry)](
+        patch = KINDS[type(entry)].apply(
             partly_bound, delta.header, entry, _entry_tensors(partly_bound, entry, delta)
         )
         for name, tensor in patch.params.items():
@@ -97,7 +95,7 @@ def _replaced_functions(model: Model, delta: Delta, patches: list[Patch]) -> dic
         embed_names = {
             name
             for entry in delta.header.entries
-            if isinstance(entry, Dense | LowRank)
+            if entry.is_weight_change()
             for name in all_names(model.card, entry.name)
             if before_decoder(model.card, name)
         }

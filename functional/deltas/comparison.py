@@ -14,7 +14,6 @@ from errata.functional.errors import UnsupportedKindError
 from errata.functional.kinds.common.algebra import EntryTensors, entries_of
 from errata.functional.kinds.lowrank.algebra import ranks_per_edit
 from errata.functional.kinds.lowrank.entry import LowRank
-from errata.functional.kinds.table import algebra
 from errata.functional.types import Delta
 
 __all__ = ["Conflict", "Difference", "conflicts", "diff"]
@@ -128,7 +127,6 @@ def _pairs(numbers: Sequence[int]) -> Iterable[tuple[int, int]]:
 def _entries_by_name(delta: Delta) -> dict[str, list[EntryTensors]]:
     entries: dict[str, list[EntryTensors]] = {}
     for part in entries_of(delta).values():
-        algebra(part.entry)
         entries.setdefault(part.entry.name, []).append(part)
     return entries
 

@@ -31,7 +31,6 @@ from errata.functional.errors import (
 )
 from errata.functional.files import atomic_folder
 from errata.functional.kinds.dense.entry import Dense
-from errata.functional.kinds.lowrank.entry import LowRank
 from errata.functional.types import Delta
 
 __all__ = ["apply_entry", "fuse", "fuse_parameter", "mismatched_parameters"]
@@ -193,11 +192,7 @@ def _require_weight_changes(delta: Delta) -> None:
             "of `stacks.unstack(delta)`."
         )
     other_kinds = sorted(
-        {
-            type(e).__name__.lower()
-            for e in delta.header.entries
-            if not isinstance(e, Dense | LowRank)
-        }
+        {type(e).__name__.lower() for e in delta.header.entries if not e.is_weight_change()}
     )
     if other_kinds:
         raise UnsupportedKindError(

@@ -16,6 +16,7 @@ from errata.functional.deltas.safetensors_header import (
 )
 from errata.functional.errors import DeltaFileError, join_messages
 from errata.functional.header import FORMAT, Header, validate_header
+from errata.functional.kinds.schema import convert_header
 
 __all__ = [
     "METADATA_KEY",
@@ -116,7 +117,7 @@ def decode_header(text: str) -> tuple[Header, str]:
     ):
         raise ValueError("the delta's digest must be a sha256 in hex")
     try:
-        header = msgspec.convert(body, Header)
+        header = convert_header(body)
     except (msgspec.ValidationError, RecursionError) as error:
         raise ValueError(f"the delta's description does not fit: {printable(error)}") from None
     missing = set(Header.__struct_fields__) - set(body)

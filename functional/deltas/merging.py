@@ -24,7 +24,7 @@ from errata.functional.errors import (
 from errata.functional.header import Header
 from errata.functional.kinds.common.algebra import EntryTensors, entries_of
 from errata.functional.kinds.lowrank.entry import LowRank
-from errata.functional.kinds.table import algebra
+from errata.functional.kinds.table import KINDS
 from errata.functional.types import Delta
 
 __all__ = [
@@ -70,7 +70,7 @@ def merge(*deltas: Delta) -> Delta:
             for mine, d in zip(delta_entries, deltas, strict=True)
         ]
         sample = next(part for part in same_entries if isinstance(part, EntryTensors))
-        merged.append(algebra(sample.entry).merge(same_entries))
+        merged.append(KINDS[type(sample.entry)].algebra.merge(same_entries))
     parameter_hashes: dict[str, str] = {}
     for delta in deltas:
         parameter_hashes |= delta.header.base.parameter_hashes
@@ -102,7 +102,7 @@ def scale(delta: Delta, factor: float) -> Delta:
         raise InvalidInputError(f"a delta is scaled by a finite number, got {factor!r}.")
     entries = entries_of(delta).values()
     return _assemble_delta(
-        delta.header, [algebra(part.entry).scale(part, factor) for part in entries]
+        delta.header, [KINDS[type(part.entry)].algebra.scale(part, factor) for part in entries]
     )
 
 
@@ -126,7 +126,9 @@ def select(delta: Delta, edits: Iterable[int | str]) -> Delta:
             "each edit of this delta was computed on top of those before it, so taking one out "
             "would leave the later ones wrong: edit again without it, or undo the whole delta."
         )
-    selected = [algebra(part.entry).select(part, numbers) for part in entries_of(delta).values()]
+    selected = [
+        KINDS[type(part.entry)].algebra.select(part, numbers) for part in entries_of(delta).values()
+    ]
     remaining = [part for part in selected if part is not None]
     names = {part.entry.name for part in remaining}
     parameter_hashes = {

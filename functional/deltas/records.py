@@ -13,8 +13,7 @@ import msgspec
 
 from errata.functional.card import BaseModel
 from errata.functional.hashing import content_id, hash_parameter
-from errata.functional.header import Arithmetic, EditRecord, Header
-from errata.functional.kinds.schema import AnyEntry
+from errata.functional.header import Arithmetic, EditRecord, Entry, Header
 from errata.functional.queries import Query
 from errata.functional.types import Model
 
@@ -57,7 +56,7 @@ def make_header(
     model: Model,
     editor: str,
     settings: Any,
-    entries: tuple[AnyEntry, ...],
+    entries: tuple[Entry, ...],
     queries: Sequence[Query],
     *,
     earlier_edits: tuple[EditRecord, ...] = (),

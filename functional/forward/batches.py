@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from errata.functional.errors import ShapeError
-from errata.functional.forward import batches as rows
 from errata.functional.types import IGNORE_INDEX, Batch, Inputs
 
 __all__ = [
@@ -275,7 +274,7 @@ def repeat_per_edit(batch: Batch, num_edits: int) -> Batch:
     edit_index = torch.arange(num_edits, device=batch.edit_index.device).repeat_interleave(
         batch.num_rows
     )
-    return rows.take_rows(batch, index)._replace(edit_index=edit_index)
+    return take_rows(batch, index)._replace(edit_index=edit_index)
 
 
 def mean_per_edit(values: Tensor, edit_index: Tensor, num_edits: int) -> Tensor:

@@ -15,13 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from errata.functional import Delta, Model
 from errata.functional.card import ModelCard, all_names, before_decoder, canonical_name
-from errata.functional.forward import prefix
 from errata.functional.header import Header
-from errata.functional.kinds.dense.entry import Dense
-from errata.functional.kinds.lowrank.entry import LowRank
-from errata.functional.types import Batch, Hooks, Inputs, Model
+from errata.functional.types import Batch, Delta, Hooks, Inputs, Model
 
 __all__ = [
     "EditDepth",
@@ -138,7 +134,7 @@ def can_decode_scored(card: ModelCard, header: Header) -> bool:
     last = card.num_layers - 1
     for entry in header.entries:
         layer = card.layer_of(canonical_name(card, getattr(entry, "name", "")))
-        is_weight_change = isinstance(entry, Dense | LowRank)
+        is_weight_change = entry.is_weight_change()
         if not is_weight_change and (entry.acts_on() != "module" or layer is None or layer >= last):
             return False
     return True
@@ -158,13 +154,13 @@ def _is_position_wise(card: ModelCard, path: str) -> bool:
     return any(part == home or part.startswith(f"{home}.") for home in mlp_names)
 
 
-def delta_depth(model: Model, delta: Delta) -> prefix.EditDepth:
+def delta_depth(model: Model, delta: Delta) -> EditDepth:
     """The lowest place a delta acts on."""
     acts_on = {entry.acts_on() for entry in delta.header.entries}
     if "prompt" in acts_on:
-        return prefix.EditDepth(before_decoder=True)
+        return EditDepth(before_decoder=True)
     if "embeddings" in acts_on:
-        return prefix.EditDepth()
-    depth = prefix.edit_depth(model.card, [entry.name for entry in delta.header.entries])
+        return EditDepth()
+    depth = edit_depth(model.card, [entry.name for entry in delta.header.entries])
     needs_all_tokens = any(entry.needs_all_tokens() for entry in delta.header.entries)
     return depth._replace(scored_only=depth.scored_only and not needs_all_tokens)

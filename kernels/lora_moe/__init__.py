@@ -102,7 +102,7 @@ def route_experts(
 
     >>> pool = torch.eye(3)
     >>> routes = route_experts(pool[:1], pool[:1], torch.tensor([0.5]), pool, pool)
-    >>> routes.input_ids, routes.weights, routes.count
+    >>> routes.ids, routes.weights, routes.count
     (tensor([[ 0, -1, -1]]), tensor([[0.7311, 0.0000, 0.0000]]), tensor([1]))
     """
     num_rows, num_experts = vision.shape[0], vision_keys.shape[0]

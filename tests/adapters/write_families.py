@@ -1,4 +1,4 @@
-"""Measure every family on a tiny random model and write adapters/FAMILIES.md.
+"""Measure every family on a tiny random model and write adapters/families/FAMILIES.md.
 
 Run from the repository root: `python tests/adapters/write_families.py`.
 """
@@ -18,7 +18,7 @@ from errata.adapters.hf import decoder as core
 from errata.functional.errors import UnsupportedModelError
 from tests.adapters.hf.test_verification import module_of
 from tests.adapters.zoo_of_families.models import NAMES, made, queries
-from tests.adapters.zoo_of_families.parts import OTHERS
+from tests.adapters.zoo_of_families.others import OTHERS
 
 # noqa: E402
 # noqa: E402
@@ -112,4 +112,4 @@ def found() -> str:
 
 
 if __name__ == "__main__":
-    (ROOT / "adapters" / "FAMILIES.md").write_text(HEAD + named() + found())
+    (ROOT / "adapters" / "families" / "FAMILIES.md").write_text(HEAD + named() + found())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from PIL import Image
 
-from errata.editors import IkeConfig, ike_editor
+from errata.editors.ike import IkeConfig, ike_editor
 from errata.functional import Delta, Query, bind
 from errata.functional.kinds.prompt.apply import expand_prompts
 

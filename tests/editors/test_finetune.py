@@ -6,7 +6,9 @@ from safetensors.torch import load_file
 
 from errata import adapters
 from errata.adapters import from_module
-from errata.editors import METHODS, FinetuneConfig, LoraConfig, configure, make_editor
+from errata.editors import METHODS, configure, make_editor
+from errata.editors.finetune import FinetuneConfig
+from errata.editors.lora import LoraConfig
 from errata.functional import Model, Query, bind
 from errata.functional.errors import InvalidInputError, InvalidSettingsError, UnknownSiteError
 from tests.adapters.test_parity import GOLDEN, as_bytes, golden, needs_golden

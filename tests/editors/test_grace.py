@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from errata import adapters
-from errata.editors import GraceConfig, configure, make_editor
+from errata.editors import configure, make_editor
+from errata.editors.grace import GraceConfig
 from errata.editors.grace.codebook import Codebook, add_key
 from errata.editors.grace.editor import resolve_edit_site
 from errata.functional import BaseModel, Header, Model, Query, generate, merge, remove, scale
-from errata.functional import Codebook as CodebookEntry
 from errata.functional.binding.bound_model import bind
 from errata.functional.deltas.stacking import select_edits, stack, unstack
 from errata.functional.errors import (
@@ -26,6 +26,7 @@ from errata.functional.errors import (
 )
 from errata.functional.forward import batches
 from errata.functional.header import validate_header
+from errata.functional.kinds.schema import Codebook as CodebookEntry
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)

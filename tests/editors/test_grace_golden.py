@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from errata import adapters
-from errata.editors import GraceConfig
+from errata.editors.grace import GraceConfig
 from errata.editors.grace.codebook import Codebook, add_key
 from errata.editors.grace.editor import prepare_rows, resolve_edit_site, train_values
 from errata.functional import IGNORE_INDEX, BaseModel, Delta, Header, Inputs, Model, Query
-from errata.functional import Codebook as CodebookEntry
 from errata.functional.binding.bound_model import bind
 from errata.functional.gradients.losses import nll
 from errata.functional.kinds.codebook.apply import codebook_hook
+from errata.functional.kinds.schema import Codebook as CodebookEntry
 from tests.editors.test_grace import asked, close, empty, seeded, tiny
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -8,13 +8,15 @@ import torch
 
 from errata import adapters
 from errata.bench.data.world import cases as world
-from errata.editors import IkeConfig, configure, ike_editor, make_editor
+from errata.editors import configure, make_editor
+from errata.editors.ike import IkeConfig, ike_editor
 from errata.editors.ike.config import PRESETS
-from errata.functional import Case, Prompt, Query, bind, generate
+from errata.functional import Case, Query, bind, generate
 from errata.functional.deltas import serialization
 from errata.functional.deltas.merging import remove
 from errata.functional.errors import InvalidInputError, InvalidSettingsError
 from errata.functional.kinds.prompt.apply import RetrievalPreprocess, expand_prompts
+from errata.functional.kinds.schema import Prompt
 from tests.editors.queries import edited, picture, put
 
 PLAIN = IkeConfig(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from errata import adapters
-from errata.editors import IkeConfig, ike_editor
+from errata.editors.ike import IkeConfig, ike_editor
 from errata.functional import Case, Query, bind, bind_rows
 from errata.functional.deltas import serialization
 from errata.functional.deltas.merging import merge, remove, scale, select

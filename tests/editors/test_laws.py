@@ -12,25 +12,24 @@ import torch
 from PIL import Image
 
 from errata import adapters
-from errata.editors import (
-    FinetuneConfig,
-    GraceConfig,
-    IkeConfig,
-    LiveEditConfig,
-    LoraConfig,
-    MendConfig,
-    SeracConfig,
-    WiseConfig,
-    make_editor,
-)
-from errata.functional import Delta, Editor, LowRank, Model, Query, Scope
+from errata.editors import make_editor
+from errata.editors.finetune import FinetuneConfig
+from errata.editors.grace import GraceConfig
+from errata.editors.ike import IkeConfig
+from errata.editors.liveedit import LiveEditConfig
+from errata.editors.lora import LoraConfig
+from errata.editors.mend import MendConfig
+from errata.editors.serac import SeracConfig
+from errata.editors.wise import WiseConfig
+from errata.functional import Delta, Editor, Model, Query
 from errata.functional.binding.bound_model import bind
 from errata.functional.deltas import serialization
 from errata.functional.deltas.stacking import unstack
 from errata.functional.errors import BaseMismatchError
 from errata.functional.gradients.losses import nll
 from errata.functional.kinds.common.algebra import EntryTensors
-from errata.functional.kinds.table import algebra
+from errata.functional.kinds.schema import LowRank, Scope
+from errata.functional.kinds.table import KINDS
 
 CASES = {
     "finetune": FinetuneConfig(num_steps=4, lr=5e-3),
@@ -180,7 +179,7 @@ def snug(delta: Delta) -> Delta:
 def _tight(entry: Scope, tensors: dict) -> tuple[Scope, dict]:
     """As `select` leaves it: no more padding than its edits need."""
     own = {n.removeprefix(entry.name): t for n, t in tensors.items() if n.startswith(entry.name)}
-    kept = algebra(entry).select(EntryTensors(entry, own, 1), [0])
+    kept = KINDS[type(entry)].algebra.select(EntryTensors(entry, own, 1), [0])
     return kept.entry, tensors | {entry.name + suffix: t for suffix, t in kept.tensors.items()}
 
 

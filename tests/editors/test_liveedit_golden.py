@@ -29,21 +29,12 @@ from errata.editors.liveedit.networks import (
     make_pool,
 )
 from errata.editors.liveedit.pool import LiveEditState
-from errata.functional import (
-    IGNORE_INDEX,
-    BaseModel,
-    Batch,
-    EditRecord,
-    Experts,
-    Header,
-    Inputs,
-    Query,
-)
+from errata.functional import IGNORE_INDEX, BaseModel, Batch, EditRecord, Header, Inputs, Query
 from errata.functional.binding.bound_model import bind
 from errata.functional.gradients.losses import kl, nll
-from errata.functional.kinds.experts.apply import EPS, expert_hook, routing_features, token_roles
+from errata.functional.kinds.experts.apply import EPS, apply_experts, routing_features, token_roles
+from errata.functional.kinds.schema import Experts
 from errata.kernels import lora_moe
-from errata.kernels.lora_moe import ref as lora_moe
 from tests.adapters.test_parity import GOLDEN as SHARED
 from tests.adapters.test_parity import as_bytes, golden, needs_golden
 
@@ -200,7 +191,7 @@ def test_features_gate_weights_and_residual_are_the_originals(five, number):
     header = Header(base=BaseModel(id="x"), entries=(entry,), edits=records)
     assert {f"{name}.{part}" for part in tensors} == set(header.tensor_specs())
     card = SimpleNamespace(layers="layers", tied={}, layer_of=lambda path: 0, id="x")
-    change = expert_hook(
+    change = apply_experts(
         SimpleNamespace(card=card, deltas=()),  # pyright: ignore[reportArgumentType]
         header,
         entry,

@@ -26,7 +26,7 @@ from errata.editors.mend.network import (
     transform_factors,
     update_statistics,
 )
-from errata.functional import Batch, Delta, Header, Inputs, LowRank, Query
+from errata.functional import Batch, Delta, Header, Inputs, Query
 from errata.functional.binding.bound_model import bind
 from errata.functional.deltas.records import base_identity
 from errata.functional.deltas.stacking import unstack
@@ -34,6 +34,7 @@ from errata.functional.errors import InvalidInputError, UnknownSiteError
 from errata.functional.forward import prefix
 from errata.functional.gradients.factors import GradientFactors, gradient_factors
 from errata.functional.gradients.losses import kl, nll, scored_mask, token_nll
+from errata.functional.kinds.schema import LowRank
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from errata.editors import LoraConfig, configure
+from errata.editors import configure
+from errata.editors.lora import LoraConfig
 from errata.functional.errors import InvalidSettingsError
 
 

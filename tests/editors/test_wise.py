@@ -11,7 +11,8 @@ from PIL import Image
 
 from errata import adapters
 from errata.bench.storage.checkpoint import SequenceCheckpoint, load_checkpoint, save_checkpoint
-from errata.editors import WiseConfig, configure, make_editor
+from errata.editors import configure, make_editor
+from errata.editors.wise import WiseConfig
 from errata.editors.wise.config import PRESETS
 from errata.editors.wise.editor import wise_editor
 from errata.editors.wise.training import sample_mask

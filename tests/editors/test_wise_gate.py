@@ -6,18 +6,9 @@ import msgspec
 import pytest
 import torch
 
-from errata.editors import FinetuneConfig, make_editor
-from errata.functional import (
-    BaseModel,
-    EditRecord,
-    Header,
-    Masked,
-    Model,
-    Query,
-    bind,
-    bind_rows,
-    generate,
-)
+from errata.editors import make_editor
+from errata.editors.finetune import FinetuneConfig
+from errata.functional import BaseModel, EditRecord, Header, Model, Query, bind, bind_rows, generate
 from errata.functional.deltas.stacking import select_edits, stack
 from errata.functional.errors import InvalidInputError, ShapeError
 from errata.functional.forward import batches, prefix
@@ -25,6 +16,7 @@ from errata.functional.forward.prefix import delta_depth
 from errata.functional.header import validate_header
 from errata.functional.kinds.masked.apply import gated_tokens, side_memory_hook
 from errata.functional.kinds.masked.bitmask import pack_bits, scatter_values
+from errata.functional.kinds.schema import Masked
 from tests.editors.test_wise import (
     QUICK,
     asked,

@@ -18,21 +18,13 @@ from errata.editors.wise.config import WiseConfig
 from errata.editors.wise.merging import lerp, merge_changes, slerp
 from errata.editors.wise.objective import PreparedRows, margin_terms, wise_loss
 from errata.editors.wise.training import resolve_edit_site
-from errata.functional import (
-    IGNORE_INDEX,
-    BaseModel,
-    Delta,
-    EditRecord,
-    Header,
-    Inputs,
-    Masked,
-    Model,
-)
+from errata.functional import IGNORE_INDEX, BaseModel, Delta, EditRecord, Header, Inputs, Model
 from errata.functional.binding.bound_model import bind
 from errata.functional.forward import batches
 from errata.functional.forward.activations import record_activations
 from errata.functional.kinds.masked.apply import activation_distance, gate_statistic
 from errata.functional.kinds.masked.bitmask import pack_bits
+from errata.functional.kinds.schema import Masked
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)

@@ -16,7 +16,14 @@ def rows(tmp_path_factory):
     # Its own process: in the interpreter's there are no kernels to compile.
     surroundings = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     surroundings["TRITON_CACHE_DIR"] = str(folder / "cache")
-    command = [sys.executable, "-m", "errata.bench.aot", str(folder / "aot.json"), "bf16", "fp32"]
+    command = [
+        sys.executable,
+        "-m",
+        "errata.bench.perf.ahead_of_time",
+        str(folder / "aot.json"),
+        "bf16",
+        "fp32",
+    ]
     ran = subprocess.run(command, env=surroundings, capture_output=True, text=True, check=False)
     report = folder / "aot.json"
     assert report.exists(), ran.stderr

@@ -8,11 +8,13 @@ import msgspec
 import torch
 
 from errata.functional.errors import InvalidInputError, UnsupportedKindError
-from errata.functional.kinds.common.algebra import EntryTensors, concat_slots, select_slots
+from errata.functional.kinds.common.algebra import Algebra, EntryTensors, concat_slots, select_slots
 from errata.kernels import codebook as kernel
 
+__all__ = ["CODEBOOK_ALGEBRA"]
 
-def _merge_codebook(parts: Sequence[EntryTensors | int]) -> EntryTensors:
+
+def _merge(parts: Sequence[EntryTensors | int]) -> EntryTensors:
     """All keys in one book: the nearest of them decides, the first on ties."""
     present = [part for part in parts if isinstance(part, EntryTensors)]
     first = present[0].entry
@@ -36,7 +38,7 @@ def _merge_codebook(parts: Sequence[EntryTensors | int]) -> EntryTensors:
     return EntryTensors(entry, tensors, len(edit_slots))
 
 
-def _select_codebook(part: EntryTensors, edits: Sequence[int]) -> EntryTensors | None:
+def _select(part: EntryTensors, edits: Sequence[int]) -> EntryTensors | None:
     """Keys that a kept edit owns; radii stay as the sequence of edits left them."""
     slots, edit_slots = select_slots(part.entry.edit_slots, edits)
     if not slots:
@@ -47,8 +49,11 @@ def _select_codebook(part: EntryTensors, edits: Sequence[int]) -> EntryTensors |
     return EntryTensors(entry, tensors, len(edits))
 
 
-def _scale_codebook(part: EntryTensors, factor: float) -> EntryTensors:
+def _scale(part: EntryTensors, factor: float) -> EntryTensors:
     raise UnsupportedKindError(
         f"{part.entry.name}: a codebook's value replaces an output, and half of a replacement is "
         "none: edit again, or remove edits by id."
     )
+
+
+CODEBOOK_ALGEBRA = Algebra(_merge, _select, _scale)

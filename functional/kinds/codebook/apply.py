@@ -19,7 +19,7 @@ from errata.functional.kinds.common.patch import Patch
 from errata.functional.types import Batch, Model
 from errata.kernels import codebook as kernel
 
-__all__ = ["codebook_hook", "last_prompt_input", "replace_at", "replaced_tokens"]
+__all__ = ["apply_codebook", "codebook_hook", "last_prompt_input", "replace_at", "replaced_tokens"]
 
 
 def codebook_hook(
@@ -88,7 +88,7 @@ def replace_at(y: Tensor, values: Tensor, token_mask: Tensor) -> Tensor:
     return torch.where(token_mask[..., None], values[:, None].to(y.dtype), rows).view(y.shape)
 
 
-def _apply_codebook(
+def apply_codebook(
     model: Model, header: Header, entry: Codebook, tensors: Mapping[str, Tensor]
 ) -> Patch:
     """A value in place of the output where the prompt's last input lies in its key's ball."""

@@ -11,18 +11,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from errata.functional.kinds.codebook.algebra import (
-    _merge_codebook,
-    _scale_codebook,
-    _select_codebook,
-)
-from errata.functional.kinds.codebook.entry import Codebook
-from errata.functional.kinds.dense.algebra import _merge_dense, _scale_dense, _select_dense
-from errata.functional.kinds.dense.entry import Dense
-from errata.functional.kinds.lowrank.algebra import _merge_lowrank, _scale_lowrank, _select_lowrank
-from errata.functional.kinds.lowrank.entry import LowRank
-from errata.functional.kinds.table import register
-
 __all__ = ["Algebra", "EntryTensors", "concat_slots", "entries_of", "select_slots"]
 
 
@@ -89,8 +77,3 @@ def select_slots(
     slots = sorted({edit_slots[k] for k in edits} - {-1})
     new_index = {slot: index for index, slot in enumerate(slots)} | {-1: -1}
     return slots, tuple(new_index[edit_slots[k]] for k in edits)
-
-
-register(Codebook, Algebra(_merge_codebook, _select_codebook, _scale_codebook))
-register(LowRank, Algebra(_merge_lowrank, _select_lowrank, _scale_lowrank))
-register(Dense, Algebra(_merge_dense, _select_dense, _scale_dense))

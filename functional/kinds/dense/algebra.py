@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from errata.functional.errors import UnsupportedKindError
-from errata.functional.kinds.common.algebra import EntryTensors
+from errata.functional.kinds.common.algebra import Algebra, EntryTensors
+
+__all__ = ["DENSE_ALGEBRA"]
 
 
-def _merge_dense(parts: Sequence[EntryTensors | int]) -> EntryTensors:
+def _merge(parts: Sequence[EntryTensors | int]) -> EntryTensors:
     present = [part for part in parts if isinstance(part, EntryTensors)]
     total = present[0].tensors[""]
     for part in present[1:]:
@@ -17,7 +19,7 @@ def _merge_dense(parts: Sequence[EntryTensors | int]) -> EntryTensors:
     return EntryTensors(present[0].entry, {"": total}, num_edits)
 
 
-def _select_dense(part: EntryTensors, edits: Sequence[int]) -> EntryTensors | None:
+def _select(part: EntryTensors, edits: Sequence[int]) -> EntryTensors | None:
     if list(edits) == list(range(part.num_edits)):
         return part
     raise UnsupportedKindError(
@@ -26,5 +28,8 @@ def _select_dense(part: EntryTensors, edits: Sequence[int]) -> EntryTensors | No
     )
 
 
-def _scale_dense(part: EntryTensors, factor: float) -> EntryTensors:
+def _scale(part: EntryTensors, factor: float) -> EntryTensors:
     return part._replace(tensors={"": part.tensors[""] * factor})
+
+
+DENSE_ALGEBRA = Algebra(_merge, _select, _scale)

@@ -16,12 +16,12 @@ from errata.functional.kinds.common.patch import Patch, _make_hooks
 from errata.functional.kinds.dense.entry import Dense
 from errata.functional.types import Batch, Hook, Model
 
+__all__ = ["apply_dense"]
+
 # The kinds.
 
 
-def _apply_dense(
-    model: Model, header: Header, entry: Dense, tensors: Mapping[str, Tensor]
-) -> Patch:
+def apply_dense(model: Model, header: Header, entry: Dense, tensors: Mapping[str, Tensor]) -> Patch:
     """W' = W + d, in the wider dtype of the two, then in W's."""
     card, parameter, change = (
         model.card,

@@ -20,6 +20,9 @@ class Dense(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="d
     checkpoint_name: str  # the same parameter in the checkpoint's naming
     shape: tuple[int, ...]
 
+    def is_weight_change(self) -> bool:
+        return True
+
     def tensor_specs(self) -> dict[str, TensorSpec]:
         return {self.name: (FLOAT_DTYPES, self.shape)}
 

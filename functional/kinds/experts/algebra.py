@@ -10,10 +10,8 @@ from torch import Tensor
 
 from errata.functional.errors import InvalidInputError
 from errata.functional.kinds.common.algebra import Algebra, EntryTensors, concat_slots
-from errata.functional.kinds.experts.entry import Experts
-from errata.functional.kinds.table import register
 
-__all__ = []
+__all__ = ["EXPERTS_ALGEBRA"]
 
 POOL_TENSORS = (".vision_keys", ".query_keys", ".down", ".up")
 SAME_KEY_TOLERANCE = 1e-4  # keys of one question: nearer than this, relative to their length
@@ -90,4 +88,4 @@ def _scale(part: EntryTensors, factor: float) -> EntryTensors:
     return part._replace(tensors={**part.tensors, ".up": part.tensors[".up"] * factor})
 
 
-register(Experts, Algebra(_merge, _select, _scale))
+EXPERTS_ALGEBRA = Algebra(_merge, _select, _scale)

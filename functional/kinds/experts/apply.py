@@ -50,16 +50,16 @@ from errata.kernels.lora_moe import Routes
 __all__ = [
     "EPS",
     "EXCLUDED",
-    "RoutingFeatures",
     "FeatureExtractor",
+    "RoutingFeatures",
     "TokenRoles",
+    "apply_experts",
     "cross_attention",
-    "with_modality_columns",
-    "expert_hook",
-    "routing_features",
     "load_extractor",
+    "routing_features",
     "score_scale",
     "token_roles",
+    "with_modality_columns",
 ]
 
 EPS = 1e-5  # of every layer norm here
@@ -220,7 +220,7 @@ def load_extractor(entry: Experts, tensors: Mapping[str, Tensor]) -> FeatureExtr
     return FeatureExtractor(*(tensors[f"{entry.name}.{name}"].float() for name in names))
 
 
-def expert_hook(
+def apply_experts(
     model: Model, header: Header, entry: Experts, tensors: Mapping[str, Tensor]
 ) -> Patch:
     """What a pool of experts does to a model: a rewrite of its layer's output."""

@@ -8,9 +8,9 @@ import msgspec
 import torch
 
 from errata.functional.errors import UnsupportedKindError
-from errata.functional.kinds.common.algebra import EntryTensors
+from errata.functional.kinds.common.algebra import Algebra, EntryTensors
 
-__all__ = ["ranks_per_edit"]
+__all__ = ["LOWRANK_ALGEBRA", "ranks_per_edit"]
 
 
 def ranks_per_edit(part: EntryTensors) -> tuple[int, ...]:
@@ -20,7 +20,7 @@ def ranks_per_edit(part: EntryTensors) -> tuple[int, ...]:
     return (part.entry.rank,) if part.num_edits == 1 else ()
 
 
-def _merge_lowrank(parts: Sequence[EntryTensors | int]) -> EntryTensors:
+def _merge(parts: Sequence[EntryTensors | int]) -> EntryTensors:
     """B A + B' A' = [B B'] [A; A']: exact; each edit keeps its rows."""
     present = [part for part in parts if isinstance(part, EntryTensors)]
     first = present[0].entry
@@ -43,7 +43,7 @@ def _merge_lowrank(parts: Sequence[EntryTensors | int]) -> EntryTensors:
     )
 
 
-def _select_lowrank(part: EntryTensors, edits: Sequence[int]) -> EntryTensors | None:
+def _select(part: EntryTensors, edits: Sequence[int]) -> EntryTensors | None:
     edit_ranks = ranks_per_edit(part)
     if not edit_ranks:
         raise UnsupportedKindError(
@@ -65,5 +65,8 @@ def _select_lowrank(part: EntryTensors, edits: Sequence[int]) -> EntryTensors | 
     return EntryTensors(entry, tensors, len(edits))
 
 
-def _scale_lowrank(part: EntryTensors, factor: float) -> EntryTensors:
+def _scale(part: EntryTensors, factor: float) -> EntryTensors:
     return part._replace(tensors={".A": part.tensors[".A"], ".B": part.tensors[".B"] * factor})
+
+
+LOWRANK_ALGEBRA = Algebra(_merge, _select, _scale)

@@ -23,8 +23,10 @@ from errata.functional.kinds.lowrank.entry import LowRank
 from errata.functional.types import Batch, Hook, Model
 from errata.kernels import apply_grouped_lora
 
+__all__ = ["apply_lowrank"]
 
-def _apply_lowrank(
+
+def apply_lowrank(
     model: Model, header: Header, entry: LowRank, tensors: Mapping[str, Tensor]
 ) -> Patch:
     """dW = B A, added as `header.form` says."""

@@ -30,6 +30,9 @@ class LowRank(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     edit_ranks: tuple[int, ...] = ()
     transposed: bool = False
 
+    def is_weight_change(self) -> bool:
+        return True
+
     def tensor_specs(self) -> dict[str, TensorSpec]:
         out, inner = reversed(self.shape) if self.transposed else self.shape
         return {

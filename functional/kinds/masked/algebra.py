@@ -8,7 +8,9 @@ import msgspec
 import torch
 
 from errata.functional.errors import InvalidInputError, UnsupportedKindError
-from errata.functional.kinds.common.algebra import EntryTensors, concat_slots, select_slots
+from errata.functional.kinds.common.algebra import Algebra, EntryTensors, concat_slots, select_slots
+
+__all__ = ["MASKED_ALGEBRA"]
 
 # The algebra: memories are kept or left whole.
 
@@ -58,3 +60,6 @@ def _scale(part: EntryTensors, factor: float) -> EntryTensors:
         f"{part.entry.name}: half of a side memory would reach its threshold for other questions "
         "than the whole: edit again, or remove edits by id."
     )
+
+
+MASKED_ALGEBRA = Algebra(_merge, _select, _scale)

@@ -26,12 +26,9 @@ from errata.functional.card import before_decoder, canonical_name, module_path
 from errata.functional.errors import ShapeError, UnknownSiteError
 from errata.functional.forward.grouped_linear import grouped_linear
 from errata.functional.header import Header
-from errata.functional.kinds.common.algebra import Algebra
 from errata.functional.kinds.common.patch import Patch
-from errata.functional.kinds.masked.algebra import _merge, _scale, _select
 from errata.functional.kinds.masked.bitmask import scatter_values, unpack_bits
 from errata.functional.kinds.masked.entry import Masked
-from errata.functional.kinds.table import register
 from errata.functional.types import Batch, Model
 
 __all__ = [
@@ -208,6 +205,3 @@ def apply_masked(
         hooks=lambda batch: {path: lambda x, y: hook(batch, x, y)},
         wrap=wrap if last else None,
     )
-
-
-register(Masked, Algebra(_merge, _select, _scale))

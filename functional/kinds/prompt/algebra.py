@@ -12,9 +12,8 @@ from torch import Tensor
 from errata.functional.errors import InvalidInputError, UnsupportedKindError, join_messages
 from errata.functional.kinds.common.algebra import Algebra, EntryTensors, concat_slots, select_slots
 from errata.functional.kinds.prompt.entry import Prompt
-from errata.functional.kinds.table import register
 
-__all__ = ["merge_memories"]
+__all__ = ["PROMPT_ALGEBRA", "merge_memories"]
 
 _EDIT_TENSORS = (".question_keys", ".image_keys", ".images", ".image_sizes")
 _EDIT_FIELDS = {"facts", "num_facts", "edit_slots", "num_images", "image_bytes"}
@@ -126,4 +125,4 @@ def _scale(part: EntryTensors, factor: float) -> EntryTensors:
     )
 
 
-register(Prompt, Algebra(_merge, _select, _scale))
+PROMPT_ALGEBRA = Algebra(_merge, _select, _scale)

@@ -29,17 +29,19 @@ from errata.functional.kinds.prompt.memory import FactMemory, _Segment
 from errata.functional.queries import Query
 from errata.functional.types import Inputs, Model
 
-__all__ = ["RetrievalPreprocess", "apply", "expand_prompts", "without_memories"]
+__all__ = ["RetrievalPreprocess", "apply_prompt", "expand_prompts", "without_memories"]
 
 
-def apply(model: Model, header: Header, entry: Prompt, tensors: Mapping[str, Tensor]) -> Patch:
+def apply_prompt(
+    model: Model, header: Header, entry: Prompt, tensors: Mapping[str, Tensor]
+) -> Patch:
     """What a memory of facts does to a model: questions are read with what fits them before.
 
     Keys are made by the model as it was before this delta, with nothing put before. Raises
     DeltaFault for texts or pictures that are not what the entry says.
     """
     by_part = {name.removeprefix(f"{entry.name}."): t for name, t in tensors.items()}
-    memory = FactMemory(model, entry, by_part, bool(header.stack))
+    memory = FactMemory(without_memories(model), entry, by_part, bool(header.stack))
 
     def wrap(bound: Model) -> Model:
         return bound._replace(

@@ -14,7 +14,6 @@ from torch import Tensor
 from errata.functional.errors import DeltaFileError, InvalidInputError
 from errata.functional.forward.retrieval_keys import get_encoder, image_keys
 from errata.functional.hashing import content_id
-from errata.functional.kinds.prompt.apply import without_memories
 from errata.functional.kinds.prompt.entry import Prompt
 from errata.functional.queries import IMAGE_PLACEHOLDER, EncodedImage, Query, _encoded_image
 from errata.functional.types import Model
@@ -71,7 +70,6 @@ class FactMemory:
                 f"are {entry.image_key_size}."
             )
         device = self.question_keys.device
-        model = without_memories(model)
         encode = get_encoder(entry.encoder, model)
         self._text_cache = _KeyCache(lambda texts: encode(texts).to(device), entry.key_size)
         self._image_cache = _KeyCache(

@@ -11,11 +11,9 @@ from torch import Tensor
 
 from errata.functional.errors import InvalidInputError, UnsupportedKindError
 from errata.functional.kinds.common.algebra import Algebra, EntryTensors, concat_slots, select_slots
-from errata.functional.kinds.scope.entry import Scope
-from errata.functional.kinds.table import register
 from errata.kernels import codebook as kernel
 
-__all__ = ["pad_and_concat"]
+__all__ = ["SCOPE_ALGEBRA", "pad_and_concat"]
 
 _EDIT_TENSORS = (".keys", ".answer_states", ".image_states", ".prompt_states", ".answer_outputs")
 
@@ -117,4 +115,4 @@ def _num_used_rows(rows: Tensor) -> int:
     return int(used.max()) + 1 if len(used) else 1
 
 
-register(Scope, Algebra(_merge, _select, _scale))
+SCOPE_ALGEBRA = Algebra(_merge, _select, _scale)

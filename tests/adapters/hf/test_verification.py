@@ -16,11 +16,11 @@ from errata.adapters.hf import functional_model, structure, verification
 from errata.functional import IGNORE_INDEX, Inputs, Query
 from errata.functional.errors import UnsupportedModelError
 from tests.adapters.zoo_of_families.models import picture, roughen
-from tests.adapters.zoo_of_families.parts import CLIP, OTHERS, TEXT
+from tests.adapters.zoo_of_families.others import CLIP, OTHERS, TEXT
 
 PASSING = [name for name, other in OTHERS.items() if not other.refused]
 REFUSED = [name for name, other in OTHERS.items() if other.refused]
-TABLE = Path(__file__).parents[3] / "adapters" / "FAMILIES.md"
+TABLE = Path(__file__).parents[3] / "adapters" / "families" / "FAMILIES.md"
 
 
 def module_of(name):

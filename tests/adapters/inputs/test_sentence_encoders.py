@@ -9,7 +9,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from errata import adapters
 from errata.adapters.inputs.sentence_encoders import load_sentence_encoder, register_encoder_path
-from errata.editors import IkeConfig, ike_editor
+from errata.editors.ike import IkeConfig, ike_editor
 from errata.functional import Query, bind
 from errata.functional.errors import InvalidSettingsError
 from errata.functional.forward.retrieval_keys import get_encoder

@@ -10,16 +10,7 @@ from errata.adapters import from_module
 from errata.adapters.families.table import TINY
 from errata.adapters.interop.attachment import attach
 from errata.adapters.zoo.tiny import tiny_model
-from errata.functional import (
-    Delta,
-    Dense,
-    EditRecord,
-    Header,
-    LowRank,
-    bind,
-    load_delta,
-    save_delta,
-)
+from errata.functional import Delta, EditRecord, Header, bind, load_delta, save_delta
 from errata.functional.deltas.records import base_identity
 from errata.functional.deltas.stacking import stack
 from errata.functional.errors import (
@@ -29,6 +20,7 @@ from errata.functional.errors import (
     UnknownSiteError,
     UnsupportedKindError,
 )
+from errata.functional.kinds.schema import Dense, LowRank
 from tests.adapters.zoo_of_families.deltas import case, logits, lowrank
 from tests.adapters.zoo_of_families.models import roughen
 

@@ -14,7 +14,7 @@ import torch
 from errata.adapters.interop.attachment import attach
 from errata.adapters.interop.peft_export import SERVABLE_RANKS, export_peft
 from errata.adapters.interop.peft_import import import_peft
-from errata.functional import BaseModel, Delta, Dense, Header, merge
+from errata.functional import BaseModel, Delta, Header, merge
 from errata.functional.deltas.stacking import stack
 from errata.functional.errors import (
     BaseMismatchError,
@@ -24,6 +24,7 @@ from errata.functional.errors import (
     UnknownSiteError,
     UnsupportedKindError,
 )
+from errata.functional.kinds.schema import Dense
 from tests.adapters.zoo_of_families.deltas import case, logits, lowrank, sites
 
 FORMS = ("act", "act_fp32", "weight")

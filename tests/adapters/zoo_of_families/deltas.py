@@ -10,8 +10,9 @@ from torch import Tensor
 
 from errata.adapters import from_module
 from errata.adapters.zoo.tiny import tiny_model
-from errata.functional import Delta, EditRecord, Header, LowRank, Model
+from errata.functional import Delta, EditRecord, Header, Model
 from errata.functional.deltas.records import base_identity
+from errata.functional.kinds.schema import LowRank
 from tests.adapters.zoo_of_families.models import arguments, queries, roughen
 
 

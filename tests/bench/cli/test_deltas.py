@@ -15,10 +15,11 @@ from errata.adapters.zoo.micro import micro_names
 from errata.bench.cli.main import main
 from errata.bench.robustness.crash_writes import make_checkpoint, make_delta
 from errata.bench.robustness.samples import sample
-from errata.functional import BaseModel, Delta, Dense, Header, load_delta, merge, save_delta, scale
+from errata.functional import BaseModel, Delta, Header, load_delta, merge, save_delta, scale
 from errata.functional.deltas.inspection import METADATA_KEY, encode_header, inspect_delta
 from errata.functional.deltas.safetensors_header import build_header
 from errata.functional.deltas.serialization import digest
+from errata.functional.kinds.schema import Dense
 from tests.adapters.zoo_of_families.deltas import lowrank
 
 ROOT = Path(__file__).parents[3]
@@ -199,7 +200,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(run, files, monkeypatch, word
 
 def test_show_and_check_need_no_torch_and_little_memory(files):
     code = (
-        "import re, sys; from errata.bench.cli import main; "
+        "import re, sys; from errata.bench.cli.main import main; "
         "assert main(sys.argv[1:]) == 0; "
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules; "
         "peak = re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read()); "

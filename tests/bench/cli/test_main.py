@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from errata.bench.cli import main
+from errata.bench.cli.main import main
 from errata.bench.evaluation import questions
 from errata.bench.runs import runner, sources
 from errata.bench.runs.progress import Progress, duration
@@ -52,7 +52,7 @@ def image(tmp_path) -> Path:
 def said(capsys, *argv: object) -> str:
     """The one sentence a command that can not be done ends with."""
     before = set(Path.cwd().rglob("*"))
-    assert main.main([*map(str, argv)]) == 2
+    assert main([*map(str, argv)]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("errata: ")
     assert len(error.splitlines()) == 1, error
@@ -67,7 +67,7 @@ def _elsewhere(tmp_path, monkeypatch):
 
 
 def test_a_run_ends_with_a_table_a_report_and_files(settings, tmp_path, capsys):
-    assert main.main(["run", str(settings)]) == 0
+    assert main(["run", str(settings)]) == 0
     shown = capsys.readouterr()
     assert "llava · single" in shown.out
     assert "M-Gen" in shown.out
@@ -90,32 +90,32 @@ def test_a_run_ends_with_a_table_a_report_and_files(settings, tmp_path, capsys):
 
 
 def test_a_finished_run_is_not_run_again(settings, tmp_path, capsys, monkeypatch):
-    assert main.main(["run", str(settings)]) == 0
+    assert main(["run", str(settings)]) == 0
     before = (tmp_path / "out" / "results.jsonl").read_bytes()
     table = capsys.readouterr().out
     monkeypatch.setattr(runner, "open_model", lambda choice: pytest.fail("no model is needed"))
-    assert main.main(["run", str(settings)]) == 0
+    assert main(["run", str(settings)]) == 0
     assert capsys.readouterr().out == table
     assert (tmp_path / "out" / "results.jsonl").read_bytes() == before
 
 
 def test_a_folder_of_another_run_is_refused_and_fresh_clears_it(settings, tmp_path, capsys):
-    assert main.main(["run", str(settings)]) == 0
+    assert main(["run", str(settings)]) == 0
     text = settings.read_text().replace("num_cases = 2", "num_cases = 1")
     settings.write_text(text)
     capsys.readouterr()
     assert "--overwrite" in said(capsys, "run", settings)
     assert len({row.case for row in read_rows(tmp_path / "out")}) == 2
-    assert main.main(["run", str(settings), "--overwrite"]) == 0
+    assert main(["run", str(settings), "--overwrite"]) == 0
     assert len({row.case for row in read_rows(tmp_path / "out")}) == 1
-    assert main.main(["run", str(settings), "--output", str(tmp_path / "two")]) == 0
+    assert main(["run", str(settings), "--output", str(tmp_path / "two")]) == 0
     assert (tmp_path / "two" / "results.jsonl").stat().st_size > 0
 
 
 def test_fresh_removes_nothing_that_is_not_a_runs(settings, tmp_path, capsys):
     (tmp_path / "out" / "thumbnails").mkdir(parents=True)
     (tmp_path / "out" / "thumbnails" / "holiday.png").touch()
-    assert main.main(["run", str(settings), "--overwrite"]) == 0
+    assert main(["run", str(settings), "--overwrite"]) == 0
     assert (tmp_path / "out" / "thumbnails" / "holiday.png").exists()
     (tmp_path / "out" / "run.json").write_text("{")
     capsys.readouterr()
@@ -125,7 +125,7 @@ def test_fresh_removes_nothing_that_is_not_a_runs(settings, tmp_path, capsys):
 
 
 def test_a_case_file_that_was_changed_is_another_run(settings, capsys, monkeypatch):
-    assert main.main(["run", str(settings)]) == 0
+    assert main(["run", str(settings)]) == 0
     capsys.readouterr()
     real = sources.open_cases
     monkeypatch.setattr(runner, "open_cases", lambda choice: real(choice)[::-1])
@@ -149,11 +149,11 @@ def test_a_full_disk_ends_the_run_and_the_next_goes_on(settings, tmp_path, capsy
         real(file)
 
     monkeypatch.setattr(results_log, "_sync", full)
-    assert main.main(["run", str(settings)]) == 2
+    assert main(["run", str(settings)]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert len({row.case for row in read_rows(tmp_path / "out")}) == 1
     monkeypatch.undo()
-    assert main.main(["run", str(settings), "--output", str(tmp_path / "out")]) == 0
+    assert main(["run", str(settings), "--output", str(tmp_path / "out")]) == 0
     assert len({row.case for row in read_rows(tmp_path / "out")}) == 2
 
 
@@ -194,7 +194,7 @@ def test_what_is_not_there_is_said_before_anything_is_loaded(settings, capsys, m
 )
 def test_what_a_run_can_not_have_is_said(settings, capsys, change, part):
     settings.write_text(settings.read_text().replace(*change))
-    assert main.main(["run", str(settings)]) == 2
+    assert main(["run", str(settings)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("errata: ")
     assert part in error
@@ -203,12 +203,12 @@ def test_what_a_run_can_not_have_is_said(settings, capsys, change, part):
 def test_an_edit_is_a_file_and_ask_shows_what_it_does(image, tmp_path, capsys):
     asked = ["--model", "tiny/llava", "--image", str(image), "--prompt", "what is it?"]
     steps = ["--target", "owl", "--set", "num_steps=12", "--set", "lr=0.05"]
-    assert main.main(["edit", *asked, *steps, "-o", "owl.safetensors"]) == 0
+    assert main(["edit", *asked, *steps, "-o", "owl.safetensors"]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in shown] == ["before", "after", "owl.safetensors"]
     answers = []
     for more in ([], ["--delta", "owl.safetensors"]):
-        assert main.main(["generate", *asked, *more, "--max-new-tokens", "4"]) == 0
+        assert main(["generate", *asked, *more, "--max-new-tokens", "4"]) == 0
         answers.append(capsys.readouterr().out.strip())
     assert answers[0] != answers[1]
     assert answers[1].startswith("owl")
@@ -241,7 +241,7 @@ def test_bad_requests_are_said_and_leave_nothing(image, tmp_path, capsys):
 
 def test_a_delta_for_another_base_is_refused(image, capsys):
     edit = ["edit", "--model", "tiny/llava", "--prompt", "who?", "--target", "bo"]
-    assert main.main([*edit, "--set", "num_steps=1", "-o", "d.safetensors"]) == 0
+    assert main([*edit, "--set", "num_steps=1", "-o", "d.safetensors"]) == 0
     capsys.readouterr()
     ask = ["generate", "--model", "tiny/qwen2_vl", "--prompt", "who?", "--delta", "d.safetensors"]
     assert "made for" in said(capsys, *ask)
@@ -249,9 +249,9 @@ def test_a_delta_for_another_base_is_refused(image, capsys):
 
 
 def test_models_and_editors_are_listed(capsys):
-    assert main.main(["models"]) == 0
+    assert main(["models"]) == 0
     assert "qwen2_vl" in capsys.readouterr().out
-    assert main.main(["editors", "lora"]) == 0
+    assert main(["editors", "lora"]) == 0
     shown = capsys.readouterr().out
     assert "rank = 8" in shown
     assert "finetune:" not in shown
@@ -260,14 +260,14 @@ def test_models_and_editors_are_listed(capsys):
 
 def test_debug_shows_where_it_came_from(capsys):
     with pytest.raises(FileNotFoundError):
-        main.main(["--debug", "run", "nofile.toml"])
+        main(["--debug", "run", "nofile.toml"])
     assert "nofile.toml: No such file" in said(capsys, "run", "nofile.toml")
 
 
 def test_a_bug_is_called_one(settings, capsys, monkeypatch):
-    monkeypatch.setattr(sources, "validate_cases", lambda cases: 1 / 0)
+    monkeypatch.setattr(questions, "validate_cases", lambda cases: 1 / 0)
     monkeypatch.setattr(runner, "validate_cases", questions.validate_cases)
-    assert main.main(["run", str(settings)]) == 1
+    assert main(["run", str(settings)]) == 1
     assert "should not have happened: ZeroDivisionError" in capsys.readouterr().err
 
 
@@ -276,7 +276,7 @@ def test_stopping_by_hand_is_no_error(settings, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runner, "open_model", stop)
-    assert main.main(["run", str(settings)]) == 130
+    assert main(["run", str(settings)]) == 130
     assert "goes on from here" in capsys.readouterr().err
 
 
@@ -287,7 +287,7 @@ class Terminal(io.StringIO):
 
 def test_progress_is_one_line_on_a_terminal_and_few_lines_elsewhere(monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr("errata.bench.progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("errata.bench.runs.progress.time.monotonic", lambda: clock[0])
     for stream, ends in ((Terminal(), 1), (io.StringIO(), 3)):
         progress = Progress(stream, every=10)
         progress.start("m", 40, num_completed=10)
@@ -309,10 +309,10 @@ def test_settings_hold_for_the_process_that_is_started():
 def test_a_run_that_got_nowhere_leaves_its_folder_to_the_corrected_one(settings, capsys):
     good = settings.read_text()
     settings.write_text(good.replace("num_steps = 2", 'sites = ["nowhere"]'))
-    assert main.main(["run", str(settings)]) == 2
+    assert main(["run", str(settings)]) == 2
     assert "'nowhere'" in capsys.readouterr().err
     settings.write_text(good)
-    assert main.main(["run", str(settings)]) == 0
+    assert main(["run", str(settings)]) == 0
     settings.write_text(good.replace("num_steps = 2", "num_steps = 3"))
-    assert main.main(["run", str(settings)]) == 2
+    assert main(["run", str(settings)]) == 2
     assert "must be empty or hold the same run" in capsys.readouterr().err

@@ -18,7 +18,8 @@ from errata.bench.evaluation.questions import EvaluationConfig, ProbeQuestion
 from errata.bench.protocols.lifelong import run_lifelong
 from errata.bench.protocols.single import run_single
 from errata.bench.runs.settings_file import parse_settings
-from errata.editors import IkeConfig, configure, ike_editor
+from errata.editors import configure
+from errata.editors.ike import IkeConfig, ike_editor
 from errata.editors.ike.config import PRESETS
 from errata.functional import bind
 from errata.functional.deltas.stacking import select_edits

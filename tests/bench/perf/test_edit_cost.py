@@ -23,18 +23,15 @@ from errata.bench.perf import whole_forward
 from errata.bench.protocols.lifelong import run_lifelong
 from errata.bench.protocols.sequential import run_sequential
 from errata.bench.protocols.single import run_single
-from errata.editors import (
-    METHODS,
-    FinetuneConfig,
-    GraceConfig,
-    IkeConfig,
-    LiveEditConfig,
-    LoraConfig,
-    MendConfig,
-    SeracConfig,
-    WiseConfig,
-    make_editor,
-)
+from errata.editors import METHODS, make_editor
+from errata.editors.finetune import FinetuneConfig
+from errata.editors.grace import GraceConfig
+from errata.editors.ike import IkeConfig
+from errata.editors.liveedit import LiveEditConfig
+from errata.editors.lora import LoraConfig
+from errata.editors.mend import MendConfig
+from errata.editors.serac import SeracConfig
+from errata.editors.wise import WiseConfig
 from errata.functional import Case, Query
 from errata.functional.metrics.conventions import SCORERS
 

@@ -15,7 +15,8 @@ from errata.bench.report.summary import summarize
 from errata.bench.runs.runner import run
 from errata.bench.runs.settings_file import parse_settings
 from errata.bench.storage.checkpoint import CheckpointFile
-from errata.editors import FinetuneConfig, make_editor
+from errata.editors import make_editor
+from errata.editors.finetune import FinetuneConfig
 from errata.functional.binding.bound_model import bind
 from errata.functional.forward.prefix import delta_depth
 from errata.functional.metrics.conventions import get_scorer

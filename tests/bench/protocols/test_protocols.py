@@ -25,7 +25,9 @@ from errata.bench.evaluation.questions import (
 from errata.bench.protocols.sequential import run_sequential
 from errata.bench.protocols.single import run_single
 from errata.bench.storage.checkpoint import CheckpointFile
-from errata.editors import FinetuneConfig, LoraConfig, make_editor
+from errata.editors import make_editor
+from errata.editors.finetune import FinetuneConfig
+from errata.editors.lora import LoraConfig
 from errata.functional import Case, Model, Query
 from errata.functional.binding.bound_model import bind
 from errata.functional.errors import ErrataError, InvalidInputError

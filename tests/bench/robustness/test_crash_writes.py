@@ -1,4 +1,4 @@
-"""SIGKILL while writing; fifty kills of each verb are `python -m errata.bench.kill_delta`."""
+"""SIGKILL while writing; fifty kills of each verb are `python -m errata.bench.robustness.crash_writes`."""
 
 from __future__ import annotations
 

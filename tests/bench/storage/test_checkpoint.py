@@ -12,7 +12,8 @@ from errata.bench.storage.checkpoint import (
     save_checkpoint,
 )
 from errata.editors.common.gradient_descent import DescentState
-from errata.functional import BaseModel, Delta, Dense, EditRecord, Header
+from errata.functional import BaseModel, Delta, EditRecord, Header
+from errata.functional.kinds.schema import Dense
 
 CPU = torch.device("cpu")
 
@@ -65,8 +66,8 @@ def test_a_broken_file_is_none(tmp_path):
 def test_no_class_but_ours_is_looked_up(tmp_path):
     for name in (
         "os:system",
-        "errata.functional.io:save",
-        "errata.bench.cli:main",
+        "errata.functional.deltas.serialization:save",
+        "errata.bench.cli.main:main",
         "subprocess:Popen",
     ):
         tree = {"tuple": [{"named": name, "items": [{"plain": "ls"}]}, {"plain": 1}]}

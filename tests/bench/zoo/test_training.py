@@ -37,7 +37,7 @@ def few_pictures(monkeypatch):
     monkeypatch.setattr(image_pools, "NUM_RENDERINGS", {"train": 1, "test": 1})
     monkeypatch.setattr(image_pools, "NUM_SCENES", {"train": 20, "test": 20})
     monkeypatch.setattr(image_pools, "NUM_CROPS", {"train": 1, "test": 1})
-    monkeypatch.setattr(image_pools, "NUM_TEST_DIGITS", 1797 - 30)
+    monkeypatch.setattr(drawing, "NUM_TEST_DIGITS", 1797 - 30)
     monkeypatch.setattr(image_pools, "DIGIT_COPIES", {"train": 1, "test": 1})
 
 

@@ -5,8 +5,10 @@ import torch
 from PIL import Image
 
 from errata import adapters
-from errata.editors import METHODS, FinetuneConfig, LoraConfig, finetune_editor, lora_editor
+from errata.editors import METHODS
 from errata.editors.common.sites import resolve_linears, resolve_parameters
+from errata.editors.finetune import FinetuneConfig, finetune_editor
+from errata.editors.lora import LoraConfig, lora_editor
 from errata.functional import Query
 from errata.functional.errors import UnknownSiteError
 

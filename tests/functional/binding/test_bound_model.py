@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import grad, vmap
 
-from errata.functional import BaseModel, Delta, Dense, EditRecord, Header, LowRank
+from errata.functional import BaseModel, Delta, EditRecord, Header
 from errata.functional.binding.bound_model import bind
 from errata.functional.deltas.stacking import unstack
 from errata.functional.errors import (
@@ -22,6 +22,7 @@ from errata.functional.errors import (
 from errata.functional.forward.batches import take_rows
 from errata.functional.gradients.losses import nll
 from errata.functional.hashing import hash_parameter
+from errata.functional.kinds.schema import Dense, LowRank
 
 DENSE = {
     "linear": ["layers.1.down.weight"],

@@ -9,11 +9,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from errata.functional import Delta, Dense, EditRecord, Header, Query, bind, bind_rows
+from errata.functional import Delta, EditRecord, Header, Query, bind, bind_rows
 from errata.functional.deltas.records import base_identity
 from errata.functional.deltas.stacking import stack
 from errata.functional.errors import InvalidInputError, ShapeError, UnsupportedKindError
 from errata.functional.forward.generation import generate
+from errata.functional.kinds.schema import Dense
 from tests.adapters.zoo_of_families.deltas import case, lowrank, sites
 from tests.adapters.zoo_of_families.models import picture
 

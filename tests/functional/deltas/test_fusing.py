@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from errata.adapters.zoo.tiny import tiny_model
-from errata.functional import BaseModel, Delta, Dense, EditRecord, Header, LowRank, bind, merge
+from errata.functional import BaseModel, Delta, EditRecord, Header, bind, merge
 from errata.functional.deltas.fusing import fuse
 from errata.functional.deltas.stacking import stack
 from errata.functional.errors import (
@@ -23,6 +23,7 @@ from errata.functional.errors import (
     UnknownSiteError,
     UnsupportedKindError,
 )
+from errata.functional.kinds.schema import Dense, LowRank
 from tests.adapters.zoo_of_families.deltas import case, lowrank
 
 NAMES = ("a.weight", "b.weight", "c.bias")

@@ -10,10 +10,8 @@ from errata.bench.robustness.samples import sample
 from errata.functional import (
     BaseModel,
     Delta,
-    Dense,
     EditRecord,
     Header,
-    LowRank,
     compress,
     conflicts,
     diff,
@@ -28,6 +26,7 @@ from errata.functional.deltas.stacking import stack
 from errata.functional.deltas.weight_change import to_dense
 from errata.functional.errors import BaseMismatchError, InvalidInputError, UnsupportedKindError
 from errata.functional.kinds.common.algebra import entries_of
+from errata.functional.kinds.schema import Dense, LowRank
 
 WIDE, TALL = 7, 5
 

@@ -4,10 +4,11 @@ import msgspec
 import pytest
 import torch
 
-from errata.functional import BaseModel, Delta, Dense, EditRecord, Header, LowRank
+from errata.functional import BaseModel, Delta, EditRecord, Header
 from errata.functional.deltas import stacking
 from errata.functional.errors import ShapeError, UnsupportedKindError
 from errata.functional.forward import batches
+from errata.functional.kinds.schema import Dense, LowRank
 
 
 def delta(number, *, shape=(4, 3), rank=2, **header):

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from errata import adapters
-from errata.functional import BaseModel, Delta, EditRecord, Header, Prompt, Query, bind
+from errata.functional import BaseModel, Delta, EditRecord, Header, Query, bind
 from errata.functional.deltas import serialization
 from errata.functional.errors import DeltaFileError, InvalidInputError
 from errata.functional.hashing import hash_parameter
 from errata.functional.header import validate_header
 from errata.functional.kinds.prompt.apply import expand_prompts
 from errata.functional.kinds.prompt.memory import fill_template
+from errata.functional.kinds.schema import Prompt
 
 
 @pytest.fixture(scope="module")
