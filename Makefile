@@ -12,28 +12,33 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench docs lint format clean
 
 demo: $(READY)
 	$(BIN)/errata run demo.toml
 
+# One process per core and one thread per process.
 test: $(READY)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses=8 --dist=worksteal --benchmark-disable
 
 bench: $(READY)
 	$(BIN)/pytest bench/perf -q --benchmark-columns=min,median,rounds --benchmark-group-by=group
+
+docs: $(READY)
+	PYTHONPATH=docs $(BIN)/mkdocs build --strict -d out/site
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pydoclint -q kernels functional adapters editors bench
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) out build dist errata.egg-info
+	rm -rf $(VENV) out build dist errata_vlm.egg-info
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

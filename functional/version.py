@@ -1,0 +1,3 @@
+"""The version of errata. No torch."""
+
+__version__ = "0.1.0"
