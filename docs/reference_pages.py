@@ -52,7 +52,7 @@ def method_names() -> dict[str, list[str]]:
     return {
         name: [
             f"{obj.__module__}.{obj.__name__}"
-            for obj in [method.config, method.factory, method.trainable]
+            for obj in [method.config, method.factory, getattr(method, "trainable", None)]
             if obj is not None
         ]
         for name, method in METHODS.items()

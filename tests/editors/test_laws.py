@@ -1,4 +1,4 @@
-"""Laws of every editor (DESIGN §6). A new method gets them by one line in `CASES`."""
+"""Laws of every editor (DESIGN §6). A new method gets them by one line in `methods.py`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,6 @@ from PIL import Image
 
 from errata import adapters
 from errata.editors import make_editor
-from errata.editors.finetune import FinetuneConfig
-from errata.editors.grace import GraceConfig
-from errata.editors.ike import IkeConfig
-from errata.editors.liveedit import LiveEditConfig
-from errata.editors.lora import LoraConfig
-from errata.editors.mend import MendConfig
-from errata.editors.serac import SeracConfig
-from errata.editors.wise import WiseConfig
 from errata.functional import Delta, Editor, Model, Query
 from errata.functional.binding.bound_model import bind
 from errata.functional.deltas import serialization
@@ -30,89 +22,8 @@ from errata.functional.gradients.losses import nll
 from errata.functional.kinds.common.algebra import EntryTensors
 from errata.functional.kinds.schema import LowRank, Scope
 from errata.functional.kinds.table import KINDS
+from tests.editors.methods import CASES, UNTRAINED
 
-CASES = {
-    "finetune": FinetuneConfig(num_steps=4, lr=5e-3),
-    "finetune-sgd-last": FinetuneConfig(
-        num_steps=3, optimizer="sgd", lr=0.5, objective="last_prompt_token"
-    ),
-    "finetune-clamped": FinetuneConfig(
-        num_steps=4, optimizer="adam", lr=5e-3, norm_constraint=4e-3
-    ),
-    "finetune-middle": FinetuneConfig(
-        sites=("layers.1.mlp",), num_steps=8, lr=2e-3, weight_decay=0.01
-    ),
-    "grace": GraceConfig(num_steps=4, lr=0.1),
-    "ike": IkeConfig(),
-    "ike-base": IkeConfig(
-        encoder="base", fact_template="{statement}. ", question_template="{question}", max_facts=2
-    ),
-    "lora": LoraConfig(rank=2, num_steps=4, lr=2e-2),
-    "lora-mlp": LoraConfig(
-        target_modules=("layers.-1.mlp.up",), rank=3, num_steps=3, optimizer="sgd", lr=0.2
-    ),
-    # untrained, MEND is one step along alpha times the gradient: below zero it descends
-    "mend": MendConfig(sites=("layers.1.mlp", "layers.-1.mlp"), rank=4, edit_lr=-0.02),
-    # untrained, its pointer repeats the edit's answer; its own question is in scope by definition
-    "serac": SeracConfig(
-        dim=32,
-        num_heads=4,
-        num_classifier_layers=1,
-        num_counterfactual_layers=1,
-        ffn_dim=32,
-        key_dim=16,
-    ),
-    "serac-soft": SeracConfig(
-        gate="soft",
-        dim=32,
-        num_heads=4,
-        num_classifier_layers=2,
-        num_counterfactual_layers=2,
-        ffn_dim=32,
-        key_dim=16,
-        append_eos=False,
-    ),
-    "wise": WiseConfig(
-        layer=1,
-        mask_ratio=0.5,
-        num_steps=4,
-        lr=0.2,
-        alpha=0.5,
-        beta=2.0,
-        gamma=1.0,
-        num_unrelated=2,
-    ),
-    "wise-last": WiseConfig(
-        site="mlp.up",
-        layer=-1,
-        gate_statistic="last",
-        optimizer="adam",
-        lr=2e-2,
-        num_steps=3,
-        alpha=0.5,
-        beta=2.0,
-        gamma=1.0,
-        own_negatives=("image", "question"),
-        num_unrelated=1,
-        norm_constraint=None,
-    ),
-    "mend-last": MendConfig(sites=("layers.-1.mlp",), rank=4, edit_lr=-0.02, append_eos=True),
-}
-# Untrained, LiveEdit's networks change answers at random: that trained ones make the edit's loss
-# fall is asserted on the states that ship, in test_liveedit_training.py.
-CASES["liveedit"] = LiveEditConfig(feature_dim=8, num_heads=2)
-CASES["liveedit-both"] = LiveEditConfig(
-    layer=0,
-    feature_dim=8,
-    num_query_tokens=2,
-    num_heads=2,
-    rank=3,
-    routing_input="query_and_vision",
-    top_k=2,
-    append_eos=False,
-)
-# Nor does a random model read what stands before a question: see test_ike.py for trained ones.
-UNTRAINED = {"liveedit", "ike"}
 FAMILIES = [
     "llava",
     "llava_onevision",

@@ -24,31 +24,10 @@ from errata.bench.protocols.lifelong import run_lifelong
 from errata.bench.protocols.sequential import run_sequential
 from errata.bench.protocols.single import run_single
 from errata.editors import METHODS, make_editor
-from errata.editors.finetune import FinetuneConfig
-from errata.editors.grace import GraceConfig
-from errata.editors.ike import IkeConfig
-from errata.editors.liveedit import LiveEditConfig
-from errata.editors.lora import LoraConfig
-from errata.editors.mend import MendConfig
-from errata.editors.serac import SeracConfig
-from errata.editors.wise import WiseConfig
 from errata.functional import Case, Query
 from errata.functional.metrics.conventions import SCORERS
+from tests.editors.methods import COSTS, LAYERS, STEPS
 
-LAYERS, STEPS = 6, 4
-NETS = {"dim": 32, "num_heads": 4}
-EDITS = {
-    "finetune": FinetuneConfig(num_steps=STEPS, stop_loss=0.0, lr=5e-3),
-    "lora": LoraConfig(rank=2, num_steps=STEPS, stop_loss=0.0),
-    "grace": GraceConfig(layer=3, num_steps=STEPS, stop_loss=0.0, lr=0.1),
-    "wise": WiseConfig(layer=4, num_steps=STEPS, num_unrelated=1, lr=0.1, stop_loss=0.0),
-    "mend": MendConfig(sites=("layers.-2.mlp", "layers.-1.mlp"), rank=4, edit_lr=-0.02),
-    "liveedit": LiveEditConfig(layer=4, feature_dim=8, num_heads=2),
-    "serac": SeracConfig(
-        num_classifier_layers=1, num_counterfactual_layers=1, ffn_dim=32, key_dim=16, **NETS
-    ),
-    "ike": IkeConfig(),
-}
 TERMS = EvaluationConfig(scorers=(SCORERS["errata"],), memory_bytes=1 << 26)
 
 
@@ -108,30 +87,9 @@ def said(steps) -> dict:
     return {(r.case.id, r.probe, r.index): (r.before.text, r.after.text) for r in found}
 
 
-def attainable(kind: str) -> int:
-    """Rows through layers of one case: edit and probes, before and after."""
-    n, asked = LAYERS, 5
-    base = asked * n  # U = A: the edit's own question is the first probe
-    above = {"finetune": 0, "lora": n, "grace": n - 3, "wise": n - 4, "mend": 2, "liveedit": n - 4}
-    probes = asked * above.get(kind, n)
-    edit = {
-        "finetune": 0,  # its steps and probes run behind the last attention
-        "lora": STEPS * n,
-        # steps, and once more to have the key and the keys and values of what stands before it
-        "grace": (STEPS + 2) * (n - 3),
-        # steps; an unrelated text up to the site, and what the site gives both
-        "wise": STEPS * (n - 4) + (4 + 1) + 2,
-        "mend": 2,
-        "liveedit": 1,
-        "serac": 0,  # rows of the base that are there
-        "ike": 0,
-    }[kind]
-    return base + edit + probes
-
-
 @pytest.mark.parametrize("kind", list(METHODS))
 def test_no_more_rows_than_attainable(kind, monkeypatch):
-    model, asked, editor = tiny("llava"), cases(4), make_editor(EDITS[kind])
+    model, asked, editor = tiny("llava"), cases(4), make_editor(COSTS[kind].config)
     shared = SharedBasePass(model, asked, TERMS)
     count = Count(monkeypatch, model)
     shared.record_depth(editor)
@@ -140,7 +98,7 @@ def test_no_more_rows_than_attainable(kind, monkeypatch):
     finally:
         count.done()
     assert len(said(steps)) == 20
-    assert count.rows <= len(asked) * attainable(kind)
+    assert count.rows <= len(asked) * COSTS[kind].rows
     assert count.few <= len(asked) * (10 + STEPS)
     assert count.looks <= 3 * len(asked)  # three pictures a case
 
@@ -148,7 +106,7 @@ def test_no_more_rows_than_attainable(kind, monkeypatch):
 def test_another_editor_runs_no_row_of_the_base_again(monkeypatch):
     model, asked = tiny("llava"), cases(4)
     shared = SharedBasePass(model, asked, TERMS)
-    made = [make_editor(EDITS[kind]) for kind in ("finetune", "grace", "mend")]
+    made = [make_editor(COSTS[kind].config) for kind in ("finetune", "grace", "mend")]
     for editor in made:
         shared.record_depth(editor)
     list(run_single(model, made[0], asked, TERMS, base_pass=shared))
@@ -157,7 +115,7 @@ def test_another_editor_runs_no_row_of_the_base_again(monkeypatch):
         for kind, editor in zip(("grace", "mend"), made[1:]):
             before = count.rows
             list(run_single(model, editor, asked, TERMS, base_pass=shared))
-            own = attainable(kind) - 5 * LAYERS
+            own = COSTS[kind].rows - 5 * LAYERS
             assert count.rows - before <= len(asked) * own
     finally:
         count.done()
@@ -168,7 +126,7 @@ def test_another_editor_runs_no_row_of_the_base_again(monkeypatch):
 @pytest.mark.parametrize("name", ["llava", "blip2"])
 def test_answers_are_those_of_whole_forwards(name, kind):
     """Edits side by side on shared rows = one by one, each step and probe from the pixels."""
-    model, asked, editor = tiny(name), cases(3), make_editor(EDITS[kind])
+    model, asked, editor = tiny(name), cases(3), make_editor(COSTS[kind].config)
     shared = SharedBasePass(model, asked, TERMS)
     got = said(run_single(model, editor, asked, TERMS, base_pass=shared))
     slow = whole_forward.run_single(model, editor, asked, questions_of)
@@ -178,7 +136,7 @@ def test_answers_are_those_of_whole_forwards(name, kind):
 
 @pytest.mark.parametrize("protocol", [run_single, run_sequential, run_lifelong])
 def test_shared_rows_change_no_result(protocol):
-    model, asked, editor = tiny("qwen2_vl"), cases(5), make_editor(EDITS["grace"])
+    model, asked, editor = tiny("qwen2_vl"), cases(5), make_editor(COSTS["grace"].config)
     more = {"eval_after": (1, 3)} if protocol is run_lifelong else {}
     plain = [r for s in protocol(model, editor, asked, TERMS, **more) for r in s.results]
     shared = SharedBasePass(model, asked, TERMS)
@@ -199,7 +157,7 @@ def test_shared_rows_change_no_result(protocol):
 def test_pages_do_not_hang_on_what_was_asked_before():
     """Rows have the same bits whoever asks first, so a run that was killed ends the same."""
     model, asked = tiny("llava"), cases(6)
-    editor = make_editor(EDITS["finetune"])
+    editor = make_editor(COSTS["finetune"].config)
     small = TERMS._replace(memory_bytes=1 << 21)
     first, second = SharedBasePass(model, asked, small), SharedBasePass(model, asked, small)
     second.load([4])
