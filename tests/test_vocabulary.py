@@ -16,24 +16,25 @@ FLOORS = ["kernels", "functional", "adapters", "editors", "bench"]
 
 TYPES = """
 Anatomy Ask Attached BadInput BadSettings BaseMismatch Blend Book Course DeltaFault Demo
-EditorChoice Editing Encoded Handed KindUnsupported Known Leaf Learner Ledger Lesson Lessons Likeness Maker Marks
-Measured ModelChoice ModelUnsupported Moment Norms Optimiser Past Peek Png Proof Quoted Reach Reader
-Reading Reads Remembering Rewrite Rewrites Rule Scored SgdState ShapeMismatch Shelf Sight Skeletons
-Stood Terms Unformed UnknownSite Want Whole LlavaOnevisionPictures Qwen2VLPictures Qwen3VLPictures
-EDITORS READINGS OURS TINY MARK IGNORE HUGGING_FACE NASTY
+EditorChoice Editing Encoded Handed KindUnsupported Known Leaf Learner Ledger Lesson Lessons
+Likeness Maker Marks Measured ModelChoice ModelUnsupported Moment Norms Optimiser Past Peek Png
+Proof Quoted Reach Reader Reading Reads Remembering Rewrite Rewrites Rule Scored SgdState
+ShapeMismatch Shelf Sight Skeletons Stood Terms Unformed UnknownSite Want Whole
+LlavaOnevisionPictures Qwen2VLPictures Qwen3VLPictures EDITORS READINGS OURS TINY MARK IGNORE
+HUGGING_FACE NASTY
 """.split()
 FUNCTIONS = """
 absorbed activation_of adapt added_key answered apart_below apart_tokens appended as_bytes
-as_dense as_hugging_face as_png at_prompt base_of before_new check_cases check_settings checked clip_norm
-collated continue_rows corpus derive descend discover draw_mask empty_past enrol family_in filled
-fold from_mask from_peft header_for holm image_key joined key_of keyed kill_delta lesson_loss listed
-lore make_plan mean_scored memorise micro_parts micros misfits misnamed module_of narrows
-neighbour_match net_of no_past no_thin normalise open_pngs open_regular padded padded_stack peek
-picture_name picture_of pool_of queries_of reach_of read_as read_table reader_of recall rewriting
-row_bytes rows_nll rows_of runs_above runs_below same_base scale_of seeing_once shrunk
-similarity_loss site_of size_in_bytes sniff statefile stopped_at strangers strict_json text_of thin
-to_peft tokens_of unformed_gradients unknown_names unmarked unpacked unthinnable whole_file
-whole_folder wise_merge wise_texts
+as_dense as_hugging_face as_png at_prompt base_of before_new check_cases check_settings checked
+clip_norm collated continue_rows corpus derive descend discover draw_mask empty_past enrol
+family_in filled fold from_mask from_peft header_for holm image_key joined key_of keyed kill_delta
+lesson_loss listed lore make_plan mean_scored memorise micro_parts micros misfits misnamed
+module_of narrows neighbour_match net_of no_past no_thin normalise open_pngs open_regular padded
+padded_stack peek picture_name picture_of pool_of queries_of reach_of read_as read_table reader_of
+recall rewriting row_bytes rows_nll rows_of runs_above runs_below same_base scale_of seeing_once
+shrunk similarity_loss site_of size_in_bytes sniff statefile stopped_at strangers strict_json
+text_of thin to_peft tokens_of unformed_gradients unknown_names unmarked unpacked unthinnable
+whole_file whole_folder wise_merge wise_texts
 """.split()
 FIELDS = """
 alive anchor asks begins beside donate everywhere extras generate_for least least_look lr_of
