@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from errata.adapters.zoo.tiny import tiny_model
 
 __all__ = [
-    "PromptTemplate",
     "TEMPLATES",
+    "PromptTemplate",
     "attach",
     "cache_vision_features",
     "export_peft",

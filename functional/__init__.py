@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "IGNORE_INDEX",
     "BaseModel",
     "Batch",
     "Case",
@@ -42,7 +43,6 @@ __all__ = [
     "Header",
     "Hook",
     "Hooks",
-    "IGNORE_INDEX",
     "Inputs",
     "KVCache",
     "Model",

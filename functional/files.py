@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from errata.functional.errors import InvalidInputError
 
-__all__ = ["atomic_write", "atomic_folder"]
+__all__ = ["atomic_folder", "atomic_write"]
 
 
 @contextlib.contextmanager

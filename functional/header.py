@@ -22,14 +22,14 @@ import msgspec
 from errata.functional.card import BaseModel
 
 __all__ = [
+    "FLOAT_DTYPES",
+    "FORMAT",
+    "PARAMETER_NAME",
     "ActsOn",
     "Arithmetic",
     "EditRecord",
     "Entry",
-    "FLOAT_DTYPES",
-    "FORMAT",
     "Header",
-    "PARAMETER_NAME",
     "TensorSpec",
     "invalid_names",
     "validate_header",
@@ -105,7 +105,8 @@ def invalid_names(*names: str) -> Iterator[str]:
             yield f"{name[:80]!r} must be a dotted parameter name of letters, digits, '_' and '-'"
 
 
-FORMAT = 1
+FORMAT = 2
+"""The format of delta files that are written. Format 1 is read too: `deltas/format1.py`."""
 
 _SHA256_HEX = re.compile(r"([0-9a-f]{64})?", re.ASCII)
 _ABSOLUTE_PATH = re.compile(r"(/|~|\\|[A-Za-z]:[\\/]|file:)", re.ASCII)

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["Case", "EncodedImage", "IMAGE_PLACEHOLDER", "Image", "Query", "as_png", "open_pngs"]
+__all__ = ["IMAGE_PLACEHOLDER", "Case", "EncodedImage", "Image", "Query", "as_png", "open_pngs"]
 
 IMAGE_PLACEHOLDER = "<image>"
 """In a prompt: a picture stands here."""

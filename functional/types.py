@@ -25,15 +25,15 @@ __all__ = [
     "Case",
     "Delta",
     "Editor",
+    "Hook",
+    "Hooks",
     "Image",
     "Inputs",
+    "KVCache",
     "Learner",
     "Model",
     "Params",
-    "KVCache",
     "Query",
-    "Hook",
-    "Hooks",
     "State",
 ]
 

@@ -23,10 +23,10 @@ __all__ = [
     "Routes",
     "apply_experts",
     "apply_grouped_lora",
+    "expert_weights",
     "lookup_key",
     "nearest_key",
     "replace_hits",
     "route_experts",
     "square_norms",
-    "expert_weights",
 ]

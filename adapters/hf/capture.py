@@ -18,8 +18,8 @@ __all__ = [
     "LayerCall",
     "OutputFormat",
     "capture_forward",
-    "trace_forward",
     "run_until",
+    "trace_forward",
     "with_parameters",
 ]
 

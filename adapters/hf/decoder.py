@@ -150,7 +150,8 @@ class FunctionalDecoder:
         last = self.card.num_layers - 1
         if batch.depth != last or ATTENTION_OUTPUT in batch.layer_inputs:
             raise ShapeError(
-                f"select_scored takes a whole batch before the last layer, at depth {last}; got one at "
+                f"select_scored takes a whole batch before the last layer, at depth {last}; got "
+                "one at "
                 f"depth {batch.depth}: decode(params, batch, stop={last}) first."
             )
         if not self.runner.attention_paths[last]:
@@ -197,7 +198,8 @@ class FunctionalDecoder:
         """The batch at depth 0 of new token ids [B n] behind `past`; `at` is the last of them."""
         if self.runner.layout.cached_templates is None:
             raise UnsupportedModelError(
-                f"{self.card.id} can not go on from keys and values: {self.runner.layout.cache_refusal}."
+                f"{self.card.id} can not go on from keys and values: "
+                f"{self.runner.layout.cache_refusal}."
             )
         replica = self.runner.replica()
         captured, position_ids, attention_mask = self.runner.capture_next_inputs(

@@ -20,9 +20,9 @@ from errata.functional.errors import UnsupportedModelError
 __all__ = [
     "ATTENTION_OUTPUT",
     "ArgumentSource",
+    "CallTemplate",
     "LayerInputLayout",
     "ProbeShape",
-    "CallTemplate",
     "added_input_key",
     "infer_layout",
 ]
@@ -226,7 +226,8 @@ def _infer_dimensions(
     if value.ndim != second_value.ndim or "?" in letters or letters.count("b") > 1:
         raise UnsupportedModelError(
             f"the dimensions of {name!r} must be rows, tokens or fixed; they went from "
-            f"{tuple(value.shape)} to {tuple(second_value.shape)} for {first_shape} and {second_shape}."
+            f"{tuple(value.shape)} to {tuple(second_value.shape)} for {first_shape} and "
+            f"{second_shape}."
         )
     if "b" in letters:
         row_dim = letters.index("b")

@@ -135,7 +135,8 @@ class ModuleRunner:
         if captured.hidden_states.shape[:2] != inputs.input_ids.shape:
             raise UnsupportedModelError(
                 f"every token must be one position of the decoder; {self.card.id} made "
-                f"{tuple(captured.hidden_states.shape[:2])} of {tuple(inputs.input_ids.shape)} (rows, tokens)."
+                f"{tuple(captured.hidden_states.shape[:2])} of {tuple(inputs.input_ids.shape)} "
+                "(rows, tokens)."
             )
         if position_ids is None:
             position_ids = observed_positions(captured.position_ids, inputs)

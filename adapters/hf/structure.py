@@ -18,9 +18,9 @@ from errata.functional.errors import UnsupportedModelError
 
 __all__ = [
     "attention_path",
+    "config_hash",
     "decoder_path",
     "describe_module",
-    "config_hash",
     "layers_path",
     "module_path",
     "text_config",

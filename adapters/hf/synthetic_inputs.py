@@ -11,10 +11,10 @@ from errata.functional import IGNORE_INDEX, Inputs, KVCache, ModelCard
 
 __all__ = [
     "FIRST_SHAPE",
-    "SECOND_SHAPE",
     "LONG_SHAPE",
-    "hf_position_ids",
+    "SECOND_SHAPE",
     "empty_cache",
+    "hf_position_ids",
     "observed_positions",
     "synthetic_tokens",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from errata.functional import IGNORE_INDEX, Inputs
 from errata.functional.errors import InvalidInputError
 
-__all__ = ["TokenRow", "concat_pixels", "collate"]
+__all__ = ["TokenRow", "collate", "concat_pixels"]
 
 
 class TokenRow(NamedTuple):

@@ -57,7 +57,8 @@ def _open_file(path: str | os.PathLike[str]) -> PILImage.Image:
         ) from error
     except UnidentifiedImageError as error:
         raise InvalidInputError(
-            f"image {name!r} must be a picture ({', '.join(ALLOWED_FORMATS)}), and its content is none: "
+            f"image {name!r} must be a picture ({', '.join(ALLOWED_FORMATS)}), and its content is "
+            "none: "
             "convert it or take it out."
         ) from error
     except PermissionError as error:
@@ -87,7 +88,8 @@ def open_image(image: Image) -> PILImage.Image:
         if isinstance(loaded, PILImage.Image):
             return _to_rgb(loaded)
         raise InvalidInputError(
-            f"image {image.content_id!r} must load as a PIL image, and gave a {type(loaded).__name__}."
+            f"image {image.content_id!r} must load as a PIL image, and gave a "
+            f"{type(loaded).__name__}."
         )
     raise InvalidInputError(
         "an image must be a PIL image, a path, or an object with .load() and .content_id; "

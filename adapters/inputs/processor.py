@@ -283,7 +283,8 @@ class QueryProcessor:
         num_found = sum(str(part).count(token) for part in (*row, query.target) for token in tokens)
         if num_found != num_expected:
             raise InvalidInputError(
-                f"a row must hold one placeholder per picture, {num_expected} in all, and has {num_found}: "
+                f"a row must hold one placeholder per picture, {num_expected} in all, and has "
+                f"{num_found}: "
                 f"take {', '.join(map(repr, tokens))} out of the prompt and the target"
             )
         if not vision:
@@ -367,13 +368,16 @@ class QueryProcessor:
     def _validate_row(self, token_row: TokenRow, prompt_row: PromptRow) -> None:
         if len(token_row.input_ids) > self.card.max_positions:
             raise InvalidInputError(
-                f"a row must have at most {self.card.max_positions} tokens, and this has {len(token_row.input_ids)} "
-                f"({sum(token_row.image_mask)} of them pictures): shorten the prompt or use fewer pictures"
+                f"a row must have at most {self.card.max_positions} tokens, and this has "
+                f"{len(token_row.input_ids)} "
+                f"({sum(token_row.image_mask)} of them pictures): shorten the prompt or use fewer "
+                "pictures"
             )
         if max(token_row.input_ids, default=0) >= self.card.vocab_size:
             token = self.parts.tokenizer.convert_ids_to_tokens(max(token_row.input_ids))
             raise InvalidInputError(
-                f"every token must be one of the model's {self.card.vocab_size}, and {token!r} is none: "
+                f"every token must be one of the model's {self.card.vocab_size}, and {token!r} is "
+                "none: "
                 "take it out of the text"
             )
         if not token_row.input_ids:

@@ -14,7 +14,7 @@ from pathlib import Path
 from errata.functional.errors import InvalidSettingsError
 from errata.functional.forward import retrieval_keys
 
-__all__ = ["register_encoder_path", "load_sentence_encoder"]
+__all__ = ["load_sentence_encoder", "register_encoder_path"]
 
 BATCH_SIZE = 64  # texts at once
 
@@ -45,7 +45,8 @@ def load_sentence_encoder(name: str) -> Callable[[Sequence[str]], object]:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InvalidSettingsError(
             f"encoder 'sentence:{name}' must be a sentence-transformers model that can be loaded, "
-            f"and is not ({reason}): give a folder, name one by adapters.register_encoder_path, or use "
+            f"and is not ({reason}): give a folder, name one by adapters.register_encoder_path, "
+            "or use "
             "'hashed' or 'base'."
         ) from error
 

@@ -9,7 +9,7 @@ from errata.adapters.inputs.images import open_image
 from errata.functional import ModelCard, Query
 from errata.functional.errors import InvalidInputError, join_messages
 
-__all__ = ["validate_query", "validate_all", "name_query", "open_images"]
+__all__ = ["name_query", "open_images", "validate_all", "validate_query"]
 
 
 def open_images(images: Sequence[Any], wrong: list[str]) -> list[Any]:

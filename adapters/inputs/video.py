@@ -49,7 +49,8 @@ def resize_frames(video: Tensor, height: int, width: int, resample: int) -> Tens
         return video
     if resample not in RESAMPLE_MODES:
         raise InvalidInputError(
-            f"the video processor's resample must be one of {sorted(RESAMPLE_MODES)} (nearest, bilinear, "
+            f"the video processor's resample must be one of {sorted(RESAMPLE_MODES)} (nearest, "
+            "bilinear, "
             f"bicubic), got {resample}."
         )
     mode = RESAMPLE_MODES[resample]

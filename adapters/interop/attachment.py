@@ -179,7 +179,8 @@ def _require_supported(delta: Delta) -> None:
     unsupported = sorted({type(e).__name__.lower() for e in header.entries} - {"dense", "lowrank"})
     if unsupported:
         raise UnsupportedKindError(
-            f"a delta of kind {', '.join(unsupported)} does more than change a linear map, and can not be "
+            f"a delta of kind {', '.join(unsupported)} does more than change a linear map, and "
+            "can not be "
             "attached to a plain module: use `adapters.from_module` and `bind`."
         )
 

@@ -31,7 +31,7 @@ from errata.functional.errors import InvalidInputError, UnsupportedKindError, jo
 from errata.functional.files import atomic_folder
 from errata.functional.kinds.schema import LowRank
 
-__all__ = ["SERVABLE_RANKS", "PeftExport", "import_peft", "export_peft"]
+__all__ = ["SERVABLE_RANKS", "PeftExport", "export_peft", "import_peft"]
 
 SERVABLE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that vLLM serves."""
@@ -164,7 +164,8 @@ def _serving_factors(
     ):
         inexact.append(
             f"servers add the change in activation form with {str(dtype).removeprefix('torch.')} "
-            f"factors; the delta's arithmetic is {delta.header.arithmetic!r}, so logits differ by rounding"
+            f"factors; the delta's arithmetic is {delta.header.arithmetic!r}, so logits differ by "
+            "rounding"
         )
     padded = {}
     for path, (out_features, in_features) in sizes.items():
@@ -202,7 +203,8 @@ def _sibling_shapes(
     if unknown:
         raise InvalidInputError(
             "servers stack q, k, v and gate, up, so a lone one needs zeros for its siblings: pass "
-            f"`shapes` (`--base` on the command line) with those of {join_messages(sorted(set(unknown)))}."
+            "`shapes` (`--base` on the command line) with those of "
+            f"{join_messages(sorted(set(unknown)))}."
         )
     return sibling_shapes
 
@@ -265,7 +267,8 @@ def _readme(delta: Delta, profile: str, autocast: bool, inexact: list[str]) -> s
         "tags: [lora, errata, model-editing]",
         "---",
         "",
-        f"A knowledge edit of {header.base.id} as a LoRA: {edits}, arithmetic `{header.arithmetic}`,",
+        f"A knowledge edit of {header.base.id} as a LoRA: {edits}, arithmetic "
+        f"`{header.arithmetic}`,",
         f"profile `{profile}`, digest `{digest(delta)}`.",
         "",
     ]

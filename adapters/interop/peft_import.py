@@ -23,7 +23,7 @@ from errata.functional.deltas.safetensors_header import (
     printable,
     read_header,
 )
-from errata.functional.deltas.serialization import NAME_BY_DTYPE, digest, tensor_view
+from errata.functional.deltas.serialization import NAME_BY_DTYPE, stored_digest, tensor_view
 from errata.functional.errors import (
     DeltaFileError,
     ShapeError,
@@ -35,7 +35,7 @@ from errata.functional.hashing import hash_parameter
 from errata.functional.header import FLOAT_DTYPES, Arithmetic, validate_header
 from errata.functional.kinds.schema import LowRank
 
-__all__ = ["CONFIG_FILE", "PEFT_PREFIX", "DELTA_FILE", "WEIGHTS_FILE", "import_peft"]
+__all__ = ["CONFIG_FILE", "DELTA_FILE", "PEFT_PREFIX", "WEIGHTS_FILE", "import_peft"]
 
 CONFIG_FILE, WEIGHTS_FILE, DELTA_FILE = (
     "adapter_config.json",
@@ -154,7 +154,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     if unsupported:
         raise UnsupportedKindError(
             f"{path}: only a plain LoRA is a low-rank change, and this one has "
-            f"{printable(join_messages(unsupported), 2000)}; merge it with PEFT and take the difference."
+            f"{printable(join_messages(unsupported), 2000)}; merge it with PEFT and take the "
+            "difference."
         )
     return config
 
@@ -196,7 +197,7 @@ def _read_exported_delta(folder: Path, pairs: Mapping[str, tuple[Tensor, Tensor]
     with open_regular_file(path) as file:
         raw = file.read(MAX_HEADER + 1)
     try:
-        header, stored_digest = decode_header(raw.decode("utf-8", "replace"))
+        header, claimed_digest, stored = decode_header(raw.decode("utf-8", "replace"))
         wrong = _find_mismatches(header, pairs)
         if wrong:
             raise ValueError(join_messages(wrong))
@@ -210,7 +211,7 @@ def _read_exported_delta(folder: Path, pairs: Mapping[str, tuple[Tensor, Tensor]
         if wrong:
             raise ValueError(join_messages(wrong))
         delta = Delta(header, tensors)
-        if digest(delta) != stored_digest:
+        if stored_digest(delta, stored) != claimed_digest:
             raise ValueError("it describes other factors than the adapter has; remove it to import")
     except ValueError as error:
         raise DeltaFileError(f"{path}: {printable(error)}.") from None
@@ -235,7 +236,8 @@ def _lora_scale(folder: Path, path: str, rank: int, config: Mapping[str, Any]) -
         name = re.sub(r"\\([^A-Za-z0-9])", r"\1", key.removeprefix("^").removesuffix("$"))
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
             raise UnsupportedKindError(
-                f"{folder / CONFIG_FILE}: alpha_pattern may name modules, and {printable(key, 80)!r} is a "
+                f"{folder / CONFIG_FILE}: alpha_pattern may name modules, and "
+                f"{printable(key, 80)!r} is a "
                 "regular expression: write the names out."
             )
         is_full_path = name.removesuffix(".weight") == path
@@ -263,7 +265,8 @@ def _make_entry(
         site = name.removesuffix(".weight")
         if site not in card.linear_shapes:
             raise UnknownSiteError(
-                f"the adapter changes {printable(path, 160)!r}, which is no linear map of {card.id}."
+                f"the adapter changes {printable(path, 160)!r}, which is no linear map of "
+                f"{card.id}."
             )
         if card.linear_shapes[site] != (up.shape[0], in_features):
             raise ShapeError(

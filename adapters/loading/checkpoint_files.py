@@ -87,7 +87,8 @@ def _check_files(folder: Path) -> None:
             wrong.append(f"{file.name} is truncated or no safetensors file ({error})")
     if wrong:
         raise InvalidInputError(
-            f"the weights in {os.fspath(folder)!r} must be whole: {join_messages(wrong)}. Fetch them anew."
+            f"the weights in {os.fspath(folder)!r} must be whole: {join_messages(wrong)}. Fetch "
+            "them anew."
         )
 
 

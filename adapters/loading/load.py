@@ -199,7 +199,8 @@ def _load_module(
         wrong.append(f"{key} must have shape {tuple(want)}, has {tuple(have)}")
     if wrong:
         raise InvalidInputError(
-            f"the weights of {name!r} must be those of a {type(module).__name__}: {join_messages(wrong)}."
+            f"the weights of {name!r} must be those of a {type(module).__name__}: "
+            f"{join_messages(wrong)}."
         )
     return module if device is None else module.to(device)
 
@@ -216,6 +217,7 @@ def _check_finite(module: Any, name: str) -> None:
                 bad.append(f"{path} ({count} of {tensor.numel()} values)")
     if bad:
         raise InvalidInputError(
-            f"the weights of {name!r} must be finite numbers; NaN or infinite in {join_messages(bad)}. "
+            f"the weights of {name!r} must be finite numbers; NaN or infinite in "
+            f"{join_messages(bad)}. "
             "Fetch the checkpoint again, or pass check=False if it is meant so."
         )

@@ -42,7 +42,8 @@ def tiny_model(
         )
     if hidden_size % (2 * HEAD_DIM) or hidden_size <= 0 or num_layers < 1:
         raise UnsupportedModelError(
-            f"a tiny model needs num_layers >= 1 and a hidden_size that is a multiple of {2 * HEAD_DIM}, "
+            "a tiny model needs num_layers >= 1 and a hidden_size that is a multiple of "
+            f"{2 * HEAD_DIM}, "
             f"got num_layers={num_layers}, hidden_size={hidden_size}."
         )
     entry = TINY[name]

@@ -141,7 +141,8 @@ def _merge(options: argparse.Namespace) -> None:
     delta = merge(*(load_delta(path) for path in options.files))
     save_delta(options.output, delta)
     print(
-        f"{options.output}: {len(delta.header.edits)} edit(s), {_format_size(_file_size(options.output))}"
+        f"{options.output}: {len(delta.header.edits)} edit(s), "
+        f"{_format_size(_file_size(options.output))}"
     )
 
 
@@ -158,7 +159,8 @@ def _remove(options: argparse.Namespace) -> None:
     )
     save_delta(options.output, delta)
     print(
-        f"{options.output}: {len(delta.header.edits)} edit(s), {_format_size(_file_size(options.output))}"
+        f"{options.output}: {len(delta.header.edits)} edit(s), "
+        f"{_format_size(_file_size(options.output))}"
     )
 
 
@@ -192,7 +194,8 @@ def _import(options: argparse.Namespace) -> None:
     delta = import_peft(options.folder, model, arithmetic=options.arithmetic)
     save_delta(options.output, delta)
     print(
-        f"{options.output}: {len(delta.header.entries)} parameter(s), {_format_size(_file_size(options.output))}"
+        f"{options.output}: {len(delta.header.entries)} parameter(s), "
+        f"{_format_size(_file_size(options.output))}"
     )
 
 

@@ -47,7 +47,8 @@ def _edit(options: argparse.Namespace) -> None:
     ]
     io.save_delta(options.output, delta)
     print(
-        f"before: {texts[0]}\nafter:  {texts[1]}\n{options.output}: {_format_file_size(options.output)}"
+        f"before: {texts[0]}\nafter:  {texts[1]}\n{options.output}: "
+        f"{_format_file_size(options.output)}"
     )
 
 

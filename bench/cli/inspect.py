@@ -83,13 +83,15 @@ def _format_description(description: dict[str, Any]) -> str:
     base = description["base"]
     arithmetic_notes = {"act": "beside the linear maps", "act_fp32": "beside them, in fp32"}
     lines = [
-        f"{description['file']}  {_format_size(description['bytes'])}  sha256 {description['digest'][:16]}",
+        f"{description['file']}  {_format_size(description['bytes'])}  sha256 "
+        f"{description['digest'][:16]}",
         f"base    {base['id']}"
         + (f" @ {base['revision'][:12]}" if base["revision"] else "")
         + (f" ({base['family']})" if base["family"] else ""),
         f"editor  {description['editor'] or 'not named'}"
         + (f", {description['stack']} edits side by side" if description["stack"] else ""),
-        f"arithmetic  {description['arithmetic']}: {arithmetic_notes.get(description['arithmetic'], 'added to the weights')}",
+        f"arithmetic  {description['arithmetic']}: "
+        f"{arithmetic_notes.get(description['arithmetic'], 'added to the weights')}",
     ]
     if description["settings"]:
         pairs = ", ".join(f"{k}={_shorten(v)}" for k, v in description["settings"].items())

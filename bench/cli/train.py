@@ -84,7 +84,8 @@ def _print_progress(progress: TrainingProgress) -> None:
         terms = "  ".join(f"{name} {value:.3f}" for name, value in progress.terms.items())
         held = "" if progress.validation_loss is None else f"  held {progress.validation_loss:.3f}"
         sys.stdout.write(
-            f"{progress.step}/{progress.num_steps}  loss {progress.loss:.3f}{held}  {progress.cases_per_second:.1f} cases/s  "
+            f"{progress.step}/{progress.num_steps}  loss {progress.loss:.3f}{held}  "
+            f"{progress.cases_per_second:.1f} cases/s  "
             f"{terms}\n"
         )
         sys.stdout.flush()

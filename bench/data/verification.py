@@ -22,7 +22,7 @@ from errata.bench.data.reading.json_stream import records
 from errata.functional.errors import InvalidInputError
 from errata.functional.queries import Query
 
-__all__ = ["FileReport", "verify", "annotation_files", "format_report"]
+__all__ = ["FileReport", "annotation_files", "format_report", "verify"]
 
 PUBLISHED_COUNTS: Mapping[str, tuple[int, str]] = {
     "vqa_train.json": (6345, "the paper prints 6,346"),

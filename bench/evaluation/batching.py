@@ -24,7 +24,8 @@ def check_finite(model: Model, readout: Readout) -> None:
         f"{len(broken)} parameter(s) hold NaN or infinity, e.g. {broken[0]}"
         if broken
         else (
-            f"its parameters are finite, so it overflows in {next(iter(model.params.values())).dtype}"
+            "its parameters are finite, so it overflows in "
+            f"{next(iter(model.params.values())).dtype}"
         )
     )
     raise InvalidInputError(

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Profiler", "subject", "record_operators", "section", "active_profiler"]
+__all__ = ["Profiler", "active_profiler", "record_operators", "section", "subject"]
 
 _active_profiler: Profiler | None = None
 _PROFILER_OVERHEAD = "the profiler"  # not of the run: left out of the shares

@@ -21,7 +21,7 @@ import torch
 
 from errata.bench.evaluation.memory import measure_peak
 
-__all__ = ["Figure", "ceilings", "compare", "describe", "available_device", "in_pytest", "report"]
+__all__ = ["Figure", "available_device", "ceilings", "compare", "describe", "in_pytest", "report"]
 
 Call = Callable[[], Any]
 

@@ -19,7 +19,7 @@ from errata.functional.errors import InvalidInputError
 from errata.functional.metrics.bootstrap import PairedTest, paired_test
 from errata.functional.metrics.conventions import get_probe
 
-__all__ = ["Difference", "RunColumn", "compare", "columns", "table"]
+__all__ = ["Difference", "RunColumn", "columns", "compare", "table"]
 
 
 class RunColumn(NamedTuple):

@@ -29,7 +29,7 @@ from errata.functional.deltas.serialization import digest
 from errata.functional.errors import ErrataError
 from errata.functional.kinds.schema import LowRank
 
-__all__ = ["OPERATIONS", "make_checkpoint", "make_delta", "crash"]
+__all__ = ["OPERATIONS", "crash", "make_checkpoint", "make_delta"]
 
 NAMES = [f"model.layers.{n}.mlp.down_proj.weight" for n in range(4)]
 SHAPE = (256, 768)

@@ -25,7 +25,7 @@ from errata.functional import Delta, Header
 from errata.functional.files import atomic_write
 from errata.functional.kinds.schema import convert_header
 
-__all__ = ["SequenceCheckpoint", "CheckpointFile", "save_checkpoint", "load_checkpoint"]
+__all__ = ["CheckpointFile", "SequenceCheckpoint", "load_checkpoint", "save_checkpoint"]
 
 METADATA_KEY = "errata.checkpoint"
 

@@ -16,12 +16,12 @@ from errata.functional import Case
 
 __all__ = [
     "CASE_MIXES",
-    "CaseMix",
     "LIVEEDIT_RECIPE",
     "MEND_RECIPE",
     "RECIPES",
     "SERAC_RECIPE",
     "WORLD_LOSS_WEIGHTS",
+    "CaseMix",
     "training_cases",
 ]
 

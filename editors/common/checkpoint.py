@@ -23,10 +23,10 @@ from errata.functional.files import atomic_write
 
 __all__ = [
     "WEIGHTS",
-    "save_checkpoint",
+    "load_checkpoint",
     "named_tensors",
     "open_checkpoint",
-    "load_checkpoint",
+    "save_checkpoint",
     "shipped_weights",
 ]
 

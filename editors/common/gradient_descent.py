@@ -22,13 +22,13 @@ from errata.functional.gradients.factors import factored_gradients
 from errata.functional.gradients.losses import nll
 
 __all__ = [
-    "Objective",
     "DescentConfig",
-    "Step",
     "DescentState",
-    "run_descent",
+    "Objective",
+    "Step",
     "descend_each",
     "descend_jointly",
+    "run_descent",
 ]
 
 Objective = Literal["target_tokens", "last_prompt_token"]

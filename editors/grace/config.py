@@ -8,7 +8,7 @@ import msgspec
 
 from errata.functional.kinds.codebook.entry import Replacement
 
-__all__ = ["GraceConfig", "PRESETS"]
+__all__ = ["PRESETS", "GraceConfig"]
 
 
 class GraceConfig(

@@ -11,7 +11,7 @@ from msgspec import Meta
 from errata.functional.errors import InvalidSettingsError, join_messages
 from errata.functional.kinds.prompt.entry import DemonstrationKey, DemonstrationOrder
 
-__all__ = ["IkeConfig", "PRESETS"]
+__all__ = ["PRESETS", "IkeConfig"]
 
 Count = Annotated[int, Meta(ge=0)]
 Cosine = Annotated[float, Meta(ge=-1, le=1)]

@@ -65,7 +65,8 @@ def _make_demonstrations(model: Model, config: IkeConfig, cases: list[Case]) -> 
             image_index.append(shown_image)
     if not texts:
         raise InvalidSettingsError(
-            "the training cases give no demonstration: check `copy_update_retain` and `num_source_cases`."
+            "the training cases give no demonstration: check `copy_update_retain` and "
+            "`num_source_cases`."
         )
     raw = [text.encode() for text in texts]
     encode = get_encoder(config.encoder, without_memories(model))

@@ -78,7 +78,8 @@ def ike_editor(config: IkeConfig = IkeConfig(), cases: Sequence[Case] | None = N
     def init(model: Model, generator: torch.Generator) -> IkeState:
         if config.num_demonstrations and not cases:
             raise InvalidSettingsError(
-                f"ike.num_demonstrations = {config.num_demonstrations} demonstrations are made of training cases, and there are "
+                f"ike.num_demonstrations = {config.num_demonstrations} demonstrations are made of "
+                "training cases, and there are "
                 "none: give ike(config, cases), or name them in `demonstration_source`."
             )
         demonstrations = (

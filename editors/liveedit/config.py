@@ -8,7 +8,7 @@ import msgspec
 
 from errata.functional.kinds.experts.entry import RoutingInput
 
-__all__ = ["LiveEditConfig", "PRESETS"]
+__all__ = ["PRESETS", "LiveEditConfig"]
 
 
 class LiveEditConfig(

@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RoutingScores",
-    "margin_loss",
     "hard_gate_loss",
     "liveedit_loss",
+    "margin_loss",
     "routing_scores",
     "soft_gate_loss",
 ]

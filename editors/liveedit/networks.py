@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CrossAttention",
-    "FeatureNetwork",
-    "FactorGenerator",
-    "LiveEditNetworks",
     "ExpertPool",
+    "FactorGenerator",
+    "FeatureNetwork",
+    "LiveEditNetworks",
     "fold_queries",
     "generate_factor",
     "init_networks",

@@ -9,7 +9,7 @@ import msgspec
 
 from errata.editors.training.config import TrainingConfig
 
-__all__ = ["MendConfig", "PRESETS", "TRAINING"]
+__all__ = ["PRESETS", "TRAINING", "MendConfig"]
 
 
 class MendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="mend"):

@@ -207,7 +207,8 @@ def _resolve_maps(model: Model, config: MendConfig) -> list[tuple[str, str, int]
     outside = [path for path, _, _ in maps if model.card.layer_of(path) is None]
     if outside:
         raise UnknownSiteError(
-            f"sites of MEND must be linear maps of decoder layers, and {join_messages(outside)} is not."
+            f"sites of MEND must be linear maps of decoder layers, and {join_messages(outside)} "
+            "is not."
         )
     return maps
 

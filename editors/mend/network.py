@@ -22,16 +22,16 @@ from torch import Tensor
 from errata.functional.gradients.factors import GradientFactors
 
 __all__ = [
-    "TransformLayer",
-    "RunningMoments",
-    "GradientTransform",
     "GradientStatistics",
+    "GradientTransform",
     "PackedFactors",
-    "init_transform",
+    "RunningMoments",
+    "TransformLayer",
     "init_statistics",
-    "update_statistics",
+    "init_transform",
     "pack_factors",
     "transform_factors",
+    "update_statistics",
 ]
 
 _EPS = 1e-7  # the original's

@@ -9,7 +9,7 @@ import msgspec
 from errata.editors.training.config import MEND_LOSS_WEIGHTS, TrainingConfig
 from errata.functional.kinds.scope.entry import Gate
 
-__all__ = ["PRESETS", "SeracConfig", "TRAINING"]
+__all__ = ["PRESETS", "TRAINING", "SeracConfig"]
 
 _PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
 

@@ -22,7 +22,7 @@ from errata.functional.errors import InvalidInputError, UnknownSiteError
 from errata.functional.forward import batches as rows
 from errata.functional.forward import prefix
 
-__all__ = ["TrainingBatch", "PrefixDataset"]
+__all__ = ["PrefixDataset", "TrainingBatch"]
 
 
 class TrainingBatch(NamedTuple):

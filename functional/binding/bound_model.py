@@ -139,7 +139,8 @@ def _check_fit(model: Model, delta: Delta) -> None:
     if unknown:
         near = difflib.get_close_matches(unknown[0], model.params, n=3)
         raise UnknownSiteError(
-            f"a delta can only change parameters the model has ({card.id}): {join_messages(problems)}."
+            f"a delta can only change parameters the model has ({card.id}): "
+            f"{join_messages(problems)}."
             + (f" Near {unknown[0]}: {', '.join(near)}." if near else "")
         )
     if shapes:
@@ -153,7 +154,8 @@ def _base_differences(model: Model, header: Header) -> list[str]:
         differences.append(f"family {base.family!r} became {card.family!r}")
     if base.config_hash and card.config_hash and base.config_hash != card.config_hash:
         differences.append(
-            f"the configuration differs (sha256 {base.config_hash[:8]}, here {card.config_hash[:8]})"
+            f"the configuration differs (sha256 {base.config_hash[:8]}, here "
+            f"{card.config_hash[:8]})"
         )
     for name, digest in base.parameter_hashes.items():
         tensor = model.params.get(canonical_name(card, name))

@@ -196,6 +196,7 @@ def _require_weight_changes(delta: Delta) -> None:
     )
     if other_kinds:
         raise UnsupportedKindError(
-            f"a delta of kind {', '.join(other_kinds)} decides per input what to change, which no plain "
+            f"a delta of kind {', '.join(other_kinds)} decides per input what to change, which no "
+            "plain "
             "checkpoint can: keep it as a file and `bind` it."
         )

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from errata.functional.deltas.format1 import StoredNames, convert_description, rename_tensors
 from errata.functional.deltas.safetensors_header import (
     TensorSlot,
     canonical_json,
@@ -20,11 +21,12 @@ from errata.functional.kinds.schema import convert_header
 
 __all__ = [
     "METADATA_KEY",
+    "DecodedHeader",
     "DeltaInfo",
     "decode_header",
-    "tensor_mismatches",
-    "inspect_delta",
     "encode_header",
+    "inspect_delta",
+    "tensor_mismatches",
 ]
 
 METADATA_KEY = "errata"
@@ -39,6 +41,15 @@ class DeltaInfo(NamedTuple):
     digest: str  # sha256 of the delta's content, as the file claims it
     data_start: int  # offset of the data in the file
     num_bytes: int  # of the whole file, in bytes
+    stored: StoredNames | None = None  # the names in a file of format 1
+
+
+class DecodedHeader(NamedTuple):
+    """A parsed description of a delta."""
+
+    header: Header
+    digest: str  # sha256 in hex, as the description claims it
+    stored: StoredNames | None  # the names in a file of format 1
 
 
 def inspect_delta(path: str | os.PathLike[str]) -> DeltaInfo:
@@ -54,17 +65,19 @@ def inspect_delta(path: str | os.PathLike[str]) -> DeltaInfo:
             "a PEFT adapter is read by `errata import`."
         )
     try:
-        header, digest = decode_header(file_header.metadata[METADATA_KEY])
+        header, digest, stored = decode_header(file_header.metadata[METADATA_KEY])
     except ValueError as error:
         raise DeltaFileError(f"{path}: {error}.") from None
+    tensors = file_header.tensors
+    if stored is not None:
+        renamed = {old: new for new, old in stored.tensors.items()}
+        tensors = {renamed.get(name, name): slot for name, slot in tensors.items()}
     problems = validate_header(header) or tensor_mismatches(
-        header, {name: (slot.dtype, slot.shape) for name, slot in file_header.tensors.items()}
+        header, {name: (slot.dtype, slot.shape) for name, slot in tensors.items()}
     )
     if problems:
         raise DeltaFileError(f"{path}: {join_messages(problems)}.")
-    return DeltaInfo(
-        header, file_header.tensors, digest, file_header.data_start, file_header.num_bytes
-    )
+    return DeltaInfo(header, tensors, digest, file_header.data_start, file_header.num_bytes, stored)
 
 
 def encode_header(header: Header, digest: str) -> str:
@@ -97,15 +110,26 @@ def tensor_mismatches(header: Header, stored: dict[str, tuple[str, tuple[int, ..
     return sorted(mismatches)
 
 
-def decode_header(text: str) -> tuple[Header, str]:
-    """Header and digest from the canonical JSON; raises ValueError with the fault."""
+def decode_header(text: str) -> DecodedHeader:
+    """Decode the canonical JSON of a description, of format 2 or 1.
+
+    Args:
+        text: What a file holds under `METADATA_KEY`.
+
+    Returns:
+        The header, the claimed digest, and the stored names if the text is of format 1.
+
+    Raises:
+        ValueError: If the text breaks a rule of `FORMAT.md`.
+    """
     body: Any = parse_strict_json(text.encode(), "the delta's description")
     if not isinstance(body, dict):
         raise ValueError("the delta's description must be a JSON object")
-    if body.get("format") != FORMAT:
+    number = body.get("format")
+    if type(number) is not int or number not in (1, FORMAT):
         raise ValueError(
-            f"the delta is of format {printable(body.get('format'), 20)}, this version of errata reads "
-            f"format {FORMAT}: update errata, or save the delta again with its own version"
+            f"the delta is of format {printable(number, 20)}, this version of errata reads formats "
+            f"1 and {FORMAT}: update errata, or save the delta again with its own version"
         )
     if canonical_json(body) != text:
         raise ValueError("the delta's description is not canonical JSON (see FORMAT.md)")
@@ -116,6 +140,10 @@ def decode_header(text: str) -> tuple[Header, str]:
         or not set(digest) <= set("0123456789abcdef")
     ):
         raise ValueError("the delta's digest must be a sha256 in hex")
+    stored = None
+    if number == 1:
+        stored = StoredNames(canonical_json({**body, "digest": ""}), rename_tensors(body))
+        body = convert_description(body)
     try:
         header = convert_header(body)
     except (msgspec.ValidationError, RecursionError) as error:
@@ -123,4 +151,4 @@ def decode_header(text: str) -> tuple[Header, str]:
     missing = set(Header.__struct_fields__) - set(body)
     if missing:
         raise ValueError(f"the delta's description lacks {', '.join(sorted(missing))}")
-    return header, digest
+    return DecodedHeader(header, digest, stored)

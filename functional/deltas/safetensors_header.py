@@ -23,15 +23,15 @@ __all__ = [
     "MAX_HEADER",
     "MAX_VALUES",
     "SIZES",
-    "TensorSlot",
     "SafetensorsHeader",
-    "canonical_json",
+    "TensorSlot",
     "build_header",
+    "canonical_json",
     "open_regular_file",
     "parse_header",
+    "parse_strict_json",
     "printable",
     "read_header",
-    "parse_strict_json",
 ]
 
 MAX_HEADER = 8 << 20
@@ -161,7 +161,8 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
         length = int.from_bytes(head, "little")
         if len(head) < 8 or length > num_bytes - 8:
             raise DeltaFileError(
-                f"{path}: a safetensors file must hold its header, and {num_bytes} bytes do not hold "
+                f"{path}: a safetensors file must hold its header, and {num_bytes} bytes do not "
+                "hold "
                 f"{'the 8 that give its length' if len(head) < 8 else f'{length} of header'}: "
                 "the file is cut short or no safetensors file."
             )
@@ -199,7 +200,8 @@ def parse_header(raw: bytes, num_bytes: int) -> SafetensorsHeader:
         expected_bytes = math.prod(slot.shape) * SIZES[slot.dtype]
         if start != end or stop - start != expected_bytes:
             raise ValueError(
-                f"tensor {name[:80]!r} must lie at byte {end} with {_bounded_int(expected_bytes)} bytes, "
+                f"tensor {name[:80]!r} must lie at byte {end} with {_bounded_int(expected_bytes)} "
+                "bytes, "
                 f"and the header says {_bounded_int(start)} to {_bounded_int(stop)}"
             )
         if (data_start + start) % SIZES[slot.dtype]:
@@ -207,7 +209,8 @@ def parse_header(raw: bytes, num_bytes: int) -> SafetensorsHeader:
         end = stop
     if data_start + end != num_bytes:
         raise ValueError(
-            f"the header describes {_bounded_int(data_start + end)} bytes and the file has {num_bytes}: "
+            f"the header describes {_bounded_int(data_start + end)} bytes and the file has "
+            f"{num_bytes}: "
             "it is cut short or has something appended"
         )
     return SafetensorsHeader(metadata, tensors, data_start, num_bytes)

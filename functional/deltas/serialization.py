@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from errata.functional.deltas.format1 import StoredNames
 from errata.functional.deltas.inspection import (
     METADATA_KEY,
     encode_header,
@@ -31,10 +32,11 @@ from errata.functional.types import Delta
 __all__ = [
     "DTYPE_BY_NAME",
     "NAME_BY_DTYPE",
-    "tensor_bytes",
     "digest",
     "load_delta",
     "save_delta",
+    "stored_digest",
+    "tensor_bytes",
     "tensor_view",
 ]
 
@@ -116,7 +118,7 @@ def load_delta(path: str | os.PathLike[str], *, verify: bool = True) -> Delta:
     }
     delta = Delta(info.header, {name: tensors[name] for name in info.header.tensor_specs()})
     if verify:
-        if digest(delta) != info.digest:
+        if stored_digest(delta, info.stored) != info.digest:
             raise DeltaFileError(
                 f"{path}: the content does not match its digest: the file was damaged or changed "
                 "after it was saved; fetch it again."
@@ -133,10 +135,31 @@ def digest(delta: Delta) -> str:
     H(header ‖ "\\n" ‖ Σ_name canonical([name, dtype, shape]) ‖ "\\n" ‖ bytes), names in code-point
     order; independent of how a file lays its tensors out.
     """
+    return _content_digest(encode_header(delta.header, ""), delta.tensors)
+
+
+def stored_digest(delta: Delta, stored: StoredNames | None) -> str:
+    """Compute the digest of a delta as the file it was read from claims it.
+
+    Args:
+        delta: The delta.
+        stored: The names in a file of format 1. None for a file of the current format.
+
+    Returns:
+        sha256 in hex, over the text and the tensor names of the file.
+    """
+    if stored is None:
+        return digest(delta)
+    return _content_digest(
+        stored.text, {stored.tensors.get(name, name): x for name, x in delta.tensors.items()}
+    )
+
+
+def _content_digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     state = hashlib.sha256()
-    state.update(encode_header(delta.header, "").encode() + b"\n")
-    for name in sorted(delta.tensors):
-        x = delta.tensors[name]
+    state.update(text.encode() + b"\n")
+    for name in sorted(tensors):
+        x = tensors[name]
         state.update(canonical_json([name, NAME_BY_DTYPE[x.dtype], list(x.shape)]).encode() + b"\n")
         state.update(tensor_bytes(x))
     return state.hexdigest()

@@ -20,8 +20,8 @@ __all__ = [
     "INDEX_FILE",
     "SINGLE_FILE",
     "ParameterLocation",
-    "checkpoint_model_type",
     "checkpoint_mismatches",
+    "checkpoint_model_type",
     "checkpoint_parameters",
     "shard_files",
 ]
@@ -49,7 +49,8 @@ def shard_files(folder: str | os.PathLike[str]) -> list[str]:
     if not (path / INDEX_FILE).exists():
         if not (path / SINGLE_FILE).exists():
             raise InvalidInputError(
-                f"{folder} must hold {SINGLE_FILE} or {INDEX_FILE}, and holds neither: only safetensors "
+                f"{folder} must hold {SINGLE_FILE} or {INDEX_FILE}, and holds neither: only "
+                "safetensors "
                 "checkpoints are read, and pickles never."
             )
         return [SINGLE_FILE]

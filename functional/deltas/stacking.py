@@ -91,7 +91,8 @@ def _require_stacked(delta: Delta) -> None:
     if not delta.header.stack:
         raise UnsupportedKindError(
             f"this needs a stacked delta, and one of {len(delta.header.edits)} edit(s) by "
-            f"{delta.header.editor or 'an unnamed editor'} is not: make it with `stack` or `edit_each`."
+            f"{delta.header.editor or 'an unnamed editor'} is not: make it with `stack` or "
+            "`edit_each`."
         )
 
 

@@ -12,7 +12,7 @@ from errata.functional.errors import InvalidInputError, UnsupportedModelError
 from errata.functional.queries import Query
 from errata.functional.types import Inputs, Model
 
-__all__ = ["generate_ids", "generate"]
+__all__ = ["generate", "generate_ids"]
 
 
 def generate(
@@ -37,7 +37,8 @@ def generate(
     longest = inputs.input_ids.shape[1]
     if longest + max_new_tokens > model.card.max_positions:
         raise InvalidInputError(
-            f"prompt and answer must fit into {model.card.max_positions} tokens; the longest prompt has "
+            f"prompt and answer must fit into {model.card.max_positions} tokens; the longest "
+            "prompt has "
             f"{longest} and {max_new_tokens} new ones are asked for: shorten one of them."
         )
     generated = generate_ids(

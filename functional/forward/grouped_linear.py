@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-__all__ = ["FactoredGradient", "low_rank_maps", "grouped_linear"]
+__all__ = ["FactoredGradient", "grouped_linear", "low_rank_maps"]
 
 
 def grouped_linear(x: Tensor, maps: Tensor, edit_index: Tensor) -> Tensor:

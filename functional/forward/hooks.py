@@ -12,7 +12,7 @@ from torch.func import functional_call as torch_functional_call
 from errata.functional.errors import UnknownSiteError
 from errata.functional.types import Hook, Hooks
 
-__all__ = ["functional_call", "compose_hooks", "first_tensor", "forward_hooks"]
+__all__ = ["compose_hooks", "first_tensor", "forward_hooks", "functional_call"]
 
 
 def functional_call(

@@ -27,7 +27,7 @@ from errata.functional.forward import batches as rows
 from errata.functional.queries import Query
 from errata.functional.types import IGNORE_INDEX, Batch, Inputs, Model
 
-__all__ = ["PrefixCache", "CacheBlock", "QueryBatch", "row_keys"]
+__all__ = ["CacheBlock", "PrefixCache", "QueryBatch", "row_keys"]
 
 
 class QueryBatch(NamedTuple):

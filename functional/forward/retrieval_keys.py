@@ -30,7 +30,7 @@ from errata.functional.forward.batches import prompt_end_mask
 from errata.functional.queries import Query
 from errata.functional.types import Model
 
-__all__ = ["TextEncoder", "get_encoder", "enrol", "hashed_ngrams", "image_keys", "resolve_encoder"]
+__all__ = ["TextEncoder", "enrol", "get_encoder", "hashed_ngrams", "image_keys", "resolve_encoder"]
 
 TextEncoder = Callable[[Sequence[str]], Tensor]
 """Texts to unit keys [B d], fp32."""

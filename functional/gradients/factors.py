@@ -27,10 +27,10 @@ from errata.functional.types import Batch, Delta, Hooks, Model
 
 __all__ = [
     "GradientFactors",
-    "gradient_factors",
-    "weight_gradient",
-    "sum_nll",
     "factored_gradients",
+    "gradient_factors",
+    "sum_nll",
+    "weight_gradient",
 ]
 
 

@@ -9,7 +9,7 @@ import msgspec
 
 from errata.functional.errors import InvalidSettingsError
 
-__all__ = ["Agreement", "PROBES", "Probe", "SCORERS", "Scorer", "get_probe", "get_scorer"]
+__all__ = ["PROBES", "SCORERS", "Agreement", "Probe", "Scorer", "get_probe", "get_scorer"]
 
 
 class Probe(msgspec.Struct, frozen=True):

@@ -143,7 +143,8 @@ def locality(rule: Agreement, base: Readout, edited: Readout) -> Tensor:
     if rule.positions == "all":
         if base.all_top_ids is None or edited.all_top_ids is None:
             raise InvalidSettingsError(
-                "a scorer over all positions needs readouts with `all_top_ids`; got the answer's only."
+                "a scorer over all positions needs readouts with `all_top_ids`; got the answer's "
+                "only."
             )
         base_ids, edited_ids, mask = _align_right(base.all_top_ids, edited.all_top_ids)
     else:

@@ -69,7 +69,8 @@ def apply_grouped_lora(
         problems.append(f"up must be {factors}, got {list(up.shape)}")
     if edit_index.shape != x.shape[:1] or edit_index.dtype.is_floating_point:
         problems.append(
-            f"edit_index must be [{x.shape[0]}] integers, got {list(edit_index.shape)} {edit_index.dtype}"
+            f"edit_index must be [{x.shape[0]}] integers, got {list(edit_index.shape)} "
+            f"{edit_index.dtype}"
         )
     if base is not None and list(base.shape) != [*x.shape[:2], up.shape[1]]:
         shape = [*x.shape[:2], up.shape[1]]

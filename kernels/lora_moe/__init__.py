@@ -13,7 +13,7 @@ from errata.kernels import custom_op
 from errata.kernels.lora_moe import ref
 from errata.kernels.lora_moe.ref import expert_weights
 
-__all__ = ["Routes", "apply_experts", "route_experts", "expert_weights"]
+__all__ = ["Routes", "apply_experts", "expert_weights", "route_experts"]
 
 ACTIVATIONS = ("relu", "identity")
 

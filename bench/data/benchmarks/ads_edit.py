@@ -18,7 +18,7 @@ from errata.bench.data.reading.common_probes import common_probes
 from errata.functional.errors import InvalidInputError
 from errata.functional.queries import Case, Query
 
-__all__ = ["ADS_EDIT", "ImagePaths", "Record", "case", "named_paths", "anomalies"]
+__all__ = ["ADS_EDIT", "ImagePaths", "Record", "anomalies", "case", "named_paths"]
 
 ImagePaths = str | list[str] | dict[str, str]
 

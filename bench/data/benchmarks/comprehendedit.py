@@ -25,7 +25,7 @@ from errata.bench.data.reading.benchmark import Benchmark, RecordContext, SkipRe
 from errata.bench.data.reading.json_stream import records
 from errata.functional.queries import Case, Query
 
-__all__ = ["COMPREHENDEDIT", "PROMPTS", "Record", "case", "anomalies"]
+__all__ = ["COMPREHENDEDIT", "PROMPTS", "Record", "anomalies", "case"]
 
 PROMPTS: Mapping[str, str] = {
     "gqa": "Question: {} Short answer:",

@@ -20,7 +20,7 @@ import msgspec
 from errata.bench.data.reading.benchmark import Benchmark, RecordContext, SkipRecord
 from errata.functional.queries import Case, Query
 
-__all__ = ["KNOWEDIT", "ProbeRecord", "Record", "aliases", "case", "anomalies"]
+__all__ = ["KNOWEDIT", "ProbeRecord", "Record", "aliases", "anomalies", "case"]
 
 Answers = str | list[str | list[str]] | None
 

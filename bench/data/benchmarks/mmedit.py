@@ -23,12 +23,12 @@ from errata.functional.queries import Case, Query
 
 __all__ = [
     "CAPTION",
-    "Locality",
     "NQ",
     "OKVQA",
+    "VQA",
+    "Locality",
     "Question",
     "Record",
-    "VQA",
     "anomalies",
     "caption_case",
     "case",

@@ -29,7 +29,7 @@ from errata.bench.data.reading.benchmark import (
 from errata.bench.data.reading.common_probes import common_probes
 from errata.functional.queries import Case, Query
 
-__all__ = ["MMKE", "Record", "case", "images", "anomalies"]
+__all__ = ["MMKE", "Record", "anomalies", "case", "images"]
 
 
 class Record(msgspec.Struct, frozen=True):

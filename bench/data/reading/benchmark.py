@@ -22,14 +22,14 @@ from errata.functional.errors import InvalidInputError
 from errata.functional.queries import Case, Query
 
 __all__ = [
-    "Benchmark",
     "DEFAULT_OPTIONS",
+    "TEMPLATES",
+    "Benchmark",
     "Hop",
     "ReadOptions",
     "RecordContext",
     "RecordTemplate",
     "SkipRecord",
-    "TEMPLATES",
     "cases",
     "portability",
     "record_context",
@@ -163,10 +163,11 @@ def cases(
 ) -> Iterator[Case]:
     """Stream the cases of one annotation file, in its order; ids are `<file stem>/<index>`.
 
-    `skip_counts` (a Counter of yours) is told what was skipped and why, and what the options changed.
+    `skip_counts` (a Counter of yours) is told what was skipped and why, and what the options
+    changed.
 
-    Raises `BadInput`, naming the file and the record, for broken JSON; and, with `invalid_records` or
-    `missing_images` "error", for records and images that can not be used.
+    Raises `BadInput`, naming the file and the record, for broken JSON; and, with `invalid_records`
+    or `missing_images` "error", for records and images that can not be used.
     """
     path = Path(path)
     skip_counts = Counter() if skip_counts is None else skip_counts

@@ -16,11 +16,11 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 from errata.functional.errors import InvalidInputError
 
 __all__ = [
-    "OnMissing",
-    "PlaceholderImage",
+    "ImageFile",
     "ImageFolder",
     "MissingImageError",
-    "ImageFile",
+    "OnMissing",
+    "PlaceholderImage",
     "safe_name",
 ]
 
@@ -113,7 +113,8 @@ class PlaceholderImage:
 def safe_name(name: str, allow_parent_paths: bool = False) -> str:
     """An image name as a relative path that stays below its root.
 
-    `allow_parent_paths=True` drops leading `../` (ADS-Edit names its nuScenes frames `../nuscenes/...`).
+    `allow_parent_paths=True` drops leading `../` (ADS-Edit names its nuScenes frames
+    `../nuscenes/...`).
 
     >>> safe_name("m.0104lr/google_15.jpg"), safe_name("../nuscenes/a b.jpg", allow_parent_paths=True)
     ('m.0104lr/google_15.jpg', 'nuscenes/a b.jpg')

@@ -70,7 +70,8 @@ class _TextWindow:
                 if cut and len(self.text) - self.position <= _MAX_RECORD_CHARS and self.read_more():
                     continue
                 raise InvalidInputError(
-                    f"{self.location(fault.pos)}: not JSON ({fault.msg}). The file may be cut short."
+                    f"{self.location(fault.pos)}: not JSON ({fault.msg}). The file may be cut "
+                    "short."
                 ) from fault
             except RecursionError as fault:
                 raise InvalidInputError(

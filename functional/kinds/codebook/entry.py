@@ -53,7 +53,8 @@ class Codebook(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag
             yield f"{self.name}: there must be at least 1 key, are {self.num_keys}"
         if len(self.edit_slots) != len(header.edits):
             yield (
-                f"{self.name}: edit_slots must name a key for each of the {len(header.edits)} edits, "
+                f"{self.name}: edit_slots must name a key for each of the {len(header.edits)} "
+                "edits, "
                 f"names {len(self.edit_slots)}"
             )
         elif any(not -1 <= key < self.num_keys for key in self.edit_slots):

@@ -12,7 +12,7 @@ from errata.functional.header import FLOAT_DTYPES, Entry, TensorSpec, invalid_na
 if TYPE_CHECKING:
     from errata.functional.header import Header  # noqa: TID252
 
-__all__ = ["RoutingInput", "Experts"]
+__all__ = ["Experts", "RoutingInput"]
 
 RoutingInput = Literal["query", "query_and_vision"]
 """By which features chosen experts are weighed: the query's, or the query's and the vision's."""

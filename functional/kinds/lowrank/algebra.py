@@ -48,7 +48,8 @@ def _select(part: EntryTensors, edits: Sequence[int]) -> EntryTensors | None:
     if not edit_ranks:
         raise UnsupportedKindError(
             f"{part.entry.name}: an edit can be taken out only where it has rows of its own, and "
-            f"all {part.entry.rank} rows are shared by {part.num_edits} edits: undo the whole delta."
+            f"all {part.entry.rank} rows are shared by {part.num_edits} edits: undo the whole "
+            "delta."
         )
     ends = [sum(edit_ranks[: k + 1]) for k in range(len(edit_ranks))]
     index = [row for k in edits for row in range(ends[k] - edit_ranks[k], ends[k])]

@@ -12,7 +12,7 @@ from errata.functional.header import FLOAT_DTYPES, Entry, TensorSpec, invalid_na
 if TYPE_CHECKING:
     from errata.functional.header import Header  # noqa: TID252
 
-__all__ = ["Activation", "Masked", "GateStatistic"]
+__all__ = ["Activation", "GateStatistic", "Masked"]
 
 Activation = Literal[
     "identity", "silu", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu"

@@ -66,7 +66,8 @@ class FactMemory:
         )
         if entry.image_key_size and entry.image_key_size != model.card.hidden_size:
             raise DeltaFileError(
-                f"{entry.name}: keys of pictures must be as wide as the model, {model.card.hidden_size}; "
+                f"{entry.name}: keys of pictures must be as wide as the model, "
+                f"{model.card.hidden_size}; "
                 f"are {entry.image_key_size}."
             )
         device = self.question_keys.device
@@ -186,7 +187,8 @@ class FactMemory:
         ]
         if text.count(IMAGE_PLACEHOLDER) != len(images):
             raise DeltaFileError(
-                f"{self.entry.name}: fact {fact} must have a picture for each {IMAGE_PLACEHOLDER}, has "
+                f"{self.entry.name}: fact {fact} must have a picture for each "
+                f"{IMAGE_PLACEHOLDER}, has "
                 f"{len(images)}."
             )
         return _Segment(text, tuple(images))

@@ -40,7 +40,7 @@ from errata.functional.kinds.scope.network import (
 from errata.functional.types import IGNORE_INDEX, Batch, Hooks, KVCache, Model, Params
 from errata.kernels import codebook as kernel
 
-__all__ = ["mix_logits", "logits_from_states", "apply_scope"]
+__all__ = ["apply_scope", "logits_from_states", "mix_logits"]
 
 
 class _BoundScope(NamedTuple):
@@ -75,7 +75,8 @@ def apply_scope(model: Model, header: Header, entry: Scope, tensors: Mapping[str
     """
     if entry.sizes.hidden_size != model.card.hidden_size:
         raise ShapeError(
-            f"{entry.name}: the network must read rows as wide as the model's, {model.card.hidden_size}; "
+            f"{entry.name}: the network must read rows as wide as the model's, "
+            f"{model.card.hidden_size}; "
             f"its own are {entry.sizes.hidden_size}."
         )
     by_part = {name.removeprefix(f"{entry.name}."): t.float() for name, t in tensors.items()}

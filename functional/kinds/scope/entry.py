@@ -13,7 +13,7 @@ from errata.functional.header import FLOAT_DTYPES, ActsOn, Entry, TensorSpec, in
 if TYPE_CHECKING:
     from errata.functional.header import Header  # noqa: TID252
 
-__all__ = ["Gate", "Scope", "NetworkSizes"]
+__all__ = ["Gate", "NetworkSizes", "Scope"]
 
 Gate = Literal["soft", "hard"]
 """How two answers become one: mixed by the similarity, or one of them by a threshold."""
@@ -123,14 +123,16 @@ class Scope(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="s
             yield f"{self.name}: the shape must be of positive sizes, is {list(self.shape)[:4]}"
         if min(self.num_slots, self.max_answer_tokens, self.max_prompt_tokens) < 1:
             yield (
-                f"{self.name}: num_slots, max_answer_tokens and max_prompt_tokens must be at least 1, are {self.num_slots}, "
+                f"{self.name}: num_slots, max_answer_tokens and max_prompt_tokens must be at "
+                f"least 1, are {self.num_slots}, "
                 f"{self.max_answer_tokens}, {self.max_prompt_tokens}"
             )
         if not (math.isfinite(self.threshold) and 0 <= self.threshold <= 1):
             yield f"{self.name}: the threshold must lie from 0 to 1, is {self.threshold}"
         if len(self.edit_slots) != len(header.edits):
             yield (
-                f"{self.name}: edit_slots must name a slot for each of the {len(header.edits)} edits, "
+                f"{self.name}: edit_slots must name a slot for each of the {len(header.edits)} "
+                "edits, "
                 f"names {len(self.edit_slots)}"
             )
         elif any(not -1 <= slot < self.num_slots for slot in self.edit_slots):

@@ -26,18 +26,18 @@ from errata.functional.kinds.scope.entry import NetworkSizes
 
 __all__ = [
     "EditMemory",
-    "ScopeNetwork",
     "NetworkInputs",
+    "ScopeNetwork",
     "TransformerStack",
-    "read_answer",
     "classify_scope",
-    "init_network",
+    "counterfactual_states",
     "encode_edit",
-    "network_state_dict",
+    "init_network",
     "load_network",
     "network_inputs",
-    "counterfactual_states",
+    "network_state_dict",
     "project_down",
+    "read_answer",
 ]
 
 _MASKED_SCORE = -1e9  # a score that no softmax sees

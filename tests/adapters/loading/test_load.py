@@ -315,7 +315,8 @@ def test_functions_stay_functions_after_their_modules_are_imported():
     script = (
         "import errata.adapters.loading.load, errata.adapters.zoo.tiny, errata.adapters.zoo.micro\n"
         "from errata import adapters\n"
-        "assert all(callable(f) for f in (adapters.from_pretrained, adapters.tiny_model, adapters.load_micro))"
+        "assert all(callable(f) for f in (adapters.from_pretrained, adapters.tiny_model, "
+        "adapters.load_micro))"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 

@@ -199,7 +199,8 @@ def test_sigkill_loses_nothing(tmp_path):
         "import sys, torch; torch.set_num_threads(1)\n"
         f"sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
         "from test_fit import *\n"
-        "config = msgspec.structs.replace(SHORT, num_steps=400, eval_every=50, early_stopping_patience=99)\n"
+        "config = msgspec.structs.replace(SHORT, num_steps=400, eval_every=50, "
+        "early_stopping_patience=99)\n"
         f"train(tiny(), mend_trainable(MEND), cases(), config, checkpoint_dir={str(folder)!r})\n"
     )
     child = subprocess.Popen([sys.executable, "-c", script])

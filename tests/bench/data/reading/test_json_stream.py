@@ -126,8 +126,10 @@ def test_fifty_thousand_records_stay_in_little_memory(tmp_path):
         file.write("]")
     program = (
         "import re, sys\n"
-        "from errata.bench.data.reading.benchmark import ReadOptions; from errata.bench.data.benchmarks.table import open_cases\n"
-        "count = sum(1 for _ in open_cases(sys.argv[1], ReadOptions(missing_images='placeholder')))\n"
+        "from errata.bench.data.reading.benchmark import ReadOptions; from "
+        "errata.bench.data.benchmarks.table import open_cases\n"
+        "count = sum(1 for _ in open_cases(sys.argv[1], "
+        "ReadOptions(missing_images='placeholder')))\n"
         "peak = re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1]\n"
         "print(count, peak, 'torch' in sys.modules)"
     )
