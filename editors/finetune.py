@@ -46,18 +46,52 @@ class FinetuneConfig(
 ):
     """Settings of FT: by default the last feed-forward's output map, as LiveEdit's baseline."""
 
-    sites: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)] = ("layers.-1.mlp.down",)
-    all_parameters: bool = (
-        False  # every parameter below a site, not only the weights of linear maps
-    )
-    objective: Objective = "target_tokens"  # "target_tokens" is FT-M, "last_prompt_token" is FT-L
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    lr: Annotated[float, msgspec.Meta(gt=0)] = 1e-3
-    weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    num_steps: Annotated[int, msgspec.Meta(ge=1)] = 25
-    stop_loss: Annotated[float, msgspec.Meta(ge=0)] = 1e-2  # an edit stops below it; 0: never
-    norm_constraint: Annotated[float, msgspec.Meta(gt=0)] | None = None  # bound on |d|, per element
-    append_eos: bool = True  # teach the end of the answer too, so that free generation stops there
+    sites: Annotated[
+        tuple[str, ...],
+        msgspec.Meta(
+            min_length=1,
+            description="Sites whose linear maps are trained, e.g. layers.-1.mlp.down, "
+            "projector or vision.",
+        ),
+    ] = ("layers.-1.mlp.down",)
+    all_parameters: Annotated[
+        bool,
+        msgspec.Meta(
+            description="Whether every parameter below a site is trained, not only weights of "
+            "linear maps."
+        ),
+    ] = False
+    objective: Annotated[
+        Objective,
+        msgspec.Meta(
+            description='Scored tokens: "target_tokens" (FT-M) or "last_prompt_token" (FT-L).'
+        ),
+    ] = "target_tokens"
+    optimizer: Annotated[
+        Literal["adamw", "adam", "sgd"], msgspec.Meta(description="Optimizer.")
+    ] = "adamw"
+    lr: Annotated[float, msgspec.Meta(gt=0, description="Learning rate.")] = 1e-3
+    weight_decay: Annotated[
+        float, msgspec.Meta(ge=0, description="Weight decay, decoupled for adamw.")
+    ] = 0.0
+    num_steps: Annotated[int, msgspec.Meta(ge=1, description="Optimization steps, at most.")] = 25
+    stop_loss: Annotated[
+        float,
+        msgspec.Meta(
+            ge=0, description="Loss in nats per token below which an edit stops. 0: never."
+        ),
+    ] = 1e-2
+    norm_constraint: Annotated[
+        Annotated[float, msgspec.Meta(gt=0)] | None,
+        msgspec.Meta(description="Bound on the absolute change of each element. None: no bound."),
+    ] = None
+    append_eos: Annotated[
+        bool,
+        msgspec.Meta(
+            description="Whether the token that ends an answer is taught too, so that free "
+            "generation stops there."
+        ),
+    ] = True
 
 
 def finetune_editor(config: FinetuneConfig = FinetuneConfig()) -> Editor:

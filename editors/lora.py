@@ -40,19 +40,46 @@ __all__ = ["PRESETS", "LoraConfig", "lora_editor"]
 class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="lora"):
     """Settings of LoRA; the defaults adapt q and v of every decoder layer."""
 
-    target_modules: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)] = (
+    target_modules: Annotated[
+        tuple[str, ...],
+        msgspec.Meta(
+            min_length=1, description="Sites of the adapted linear maps; * matches every layer."
+        ),
+    ] = (
         "layers.*.attn.q",
         "layers.*.attn.v",
     )
-    rank: Annotated[int, msgspec.Meta(ge=1)] = 8
-    alpha: Annotated[float, msgspec.Meta(gt=0)] = 16.0
-    optimizer: Literal["adamw", "adam", "sgd"] = "adam"
-    lr: Annotated[float, msgspec.Meta(gt=0)] = 5e-3
-    lr_decay: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0  # learning rate factor per step
-    weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    num_steps: Annotated[int, msgspec.Meta(ge=1)] = 15
-    stop_loss: Annotated[float, msgspec.Meta(ge=0)] = 1e-2  # an edit stops below it; 0: never
-    append_eos: bool = True  # teach the end of the answer too, so that free generation stops there
+    rank: Annotated[int, msgspec.Meta(ge=1, description="Rank of each adapter.")] = 8
+    alpha: Annotated[
+        float,
+        msgspec.Meta(
+            gt=0, description="Scale of an adapter: its output is multiplied by alpha / rank."
+        ),
+    ] = 16.0
+    optimizer: Annotated[
+        Literal["adamw", "adam", "sgd"], msgspec.Meta(description="Optimizer.")
+    ] = "adam"
+    lr: Annotated[float, msgspec.Meta(gt=0, description="Learning rate.")] = 5e-3
+    lr_decay: Annotated[
+        float, msgspec.Meta(gt=0, le=1, description="Factor of the learning rate per step.")
+    ] = 1.0
+    weight_decay: Annotated[
+        float, msgspec.Meta(ge=0, description="Weight decay, decoupled for adamw.")
+    ] = 0.0
+    num_steps: Annotated[int, msgspec.Meta(ge=1, description="Optimization steps, at most.")] = 15
+    stop_loss: Annotated[
+        float,
+        msgspec.Meta(
+            ge=0, description="Loss in nats per token below which an edit stops. 0: never."
+        ),
+    ] = 1e-2
+    append_eos: Annotated[
+        bool,
+        msgspec.Meta(
+            description="Whether the token that ends an answer is taught too, so that free "
+            "generation stops there."
+        ),
+    ] = True
 
 
 def lora_editor(config: LoraConfig = LoraConfig()) -> Editor:

@@ -30,7 +30,6 @@ __all__ = [
     "Image",
     "Inputs",
     "KVCache",
-    "Learner",
     "Model",
     "Params",
     "Query",
@@ -172,10 +171,3 @@ class Editor(NamedTuple):
     init: Callable[[Model, torch.Generator], State]
     edit: Callable[[Model, State, Sequence[Query]], tuple[Delta, State]]
     edit_each: Callable[[Model, State, Sequence[Query]], Delta]
-
-
-class Learner(NamedTuple):
-    """A method that is trained before it edits: its editor, and the loss of one lesson."""
-
-    editor: Editor
-    loss: Callable[[Model, State, Any], tuple[Tensor, Mapping[str, Tensor]]]

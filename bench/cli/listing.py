@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from typing import Any
 
 from errata.bench.cli.options import _format_file_size
 from errata.functional.errors import InvalidSettingsError
@@ -34,7 +36,47 @@ def _editors(options: argparse.Namespace) -> None:
         if options.name not in (None, name):
             continue
         print(f"{name}: {method.summary}")
-        plain = msgspec.to_builtins(method.config())
-        for key in method.config.__struct_fields__:
-            print(f"  {key} = {msgspec.json.encode(plain[key]).decode()}")
+        defaults = msgspec.to_builtins(method.config())
+        for field in msgspec.structs.fields(method.config):
+            print(f"  {field.name} = {msgspec.json.encode(defaults[field.name]).decode()}")
+            if options.name:  # the long form
+                info = msgspec.inspect.type_info(field.type)
+                print(f"      {_describe_type(info)}. {_description(field.type)}")
         print(f"  presets: {', '.join(method.presets) or 'none'}\n")
+
+
+def _description(annotation: Any) -> str:
+    """Return the description that a setting's `Meta` holds."""
+    metadata = getattr(annotation, "__metadata__", ())
+    return next((meta.description for meta in metadata if meta.description), "")
+
+
+def _describe_type(info: Any) -> str:
+    """Describe a setting's type and bounds in words, e.g. `float > 0`."""
+    from msgspec import inspect
+
+    match info:
+        case inspect.Metadata():
+            return _describe_type(info.type)
+        case inspect.UnionType():
+            return " or ".join(_describe_type(part) for part in info.types)
+        case inspect.LiteralType():
+            return "one of " + ", ".join(json.dumps(value) for value in info.values)
+        case inspect.NoneType():
+            return "null"
+        case inspect.CollectionType() | inspect.VarTupleType():
+            return f"list of {_describe_type(info.item_type)}"
+        case inspect.TupleType():
+            return f"list of {len(info.item_types)} {_describe_type(info.item_types[0])}"
+        case inspect.DictType():
+            return f"table of {_describe_type(info.value_type)}"
+    name = type(info).__name__.removesuffix("Type").lower()
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    bounds = [
+        f"{sign} {getattr(info, key)}"
+        for key, sign in signs.items()
+        if getattr(info, key, None) is not None
+    ]
+    return " ".join(
+        [{"str": "text", "bool": "true or false"}.get(name, name), ", ".join(bounds)]
+    ).strip()

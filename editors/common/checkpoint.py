@@ -32,6 +32,8 @@ __all__ = [
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 _METADATA_KEY = "errata.weights"
+_OLD_METADATA_KEY = "errata.state"
+_FORMAT = 2
 
 
 def shipped_weights(editor: str, model: Model) -> Path:
@@ -75,9 +77,8 @@ def save_checkpoint(
         .clone()
         for name, tensor in named_tensors(tree).items()
     }
-    data = save(
-        tensors, {_METADATA_KEY: msgspec.json.encode(dict(compatibility), order="sorted").decode()}
-    )
+    about = {**compatibility, "format": _FORMAT}
+    data = save(tensors, {_METADATA_KEY: msgspec.json.encode(about, order="sorted").decode()})
     with atomic_write(path) as file:
         file.write(data)
 
@@ -94,6 +95,9 @@ def load_checkpoint(path: str | Path, like: Any, compatibility: Mapping[str, Any
     if file_compatibility is None:
         faults.append(f"it has no {_METADATA_KEY} line")
     else:
+        number = file_compatibility.get("format")
+        if number != _FORMAT:
+            faults.append(f"its format is {number!r}, must be {_FORMAT}")
         faults += [
             f"{key} is {file_compatibility.get(key)!r}, must be {value!r}"
             for key, value in required.items()
@@ -123,7 +127,13 @@ def open_checkpoint(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, 
     """What a file says about itself, and its tensors by name. Raises BadInput where it can not."""
     try:
         with safe_open(path, "pt") as file:
-            metadata = msgspec.json.decode((file.metadata() or {}).get(_METADATA_KEY, "null"))
+            stored = file.metadata() or {}
+            if _OLD_METADATA_KEY in stored:
+                raise InvalidInputError(
+                    f"{path} was made by errata before 0.1, whose names of weights differ; train it "
+                    "again."
+                )
+            metadata = msgspec.json.decode(stored.get(_METADATA_KEY, "null"))
             # cloned: memory of one's own, aligned as if it had just been computed
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, msgspec.DecodeError) as fault:

@@ -16,15 +16,51 @@ class GraceConfig(
 ):
     """Settings of GRACE; the default layer fits any decoder."""
 
-    site: str = "mlp.down"  # a linear map of a layer
-    layer: Annotated[float, msgspec.Meta(ge=0, lt=1)] | int = 2 / 3  # number, or share of the depth
-    replacement: Replacement = "last"  # the tokens that a value replaces
-    radius: Annotated[float, msgspec.Meta(gt=0)] = 1.0
-    value_init: Literal["cold", "warm"] = "cold"  # values from U[0, 1), or from the map's output
-    lr: Annotated[float, msgspec.Meta(gt=0)] = 5.0
-    num_steps: Annotated[int, msgspec.Meta(ge=1)] = 200
-    stop_loss: Annotated[float, msgspec.Meta(ge=0)] = 1e-2  # an edit stops below it; 0: never
-    append_eos: bool = True  # teach the end of the answer too, so that free generation stops there
+    site: Annotated[
+        str, msgspec.Meta(description="A linear map of the layer, by its site name.")
+    ] = "mlp.down"
+    layer: Annotated[
+        Annotated[float, msgspec.Meta(ge=0, lt=1)] | int,
+        msgspec.Meta(
+            description="Decoder layer: a number (negative from the end), or a fraction of the "
+            "depth."
+        ),
+    ] = 2 / 3
+    replacement: Annotated[
+        Replacement,
+        msgspec.Meta(
+            description='Tokens whose output a value replaces: "last" of the prompt, all of '
+            'the "prompt", or "all".'
+        ),
+    ] = "last"
+    radius: Annotated[
+        float,
+        msgspec.Meta(
+            gt=0,
+            description="Radius of a new key, in units of the map's input (Euclidean distance).",
+        ),
+    ] = 1.0
+    value_init: Annotated[
+        Literal["cold", "warm"],
+        msgspec.Meta(
+            description='Start of a value: "cold" from U[0, 1), "warm" from the map\'s own output.'
+        ),
+    ] = "cold"
+    lr: Annotated[float, msgspec.Meta(gt=0, description="Learning rate.")] = 5.0
+    num_steps: Annotated[int, msgspec.Meta(ge=1, description="Optimization steps, at most.")] = 200
+    stop_loss: Annotated[
+        float,
+        msgspec.Meta(
+            ge=0, description="Loss in nats per token below which an edit stops. 0: never."
+        ),
+    ] = 1e-2
+    append_eos: Annotated[
+        bool,
+        msgspec.Meta(
+            description="Whether the token that ends an answer is taught too, so that free "
+            "generation stops there."
+        ),
+    ] = True
 
 
 PRESETS: dict[str, GraceConfig] = {

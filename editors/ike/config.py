@@ -26,29 +26,83 @@ class IkeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     is "{prompt} {target}".
     """
 
-    fact_template: str = "New Fact: {prompt} {target}\n"
-    question_template: str = "Prompt: {question}"
-    demonstration_template: str = "New Fact: {prompt} {target}\nPrompt: {question} {answer}\n\n"
-    statement_forms: tuple[tuple[str, str], ...] = ()
-    num_demonstrations: Count = 0  # demonstrations before the fact
-    demonstration_source: str = ""  # the training cases they are made of: "world", or a file
-    num_source_cases: Count = 0  # how many of these cases; 0: all
-    copy_update_retain: tuple[Count, Count, Count] = (
+    fact_template: Annotated[
+        str, Meta(description="Text of a fact; may hold {prompt}, {target} and {statement}.")
+    ] = "New Fact: {prompt} {target}\n"
+    question_template: Annotated[
+        str, Meta(description="Text of the question; must hold {question}.")
+    ] = "Prompt: {question}"
+    demonstration_template: Annotated[
+        str,
+        Meta(
+            description="Text of a demonstration; may hold {prompt}, {target}, {statement}, "
+            "{question} and {answer}."
+        ),
+    ] = "New Fact: {prompt} {target}\nPrompt: {question} {answer}\n\n"
+    statement_forms: Annotated[
+        tuple[tuple[str, str], ...],
+        Meta(
+            description='Pairs of a prompt form and the statement it becomes, e.g. ("where '
+            'does {s} live?", "{s} lives in {target}.").'
+        ),
+    ] = ()
+    num_demonstrations: Annotated[Count, Meta(description="Demonstrations before the fact.")] = 0
+    demonstration_source: Annotated[
+        str,
+        Meta(
+            description='Training cases that demonstrations are drawn from: "world", or an '
+            "annotation file."
+        ),
+    ] = ""
+    num_source_cases: Annotated[
+        Count, Meta(description="Cases of the source that are used. 0: all.")
+    ] = 0
+    copy_update_retain: Annotated[
+        tuple[Count, Count, Count],
+        Meta(description="Copy, update and retain demonstrations made of each case, at most."),
+    ] = (
         1,
         1,
         1,
-    )  # copy, update, retain of each, at most
-    demonstration_key: DemonstrationKey = "question"
-    demonstration_order: DemonstrationOrder = "nearest-last"
-    encoder: str = "hashed"  # of questions: `functional/encoders.py`
-    match_images: bool = True  # find by pictures too
-    min_similarity: Cosine = (
-        -1.0
-    )  # similarity of questions below which a fact is not put in; -1: always
-    min_image_similarity: Cosine = -1.0  # the same of pictures
-    max_facts: Annotated[int, Meta(ge=1)] = 1  # facts before a question
-    include_images: bool = False  # facts and demonstrations show their pictures
-    reserved_tokens: Count = 32  # tokens of the context that demonstrations leave for the answer
+    )
+    demonstration_key: Annotated[
+        DemonstrationKey,
+        Meta(
+            description='Embedding that demonstrations are retrieved by: of the "question" or '
+            'of the "fact".'
+        ),
+    ] = "question"
+    demonstration_order: Annotated[
+        DemonstrationOrder, Meta(description="Order of the retrieved demonstrations in the prompt.")
+    ] = "nearest-last"
+    encoder: Annotated[
+        str,
+        Meta(description='Text encoder of retrieval keys: "hashed", "base", or "sentence:NAME".'),
+    ] = "hashed"
+    match_images: Annotated[
+        bool, Meta(description="Whether facts are retrieved by image similarity too.")
+    ] = True
+    min_similarity: Annotated[
+        Cosine,
+        Meta(
+            description="Cosine similarity of questions below which a fact is left out. -1: never."
+        ),
+    ] = -1.0
+    min_image_similarity: Annotated[
+        Cosine,
+        Meta(description="Cosine similarity of images below which a fact is left out. -1: never."),
+    ] = -1.0
+    max_facts: Annotated[
+        int, Meta(ge=1, description="Facts placed before a question, at most.")
+    ] = 1
+    include_images: Annotated[
+        bool,
+        Meta(description="Whether facts and demonstrations bring their images into the prompt."),
+    ] = False
+    reserved_tokens: Annotated[
+        Count,
+        Meta(description="Tokens of the context that demonstrations leave free for the answer."),
+    ] = 32
 
 
 def _strip_path(text: str) -> str:

@@ -16,29 +16,81 @@ class LiveEditConfig(
 ):
     """Settings of LiveEdit; the default layer fits any decoder."""
 
-    layer: Annotated[float, msgspec.Meta(ge=0, lt=1)] | int = 2 / 3  # number, or share of the depth
-    feature_dim: Annotated[int, msgspec.Meta(ge=1)] = 1024  # of a slot
-    num_query_tokens: Annotated[int, msgspec.Meta(ge=1)] = 4
-    num_heads: Annotated[int, msgspec.Meta(ge=1)] = 8
-    rank: Annotated[int, msgspec.Meta(ge=1)] = 4
-    expert_scale: float = 0.2  # experts start this strong: 1 / `lora_scale` of the original
-    num_answer_positions: Annotated[int, msgspec.Meta(ge=0)] = (
-        0  # of answer tokens that makers tell apart
+    layer: Annotated[
+        Annotated[float, msgspec.Meta(ge=0, lt=1)] | int,
+        msgspec.Meta(
+            description="Decoder layer: a number (negative from the end), or a fraction of the "
+            "depth."
+        ),
+    ] = 2 / 3
+    feature_dim: Annotated[int, msgspec.Meta(ge=1, description="Width of a routing feature.")] = (
+        1024
     )
-    num_sentinel_tokens: Annotated[int, msgspec.Meta(ge=1)] = 32  # tokens of the sentinel picture
-    num_text_sentinel_tokens: Annotated[int, msgspec.Meta(ge=1)] = (
-        8  # and of its stand-in without a picture
-    )
-    min_self_margin: Annotated[float, msgspec.Meta(ge=0)] = (
-        0.0  # how far an edit's own question passes; 0: as is
-    )
-    routing_input: RoutingInput = (
-        "query"  # what chosen experts are weighed by; "query" is the published
-    )
-    margin: float = 1.0  # in training: how far experts are kept from the sentinel
-    top_k: Annotated[int, msgspec.Meta(ge=0)] = 0  # experts of one row, the heaviest; 0: all chosen
-    append_eos: bool = True  # teach the end of the answer too, so that free generation stops there
-    weights: str = ""  # "shipped", or a file that `statefile.keep` wrote; "": untrained
+    num_query_tokens: Annotated[
+        int, msgspec.Meta(ge=1, description="Learned query tokens of each feature network.")
+    ] = 4
+    num_heads: Annotated[
+        int, msgspec.Meta(ge=1, description="Attention heads of the feature networks.")
+    ] = 8
+    rank: Annotated[int, msgspec.Meta(ge=1, description="Rank of an expert.")] = 4
+    expert_scale: Annotated[
+        float,
+        msgspec.Meta(
+            description="Scale of a new expert's output: 1 / `lora_scale` of the original."
+        ),
+    ] = 0.2
+    num_answer_positions: Annotated[
+        int,
+        msgspec.Meta(
+            ge=0, description="Answer positions that the generator distinguishes. 0: none."
+        ),
+    ] = 0
+    num_sentinel_tokens: Annotated[
+        int,
+        msgspec.Meta(ge=1, description="Tokens of the sentinel image, which no edit should match."),
+    ] = 32
+    num_text_sentinel_tokens: Annotated[
+        int, msgspec.Meta(ge=1, description="Tokens of the sentinel for rows without an image.")
+    ] = 8
+    min_self_margin: Annotated[
+        float,
+        msgspec.Meta(
+            ge=0,
+            description="Margin by which an edit's own question must pass the gate; the key is "
+            "scaled to it. 0: keys as generated.",
+        ),
+    ] = 0.0
+    routing_input: Annotated[
+        RoutingInput,
+        msgspec.Meta(
+            description='Features that weigh the chosen experts: "query" as published, or '
+            '"query_and_vision".'
+        ),
+    ] = "query"
+    margin: Annotated[
+        float,
+        msgspec.Meta(description="Margin between experts and the sentinel in the training loss."),
+    ] = 1.0
+    top_k: Annotated[
+        int,
+        msgspec.Meta(
+            ge=0, description="Experts of one row, at most, by weight. 0: all that pass the gate."
+        ),
+    ] = 0
+    append_eos: Annotated[
+        bool,
+        msgspec.Meta(
+            description="Whether the token that ends an answer is taught too, so that free "
+            "generation stops there."
+        ),
+    ] = True
+    weights: Annotated[
+        str,
+        msgspec.Meta(
+            description='Trained weights: "shipped", or a file that `errata train` wrote. "": '
+            "untrained."
+        ),
+    ] = ""
 
 
 PRESETS: dict[str, LiveEditConfig] = {

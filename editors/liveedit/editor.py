@@ -64,16 +64,13 @@ from errata.functional.errors import InvalidSettingsError
 from errata.functional.forward import prefix
 from errata.functional.forward.activations import record_activations
 from errata.functional.kinds.schema import Experts
-from errata.functional.types import Learner
 
 __all__ = [
     "EditSite",
-    "compatibility",
     "generate_experts",
     "liveedit_editor",
     "liveedit_trainable",
     "resolve_edit_site",
-    "trained_weights",
 ]
 
 
@@ -108,7 +105,7 @@ def liveedit_editor(config: LiveEditConfig = LiveEditConfig()) -> Editor:
             return state
         is_shipped = config.weights == "shipped"
         path = checkpoint.shipped_weights("liveedit", model) if is_shipped else config.weights
-        networks = checkpoint.load_checkpoint(path, state.networks, compatibility(model, config))
+        networks = checkpoint.load_checkpoint(path, state.networks, _compatibility(model, config))
         return state._replace(networks=networks)
 
     def edit(
@@ -161,11 +158,14 @@ def liveedit_trainable(config: LiveEditConfig = LiveEditConfig()) -> TrainableEd
         return [path for path in model.card.linear_shapes if path.startswith(next_layer)]
 
     return TrainableEditor(
-        learner=Learner(liveedit_editor(config), loss),
+        editor=liveedit_editor(config),
+        loss=loss,
         sites=sites,
         parameters=lambda state: state.networks,
         with_parameters=lambda state, networks: state._replace(networks=networks),
         prepare=lambda model, state, training_batch, is_training: (state, training_batch),
+        weights=lambda state: state.networks,
+        compatibility=lambda model: _compatibility(model, config),
         append_eos=config.append_eos,
     )
 
@@ -213,7 +213,7 @@ def generate_experts(
         )
 
 
-def compatibility(model: Model, config: LiveEditConfig) -> dict[str, Any]:
+def _compatibility(model: Model, config: LiveEditConfig) -> dict[str, Any]:
     """What a trained state fits: the architecture of the networks, and the layer."""
     site = resolve_edit_site(model, config)
     base = base_identity(model, [site.weight])
@@ -236,11 +236,6 @@ def compatibility(model: Model, config: LiveEditConfig) -> dict[str, Any]:
         "family": base.family,
         "parameter_hashes": base.parameter_hashes,
     }
-
-
-def trained_weights(state: LiveEditState) -> LiveEditNetworks:
-    """What a file of a trained state holds."""
-    return state.networks
 
 
 def _init_state(model: Model, config: LiveEditConfig, generator: torch.Generator) -> LiveEditState:

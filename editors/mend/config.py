@@ -15,17 +15,46 @@ __all__ = ["PRESETS", "TRAINING", "MendConfig"]
 class MendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="mend"):
     """Settings of MEND; `edit_lr` is where alpha starts: below zero an untrained MEND descends."""
 
-    sites: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)] = (
+    sites: Annotated[
+        tuple[str, ...],
+        msgspec.Meta(min_length=1, description="Sites whose linear maps are edited."),
+    ] = (
         "layers.-3.mlp",
         "layers.-2.mlp",
         "layers.-1.mlp",
     )
-    rank: Annotated[int, msgspec.Meta(ge=1)] = 1920
-    num_hidden_layers: Annotated[int, msgspec.Meta(ge=0)] = 1
-    combine: bool = True  # u and delta go through one network
-    edit_lr: float = 1e-4
-    append_eos: bool = False  # the token that ends an answer is learned with it
-    weights: str = ""  # "shipped", or a file that `statefile.keep` wrote; "": untrained
+    rank: Annotated[
+        int, msgspec.Meta(ge=1, description="Rank of the network's low-rank layers.")
+    ] = 1920
+    num_hidden_layers: Annotated[
+        int, msgspec.Meta(ge=0, description="Hidden layers of the network.")
+    ] = 1
+    combine: Annotated[
+        bool,
+        msgspec.Meta(
+            description="Whether inputs and output gradients pass through one network together."
+        ),
+    ] = True
+    edit_lr: Annotated[
+        float,
+        msgspec.Meta(
+            description="Initial learned step size of each map. Below zero an untrained MEND "
+            "descends."
+        ),
+    ] = 1e-4
+    append_eos: Annotated[
+        bool,
+        msgspec.Meta(
+            description="Whether the token that ends an answer is part of the edit's loss."
+        ),
+    ] = False
+    weights: Annotated[
+        str,
+        msgspec.Meta(
+            description='Trained weights: "shipped", or a file that `errata train` wrote. "": '
+            "untrained."
+        ),
+    ] = ""
 
 
 def _mlp_sites(*numbers: int, parts: Sequence[str] = ("up", "down")) -> tuple[str, ...]:

@@ -56,15 +56,12 @@ from errata.functional.forward import prefix
 from errata.functional.gradients.factors import gradient_factors
 from errata.functional.gradients.losses import nll
 from errata.functional.kinds.schema import LowRank
-from errata.functional.types import Learner
 
 __all__ = [
     "MendState",
     "MendWeights",
-    "compatibility",
     "mend_editor",
     "mend_trainable",
-    "trained_weights",
 ]
 
 
@@ -110,7 +107,7 @@ def mend_editor(config: MendConfig = MendConfig()) -> Editor:
         is_shipped = config.weights == "shipped"
         path = checkpoint.shipped_weights("mend", model) if is_shipped else config.weights
         loaded = checkpoint.load_checkpoint(
-            path, trained_weights(state), compatibility(model, config)
+            path, _trained_weights(state), _compatibility(model, config)
         )
         weights = MendWeights(loaded["networks"], loaded["edit_lrs"])
         return state._replace(weights=weights, statistics=loaded["statistics"])
@@ -166,16 +163,19 @@ def mend_trainable(config: MendConfig = MendConfig()) -> TrainableEditor:
         return batch_loss(bind(model, Delta(header, tensors), check=False), training_batch)
 
     return TrainableEditor(
-        learner=Learner(editor, loss),
+        editor=editor,
+        loss=loss,
         sites=lambda model: model.card.match_linears(config.sites),
         parameters=lambda state: state.weights,
         with_parameters=lambda state, weights: state._replace(weights=weights),
         prepare=prepare,
+        weights=_trained_weights,
+        compatibility=lambda model: _compatibility(model, config),
         append_eos=config.append_eos,
     )
 
 
-def compatibility(model: Model, config: MendConfig) -> dict[str, Any]:
+def _compatibility(model: Model, config: MendConfig) -> dict[str, Any]:
     """What a trained state fits: the architecture of the network, and the sites' own values."""
     names = [path + ".weight" for path in model.card.match_linears(config.sites)]
     base = base_identity(model, names)
@@ -191,7 +191,7 @@ def compatibility(model: Model, config: MendConfig) -> dict[str, Any]:
     }
 
 
-def trained_weights(state: MendState) -> dict[str, Any]:
+def _trained_weights(state: MendState) -> dict[str, Any]:
     """What a file of a trained state holds."""
     return {**state.weights._asdict(), "statistics": state.statistics}
 

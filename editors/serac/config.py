@@ -19,17 +19,55 @@ class SeracConfig(
 ):
     """Settings of SERAC; the sizes are those of the small network, for any base."""
 
-    gate: Gate = "hard"
-    threshold: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5  # of a hard gate
-    dim: _PositiveInt = 256
-    num_heads: _PositiveInt = 8
-    num_classifier_layers: _PositiveInt = 4  # layers
-    num_counterfactual_layers: _PositiveInt = 4  # layers
-    ffn_dim: _PositiveInt = 1024
-    key_dim: _PositiveInt = 128  # width of either half of what is compared
-    num_image_queries: _PositiveInt = 8  # rows that the pictures of a question are summed up in
-    append_eos: bool = True  # teach the end of the answer too, so that free generation stops there
-    weights: str = ""  # "shipped", or a file that `statefile.keep` wrote; "": untrained
+    gate: Annotated[
+        Gate,
+        msgspec.Meta(
+            description='"hard": in scope above the threshold. "soft": logits of base and '
+            "counterfactual model are mixed."
+        ),
+    ] = "hard"
+    threshold: Annotated[
+        float,
+        msgspec.Meta(
+            ge=0,
+            le=1,
+            description="Scope probability above which a hard gate answers from the memory.",
+        ),
+    ] = 0.5
+    dim: Annotated[_PositiveInt, msgspec.Meta(description="Width of the small network.")] = 256
+    num_heads: Annotated[
+        _PositiveInt, msgspec.Meta(description="Attention heads of the small network.")
+    ] = 8
+    num_classifier_layers: Annotated[
+        _PositiveInt, msgspec.Meta(description="Layers of the scope classifier.")
+    ] = 4
+    num_counterfactual_layers: Annotated[
+        _PositiveInt, msgspec.Meta(description="Layers of the counterfactual model.")
+    ] = 4
+    ffn_dim: Annotated[_PositiveInt, msgspec.Meta(description="Width of a feed-forward part.")] = (
+        1024
+    )
+    key_dim: Annotated[
+        _PositiveInt,
+        msgspec.Meta(description="Width of the text half and of the image half of a key."),
+    ] = 128
+    num_image_queries: Annotated[
+        _PositiveInt, msgspec.Meta(description="Rows that summarize the images of a question.")
+    ] = 8
+    append_eos: Annotated[
+        bool,
+        msgspec.Meta(
+            description="Whether the token that ends an answer is taught too, so that free "
+            "generation stops there."
+        ),
+    ] = True
+    weights: Annotated[
+        str,
+        msgspec.Meta(
+            description='Trained weights: "shipped", or a file that `errata train` wrote. "": '
+            "untrained."
+        ),
+    ] = ""
 
 
 PRESETS: dict[str, SeracConfig] = {

@@ -57,9 +57,7 @@ from errata.functional.kinds.scope.network import (
 __all__ = [
     "EditSlots",
     "SeracState",
-    "compatibility",
     "serac_editor",
-    "trained_weights",
     "unembedding_map",
 ]
 
@@ -107,7 +105,7 @@ def serac_editor(config: SeracConfig = SeracConfig()) -> Editor:
         if config.weights:
             is_shipped = config.weights == "shipped"
             path = checkpoint.shipped_weights("serac", model) if is_shipped else config.weights
-            network = checkpoint.load_checkpoint(path, network, compatibility(model, config))
+            network = checkpoint.load_checkpoint(path, network, _compatibility(model, config))
         shapes = (
             (2 * sizes.key_dim,),
             (0, sizes.dim),
@@ -188,7 +186,7 @@ def unembedding_map(model: Model) -> Tensor:
     return torch.linalg.inv(square / mean + 3 * torch.eye(hidden_size, device=embedding.device))
 
 
-def compatibility(model: Model, config: SeracConfig) -> dict[str, Any]:
+def _compatibility(model: Model, config: SeracConfig) -> dict[str, Any]:
     """What a trained state fits: the sizes of the network, and the base whose rows it reads."""
     base = base_identity(model, [_embedding_name(model)[0]])
     return {
@@ -200,7 +198,7 @@ def compatibility(model: Model, config: SeracConfig) -> dict[str, Any]:
     }
 
 
-def trained_weights(state: SeracState) -> ScopeNetwork:
+def _trained_weights(state: SeracState) -> ScopeNetwork:
     """What a file of a trained state holds: the weights, in half the bytes."""
     return pytree.tree_map(lambda weight: weight.half(), state.network)
 

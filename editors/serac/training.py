@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from errata.editors.serac.config import SeracConfig
-from errata.editors.serac.editor import SeracState, _answer_outputs, _embedding_name, serac_editor
+from errata.editors.serac.editor import (
+    SeracState,
+    _answer_outputs,
+    _compatibility,
+    _embedding_name,
+    _trained_weights,
+    serac_editor,
+)
 from errata.editors.training.batches import TrainingBatch
 from errata.editors.training.trainable import TrainableEditor
 from errata.functional import Model
@@ -24,7 +31,6 @@ from errata.functional.kinds.scope.network import (
     network_inputs,
     read_answer,
 )
-from errata.functional.types import Learner
 
 __all__ = ["scope_loss", "serac_trainable"]
 
@@ -91,11 +97,14 @@ def serac_trainable(config: SeracConfig = SeracConfig()) -> TrainableEditor:
         )
 
     return TrainableEditor(
-        learner=Learner(editor, loss),
+        editor=editor,
+        loss=loss,
         sites=lambda model: (_embedding_name(model)[0].rpartition(".")[0],),
         parameters=lambda state: state.network,
         with_parameters=lambda state, network: state._replace(network=network),
         prepare=prepare,
+        weights=_trained_weights,
+        compatibility=lambda model: _compatibility(model, config),
         append_eos=config.append_eos,
         edit_depth=prefix.EditDepth(),
     )

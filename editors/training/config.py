@@ -20,26 +20,50 @@ MEND_LOSS_WEIGHTS = {
 class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of a training; a `weights` of "edit" asks the edit's own question too."""
 
-    num_steps: Annotated[int, msgspec.Meta(ge=1)] = 1000
-    batch_size: Annotated[int, msgspec.Meta(ge=1)] = 8  # cases of a lesson
-    gradient_accumulation_steps: Annotated[int, msgspec.Meta(ge=1)] = 1  # lessons of a step
-    questions_per_probe: Annotated[int, msgspec.Meta(ge=1)] = (
-        1  # questions drawn of each probe of a case
-    )
-    lr: Annotated[float, msgspec.Meta(gt=0)] = 1e-4
-    lr_by_group: dict[str, float] = {}  # another rate for a field of what is trained
-    warmup_steps: Annotated[int, msgspec.Meta(ge=0)] = 0
-    linear_decay: bool = False  # linearly to zero at the last step
-    max_grad_norm: Annotated[float, msgspec.Meta(gt=0)] = 100.0
-    loss_weights: dict[str, float] = msgspec.field(default_factory=lambda: dict(MEND_LOSS_WEIGHTS))
-    num_validation_cases: Annotated[int, msgspec.Meta(ge=0)] = 16  # cases kept out, to validate on
-    eval_every: Annotated[int, msgspec.Meta(ge=1)] = 100
-    early_stopping_patience: Annotated[int, msgspec.Meta(ge=1)] = (
-        5  # validations without a better loss
-    )
-    save_every: Annotated[int, msgspec.Meta(ge=1)] = 100
-    seed: int = 0
-    prefix_cache_bytes: Annotated[int, msgspec.Meta(ge=0)] = 1 << 30  # bytes of prefixes in memory
-    prefix_disk_bytes: Annotated[int, msgspec.Meta(ge=0)] = (
-        0  # bytes of prefixes on disk, in the folder
-    )
+    num_steps: Annotated[int, msgspec.Meta(ge=1, description="Optimization steps, at most.")] = 1000
+    batch_size: Annotated[int, msgspec.Meta(ge=1, description="Cases per batch.")] = 8
+    gradient_accumulation_steps: Annotated[
+        int, msgspec.Meta(ge=1, description="Batches per step.")
+    ] = 1
+    questions_per_probe: Annotated[
+        int, msgspec.Meta(ge=1, description="Questions drawn from each probe of a case.")
+    ] = 1
+    lr: Annotated[float, msgspec.Meta(gt=0, description="Learning rate.")] = 1e-4
+    lr_by_group: Annotated[
+        dict[str, float],
+        msgspec.Meta(description="Learning rates of single fields of the trained parameters."),
+    ] = {}
+    warmup_steps: Annotated[int, msgspec.Meta(ge=0, description="Steps of linear warmup.")] = 0
+    linear_decay: Annotated[
+        bool, msgspec.Meta(description="Whether the rate decays linearly to zero at the last step.")
+    ] = False
+    max_grad_norm: Annotated[
+        float, msgspec.Meta(gt=0, description="Gradient norm to which larger gradients are scaled.")
+    ] = 100.0
+    loss_weights: Annotated[
+        dict[str, float],
+        msgspec.Meta(
+            description='Weight of each probe in the loss. "edit" is the edit\'s own question.'
+        ),
+    ] = msgspec.field(default_factory=lambda: dict(MEND_LOSS_WEIGHTS))
+    num_validation_cases: Annotated[
+        int, msgspec.Meta(ge=0, description="Cases held out for validation, the last ones.")
+    ] = 16
+    eval_every: Annotated[int, msgspec.Meta(ge=1, description="Steps between validations.")] = 100
+    early_stopping_patience: Annotated[
+        int,
+        msgspec.Meta(
+            ge=1, description="Validations without improvement after which training stops."
+        ),
+    ] = 5
+    save_every: Annotated[int, msgspec.Meta(ge=1, description="Steps between checkpoints.")] = 100
+    seed: Annotated[int, msgspec.Meta(description="Seed of initialization and sampling.")] = 0
+    prefix_cache_bytes: Annotated[
+        int, msgspec.Meta(ge=0, description="Memory for cached prefixes, in bytes.")
+    ] = 1 << 30
+    prefix_disk_bytes: Annotated[
+        int,
+        msgspec.Meta(
+            ge=0, description="Disk for cached prefixes in the checkpoint folder, in bytes."
+        ),
+    ] = 0

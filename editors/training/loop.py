@@ -194,7 +194,7 @@ def _make_optimizers(
 
 
 def _init_state(model: Model, trainable: TrainableEditor, config: TrainingConfig) -> State:
-    return trainable.learner.editor.init(model, torch.Generator().manual_seed(config.seed))
+    return trainable.editor.init(model, torch.Generator().manual_seed(config.seed))
 
 
 def _init_training(
@@ -234,7 +234,7 @@ def _train_step(
         state, prepared = trainable.prepare(model, state, training_batch, True)
 
         def loss(parameters, state=state, prepared=prepared):
-            value, batch_terms = trainable.learner.loss(
+            value, batch_terms = trainable.loss(
                 model, trainable.with_parameters(state, parameters), prepared
             )
             return value / config.gradient_accumulation_steps, (value.detach(), batch_terms)
@@ -276,7 +276,7 @@ def _validate(
         for first in range(0, len(cases), config.batch_size):
             chunk = cases[first : first + config.batch_size]
             _, prepared = trainable.prepare(model, state, dataset.batch(chunk, None), False)
-            total += float(trainable.learner.loss(model, state, prepared)[0]) * len(chunk)
+            total += float(trainable.loss(model, state, prepared)[0]) * len(chunk)
     return total / len(cases)
 
 
@@ -298,7 +298,7 @@ def _compatibility(
     model: Model, trainable: TrainableEditor, cases: Sequence[Case], config: TrainingConfig
 ):
     """What makes a checkpoint this training's: settings, base, cases."""
-    editor = trainable.learner.editor
+    editor = trainable.editor
     base = base_identity(model, [path + ".weight" for path in trainable.sites(model)])
     lasting_config = {
         **msgspec.to_builtins(config),

@@ -29,35 +29,121 @@ OwnNegative = Literal["image", "question"]
 class WiseConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="wise"):
     """Settings of WISE; the defaults are EasyEdit's where they do not depend on the model."""
 
-    site: str = "mlp.down"  # a linear map of a layer
-    layer: Annotated[float, msgspec.Meta(ge=0, lt=1)] | int = 0.8  # number, or share of the depth
-    mask_ratio: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.2
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    lr: Positive = 1.0
-    weight_decay: NonNegative = 1e-5
-    num_steps: Count = 70
-    norm_constraint: Positive | None = 1.0  # bound on |D|, per element
-    alpha: NonNegative = 5.0  # unrelated prompts stay below it
-    beta: NonNegative = 20.0  # edits rise above it
-    gamma: NonNegative = 10.0  # and are as far apart
-    act_ratio: Positive = 0.88  # of an edit's own activation: the threshold
-    activation: Activation | Literal["auto"] = "auto"  # phi; "auto": the model's own
-    gate_statistic: GateStatistic = "mean"
-    unrelated_texts: tuple[str, ...] = ()  # unrelated prompts; (): the packaged ones
-    unrelated_questions: tuple[str, ...] = ()  # of any picture; (): the packaged ones
-    num_unrelated: Count = 4  # of each per edit
-    own_negatives: tuple[
-        OwnNegative, ...
-    ] = ()  # questions about the edit's picture; its question without it
-    stop_loss: NonNegative = 0.02  # an edit stops below it, once a step changes it by less than
-    stop_improvement: NonNegative = 1e-4
-    num_replayed: Annotated[int, msgspec.Meta(ge=0)] = 0  # earlier edits of a memory trained along
-    save_freq: Count = 500  # edits of one memory
-    merge_freq: Count = 1000  # edits after which full memories are merged into one
-    merge_alg: MergeMethod = "ties"
-    density: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.53  # of what a merge keeps
-    mode: Literal["retrieve", "merge"] = "retrieve"  # merged memories stay apart, or become one
-    append_eos: bool = True  # teach the end of the answer too, so that free generation stops there
+    site: Annotated[
+        str, msgspec.Meta(description="A linear map of the layer, by its site name.")
+    ] = "mlp.down"
+    layer: Annotated[
+        Annotated[float, msgspec.Meta(ge=0, lt=1)] | int,
+        msgspec.Meta(
+            description="Decoder layer: a number (negative from the end), or a fraction of the "
+            "depth."
+        ),
+    ] = 0.8
+    mask_ratio: Annotated[
+        float,
+        msgspec.Meta(
+            gt=0, le=1, description="Fraction of the map's elements that a side memory may change."
+        ),
+    ] = 0.2
+    optimizer: Annotated[Literal["sgd", "adam"], msgspec.Meta(description="Optimizer.")] = "sgd"
+    lr: Annotated[Positive, msgspec.Meta(description="Learning rate.")] = 1.0
+    weight_decay: Annotated[
+        NonNegative, msgspec.Meta(description="Weight decay, decoupled for adamw.")
+    ] = 1e-5
+    num_steps: Annotated[Count, msgspec.Meta(description="Optimization steps, at most.")] = 70
+    norm_constraint: Annotated[
+        Positive | None,
+        msgspec.Meta(description="Bound on the absolute change of each element. None: no bound."),
+    ] = 1.0
+    alpha: Annotated[
+        NonNegative,
+        msgspec.Meta(description="Activation distance that unrelated prompts must stay below."),
+    ] = 5.0
+    beta: Annotated[
+        NonNegative, msgspec.Meta(description="Activation distance that edits must exceed.")
+    ] = 20.0
+    gamma: Annotated[
+        NonNegative,
+        msgspec.Meta(description="Margin between the distances of edits and of unrelated prompts."),
+    ] = 10.0
+    act_ratio: Annotated[
+        Positive,
+        msgspec.Meta(
+            description="Gate threshold, as a fraction of the edit's own activation distance."
+        ),
+    ] = 0.88
+    activation: Annotated[
+        Activation | Literal["auto"],
+        msgspec.Meta(
+            description='Activation function before distances are taken. "auto": the model\'s own.'
+        ),
+    ] = "auto"
+    gate_statistic: Annotated[
+        GateStatistic,
+        msgspec.Meta(description="How distances of a prompt's tokens become one number."),
+    ] = "mean"
+    unrelated_texts: Annotated[
+        tuple[str, ...],
+        msgspec.Meta(description="Unrelated prompts. (): those that come with the package."),
+    ] = ()
+    unrelated_questions: Annotated[
+        tuple[str, ...],
+        msgspec.Meta(
+            description="Unrelated questions about the edit's image. (): those that come with "
+            "the package."
+        ),
+    ] = ()
+    num_unrelated: Annotated[
+        Count, msgspec.Meta(description="Unrelated prompts of each sort per edit.")
+    ] = 4
+    own_negatives: Annotated[
+        tuple[OwnNegative, ...],
+        msgspec.Meta(
+            description='Further negatives: "image" (questions about the edit\'s image), '
+            '"question" (its question without the image).'
+        ),
+    ] = ()
+    stop_loss: Annotated[
+        NonNegative,
+        msgspec.Meta(
+            description="Loss below which an edit stops, once a step improves it by less than "
+            "`stop_improvement`."
+        ),
+    ] = 0.02
+    stop_improvement: Annotated[
+        NonNegative,
+        msgspec.Meta(description="Improvement of the loss per step below which an edit may stop."),
+    ] = 1e-4
+    num_replayed: Annotated[
+        int,
+        msgspec.Meta(
+            ge=0, description="Earlier edits of a memory that are trained again with a new one."
+        ),
+    ] = 0
+    save_freq: Annotated[
+        Count, msgspec.Meta(description="Edits per side memory before a new one begins.")
+    ] = 500
+    merge_freq: Annotated[
+        Count, msgspec.Meta(description="Edits after which full memories are merged into one.")
+    ] = 1000
+    merge_alg: Annotated[MergeMethod, msgspec.Meta(description="Merge algorithm.")] = "ties"
+    density: Annotated[
+        float,
+        msgspec.Meta(gt=0, le=1, description="Fraction of the largest changes that a merge keeps."),
+    ] = 0.53
+    mode: Annotated[
+        Literal["retrieve", "merge"],
+        msgspec.Meta(
+            description='"retrieve": merged memories stay separate. "merge": they become one.'
+        ),
+    ] = "retrieve"
+    append_eos: Annotated[
+        bool,
+        msgspec.Meta(
+            description="Whether the token that ends an answer is taught too, so that free "
+            "generation stops there."
+        ),
+    ] = True
 
 
 PRESETS: dict[str, WiseConfig] = {

@@ -124,14 +124,14 @@ def test_training_runs_what_inference_runs():
     """The edited layer once: a lesson's reliability is the bound model's, own expert alone."""
     model = tiny("llava")
     learner = liveedit_trainable(SMALL)
-    state = learner.learner.editor.init(model, seeded())
+    state = learner.editor.init(model, seeded())
     config = msgspec.structs.replace(SHORT, loss_weights={"edit": 1.0, "image_locality": 1.0})
     shelf = PrefixDataset(model, learner.sites(model), config, learner.append_eos, None)
     some = cases(1)
     lesson = shelf.batch(some, None)
     with torch.no_grad():
-        _, terms = learner.learner.loss(model, state, lesson)
-    delta, _ = learner.learner.editor.edit(model, state, [some[0].edit])
+        _, terms = learner.loss(model, state, lesson)
+    delta, _ = learner.editor.edit(model, state, [some[0].edit])
     bound = bind(model, delta)
     batch = model.embed(model.params, model.preprocess([some[0].edit], append_eos=True))
     with torch.no_grad():

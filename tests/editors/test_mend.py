@@ -17,7 +17,7 @@ from errata import adapters
 from errata.bench.data.world import cases
 from errata.editors.common import checkpoint
 from errata.editors.mend.config import PRESETS, MendConfig
-from errata.editors.mend.editor import compatibility, mend_editor, trained_weights
+from errata.editors.mend.editor import mend_editor, mend_trainable
 from errata.editors.mend.network import (
     GradientTransform,
     TransformLayer,
@@ -305,7 +305,8 @@ def test_a_state_is_read_back_or_refused(tmp_path):
     model = tiny()
     state = mend_editor(CONFIG).init(model, torch.Generator().manual_seed(1))
     path = tmp_path / "mend.safetensors"
-    checkpoint.save_checkpoint(path, trained_weights(state), compatibility(model, CONFIG))
+    trainable = mend_trainable(CONFIG)
+    checkpoint.save_checkpoint(path, trainable.weights(state), trainable.compatibility(model))
     again = mend_editor(msgspec.structs.replace(CONFIG, weights=str(path)))
     read = again.init(model, torch.Generator().manual_seed(2))
     for mine, theirs in zip(pytree.tree_leaves(read.weights), pytree.tree_leaves(state.weights)):

@@ -15,9 +15,7 @@ from errata.editors.liveedit.config import LiveEditConfig
 from errata.editors.liveedit.editor import liveedit_editor
 from errata.editors.serac.config import PRESETS, SeracConfig
 from errata.editors.serac.editor import (
-    compatibility,
     serac_editor,
-    trained_weights,
     unembedding_map,
 )
 from errata.editors.serac.training import scope_loss, serac_trainable
@@ -415,7 +413,8 @@ def test_training_teaches_the_scope(config, tmp_path):
     assert done.validation_loss < held[0]
     assert any("scope" in name for name in seen[0].terms)
     path = tmp_path / "serac.safetensors"
-    checkpoint.save_checkpoint(path, trained_weights(done.state), compatibility(model, config))
+    trainable = serac_trainable(config)
+    checkpoint.save_checkpoint(path, trainable.weights(done.state), trainable.compatibility(model))
     again = serac_editor(msgspec.structs.replace(config, weights=str(path)))
     state = again.init(model, torch.Generator())
     for mine, theirs in zip(

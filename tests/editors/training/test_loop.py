@@ -90,15 +90,15 @@ def test_training_lowers_the_loss_of_cases_it_never_saw():
 def test_a_lesson_is_each_case_edited_alone():
     model, config = tiny(), msgspec.structs.replace(SHORT, questions_per_probe=2)
     learner = mend_trainable(MEND)
-    state = learner.learner.editor.init(model, torch.Generator().manual_seed(0))
+    state = learner.editor.init(model, torch.Generator().manual_seed(0))
     some = cases(3)
     shelf = PrefixDataset(model, learner.sites(model), config, False, None)
-    total, terms = learner.learner.loss(
+    total, terms = learner.loss(
         model, *_studied(learner, model, state, shelf.batch(some, None))
     )
     want = dict.fromkeys(config.loss_weights, 0.0)
     for case in some:
-        delta, _ = learner.learner.editor.edit(model, state, [case.edit])
+        delta, _ = learner.editor.edit(model, state, [case.edit])
         edited = bind(model, delta)
         for name in want:
             batch = model.embed(model.params, model.preprocess(case.probes[name]))
@@ -198,7 +198,7 @@ def test_sigkill_loses_nothing(tmp_path):
     script = (
         "import sys, torch; torch.set_num_threads(1)\n"
         f"sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
-        "from test_fit import *\n"
+        "from test_loop import *\n"
         "config = msgspec.structs.replace(SHORT, num_steps=400, eval_every=50, "
         "early_stopping_patience=99)\n"
         f"train(tiny(), mend_trainable(MEND), cases(), config, checkpoint_dir={str(folder)!r})\n"
