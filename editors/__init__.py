@@ -22,6 +22,7 @@ from errata.editors.lora import PRESETS as LORA_PRESETS
 from errata.editors.lora import LoraConfig, lora_editor
 from errata.editors.mend import PRESETS as MEND_PRESETS
 from errata.editors.mend import MendConfig, mend_editor, mend_trainable
+from errata.editors.renamed import RENAMED_SETTINGS, RENAMED_VALUES
 from errata.editors.serac import PRESETS as SERAC_PRESETS
 from errata.editors.serac import SeracConfig, serac_editor, serac_trainable
 from errata.editors.training.trainable import TrainableEditor
@@ -116,17 +117,22 @@ def configure(name: str, preset: str = "", **settings: Any) -> msgspec.Struct:
     4
     """
     if name not in METHODS:
-        raise InvalidSettingsError(unknown_name("editor", name, METHODS))
+        raise InvalidSettingsError(f"{unknown_name('editor', name, METHODS)}.")
     method = METHODS[name]
     faults = []
     if preset and preset not in method.presets:
-        faults.append(unknown_name(f"preset of {name}", preset, method.presets).rstrip("."))
+        faults.append(unknown_name(f"preset of {name}", preset, method.presets))
         preset = ""
     base = msgspec.to_builtins(method.presets[preset]) if preset else {"type": name}
     fields = {field.name: field.type for field in msgspec.structs.fields(method.config)}
     for key in sorted(settings, key=lambda key: (key in fields, key)):
         if key not in fields:
-            faults.append(unknown_name(f"setting of {name}", key, fields).rstrip("."))
+            renamed = RENAMED_SETTINGS.get(name, {}).get(key, "")
+            faults.append(unknown_name(f"setting of {name}", key, fields, renamed))
+            continue
+        old_values = _renamed_values(name, key, settings[key])
+        if old_values:
+            faults += old_values
             continue
         try:
             msgspec.convert({"type": name, key: settings[key]}, method.config)
@@ -137,6 +143,17 @@ def configure(name: str, preset: str = "", **settings: Any) -> msgspec.Struct:
     if faults:
         raise InvalidSettingsError("; ".join(faults) + ".")
     return msgspec.convert({**base, **settings}, method.config)
+
+
+def _renamed_values(name: str, key: str, value: Any) -> list[str]:
+    """Name the new values of a setting that holds old ones."""
+    table = RENAMED_VALUES.get((name, key), {})
+    values = value if isinstance(value, list | tuple) else [value]
+    return [
+        f"unknown value {old!r} of {name}.{key}; it is now called {table[old]!r}"
+        for old in values
+        if isinstance(old, str) and old in table
+    ]
 
 
 def _expected_values(error: msgspec.ValidationError, field_type: Any) -> str:

@@ -4,13 +4,12 @@ Where a parameter is used: its names, and whether it runs before the decoder or 
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Iterable
 
 import msgspec
 
-from errata.functional.errors import UnknownSiteError
+from errata.functional.errors import UnknownSiteError, nearest_names
 
 __all__ = [
     "BaseModel",
@@ -116,10 +115,9 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         """Like `site`, for a site that must be a linear map."""
         path = self.resolve_site(name)
         if path not in self.linear_shapes:
-            close_names = difflib.get_close_matches(path, self.linear_shapes, n=3)
             raise UnknownSiteError(
                 f"site {name!r} must be a linear map of {self.id}, and {path!r} is none"
-                + (f"; near: {', '.join(close_names)}." if close_names else ".")
+                f"{nearest_names(path, self.linear_shapes)}."
             )
         return path
 

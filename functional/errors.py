@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import typing
 from collections.abc import Iterable
 
 __all__ = [
@@ -68,19 +67,43 @@ def join_messages(violations: Iterable[str]) -> str:
     return shown if len(items) <= 12 else f"{shown}; and {len(items) - 12} more"
 
 
-def unknown_name(what: str, name: str, known) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"{what} must be one of {', '.join(known)}; got {name!r}.{hint}"
+def unknown_name(what: str, name: str, known: Iterable[str], renamed: str = "") -> str:
+    """Say that a name is unknown, and which one may be meant.
 
+    Args:
+        what: What the name is of, e.g. "setting of lora".
+        name: The unknown name.
+        known: The names that exist.
+        renamed: What the name is called now, if it is an old one.
 
-def suggest_name(name: str, known: typing.Iterable[str]) -> str:
-    """The words for a name that is not among the known ones, with the nearest.
+    Returns:
+        One clause without a full stop.
 
-    >>> suggest_name("cuont", ["count", "seed"])
-    "'cuont' is unknown; did you mean 'count'?"
+    Example:
+        >>> unknown_name("setting", "cuont", ["count", "seed"])
+        "unknown setting 'cuont'; did you mean 'count'?"
+        >>> unknown_name("setting", "together", ["batch_size"], "batch_size")
+        "unknown setting 'together'; it is now called 'batch_size'"
+        >>> unknown_name("editor", "x", ["lora", "wise"])
+        "unknown editor 'x'; known: lora, wise"
     """
+    if renamed:
+        return f"unknown {what} {name!r}; it is now called {renamed!r}"
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-    return f"{name!r} is unknown; {hint}"
+    if near:
+        return f"unknown {what} {name!r}; did you mean {near[0]!r}?"
+    return f"unknown {what} {name!r}; known: {join_names(known)}"
+
+
+def join_names(names: Iterable[str]) -> str:
+    """List names, the first twenty spelled out."""
+    listed = list(names)
+    rest = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
+    return (", ".join(listed[:20]) or "none") + rest
+
+
+def nearest_names(name: str, known: Iterable[str]) -> str:
+    """Return up to three names near an unknown one, in parentheses. Empty if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=3)
+    return f" (near {name}: {', '.join(near)})" if near else ""

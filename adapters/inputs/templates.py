@@ -10,12 +10,10 @@ Sources: zjunlp/EasyEdit `trainer/blip2_models/`, `evaluate/multimodal_evaluate.
 
 from __future__ import annotations
 
-import difflib
-
 from msgspec.structs import replace
 
 from errata.adapters.inputs.prompt_format import PromptTemplate
-from errata.functional.errors import InvalidSettingsError
+from errata.functional.errors import InvalidSettingsError, unknown_name
 
 __all__ = ["TEMPLATES", "get_template"]
 
@@ -72,11 +70,7 @@ def get_template(name: str | PromptTemplate, family: str) -> PromptTemplate:
     if isinstance(name, PromptTemplate):
         return name
     if name not in TEMPLATES:
-        suggestions = difflib.get_close_matches(name, TEMPLATES, n=1)
-        hint = f" Did you mean {suggestions[0]!r}?" if suggestions else ""
-        raise InvalidSettingsError(
-            f"template must be one of {', '.join(TEMPLATES)}; got {name!r}.{hint}"
-        )
+        raise InvalidSettingsError(f"{unknown_name('template', name, TEMPLATES)}.")
     table = TEMPLATES[name]
     chosen = table.get(family, table["*"])
     return replace(chosen, name=name)

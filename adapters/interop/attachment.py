@@ -6,7 +6,6 @@ in activation form is a forward hook; `detach` puts the very same objects back.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from types import TracebackType
@@ -25,6 +24,7 @@ from errata.functional.errors import (
     UnknownSiteError,
     UnsupportedKindError,
     join_messages,
+    nearest_names,
 )
 from errata.functional.forward.grouped_linear import low_rank_maps
 from errata.functional.hashing import base_parameter, hash_parameter, mark_edited
@@ -198,11 +198,9 @@ def _find_owners(module: nn.Module, delta: Delta) -> dict[str, list[_ParameterOw
                 names[f"{path}.{leaf}" if path else leaf] = parameter
     missing = [entry.name for entry in delta.header.entries if entry.name not in names]
     if missing:
-        suggestions = difflib.get_close_matches(missing[0], names, n=3)
         raise UnknownSiteError(
             f"a delta can only change parameters the module has; {type(module).__name__} lacks "
-            f"{join_messages(missing)}"
-            + (f" (near: {', '.join(suggestions)})." if suggestions else ".")
+            f"{join_messages(missing)}{nearest_names(missing[0], names)}."
         )
     return {entry.name: owners_by_id[id(names[entry.name])] for entry in delta.header.entries}
 

@@ -1,7 +1,7 @@
-"""The verbs of `errata` that work on delta files.
+"""The commands that work on delta files.
 
-`inspect` and `verify` read headers only and import no torch, so that a delta of a gigabyte is looked at
-in a blink; everything heavier is imported by the verb that needs it.
+`inspect` and `verify` read headers only and import no torch, so they are instant for a delta of a
+gigabyte. The other commands import what they need when they run.
 """
 
 from __future__ import annotations
@@ -12,51 +12,56 @@ from pathlib import Path
 from typing import Any
 
 from errata.bench.cli.inspect import _file_size, _format_size, _inspect, _verify
+from errata.bench.cli.options import _add_command
 from errata.functional.errors import InvalidInputError, join_messages
 
 __all__ = ["register"]
 
 
 def register(subparsers: Any) -> None:
-    """Add the verbs to the subparsers of `errata`."""
-    show = _add_command(
-        subparsers, "inspect", _inspect, "what a delta file changes, and for which edits"
+    """Add the commands to the subparsers of `errata`."""
+    inspect = _add_command(
+        subparsers, "inspect", _inspect, "print what a delta file changes, and for which edits"
     )
-    _add_file_argument(show)
-    show.add_argument("--norms", action="store_true", help="read the values, too: |dW| of each")
-    show.add_argument("--json", action="store_true", help="for programs")
+    _add_file_argument(inspect)
+    inspect.add_argument(
+        "--norms", action="store_true", help="read the values too: norm |dW| of each entry"
+    )
+    inspect.add_argument("--json", action="store_true", help="print JSON")
 
-    check = _add_command(
-        subparsers, "verify", _verify, "whether a delta file is sound, and fits a checkpoint"
+    verify = _add_command(
+        subparsers, "verify", _verify, "check that a delta file is intact and fits a checkpoint"
     )
-    _add_file_argument(check)
-    check.add_argument("--base", type=Path, help="folder of the checkpoint it is meant for")
-    check.add_argument(
+    _add_file_argument(verify)
+    verify.add_argument("--base", type=Path, help="folder of the checkpoint it was made for")
+    verify.add_argument(
         "--values", action="store_true", help="read every value: digest, NaN, the base's hashes"
     )
 
-    merge = _add_command(subparsers, "merge", _merge, "one delta that does what several do")
+    merge = _add_command(subparsers, "merge", _merge, "merge several deltas into one")
     merge.add_argument("files", nargs="+", type=Path, metavar="FILE")
     _add_output_option(merge)
 
-    remove = _add_command(subparsers, "remove", _remove, "take single edits out of a delta")
+    remove = _add_command(subparsers, "remove", _remove, "remove single edits from a delta")
     _add_file_argument(remove)
-    remove.add_argument("edits", nargs="+", metavar="EDIT", help="by id, or #n for the n-th (0, 1)")
+    remove.add_argument(
+        "edits", nargs="+", metavar="EDIT", help="an id, or #n for the n-th edit (from 0)"
+    )
     _add_output_option(remove)
 
-    diff = _add_command(
-        subparsers, "diff", _diff, "how two deltas differ, and which edits conflict"
-    )
+    diff = _add_command(subparsers, "diff", _diff, "compare two deltas and list conflicting edits")
     diff.add_argument("left", type=Path, metavar="FILE")
     diff.add_argument("right", type=Path, metavar="FILE")
-    diff.add_argument("--json", action="store_true", help="for programs")
+    diff.add_argument("--json", action="store_true", help="print JSON")
 
     export = _add_command(subparsers, "export", _export, "write a delta as a PEFT LoRA folder")
     _add_file_argument(export)
     export.add_argument("-o", "--output", type=Path, required=True, help="the folder to make")
     export.add_argument("--profile", choices=["peft", "serving"], default="peft")
     export.add_argument("--base", type=Path, help="checkpoint folder, for the shapes of siblings")
-    export.add_argument("--rank", type=int, help="compress to this rank first; says what is lost")
+    export.add_argument(
+        "--rank", type=int, help="compress to this rank first; prints the energy lost"
+    )
 
     import_parser = _add_command(
         subparsers, "import", _import, "read a PEFT LoRA folder as a delta"
@@ -68,36 +73,15 @@ def register(subparsers: Any) -> None:
     import_parser.add_argument("--arithmetic", choices=["act", "act_fp32", "weight"])
     _add_output_option(import_parser)
 
-    fold = _add_command(
-        subparsers, "fuse", _fuse, "write a new checkpoint with the delta in its weights"
+    fuse = _add_command(
+        subparsers, "fuse", _fuse, "write a new checkpoint with the delta fused into its weights"
     )
-    _add_file_argument(fold)
-    fold.add_argument("--base", type=Path, required=True, help="folder of the checkpoint")
-    fold.add_argument("-o", "--output", type=Path, required=True, help="the folder to make")
-    fold.add_argument("--skip-check", action="store_true", help="do not compare the base's hashes")
-
-    apply = _add_command(
-        subparsers, "apply", _apply, "ask a model one question with and without a delta"
+    _add_file_argument(fuse)
+    fuse.add_argument("--base", type=Path, required=True, help="folder of the checkpoint")
+    fuse.add_argument("-o", "--output", type=Path, required=True, help="the folder to make")
+    fuse.add_argument(
+        "--skip-check", action="store_true", help="skip the comparison of the base's hashes"
     )
-    _add_file_argument(apply)
-    apply.add_argument("--model", required=True, help="micro/NAME, a folder, or a hub id")
-    apply.add_argument("--prompt", required=True)
-    apply.add_argument("--image", type=Path, action="append", default=[], help="may be repeated")
-    apply.add_argument("--max-new-tokens", type=int, default=32, help="longest answer")
-    apply.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"]
-    )
-    apply.add_argument("--device", default="cpu")
-
-
-def _add_command(
-    subparsers: Any, name: str, function: Any, summary: str
-) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser(
-        name, help=summary, description=summary[0].upper() + summary[1:] + "."
-    )
-    parser.set_defaults(command=function)
-    return parser
 
 
 def _add_file_argument(parser: argparse.ArgumentParser) -> None:
@@ -207,20 +191,6 @@ def _fuse(options: argparse.Namespace) -> None:
         load_delta(options.file), options.base, options.output, check=not options.skip_check
     )
     print(f"{folder}: a checkpoint that any loader of {options.base} loads")
-
-
-def _apply(options: argparse.Namespace) -> None:
-    from errata.adapters.inputs.images import open_image
-    from errata.functional import Query, bind, load_delta
-    from errata.functional.forward.generation import generate
-
-    if not options.prompt.strip() or options.max_new_tokens < 1:
-        raise InvalidInputError("--prompt must ask something, and --max-new-tokens be at least 1.")
-    delta = load_delta(options.file)
-    query = Query(options.prompt, "", tuple(map(open_image, options.image)))
-    model = _open_model(options.model, options.dtype, options.device)
-    for what, one in (("without", model), ("with", bind(model, delta))):
-        print(f"{what + ':':9}{generate(one, [query], options.max_new_tokens)[0].strip()}")
 
 
 def _open_model(name: str, dtype: Any = "auto", device: str = "cpu") -> Any:

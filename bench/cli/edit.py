@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.bench.cli.options import _format_file_size
@@ -18,7 +19,12 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"]
     )
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="e.g. cuda:0")
+
+
+def _add_query_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--image", type=Path, action="append", default=[], help="may be repeated")
+    parser.add_argument("--prompt", required=True, help="the question")
 
 
 def _edit(options: argparse.Namespace) -> None:
@@ -60,12 +66,19 @@ def _generate(options: argparse.Namespace) -> None:
         raise InvalidInputError(
             f"--max-new-tokens must be at least 1; got {options.max_new_tokens}."
         )
+    if options.compare_base and not options.delta:
+        raise InvalidInputError("--compare-base compares with an edit: name one by --delta FILE.")
     query = _make_query(options, "")
     deltas = [io.load_delta(path) for path in options.delta]
-    model = _open_model(options)
+    base = model = _open_model(options)
     for delta in deltas:
         model = bind(model, delta)
-    print(_generate_printable(model, query, options.max_new_tokens))
+    models = [base, model] if options.compare_base else [model]
+    answers = [_generate_printable(one, query, options.max_new_tokens) for one in models]
+    if options.compare_base:
+        print(f"base:   {answers[0]}\nedited: {answers[1]}")
+    else:
+        print(answers[0])
 
 
 def _open_model(options: argparse.Namespace) -> Model:

@@ -28,10 +28,10 @@ def _editors(options: argparse.Namespace) -> None:
     import msgspec
 
     from errata import editors
-    from errata.functional.errors import suggest_name
+    from errata.functional.errors import unknown_name
 
     if options.name and options.name not in editors.METHODS:
-        raise InvalidSettingsError(f"editor: {suggest_name(options.name, editors.METHODS)}.")
+        raise InvalidSettingsError(f"{unknown_name('editor', options.name, editors.METHODS)}.")
     for name, method in editors.METHODS.items():
         if options.name not in (None, name):
             continue

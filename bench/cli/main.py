@@ -1,7 +1,7 @@
 """The command line: `errata run | edit | generate | models | editors | ...`.
 
-Nothing heavy is imported before a verb needs it, so that `--help` answers at once. What a user can
-put right ends with exit code 2 and one sentence; `--debug` shows where it came from.
+A command imports torch only when it runs, so `--help` is instant. An error that the user can fix ends
+with exit code 2 and one sentence. `--debug` shows the traceback.
 """
 
 from __future__ import annotations
@@ -12,19 +12,37 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from errata.bench.cli import data, deltas
-from errata.bench.cli.edit import _add_model_options, _edit, _generate
+from errata.bench.cli import data, deltas, train
+from errata.bench.cli.edit import _add_model_options, _add_query_options, _edit, _generate
 from errata.bench.cli.listing import _editors, _models
 from errata.bench.cli.options import _add_command
+from errata.bench.cli.renamed import renamed_word
 from errata.bench.cli.run import _run
 from errata.functional.errors import ErrataError
+from errata.functional.version import __version__
 
 __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; exit code 0: done, 2: the user can put it right, 130: stopped."""
-    options = _parser().parse_args(argv)
+    """Run one command.
+
+    Args:
+        argv: The arguments after `errata`. Defaults to those of the process.
+
+    Returns:
+        The exit code: 0 done, 1 an internal error, 2 an error the user can fix, 130 interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    renamed = renamed_word(words)
+    if renamed:
+        print(f"errata: {renamed}", file=sys.stderr)
+        return 2
+    parser = _parser()
+    options = parser.parse_args(words)
+    if not hasattr(options, "command"):
+        parser.print_help()
+        return 0
     # Threads that wait must sleep: beside other work, spinning costs several times the time. Both
     # are read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -32,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return options.command(options) or 0
     except KeyboardInterrupt:
-        print("errata: stopped; the same command goes on from here.", file=sys.stderr)
+        print("errata: interrupted; the same command resumes.", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -46,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         print(
-            f"errata: this should not have happened: {type(fault).__name__}: {fault}. "
-            "Please report it with what `errata --debug ...` prints.",
+            f"errata: internal error: {type(fault).__name__}: {fault}. "
+            "Please report it with the output of `errata --debug ...`.",
             file=sys.stderr,
         )
         return 1
@@ -66,48 +84,60 @@ def _error_message(error: Exception) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="errata", description="Edit what a multimodal language model knows: edits as values."
+        prog="errata",
+        description="Edit the knowledge of a multimodal language model. An edit is one file.",
+        allow_abbrev=False,
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    parser.add_argument("--version", action="version", version=f"errata-vlm {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND")
 
     run = _add_command(
-        subparsers, "run", _run, "models x editors x cases, from a TOML file; goes on if stopped"
+        subparsers, "run", _run, "run models x editors x cases from a TOML file; resumes"
     )
     run.add_argument("file", type=Path, help="settings, e.g. demo.toml")
-    run.add_argument("--output", help="folder for the results instead of the file's `output_dir`")
+    run.add_argument("--output", help="run folder, instead of the file's `output_dir`")
     run.add_argument(
-        "--overwrite", action="store_true", help="drop what `output_dir` holds and start over"
+        "--overwrite", action="store_true", help="delete what `output_dir` holds and start over"
     )
-    run.add_argument("--profile", action="store_true", help="say where the time of this run goes")
+    run.add_argument("--profile", action="store_true", help="print where the time of this run goes")
 
     edit = _add_command(subparsers, "edit", _edit, "make one edit and write it to a delta file")
     _add_model_options(edit)
-    edit.add_argument("--image", type=Path, action="append", default=[], help="may be repeated")
-    edit.add_argument("--prompt", required=True)
-    edit.add_argument("--target", required=True, help="the answer wanted")
+    _add_query_options(edit)
+    edit.add_argument("--target", required=True, help="the new answer")
     edit.add_argument("--editor", default="finetune", help="see `errata editors`")
-    edit.add_argument("--preset", default="")
-    edit.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
-    edit.add_argument("--seed", type=int, default=0)
+    edit.add_argument("--preset", default="", help="see `errata editors NAME`")
+    edit.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="settings",
+        help="a setting of the editor; may be repeated",
+    )
+    edit.add_argument("--seed", type=int, default=0, help="seed of the editor's state")
     edit.add_argument("-o", "--output", type=Path, required=True, help="the delta file to write")
 
-    ask = _add_command(
-        subparsers, "generate", _generate, "ask a model a question, with or without edits"
+    generate = _add_command(
+        subparsers, "generate", _generate, "answer a question, with or without edits"
     )
-    _add_model_options(ask)
-    ask.add_argument("--image", type=Path, action="append", default=[], help="may be repeated")
-    ask.add_argument("--prompt", required=True)
-    ask.add_argument("--delta", type=Path, action="append", default=[], help="may be repeated")
-    ask.add_argument("--max-new-tokens", type=int, default=32, help="longest answer")
+    _add_model_options(generate)
+    _add_query_options(generate)
+    generate.add_argument(
+        "--delta", type=Path, action="append", default=[], help="a delta file; may be repeated"
+    )
+    generate.add_argument(
+        "--compare-base", action="store_true", help="print the unedited model's answer too"
+    )
+    generate.add_argument("--max-new-tokens", type=int, default=32, help="longest answer")
 
-    _add_command(
-        subparsers, "models", _models, "the micro models that are shipped, and the families served"
-    )
+    _add_command(subparsers, "models", _models, "list the shipped models and the families")
     editors = _add_command(
-        subparsers, "editors", _editors, "the editors, their settings and presets"
+        subparsers, "editors", _editors, "list the editors, their settings and presets"
     )
-    editors.add_argument("name", nargs="?", help="only this one")
+    editors.add_argument("name", nargs="?", help="explain the settings of this editor")
+    train.register(subparsers)
     data.register(subparsers)
     deltas.register(subparsers)
     return parser

@@ -14,7 +14,10 @@ def _add_command(
     subparsers: Any, name: str, function: Command, summary: str
 ) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
-        name, help=summary, description=summary[0].upper() + summary[1:] + "."
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        allow_abbrev=False,
     )
     parser.set_defaults(command=function)
     return parser

@@ -19,6 +19,7 @@ from errata.bench.protocols.base import (
     _load_base_rows,
     _Stopwatch,
 )
+from errata.bench.storage.checkpoint import CheckpointFile
 from errata.functional import Case, Delta, Editor, Model
 from errata.functional.deltas.stacking import unstack
 from errata.functional.forward.prefix import delta_depth
@@ -39,6 +40,7 @@ def run_single(
     seed: int = 0,
     batch_size: int = 0,
     completed: Collection[int] = (),
+    checkpoint: CheckpointFile | None = None,
     base_pass: SharedBasePass | None = None,
 ) -> Iterator[Step]:
     """n independent edits, each from the base; probes before and after.

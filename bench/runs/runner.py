@@ -15,8 +15,9 @@ from errata.bench.data.demonstrations import demonstration_cases
 from errata.bench.evaluation import profiling
 from errata.bench.evaluation.base_pass import SharedBasePass
 from errata.bench.evaluation.questions import EvaluationConfig, validate_cases
-from errata.bench.protocols import lifelong, sequential, single
 from errata.bench.protocols.base import Step
+from errata.bench.protocols.settings import Protocol, SingleSettings
+from errata.bench.protocols.table import PROTOCOLS
 from errata.bench.report import page, summary
 from errata.bench.runs.folder import (
     CHECKPOINT_FILE,
@@ -32,12 +33,8 @@ from errata.bench.runs.folder import (
 from errata.bench.runs.progress import Progress
 from errata.bench.runs.settings import (
     EditorSettings,
-    LifelongSettings,
     ModelSettings,
-    Protocol,
     RunSettings,
-    SequentialSettings,
-    SingleSettings,
 )
 from errata.bench.runs.settings_file import validate_settings
 from errata.bench.runs.sources import open_cases, open_model
@@ -278,38 +275,14 @@ def _run_protocol(
     checkpoint: CheckpointFile,
     base_pass: SharedBasePass,
 ) -> Iterator[Step]:
-    if isinstance(protocol, SequentialSettings):
-        return sequential.run_sequential(
-            model,
-            editor,
-            cases,
-            evaluation_config,
-            seed=seed,
-            sequence_length=protocol.sequence_length,
-            gaps=protocol.gaps,
-            completed=completed,
-            checkpoint=checkpoint,
-            base_pass=base_pass,
-        )
-    if isinstance(protocol, LifelongSettings):
-        return lifelong.run_lifelong(
-            model,
-            editor,
-            cases,
-            evaluation_config,
-            seed=seed,
-            eval_after=protocol.eval_after,
-            max_evaluated=protocol.max_evaluated,
-            completed=completed,
-            checkpoint=checkpoint,
-        )
-    return single.run_single(
+    return PROTOCOLS[type(protocol)](
         model,
         editor,
         cases,
         evaluation_config,
+        **msgspec.structs.asdict(protocol),
         seed=seed,
-        batch_size=protocol.batch_size,
         completed=completed,
+        checkpoint=checkpoint,
         base_pass=base_pass,
     )

@@ -28,6 +28,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from errata.bench.protocols.settings import Protocol, SingleSettings
 from errata.functional.errors import InvalidSettingsError
 
 __all__ = [
@@ -36,10 +37,7 @@ __all__ = [
     "Dtype",
     "EditorSettings",
     "ModelSettings",
-    "Protocol",
     "RunSettings",
-    "SequentialSettings",
-    "SingleSettings",
     "WorldCases",
     "parse_size",
 ]
@@ -132,35 +130,6 @@ class EditorSettings(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def label(self) -> str:
         return self.name or self.type
-
-
-class SingleSettings(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="single"
-):
-    """Independent edits, each from the base, run side by side."""
-
-    batch_size: Natural = 0  # edits in one batch; 0: as many as the memory budget allows
-
-
-class SequentialSettings(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="sequential"
-):
-    """Edits one after another; the base is back before each group."""
-
-    sequence_length: Natural = 0  # edits in a row; 0: all of them
-    gaps: tuple[Count, ...] = ()  # also probe a case this many edits after its own
-
-
-class LifelongSettings(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="lifelong"
-):
-    """Edits one after another; after so many of them, all edits so far are asked."""
-
-    eval_after: Annotated[tuple[Count, ...], Meta(min_length=1)] = (1, 10, 100, 1000)
-    max_evaluated: Natural = 0  # of the edits so far, at most so many, evenly spread; 0: all
-
-
-Protocol = SingleSettings | SequentialSettings | LifelongSettings
 
 
 class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

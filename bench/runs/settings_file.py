@@ -11,11 +11,58 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from errata.bench.runs.settings import EditorSettings, Name, RunSettings, Size
+from errata.bench.protocols.settings import (
+    LifelongSettings,
+    SequentialSettings,
+    SingleSettings,
+)
+from errata.bench.runs.settings import (
+    BenchmarkCases,
+    EditorSettings,
+    Name,
+    RunSettings,
+    Size,
+    WorldCases,
+)
 from errata.bench.runs.sources import MICRO_PREFIX, TINY_PREFIX, _parse_device
-from errata.functional.errors import InvalidSettingsError, join_messages, suggest_name
+from errata.functional.errors import InvalidSettingsError, join_messages, unknown_name
 
-__all__ = ["find_unknown_names", "parse_settings", "read_settings", "validate_settings"]
+__all__ = ["RENAMED", "find_unknown_names", "parse_settings", "read_settings", "validate_settings"]
+
+RENAMED: Mapping[type[msgspec.Struct], Mapping[str, str]] = {
+    RunSettings: {
+        "out": "output_dir",
+        "generate": "max_new_tokens",
+        "generate_for": "generate_probes",
+        "ppl_r": "ppl_r_tokens",
+        "memory": "memory_budget",
+        "threads": "num_threads",
+        "deltas": "save_deltas",
+        "pictures": "num_thumbnails",
+    },
+    WorldCases: {"count": "num_cases"},
+    BenchmarkCases: {
+        "count": "num_cases",
+        "images": "image_root",
+        "on_missing": "missing_images",
+        "on_fault": "invalid_records",
+        "clean": "clean_rephrases",
+        "strip": "strip_whitespace",
+        "repair": "fix_encoding",
+        "neighbours": "num_neighbors",
+        "neighbour_answers": "neighbor_answers",
+    },
+    SingleSettings: {"together": "batch_size"},
+    SequentialSettings: {"group": "sequence_length"},
+    LifelongSettings: {"lengths": "eval_after", "asked": "max_evaluated"},
+}
+"""Settings of the first version and their new names. Editors' are in `editors/renamed.py`. Goes with
+release 0.2."""
+
+RENAMED_VALUES: Mapping[tuple[type[msgspec.Struct], str], Mapping[str, str]] = {
+    (BenchmarkCases, "missing_images"): {"draw": "placeholder"},
+    (RunSettings, "generate_probes"): {"every": "all"},
+}
 
 
 def read_settings(path: str | Path) -> RunSettings:
@@ -40,8 +87,6 @@ def parse_settings(text: str, source_name: str = "settings") -> RunSettings:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as fault:
         raise InvalidSettingsError(f"{source_name} must be TOML: {fault}.") from None
-    from errata.bench.runs.settings_file import find_unknown_names
-
     faults: list[str] = []
     editors = raw.get("editors")
     if isinstance(editors, list):
@@ -95,7 +140,7 @@ def _duplicate_names(settings: RunSettings) -> list[str]:
     known = [m.label for m in settings.models]
     for number, editor in enumerate(settings.editors):
         faults += [
-            f"editors[{number}].models: {suggest_name(label, known)}"
+            f"editors[{number}].models: {unknown_name('model', label, known)}"
             for label in editor.models
             if label not in known
         ]
@@ -147,10 +192,16 @@ def _convert_struct(raw: Any, kind: Any, path: str, faults: list[str]) -> Any:
     fields = {field.name: field for field in msgspec.structs.fields(kind)}
     hints = typing.get_type_hints(kind, include_extras=True)
     dot = f"{path}." if path else ""
+    old_names = RENAMED.get(kind, {})
     values = {}
     for key, value in raw.items():
-        if key not in fields:
-            faults.append(f"{dot}{key}: {suggest_name(key, fields)}")
+        if isinstance(value, str) and value in RENAMED_VALUES.get((kind, key), {}):
+            new = RENAMED_VALUES[kind, key][value]
+            faults.append(f"{dot}{key}: unknown value {value!r}; it is now called {new!r}")
+        elif key not in fields:
+            faults.append(
+                f"{dot}{key}: {unknown_name('setting', key, fields, old_names.get(key, ''))}"
+            )
         else:
             values[key] = _convert(value, hints[key], dot + key, faults)
     for name, field in fields.items():
@@ -212,7 +263,9 @@ def find_unknown_names(raw: Mapping[str, Any]) -> list[str]:
             faults += [f"{where}.id{fault}" for fault in _missing_model(id)]
         template = choice.get("template", "default")
         if isinstance(template, str) and template not in adapters.TEMPLATES:
-            faults.append(f"{where}.template: {suggest_name(template, adapters.TEMPLATES)}")
+            faults.append(
+                f"{where}.template: {unknown_name('template', template, adapters.TEMPLATES)}"
+            )
         if isinstance(device := choice.get("device", "cpu"), str):
             try:
                 _parse_device(device)
@@ -226,7 +279,7 @@ def find_unknown_names(raw: Mapping[str, Any]) -> list[str]:
     }
     for where, (names, known) in named.items():
         faults += [
-            f"{where}: {suggest_name(name, known)}"
+            f"{where}: {unknown_name(where.rpartition('.')[2][:-1], name, known)}"
             for name in names
             if isinstance(name, str) and name not in known
         ]
@@ -242,7 +295,7 @@ def _missing_model(id: str) -> list[str]:
     for start, known in ((MICRO_PREFIX, micro_names()), (TINY_PREFIX, tuple(tinies))):
         name = id.removeprefix(start)
         if id.startswith(start) and name not in known:
-            faults.append(f": {suggest_name(name, known)}")
+            faults.append(f": {unknown_name('model', name, known)}")
     if id.startswith((".", "/", "~")) and not Path(id).is_dir():
         faults.append(f" must be a folder or a hub id; {id} is no folder")
     return faults

@@ -27,7 +27,6 @@ Legend: B rows · L tokens · E edits.
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from torch import Tensor
@@ -35,7 +34,13 @@ from torch import Tensor
 from errata.functional.binding.edited_forward import HookPlan, edited_functions
 from errata.functional.card import BaseModel, all_names, before_decoder, canonical_name
 from errata.functional.deltas.stacking import unstack
-from errata.functional.errors import BaseMismatchError, ShapeError, UnknownSiteError, join_messages
+from errata.functional.errors import (
+    BaseMismatchError,
+    ShapeError,
+    UnknownSiteError,
+    join_messages,
+    nearest_names,
+)
 from errata.functional.forward.hooks import compose_hooks
 from errata.functional.hashing import base_parameter, hash_parameter, mark_edited
 from errata.functional.header import Header
@@ -137,11 +142,9 @@ def _check_fit(model: Model, delta: Delta) -> None:
             f"{join_messages(problems)}. Bind it to the base it was made for."
         )
     if unknown:
-        near = difflib.get_close_matches(unknown[0], model.params, n=3)
         raise UnknownSiteError(
             f"a delta can only change parameters the model has ({card.id}): "
-            f"{join_messages(problems)}."
-            + (f" Near {unknown[0]}: {', '.join(near)}." if near else "")
+            f"{join_messages(problems)}{nearest_names(unknown[0], model.params)}."
         )
     if shapes:
         raise ShapeError(f"a delta must fit the parameters it changes: {join_messages(shapes)}.")

@@ -108,8 +108,8 @@ def picture():
 def test_settings_are_refused_all_at_once(model):
     with pytest.raises(InvalidSettingsError, match=r"(?s)num_step.*num_steps.*lr") as refused:
         configure("finetune", num_step=3, lr=-1.0)
-    assert "Did you mean 'num_steps'" in str(refused.value)
-    with pytest.raises(InvalidSettingsError, match="Did you mean 'finetune'"):
+    assert "did you mean 'num_steps'" in str(refused.value)
+    with pytest.raises(InvalidSettingsError, match="did you mean 'finetune'"):
         configure("finetun")
     with pytest.raises(UnknownSiteError, match="layers: 0 to 2"):
         edited(model, [Query("who?", "bo")], sites=("layers.9.mlp.down",))

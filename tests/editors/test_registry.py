@@ -29,8 +29,8 @@ def test_settings_lie_over_a_preset():
 def test_every_fault_is_named_at_once():
     text = said("lora", "nobody", rank=0, alhpa=3, optimizer="sdg")
     for part in (
-        "preset of lora must be one of default, easyedit; got 'nobody'",
-        "got 'alhpa'. Did you mean 'alpha'?",
+        "unknown preset of lora 'nobody'; known: default, easyedit",
+        "unknown setting of lora 'alhpa'; did you mean 'alpha'?",
         "lora.rank must be int >= 1; got 0",
         "lora.optimizer must be one of adamw, adam, sgd; got 'sdg'",
     ):
@@ -39,4 +39,4 @@ def test_every_fault_is_named_at_once():
 
 
 def test_an_unknown_editor_is_named_with_the_nearest():
-    assert "got 'finetnue'. Did you mean 'finetune'?" in said("finetnue")
+    assert "unknown editor 'finetnue'; did you mean 'finetune'?" in said("finetnue")

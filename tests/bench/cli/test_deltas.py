@@ -152,7 +152,7 @@ def test_fold_writes_a_checkpoint(run, files):
     assert "must be a folder with a checkpoint" in err
 
 
-def test_apply_asks_with_and_without(run, tmp_path):
+def test_generate_compares_base_and_edited(run, tmp_path):
     name = micro_names()[0]
     model = load_micro(name)
     path = model.card.resolve_linear("layers.-1.mlp.down")
@@ -168,9 +168,9 @@ def test_apply_asks_with_and_without(run, tmp_path):
         "--compare-base",
     )
     assert code == 0
-    without, _, edited = out.removeprefix("without:").partition("\nwith:")
-    assert without.strip()
-    assert without.strip() != edited.strip()
+    base, _, edited = out.removeprefix("base:").partition("\nedited:")
+    assert base.strip()
+    assert base.strip() != edited.strip()
 
 
 @pytest.mark.parametrize(

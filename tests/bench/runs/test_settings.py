@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from errata.bench.runs.settings import SequentialSettings, SingleSettings, WorldCases, parse_size
+from errata.bench.protocols.settings import SequentialSettings, SingleSettings
+from errata.bench.runs.settings import WorldCases, parse_size
 from errata.bench.runs.settings_file import parse_settings, read_settings
 from errata.functional.errors import InvalidSettingsError
 
@@ -76,14 +77,14 @@ def test_every_fault_is_named_at_once():
         gaps = [0]
     """)
     for part in (
-        "'output_idr' is unknown; did you mean 'output_dir'?",
+        "'output_idr'; did you mean 'output_dir'?",
         "memory_budget must be a number and a unit, e.g. '2 GiB', got 'lots'",
         "max_new_tokens must be int >= 0, got -1",
         "cases.source must be one of world, file; got 'wrld'",
         "models[0].id must be str",
         "models[0].dtype must be one of auto, float32, bfloat16, float16, got 'fp8'",
         "editors[0].type must be given",
-        "got 'lroa'",
+        "unknown editor 'lroa'",
         "'rnak'",
         "lora.lr",
         "'nobody'",
@@ -106,10 +107,10 @@ def test_names_of_nothing_are_told_with_the_other_faults():
         editors = [{type = "lora", rank = 0}]
     """)
     for part in (
-        "'output_idr' is unknown",
-        "scorers: 'erata' is unknown; did you mean 'errata'?",
-        "cases.relations: 'nme' is unknown; did you mean 'name'?",
-        "models[0].id: 'lava' is unknown; did you mean 'llava'?",
+        "unknown setting 'output_idr'",
+        "scorers: unknown scorer 'erata'; did you mean 'errata'?",
+        "cases.relations: unknown relation 'nme'; did you mean 'name'?",
+        "models[0].id: unknown model 'lava'; did you mean 'llava'?",
         "models[0].template: 'nope' is unknown",
         "models[1].id must be a folder or a hub id; ./nowhere is no folder",
         "models[1].device must be one that torch can use here",
@@ -128,7 +129,7 @@ def test_names_of_nothing_are_told_with_the_other_faults():
             "models must be a list of at least one table",
         ),
         (LEAST + '[[models]]\nid = "b/llava"', "the name 'llava' must be given once"),
-        (LEAST + 'models = ["lava"]', "'lava' is unknown; did you mean 'llava'?"),
+        (LEAST + 'models = ["lava"]', "'lava'; did you mean 'llava'?"),
         (LEAST + '[[protocols]]\ntype="single"\n' * 2, "'single' must be given once"),
         (LEAST.replace('"o"', '""'), "output_dir must be"),
         (LEAST + 'name = "a/b"', "editors[0].name must"),

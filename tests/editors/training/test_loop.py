@@ -93,9 +93,7 @@ def test_a_lesson_is_each_case_edited_alone():
     state = learner.editor.init(model, torch.Generator().manual_seed(0))
     some = cases(3)
     shelf = PrefixDataset(model, learner.sites(model), config, False, None)
-    total, terms = learner.loss(
-        model, *_studied(learner, model, state, shelf.batch(some, None))
-    )
+    total, terms = learner.loss(model, *_studied(learner, model, state, shelf.batch(some, None)))
     want = dict.fromkeys(config.loss_weights, 0.0)
     for case in some:
         delta, _ = learner.editor.edit(model, state, [case.edit])

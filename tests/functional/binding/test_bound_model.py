@@ -374,7 +374,7 @@ def test_unknown_parameters_and_bad_shapes_are_all_named(toy):
     )
     header = msgspec.structs.replace(good.header, base=base, entries=strange)
     tensors = {entry.name: torch.zeros(2, 2) for entry in strange}
-    with pytest.raises(UnknownSiteError, match=r"dawn.*layers\.1\.up.*\[16, 24\].*Near.*down"):
+    with pytest.raises(UnknownSiteError, match=r"dawn.*layers\.1\.up.*\[16, 24\].*near.*down"):
         bind(toy, Delta(header, tensors))
     with pytest.raises(ShapeError, match=r"layers\.1\.down\.weight must be \[16, 24\]"):
         bind(toy, good._replace(tensors={n: t[:3] for n, t in good.tensors.items()}))
