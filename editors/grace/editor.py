@@ -35,7 +35,7 @@ from torch import Tensor
 from errata.editors.common.gradient_descent import DescentConfig, run_descent
 from errata.editors.grace.codebook import Codebook, _pad_codebook, add_key
 from errata.editors.grace.config import GraceConfig
-from errata.functional import Batch, Delta, Editor, EditRecord, KVCache, Model, Query
+from errata.functional import Batch, Delta, Editor, EditRecord, Header, KVCache, Model, Query
 from errata.functional.deltas.records import make_header
 from errata.functional.errors import InvalidSettingsError, UnsupportedModelError
 from errata.functional.forward import batches, prefix
@@ -94,40 +94,13 @@ def grace_editor(config: GraceConfig = GraceConfig()) -> Editor:
     """
 
     def init(model: Model, generator: torch.Generator) -> GraceState:
-        site = resolve_edit_site(model, config)
-        weight = model.params[site.weight]
-        out, inner = model.card.linear_shapes[site.path]
-        options: dict[str, Any] = {"dtype": torch.float32, "device": weight.device}
-        codebook = Codebook(
-            torch.zeros(0, inner, **options),
-            torch.zeros(0, out, **options),
-            torch.zeros(0, **options),
-            (),
-        )
-        return GraceState(codebook, seed=int(torch.randint(0, 2**62, (), generator=generator)))
-
-    def make_delta_header(
-        model: Model, queries: Sequence[Query], num_keys: int, edit_slots, earlier, stack: int
-    ):
-        site = resolve_edit_site(model, config)
-        entry = CodebookEntry(
-            name=site.weight,
-            checkpoint_name=model.card.checkpoint_names.get(site.weight, site.weight),
-            shape=tuple(model.params[site.weight].shape),
-            num_keys=num_keys,
-            edit_slots=edit_slots,
-            replacement=config.replacement,
-            transposed=site.path in model.card.transposed,
-        )
-        return make_header(
-            model, "grace", config, (entry,), queries, earlier_edits=earlier, stack=stack
-        )
+        return _init_state(model, config, generator)
 
     def edit(model: Model, state: GraceState, queries: Sequence[Query]):
         site = resolve_edit_site(model, config)
         prepared = prepare_rows(model, site, queries, config)
         codebook, edit_slots = state.codebook, state.edit_slots
-        records = make_delta_header(model, queries, 1, (), (), 0).edits
+        records = _make_header(model, config, queries, 1, (), (), 0).edits
         for row, record in enumerate(records):
             targets = codebook.targets
             codebook, key = _add_edit(codebook, prepared, row, record, state.seed, config)
@@ -144,15 +117,21 @@ def grace_editor(config: GraceConfig = GraceConfig()) -> Editor:
         state = GraceState(
             codebook._replace(values=values), state.edits + records, edit_slots, state.seed
         )
-        delta_header = make_delta_header(
-            model, queries, len(codebook.targets), edit_slots, state.edits[: -len(records)], 0
+        delta_header = _make_header(
+            model,
+            config,
+            queries,
+            len(codebook.targets),
+            edit_slots,
+            state.edits[: -len(records)],
+            0,
         )
         return _make_delta(delta_header, [state.codebook]), state
 
     def edit_each(model: Model, state: GraceState, queries: Sequence[Query]) -> Delta:
         site = resolve_edit_site(model, config)
         prepared = prepare_rows(model, site, queries, config)
-        records = make_delta_header(model, queries, 1, (), (), 0).edits
+        records = _make_header(model, config, queries, 1, (), (), 0).edits
         extended = [
             _add_edit(state.codebook, prepared, row, record, state.seed, config)
             for row, record in enumerate(records)
@@ -167,10 +146,48 @@ def grace_editor(config: GraceConfig = GraceConfig()) -> Editor:
             edit_values[key] = value
             codebooks.append(_pad_codebook(codebook._replace(values=edit_values), longest))
         return _make_delta(
-            make_delta_header(model, queries, longest, edit_slots, (), len(queries)), codebooks
+            _make_header(model, config, queries, longest, edit_slots, (), len(queries)), codebooks
         )
 
     return Editor("grace", config, init, edit, edit_each)
+
+
+def _init_state(model: Model, config: GraceConfig, generator: torch.Generator) -> GraceState:
+    site = resolve_edit_site(model, config)
+    weight = model.params[site.weight]
+    out_dim, in_dim = model.card.linear_shapes[site.path]
+    options: dict[str, Any] = {"dtype": torch.float32, "device": weight.device}
+    codebook = Codebook(
+        torch.zeros(0, in_dim, **options),
+        torch.zeros(0, out_dim, **options),
+        torch.zeros(0, **options),
+        (),
+    )
+    return GraceState(codebook, seed=int(torch.randint(0, 2**62, (), generator=generator)))
+
+
+def _make_header(
+    model: Model,
+    config: GraceConfig,
+    queries: Sequence[Query],
+    num_keys: int,
+    edit_slots: tuple[int, ...],
+    earlier: tuple[EditRecord, ...],
+    stack: int,
+) -> Header:
+    site = resolve_edit_site(model, config)
+    entry = CodebookEntry(
+        name=site.weight,
+        checkpoint_name=model.card.checkpoint_names.get(site.weight, site.weight),
+        shape=tuple(model.params[site.weight].shape),
+        num_keys=num_keys,
+        edit_slots=edit_slots,
+        replacement=config.replacement,
+        transposed=site.path in model.card.transposed,
+    )
+    return make_header(
+        model, "grace", config, (entry,), queries, earlier_edits=earlier, stack=stack
+    )
 
 
 def resolve_edit_site(model: Model, config: GraceConfig) -> EditSite:

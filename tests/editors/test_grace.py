@@ -27,9 +27,10 @@ from errata.functional.errors import (
 from errata.functional.forward import batches
 from errata.functional.header import validate_header
 from errata.functional.kinds.schema import Codebook as CodebookEntry
+from tests.parity import assert_parity
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+close = assert_parity
 
 
 @functools.cache
@@ -167,7 +168,7 @@ def test_each_row_looks_into_its_own_book_also_under_vmap():
     alone = unstack(stacked)
     for row, number in enumerate(edit.tolist()):
         one = model if number < 0 else bind(model, alone[number])
-        close(got[row], logits(one, queries)[row], atol=1e-5)
+        close(got[row], logits(one, queries)[row])
     assert not torch.allclose(got[1], logits(model, queries)[1])
     batch = edited.embed(edited.params, model.preprocess(queries), edit_index=edit)
     moved = torch.stack([batch.hidden_states, batch.hidden_states.flip(0), 2 * batch.hidden_states])
@@ -176,7 +177,7 @@ def test_each_row_looks_into_its_own_book_also_under_vmap():
         def run(hidden, one=one):
             return one.decode(one.params, batch._replace(hidden_states=hidden))
 
-        close(torch.vmap(run)(moved), torch.stack([run(h) for h in moved]), atol=1e-5)
+        close(torch.vmap(run)(moved), torch.stack([run(h) for h in moved]))
     assert stack(alone).header == stacked.header
     assert (
         select_edits(stacked, [2]).header.entries[0].edit_slots

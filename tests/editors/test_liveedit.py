@@ -18,6 +18,7 @@ from errata.functional.binding.bound_model import bind
 from errata.functional.deltas.stacking import select_edits, stack, unstack
 from errata.functional.errors import InvalidInputError, InvalidSettingsError
 from errata.functional.header import validate_header
+from tests.parity import assert_parity
 
 SMALL = LiveEditConfig(
     feature_dim=8, num_heads=2, num_sentinel_tokens=4, num_text_sentinel_tokens=3
@@ -108,7 +109,7 @@ def test_experts_in_another_order_do_the_same():
     parts = ("vision_keys", "query_keys", "down", "up")
     other = changed(delta, **{p: delta.tensors[pool_name(delta, p)][order] for p in parts})
     got, want = (logits(bind(model, one), asked(model)) for one in (other, delta))
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert_parity(got, want)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -153,7 +154,7 @@ def test_answers_and_padding_are_not_seen_by_the_gate(family):
         for target in (query.target, "a much longer answer than that"):
             alone = routes(model, delta, [query._replace(target=target)])
             for name, note in alone.items():
-                torch.testing.assert_close(note[0], together[name][row], rtol=1e-5, atol=1e-6)
+                assert_parity(note[0], together[name][row])
     got = logits(bind(model, delta), asked(model))
     for row, query in enumerate(asked(model)):
         want = logits(bind(model, delta), [query])[0]
@@ -196,7 +197,7 @@ def test_the_same_question_edited_again_takes_the_experts_place():
     for number, query in enumerate((again, third)):
         alone, _ = liveedit_editor(SMALL).edit(model, state, [query])
         got = logits(bind(model, side), [query], edit=torch.tensor([number]))
-        torch.testing.assert_close(got, logits(bind(model, alone), [query]), rtol=1e-5, atol=1e-6)
+        assert_parity(got, logits(bind(model, alone), [query]))
 
 
 def test_an_edit_is_sure_to_be_heard():
@@ -251,7 +252,7 @@ def test_a_fact_removed_by_its_id_is_gone():
         n: t.shape for n, t in want.tensors.items()
     }
     got = logits(bind(model, left), queries)
-    torch.testing.assert_close(got, logits(bind(model, want), queries), rtol=1e-5, atol=1e-6)
+    assert_parity(got, logits(bind(model, want), queries))
     assert not remove(delta, [0, 1, 2]).header.entries
 
 
@@ -262,12 +263,7 @@ def test_pools_are_merged_and_made_weaker():
     both, _ = sequence(model, queries[:2])
     joined = merge(one, two)
     assert joined.header.entries[0].edit_slots == (0, 1)
-    torch.testing.assert_close(
-        logits(bind(model, joined), queries),
-        logits(bind(model, both), queries),
-        rtol=1e-5,
-        atol=1e-6,
-    )
+    assert_parity(logits(bind(model, joined), queries), logits(bind(model, both), queries))
     later, _ = sequence(model, [queries[0]._replace(target="cat")])
     replaced = merge(one, two, later)
     assert replaced.header.entries[0].edit_slots == (-1, 0, 1)
@@ -290,7 +286,7 @@ def test_each_row_runs_under_its_own_edit():
     alone = unstack(delta)
     want = [logits(bind(model, alone[2]), queries)[0], logits(model, queries)[1]]
     want.append(logits(bind(model, alone[0]), queries)[2])
-    torch.testing.assert_close(got, torch.stack(want), rtol=1e-5, atol=1e-6)
+    assert_parity(got, torch.stack(want))
     again = stack([alone[2], alone[0]])
     assert again.header == select_edits(delta, [2, 0]).header
     assert torch.equal(

@@ -35,6 +35,7 @@ from errata.functional.forward import prefix
 from errata.functional.gradients.factors import GradientFactors, gradient_factors
 from errata.functional.gradients.losses import kl, nll, scored_mask, token_nll
 from errata.functional.kinds.schema import LowRank
+from tests.parity import tolerance
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -43,7 +44,7 @@ def golden(name: str) -> dict[str, torch.Tensor]:
     return load_file(GOLDEN / f"{name}.safetensors")
 
 
-def close(got: torch.Tensor, want: torch.Tensor, most: float = 1e-5) -> None:
+def close(got: torch.Tensor, want: torch.Tensor, most: float = tolerance(256)) -> None:
     gap = (got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-12)
     assert gap <= most, f"relative difference {gap:.2e}"
 

@@ -28,6 +28,7 @@ from tests.editors.test_wise import (
     seeded,
     tiny,
 )
+from tests.parity import assert_parity
 
 FAMILIES = ["llava", "qwen2_vl", "blip2", "gpt2"]
 
@@ -91,11 +92,11 @@ def test_no_prompt_is_thinned_away_before_the_gate(family):
     edited = bind(model, delta)
     cut = prefix.run_prefix(model, model.preprocess(queries), delta_depth(model, delta))
     whole = logits(edited, queries)
-    torch.testing.assert_close(prefix.run_suffix(edited, cut), whole, rtol=1e-5, atol=1e-6)
+    assert_parity(prefix.run_suffix(edited, cut), whole)
     before = edited.decode(edited.params, embedded(edited, queries), stop=model.card.num_layers - 1)
     thinned = edited.select_scored(edited.params, before)
     got = edited.decode(edited.params, thinned)
-    torch.testing.assert_close(got, whole, rtol=1e-5, atol=1e-6)
+    assert_parity(got, whole)
 
 
 def test_rows_that_thin_and_rows_that_do_not_stay_in_one_batch():
@@ -109,7 +110,7 @@ def test_rows_that_thin_and_rows_that_do_not_stay_in_one_batch():
     before = mixed.decode(mixed.params, batch, stop=model.card.num_layers - 1)
     thinned = mixed.select_scored(mixed.params, before)
     got = mixed.decode(mixed.params, thinned)
-    torch.testing.assert_close(got, whole, rtol=1e-5, atol=1e-6)
+    assert_parity(got, whole)
 
 
 def memories(changes: torch.Tensor, thresholds: list[float], **settings) -> tuple[Masked, dict]:
@@ -193,7 +194,7 @@ def test_a_stack_of_sequences_is_each_of_them():
     got = logits(edited, queries, edit)
     for row, number in enumerate(edit.tolist()):
         one = bind(model, deltas[number]) if number >= 0 else model
-        torch.testing.assert_close(got[row], logits(one, queries)[row], rtol=1e-5, atol=1e-6)
+        assert_parity(got[row], logits(one, queries)[row])
     said = generate(edited, queries, 3, edit_index=edit)
     assert said[0] == generate(bind(model, deltas[0]), queries[:1], 3)[0]
     assert said[2] == generate(model, queries[2:], 3)[0]

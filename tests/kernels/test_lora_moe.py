@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch.func import grad, jvp, vjp, vmap
 
 from errata.kernels import Routes, apply_experts, expert_weights, route_experts
+from tests.parity import assert_parity
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -59,7 +60,7 @@ def test_agrees_with_liveedit():
         got = apply_experts(
             part["reps"], golden["pool.moe_c"], golden["pool.moe_r"], routed, norm=norm
         )
-        torch.testing.assert_close(got, part["reps"] + part["residual"], rtol=1e-5, atol=1e-6)
+        assert_parity(got, part["reps"] + part["residual"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -111,7 +111,7 @@ def test_names_of_nothing_are_told_with_the_other_faults():
         "scorers: unknown scorer 'erata'; did you mean 'errata'?",
         "cases.relations: unknown relation 'nme'; did you mean 'name'?",
         "models[0].id: unknown model 'lava'; did you mean 'llava'?",
-        "models[0].template: 'nope' is unknown",
+        "models[0].template: unknown template 'nope'",
         "models[1].id must be a folder or a hub id; ./nowhere is no folder",
         "models[1].device must be one that torch can use here",
         "editors[0]: lora.rank",

@@ -16,6 +16,7 @@ from errata.functional.gradients.factors import (
 )
 from errata.functional.gradients.losses import nll
 from tests.functional.binding.test_bound_model import dense
+from tests.parity import assert_parity
 
 SITES = ["layers.1.down", "layers.2.up", "layers.2.attn.v", "head"]
 
@@ -36,7 +37,7 @@ def test_the_outer_product_is_the_weight_gradient(toy, queries):
     found = gradient_factors(toy, batch, SITES[:3])
     for site, factor in found.items():
         got, want = weight_gradient(factor).sum(0), true_gradient(toy, batch, site)
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        assert_parity(got, want)
     assert all(not p.requires_grad and p.grad is None for p in toy.params.values())
 
 
@@ -45,7 +46,7 @@ def test_each_row_has_its_own_gradient(toy, queries):
     got = weight_gradient(gradient_factors(toy, batch, SITES[:1])[SITES[0]])
     for row in range(batch.num_rows):
         want = true_gradient(toy, take_rows(batch, slice(row, row + 1)), SITES[0])
-        torch.testing.assert_close(got[row], want, rtol=1e-5, atol=1e-6)
+        assert_parity(got[row], want)
 
 
 def test_padding_gives_no_gradient(toy, queries):
@@ -104,7 +105,7 @@ def test_a_step_on_factors_is_a_step_on_gradients(toy, queries, donate, depth):
     assert [name for name, g in got.items() if isinstance(g, Tensor)] == ["layers.2.down.bias"]
     for name, g in got.items():
         formed = g if isinstance(g, Tensor) else g.to_dense(4)
-        torch.testing.assert_close(formed, want[name], rtol=1e-5, atol=1e-6)
+        assert_parity(formed, want[name])
     for make in (optimizers.adamw, optimizers.adam, optimizers.sgd):
         mask = torch.tensor([True, False, True, True])
         ends = []
