@@ -1,4 +1,4 @@
-"""What a model family is, as data: how its forward is entered, its positions, its places."""
+"""`Family`: one record per model type, and functions that most records share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from errata.adapters.inputs.vision_inputs import ProcessorParts
+from errata.adapters.families.tiny_configs import TinyModel
+from errata.adapters.inputs.prompt_format import PromptTemplate
+from errata.adapters.inputs.vision_inputs import ProcessorParts, VisionFormat
 from errata.functional import Inputs
 
 __all__ = ["Family", "enter", "forward_arguments", "mask_positions", "sequential_positions"]
@@ -43,28 +45,53 @@ def mask_positions(module: nn.Module, inputs: Inputs) -> Tensor:
 
 
 class Family(NamedTuple):
-    """One model type. Everything has a default that is right for the usual Hugging Face layout.
+    """One Hugging Face `model_type`: everything errata knows about it.
 
-    `positions` is None where the module's own choice must be observed instead of set. `known` are
-    config attributes that the family handles or that change nothing, beside those its config class
-    declares; `values` names config attributes (dotted) with the values the adapter is right for.
+    The defaults fit the usual Hugging Face layout.
+
+    Attributes:
+        model_type: `config.model_type`.
+        title: What `errata models` prints.
+        vision: How images stand in the prompt and become tensors. None: read by the model's own
+            processor, or text only.
+        processor: Returns the processor class that is built from its parts. None: Hugging Face's.
+        tiny: A tiny random model of the family, for tests and documentation.
+        templates: Prompt templates that differ from the default of their name.
+        forward_arguments: (module, inputs) -> arguments of the module's forward, without positions.
+        enter: Runs the forward with these arguments.
+        position_ids: (module, inputs) -> position ids [B P L]. None: those of the module are
+            recorded.
+        vision_path: Path of the vision tower.
+        projector_path: Path of the module that maps its features to the decoder.
+        vision_features_path: Path of the module whose `get_image_features` runs both.
+        takes_images: Whether a query may have an image.
+        takes_several_images: Whether a query may have more than one.
+        takes_videos: Whether a query may have a video.
+        known_attributes: Config attributes that are handled or change nothing, in addition to those
+            that the config class declares.
+        required_values: Config attributes (dotted) and the values that are supported.
+        verified: Whether the family is tested. False: found by structure, verified numerically on
+            loading.
     """
 
     model_type: str
+    title: str = ""
+    vision: VisionFormat | None = None
+    processor: Callable[[], type] | None = None
+    tiny: TinyModel | None = None
+    templates: Mapping[str, PromptTemplate] = {}
     forward_arguments: Callable[[nn.Module, Inputs], dict[str, Any]] = forward_arguments
     enter: Callable[[nn.Module, Mapping[str, Any]], Any] = enter
     position_ids: Callable[[nn.Module, Inputs], Tensor] | None = sequential_positions
-    vision_path: str = ""  # path of the vision tower
-    projector_path: str = ""  # path of what maps its features to the decoder
-    vision_features_path: str | None = (
-        None  # path of the module whose `get_image_features` does both
-    )
+    vision_path: str = ""
+    projector_path: str = ""
+    vision_features_path: str | None = None
     takes_images: bool = True
     takes_several_images: bool = True
     takes_videos: bool = False
     known_attributes: frozenset[str] = frozenset()
     required_values: Mapping[str, tuple[Any, ...]] = {}
-    verified: bool = True  # False: found by structure, so it must prove itself
+    verified: bool = True
 
 
 def image_token(parts: ProcessorParts) -> str:

@@ -20,13 +20,20 @@ from errata.adapters.families.tiny_configs import (
     HEAD_DIM,
     MAX_POSITIONS,
     VISION_DIM,
+    TinyModel,
     TinySize,
     tower_config,
 )
-from errata.adapters.inputs.vision_inputs import ProcessorParts, VisionInputs, to_tensors
+from errata.adapters.inputs.prompt_format import PromptTemplate
+from errata.adapters.inputs.vision_inputs import (
+    ProcessorParts,
+    VisionFormat,
+    VisionInputs,
+    to_tensors,
+)
 from errata.functional import Inputs
 
-__all__ = ["enter", "family", "forward_arguments", "minigpt4"]
+__all__ = ["enter", "family", "forward_arguments"]
 
 
 def forward_arguments(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
@@ -72,24 +79,6 @@ _KNOWN_ATTRIBUTES = frozenset(
     }
 )
 """What checkpoints from before transformers 5 say beside what the classes read; all constants."""
-
-
-def _make_family(model_type: str) -> Family:
-    return Family(
-        model_type,
-        forward_arguments=forward_arguments,
-        enter=enter,
-        position_ids=mask_positions,
-        vision_path="vision_model",
-        projector_path="qformer",
-        vision_features_path="",
-        known_attributes=_KNOWN_ATTRIBUTES,
-        required_values={"qformer_config.position_embedding_type": (None, "absolute")},
-    )
-
-
-family: Family = _make_family("blip-2")
-minigpt4: Family = _make_family("minigpt4")
 
 
 # ---- BLIP-2 and MiniGPT-4: as many tokens as queries
@@ -146,3 +135,48 @@ def _tiny_blip2_processor(tokenizer: Any) -> Any:
 
     images = hf.BlipImageProcessorPil(size={"height": 32, "width": 32})
     return hf.Blip2Processor(image_processor=images, tokenizer=tokenizer, num_query_tokens=4)
+
+
+def _processor_class() -> type:
+    from transformers import Blip2Processor
+
+    return Blip2Processor
+
+
+def make_family(model_type: str, **fields: Any) -> Family:
+    """Return the record of a family with BLIP-2's vision tower and Q-Former."""
+    return Family(
+        model_type,
+        forward_arguments=forward_arguments,
+        enter=enter,
+        position_ids=mask_positions,
+        vision_path="vision_model",
+        projector_path="qformer",
+        vision_features_path="",
+        known_attributes=_KNOWN_ATTRIBUTES,
+        required_values={"qformer_config.position_embedding_type": (None, "absolute")},
+        **fields,
+    )
+
+
+# LAVIS puts the images before everything, then the bare question.
+_LAVIS = PromptTemplate(chat=False, raw_template=("{prompt}",), answer_separator=" ", add_bos=False)
+
+family: Family = make_family(
+    "blip-2",
+    title="BLIP-2 over a decoder (OPT, Llama)",
+    vision=VisionFormat(
+        "prefix", ("Question: {prompt} Answer:",), encode_images=encode_qformer_images
+    ),
+    processor=_processor_class,
+    tiny=TinyModel(
+        "Blip2ForConditionalGeneration", _tiny_blip2_config, _tiny_blip2_processor, add_bos=True
+    ),
+    templates={
+        "easyedit": _LAVIS,
+        "easyedit-trainer": _LAVIS,
+        "vlkeb": _LAVIS,
+        "mmke": _LAVIS,
+        "liveedit": PromptTemplate(chat=False, raw_template=("{prompt}",)),
+    },
+)

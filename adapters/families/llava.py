@@ -11,29 +11,24 @@ from typing import Any
 
 from PIL import Image as PILImage
 
-from errata.adapters.families.base import Family
+from errata.adapters.families.base import Family, image_token
 from errata.adapters.families.tiny_configs import (
     VICUNA,
     VISION_DIM,
+    TinyModel,
     TinySize,
     decoder_config,
     tower_config,
 )
 from errata.adapters.inputs.vision_inputs import (
     ProcessorParts,
+    VisionFormat,
     VisionInputs,
     find_setting,
     to_tensors,
 )
 
 __all__ = ["family"]
-
-family = Family(
-    "llava",
-    vision_path="model.vision_tower",
-    projector_path="model.multi_modal_projector",
-    vision_features_path="model",
-)
 
 
 # ---- LLaVA: one fixed number of tokens per picture
@@ -82,3 +77,29 @@ def _tiny_llava_processor(tokenizer: Any) -> Any:
         num_additional_image_tokens=1,
         chat_template=VICUNA,
     )
+
+
+def _processor_class() -> type:
+    from transformers import LlavaProcessor
+
+    return LlavaProcessor
+
+
+family = Family(
+    "llava",
+    vision_path="model.vision_tower",
+    projector_path="model.multi_modal_projector",
+    vision_features_path="model",
+    title="LLaVA-1.5",
+    vision=VisionFormat(
+        "token",
+        ("USER: {images}{prompt} ASSISTANT:",),
+        "{}\n",
+        image_token=image_token,
+        encode_images=encode_llava_images,
+    ),
+    processor=_processor_class,
+    tiny=TinyModel(
+        "LlavaForConditionalGeneration", _tiny_llava_config, _tiny_llava_processor, add_bos=True
+    ),
+)

@@ -15,27 +15,25 @@ from torch import Tensor
 from transformers import LlavaOnevisionProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from errata.adapters.families.base import Family, set_special_tokens
-from errata.adapters.families.tiny_configs import CHATML, TinySize, decoder_config, tower_config
+from errata.adapters.families.base import Family, image_token, set_special_tokens, video_token
+from errata.adapters.families.tiny_configs import (
+    CHATML,
+    TinyModel,
+    TinySize,
+    decoder_config,
+    tower_config,
+)
 from errata.adapters.inputs.video import normalize_frames, resize_frames, stack_frames
 from errata.adapters.inputs.vision_inputs import (
+    CHATML_PROMPT,
     ProcessorParts,
+    VisionFormat,
     VisionInputs,
     find_setting,
     to_tensors,
 )
 
 __all__ = ["LlavaOnevisionImageTextProcessor", "family", "onevision_frames"]
-
-family = Family(
-    "llava_onevision",
-    vision_path="model.vision_tower",
-    projector_path="model.multi_modal_projector",
-    vision_features_path="model",
-    takes_videos=True,
-    known_attributes=frozenset({"use_image_newline_parameter"}),
-    required_values={"use_image_newline_parameter": (None, True)},
-)
 
 
 def onevision_frames(
@@ -134,3 +132,28 @@ def _tiny_onevision_processor(tokenizer: Any) -> Any:
         vision_feature_select_strategy="full",
         chat_template=CHATML.replace("IMAGE", "<image>").replace("VIDEO", "<video>"),
     )
+
+
+family = Family(
+    "llava_onevision",
+    vision_path="model.vision_tower",
+    projector_path="model.multi_modal_projector",
+    vision_features_path="model",
+    takes_videos=True,
+    known_attributes=frozenset({"use_image_newline_parameter"}),
+    required_values={"use_image_newline_parameter": (None, True)},
+    title="LLaVA-OneVision",
+    vision=VisionFormat(
+        "token",
+        CHATML_PROMPT,
+        "{}\n",
+        image_token=image_token,
+        video_token=video_token,
+        encode_images=encode_onevision_images,
+        encode_video=encode_onevision_video,
+    ),
+    processor=lambda: LlavaOnevisionImageTextProcessor,
+    tiny=TinyModel(
+        "LlavaOnevisionForConditionalGeneration", _tiny_onevision_config, _tiny_onevision_processor
+    ),
+)

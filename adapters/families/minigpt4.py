@@ -1,76 +1,31 @@
-"""MiniGPT-4 as a Hugging Face model: BLIP-2's vision tower and Q-Former before a Llama decoder.
+"""MiniGPT-4: BLIP-2's vision tower and Q-Former before a Llama decoder.
 
-The original (Zhu et al. 2023, arXiv 2304.10592; Vision-CAIR/MiniGPT-4, `mini_gpt4.py`) feeds the 32
-Q-Former outputs through one linear map, `llama_proj`, into the middle of a wrapped prompt,
-`###Human: <Img>[32 image tokens]</Img> question###Assistant: answer`. Hugging Face has no class
-for it. Its modules are those of BLIP-2, so it is one here: `Blip2ForConditionalGeneration` whose
-text model is Llama and whose `language_projection` is `llama_proj`; only where the image tokens
-stand differs, and that is the reader's business (`read.py`). Saving and loading are Hugging
-Face's; `minigpt4_convert.py` makes such a folder from the original checkpoint files.
+The image tokens stand in the middle of the prompt: `###Human: <Img>[32 tokens]</Img> question
+###Assistant: answer`. The Hugging Face classes are in `minigpt4_model.py`.
 """
+
+from __future__ import annotations
 
 from typing import Any
 
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    Blip2Config,
-    Blip2ForConditionalGeneration,
-    LlamaConfig,
+from errata.adapters.families.base import Family
+from errata.adapters.families.blip2 import encode_qformer_images, make_family, qformer_config
+from errata.adapters.families.tiny_configs import (
+    TinyModel,
+    TinySize,
+    decoder_config,
+    tower_config,
 )
-from transformers.processing_utils import ProcessorMixin
+from errata.adapters.inputs.prompt_format import PromptTemplate
+from errata.adapters.inputs.vision_inputs import VisionFormat
 
-from errata.adapters.families.blip2 import qformer_config
-from errata.adapters.families.tiny_configs import TinySize, decoder_config, tower_config
-
-__all__ = ["MiniGPT4Config", "MiniGPT4ForConditionalGeneration", "MiniGPT4Processor"]
-
-
-class MiniGPT4Config(Blip2Config):
-    """Sizes of a MiniGPT-4: a vision tower, a Q-Former, a Llama.
-
-    `image_token_index` is the id written at image positions; nothing is looked up there, so any id
-    that text never yields will do (0, Llama's unknown token).
-    """
-
-    model_type = "minigpt4"
-
-    def __init__(self, text_config: Any = None, image_token_index: int = 0, **kwargs: Any):
-        if text_config is None:
-            text_config = LlamaConfig()
-        elif isinstance(text_config, dict):
-            text_config = LlamaConfig(**text_config)
-        super().__init__(text_config=text_config, image_token_index=image_token_index, **kwargs)
-
-
-class MiniGPT4ForConditionalGeneration(Blip2ForConditionalGeneration):
-    """`Blip2ForConditionalGeneration` over Llama; image tokens may stand anywhere in a row."""
-
-    config: MiniGPT4Config
-
-
-class MiniGPT4Processor(ProcessorMixin):
-    """An image processor and a tokenizer, saved together."""
-
-    def __init__(self, image_processor: Any, tokenizer: Any, **_: Any):
-        super().__init__(image_processor, tokenizer)
-
-
-def register() -> None:
-    """Let Hugging Face's auto classes know MiniGPT-4; asking again changes nothing."""
-    AutoConfig.register("minigpt4", MiniGPT4Config, exist_ok=True)
-    AutoModelForImageTextToText.register(
-        MiniGPT4Config, MiniGPT4ForConditionalGeneration, exist_ok=True
-    )
-
-
-register()
+__all__ = ["family"]
 
 
 def _tiny_minigpt4_config(size: TinySize) -> Any:
     import transformers as hf
 
-    from errata.adapters.families.minigpt4 import MiniGPT4Config
+    from errata.adapters.families.minigpt4_model import MiniGPT4Config
 
     return MiniGPT4Config(
         vision_config=hf.Blip2VisionConfig(**tower_config(8, 32)).to_dict(),
@@ -83,7 +38,47 @@ def _tiny_minigpt4_config(size: TinySize) -> Any:
 def _tiny_minigpt4_processor(tokenizer: Any) -> Any:
     import transformers as hf
 
-    from errata.adapters.families.minigpt4 import MiniGPT4Processor
+    from errata.adapters.families.minigpt4_model import MiniGPT4Processor
 
     images = hf.BlipImageProcessorPil(size={"height": 32, "width": 32})
     return MiniGPT4Processor(image_processor=images, tokenizer=tokenizer)
+
+
+def _processor_class() -> type:
+    from errata.adapters.families.minigpt4_model import MiniGPT4Processor
+
+    return MiniGPT4Processor
+
+
+# prompt_wrap of EasyEdit tokenizes what surrounds the image apart from the question.
+_WRAPPED = PromptTemplate(
+    chat=False,
+    raw_template=("{images}", "{prompt}"),
+    image_wrapper="###Human: <Img>{}</Img> ",
+    answer_separator=" ",
+    add_bos=False,
+)
+
+family: Family = make_family(
+    "minigpt4",
+    title="MiniGPT-4: BLIP-2's vision over Llama/Vicuna",
+    vision=VisionFormat(
+        "inserted_ids",
+        ("###Human: {images}{prompt}###Assistant:",),
+        "<Img>{}</Img> ",
+        encode_images=encode_qformer_images,
+    ),
+    processor=_processor_class,
+    tiny=TinyModel(
+        "MiniGPT4ForConditionalGeneration",
+        _tiny_minigpt4_config,
+        _tiny_minigpt4_processor,
+        add_bos=True,
+    ),
+    templates={
+        "easyedit": _WRAPPED,
+        "easyedit-trainer": _WRAPPED,
+        "vlkeb": _WRAPPED,
+        "mmke": _WRAPPED,
+    },
+)

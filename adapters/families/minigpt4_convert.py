@@ -142,7 +142,7 @@ def convert_minigpt4(
     """
     import transformers as hf
 
-    from errata.adapters.families.minigpt4 import (
+    from errata.adapters.families.minigpt4_model import (
         MiniGPT4Config,
         MiniGPT4ForConditionalGeneration,
         MiniGPT4Processor,

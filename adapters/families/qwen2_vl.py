@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import Qwen2VLProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from errata.adapters.families.base import Family, set_special_tokens
+from errata.adapters.families.base import Family, image_token, set_special_tokens, video_token
 from errata.adapters.families.tiny_configs import (
     QWEN,
     VISION_DIM,
+    TinyModel,
     TinySize,
     decoder_config,
     vision_token_ids,
@@ -31,7 +32,13 @@ from errata.adapters.inputs.video import (
     resize_frames,
     stack_frames,
 )
-from errata.adapters.inputs.vision_inputs import ProcessorParts, VisionInputs, to_tensors
+from errata.adapters.inputs.vision_inputs import (
+    CHATML_PROMPT,
+    ProcessorParts,
+    VisionFormat,
+    VisionInputs,
+    to_tensors,
+)
 from errata.functional import Inputs
 
 __all__ = [
@@ -77,23 +84,6 @@ def mrope_positions(module: Any, inputs: Inputs) -> Tensor:
         **grids,
     )
     return position_ids.transpose(0, 1)
-
-
-def _make_family(model_type: str, **fields: Any) -> Family:
-    return Family(
-        model_type,
-        forward_arguments=forward_arguments,
-        position_ids=mrope_positions,
-        vision_path="model.visual",
-        projector_path="model.visual.merger",
-        vision_features_path="model",
-        takes_videos=True,
-        **fields,
-    )
-
-
-qwen2: Family = _make_family("qwen2_vl")
-qwen2_5: Family = _make_family("qwen2_5_vl")
 
 
 def pixel_limits(settings: Mapping[str, Any]) -> tuple[int, int]:
@@ -221,3 +211,43 @@ def _tiny_qwen2_vl_processor(tokenizer: Any) -> Any:
     return Qwen2VLImageTextProcessor(
         image_processor=images, tokenizer=tokenizer, chat_template=QWEN
     )
+
+
+def _make_family(model_type: str, **fields: Any) -> Family:
+    return Family(
+        model_type,
+        forward_arguments=forward_arguments,
+        position_ids=mrope_positions,
+        vision_path="model.visual",
+        projector_path="model.visual.merger",
+        vision_features_path="model",
+        takes_videos=True,
+        vision=VisionFormat(
+            "token",
+            CHATML_PROMPT,
+            placeholder_wrapper=VISION_MARKERS,
+            image_token=image_token,
+            video_token=video_token,
+            encode_images=encode_qwen_images,
+            encode_video=encode_qwen2_video,
+            needs_token_types=True,
+        ),
+        processor=lambda: Qwen2VLImageTextProcessor,
+        **fields,
+    )
+
+
+qwen2: Family = _make_family(
+    "qwen2_vl",
+    title="Qwen2-VL",
+    tiny=TinyModel(
+        "Qwen2VLForConditionalGeneration", _tiny_qwen2_vl_config, _tiny_qwen2_vl_processor
+    ),
+)
+qwen2_5: Family = _make_family(
+    "qwen2_5_vl",
+    title="Qwen2.5-VL",
+    tiny=TinyModel(
+        "Qwen2_5_VLForConditionalGeneration", _tiny_qwen2_5_vl_config, _tiny_qwen2_vl_processor
+    ),
+)

@@ -14,8 +14,10 @@ from torch import Tensor
 from transformers import Qwen3VLProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from errata.adapters.families.base import Family, set_special_tokens
+from errata.adapters.families.base import Family, image_token, set_special_tokens
 from errata.adapters.families.qwen2_vl import (
+    VISION_MARKERS,
+    encode_qwen_images,
     encode_qwen_video,
     forward_arguments,
     mrope_positions,
@@ -25,25 +27,21 @@ from errata.adapters.families.tiny_configs import (
     HEAD_DIM,
     QWEN,
     VISION_DIM,
+    TinyModel,
     TinySize,
     decoder_config,
     vision_token_ids,
 )
 from errata.adapters.inputs.video import fit_to_pixels
-from errata.adapters.inputs.vision_inputs import ProcessorParts, VisionInputs
+from errata.adapters.inputs.vision_inputs import (
+    CHATML_PROMPT,
+    ProcessorParts,
+    VisionFormat,
+    VisionInputs,
+)
 from errata.functional.errors import InvalidInputError
 
 __all__ = ["Qwen3VLImageTextProcessor", "family", "qwen3_frames"]
-
-family = Family(
-    "qwen3_vl",
-    forward_arguments=forward_arguments,
-    position_ids=mrope_positions,
-    vision_path="model.visual",
-    projector_path="model.visual.merger",
-    vision_features_path="model",
-    takes_videos=True,
-)
 
 
 def qwen3_frames(
@@ -150,3 +148,29 @@ def _tiny_qwen3_vl_processor(tokenizer: Any) -> Any:
     return Qwen3VLImageTextProcessor(
         image_processor=images, tokenizer=tokenizer, chat_template=QWEN
     )
+
+
+family = Family(
+    "qwen3_vl",
+    forward_arguments=forward_arguments,
+    position_ids=mrope_positions,
+    vision_path="model.visual",
+    projector_path="model.visual.merger",
+    vision_features_path="model",
+    takes_videos=True,
+    title="Qwen3-VL",
+    vision=VisionFormat(
+        "token",
+        CHATML_PROMPT,
+        placeholder_wrapper=VISION_MARKERS,
+        image_token=image_token,
+        video_token=qwen3_video_token,
+        encode_images=encode_qwen_images,
+        encode_video=encode_qwen3_video,
+        needs_token_types=True,
+    ),
+    processor=lambda: Qwen3VLImageTextProcessor,
+    tiny=TinyModel(
+        "Qwen3VLForConditionalGeneration", _tiny_qwen3_vl_config, _tiny_qwen3_vl_processor
+    ),
+)

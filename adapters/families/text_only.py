@@ -5,23 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from errata.adapters.families.base import Family, mask_positions
-from errata.adapters.families.tiny_configs import HEAD_DIM, MAX_POSITIONS, TinySize, decoder_config
+from errata.adapters.families.tiny_configs import (
+    HEAD_DIM,
+    MAX_POSITIONS,
+    TinyModel,
+    TinySize,
+    decoder_config,
+)
 
 __all__ = ["gpt2", "llama", "opt", "qwen2", "qwen3"]
-
-gpt2 = Family(
-    "gpt2", takes_images=False, takes_several_images=False, known_attributes=frozenset({"n_ctx"})
-)
-llama = Family("llama", takes_images=False, takes_several_images=False)
-qwen2 = Family(
-    "qwen2",
-    takes_images=False,
-    takes_several_images=False,
-    known_attributes=frozenset({"use_mrope"}),
-    required_values={"use_mrope": (None, False)},
-)
-qwen3 = Family("qwen3", takes_images=False, takes_several_images=False)
-opt = Family("opt", takes_images=False, takes_several_images=False, position_ids=mask_positions)
 
 
 def _tiny_gpt2_config(size: TinySize) -> Any:
@@ -56,3 +48,39 @@ def _tiny_qwen2_config(size: TinySize) -> Any:
 
 def _use_tokenizer(tokenizer: Any) -> Any:
     return tokenizer
+
+
+gpt2: Family = Family(
+    "gpt2",
+    title="GPT-2 (text)",
+    tiny=TinyModel("GPT2LMHeadModel", _tiny_gpt2_config, _use_tokenizer),
+    takes_images=False,
+    takes_several_images=False,
+    known_attributes=frozenset({"n_ctx"}),
+)
+llama: Family = Family(
+    "llama",
+    title="Llama, Vicuna (text)",
+    tiny=TinyModel("LlamaForCausalLM", _tiny_llama_config, _use_tokenizer, add_bos=True),
+    takes_images=False,
+    takes_several_images=False,
+)
+qwen2: Family = Family(
+    "qwen2",
+    title="Qwen2 and Qwen2.5 (text)",
+    tiny=TinyModel("Qwen2ForCausalLM", _tiny_qwen2_config, _use_tokenizer),
+    takes_images=False,
+    takes_several_images=False,
+    known_attributes=frozenset({"use_mrope"}),
+    required_values={"use_mrope": (None, False)},
+)
+qwen3: Family = Family(
+    "qwen3", title="Qwen3 (text)", takes_images=False, takes_several_images=False
+)
+opt: Family = Family(
+    "opt",
+    title="OPT (text)",
+    takes_images=False,
+    takes_several_images=False,
+    position_ids=mask_positions,
+)

@@ -10,14 +10,13 @@ B rows · L tokens · T scored positions
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from errata.adapters.families.table import READINGS
 from errata.adapters.inputs.collation import TokenRow, collate, concat_pixels
 from errata.adapters.inputs.images import content_id
 from errata.adapters.inputs.lru_cache import LRUCache
@@ -29,14 +28,12 @@ from errata.adapters.inputs.prompt_format import (
     scored_tokens,
     split_template,
 )
-from errata.adapters.inputs.templates import get_template
 from errata.adapters.inputs.validation import name_query, open_images, validate_all, validate_query
 from errata.adapters.inputs.vision_inputs import (
     TEXT_ONLY,
     ProcessorParts,
     VisionFormat,
     VisionInputs,
-    split_processor,
 )
 from errata.functional import Inputs, ModelCard, Query
 from errata.functional.errors import (
@@ -47,7 +44,7 @@ from errata.functional.errors import (
 )
 from errata.functional.queries import IMAGE_PLACEHOLDER
 
-__all__ = ["PromptRow", "QueryProcessor", "make_processor"]
+__all__ = ["PromptRow", "QueryProcessor"]
 
 
 class PromptRow(NamedTuple):
@@ -412,33 +409,3 @@ class QueryProcessor:
                 vision_inputs={**vision_inputs, "mm_token_type_ids": token_types}
             )
         return inputs
-
-
-def make_processor(
-    processor: Any,
-    config: Any,
-    card: ModelCard,
-    template: str | PromptTemplate = "default",
-    cache: int = 256 << 20,
-) -> Callable[[Sequence[Query]], Inputs]:
-    """What reads queries for a model: its processor (or tokenizer) under a prompt template.
-
-    Families of `READINGS` and text decoders are read by our own code; any other through its own
-    processor (`whole.py`). `cache` bounds the preprocessed pictures that are kept, in bytes.
-    Raises BadSettings for an unknown template, ModelUnsupported for a processor that can not serve.
-    """
-    prompt_template = get_template(template, config.model_type)
-    parts = split_processor(processor, config)
-    vision_format = READINGS.get(config.model_type)
-    if parts.processor is None or not card.takes_images:
-        return QueryProcessor(parts, TEXT_ONLY, prompt_template, card, cache)
-    if vision_format is None:
-        from errata.adapters.inputs.hf_processor import HFQueryProcessor
-
-        return HFQueryProcessor(parts, prompt_template, card)
-    if parts.image_processor is None:
-        raise UnsupportedModelError(
-            f"a {config.model_type} must come with a processor that has an image processor; "
-            f"{type(processor).__name__} has none."
-        )
-    return QueryProcessor(parts, vision_format, prompt_template, card, cache)

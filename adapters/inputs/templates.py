@@ -1,7 +1,7 @@
 """Named prompt conventions: ours, and those under which the peers' published numbers were made.
 
 Four code bases put different strings before the model for the "same" metric, so a score carries
-the name of its template. Under `*` is what holds for every family that has no line of its own.
+the name of its template. Templates of single families are in their `Family.templates`.
 
 Sources: zjunlp/EasyEdit `trainer/blip2_models/`, `evaluate/multimodal_evaluate.py` and
 `dataset/vqa.py`; VLKEB/VLKEB (`trainer/llava/`) and MMKE-Bench, forks of it; qizhou000/LiveEdit
@@ -10,6 +10,8 @@ Sources: zjunlp/EasyEdit `trainer/blip2_models/`, `evaluate/multimodal_evaluate.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from msgspec.structs import replace
 
 from errata.adapters.inputs.prompt_format import PromptTemplate
@@ -17,15 +19,6 @@ from errata.functional.errors import InvalidSettingsError, unknown_name
 
 __all__ = ["TEMPLATES", "get_template"]
 
-_LAVIS = PromptTemplate(chat=False, raw_template=("{prompt}",), answer_separator=" ", add_bos=False)
-_WRAPPED = PromptTemplate(
-    # prompt_wrap tokenises what stands before and behind the picture apart from the question
-    chat=False,
-    raw_template=("{images}", "{prompt}"),
-    image_wrapper="###Human: <Img>{}</Img> ",
-    answer_separator=" ",
-    add_bos=False,
-)
 _BARE = PromptTemplate(
     # the picture is spliced in behind <s>, question and answer are one text behind it
     chat=False,
@@ -34,43 +27,47 @@ _BARE = PromptTemplate(
 )
 _LINE = PromptTemplate(chat=False, raw_template=("{images}{prompt}",), image_wrapper="{}\n")
 
-TEMPLATES: dict[str, dict[str, PromptTemplate]] = {
+TEMPLATES: Mapping[str, PromptTemplate] = {
     # the family's own way: its chat template, or the prompt its makers publish
-    "default": {"*": PromptTemplate()},
-    # no template at all: pictures, question, answer
-    "plain": {"*": PromptTemplate(chat=False, raw_template=("{images}{prompt}",))},
-    # EasyEdit's editor: chat template and answer, nothing between; BLIP-2 and MiniGPT-4 bare
-    "easyedit": {"blip-2": _LAVIS, "minigpt4": _WRAPPED, "*": PromptTemplate(answer_separator="")},
+    "default": PromptTemplate(),
+    # no template at all: images, question, answer
+    "plain": PromptTemplate(chat=False, raw_template=("{images}{prompt}",)),
+    # EasyEdit's editor: chat template and answer, nothing between
+    "easyedit": PromptTemplate(answer_separator=""),
     # EasyEdit's trainer and its datasets put a space before every answer
-    "easyedit-trainer": {
-        "blip-2": _LAVIS,
-        "minigpt4": _WRAPPED,
-        "*": PromptTemplate(answer_separator=" "),
-    },
+    "easyedit-trainer": PromptTemplate(answer_separator=" "),
     # f"{question} {answer}" without chat words; LLaVA too
-    "vlkeb": {"blip-2": _LAVIS, "minigpt4": _WRAPPED, "*": _BARE},
-    "mmke": {"blip-2": _LAVIS, "minigpt4": _WRAPPED, "*": _BARE},
-    # no chat words; a space unless one is there; BLIP-2's pictures come before its </s>
-    "liveedit": {"blip-2": PromptTemplate(chat=False, raw_template=("{prompt}",)), "*": _LINE},
+    "vlkeb": _BARE,
+    "mmke": _BARE,
+    # no chat words; a space unless one is there
+    "liveedit": _LINE,
     # text models, bare
-    "ice": {
-        "*": PromptTemplate(chat=False, raw_template=("{images}{prompt}",), answer_separator=" ")
-    },
+    "ice": PromptTemplate(chat=False, raw_template=("{images}{prompt}",), answer_separator=" "),
 }
+"""Template names and their defaults. A family's own are in `Family.templates`."""
 
 
-def get_template(name: str | PromptTemplate, family: str) -> PromptTemplate:
-    """The template called `name` for a family (`config.model_type`); a Template is itself.
+def get_template(
+    name: str | PromptTemplate, family_templates: Mapping[str, PromptTemplate] = {}
+) -> PromptTemplate:
+    """Return the prompt template of a name.
 
-    Raises BadSettings with the names that exist.
+    Args:
+        name: A name of `TEMPLATES`. A `PromptTemplate` is returned as it is.
+        family_templates: `Family.templates`, which take precedence.
 
-    >>> get_template("easyedit", "blip-2").answer_separator, get_template("easyedit", "qwen2_vl").answer_separator
-    (' ', '')
+    Returns:
+        The template, with its name.
+
+    Raises:
+        InvalidSettingsError: If there is no template of this name.
+
+    Example:
+        >>> get_template("easyedit").answer_separator
+        ''
     """
     if isinstance(name, PromptTemplate):
         return name
     if name not in TEMPLATES:
         raise InvalidSettingsError(f"{unknown_name('template', name, TEMPLATES)}.")
-    table = TEMPLATES[name]
-    chosen = table.get(family, table["*"])
-    return replace(chosen, name=name)
+    return replace(family_templates.get(name, TEMPLATES[name]), name=name)

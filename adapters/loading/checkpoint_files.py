@@ -18,9 +18,9 @@ from errata.functional.errors import InvalidInputError, UnsupportedModelError, j
 def _load_config(name: str, revision: str | None) -> Any:
     from transformers import AutoConfig
 
-    from errata.adapters.families import minigpt4
+    from errata.adapters.families import minigpt4_model
 
-    minigpt4.register()
+    minigpt4_model.register()
     local = os.path.isdir(name)
     if not local and (
         os.path.exists(name) or name.startswith((".", "/", "~")) or os.sep * 2 in name

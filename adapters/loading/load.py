@@ -59,8 +59,8 @@ def from_module(
     from errata.adapters.families.table import family_of
     from errata.adapters.hf.functional_model import functionalize
     from errata.adapters.hf.structure import describe_module
-    from errata.adapters.inputs.processor import make_processor
     from errata.adapters.inputs.prompt_format import make_detokenizer
+    from errata.adapters.loading.query_processor import make_processor
 
     refuse_encoder_decoder(module.config)
     family = family_of(module.config.model_type)

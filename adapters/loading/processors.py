@@ -72,17 +72,18 @@ def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
     """
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    from errata.adapters.families.table import OURS
+    from errata.adapters.families.table import FAMILIES
     from errata.adapters.loading.processors import build_hf_processor
 
     hub_options = {"revision": revision} if revision else {}
     try:
         with _quiet_transformers():
-            if config.model_type in OURS:
+            family = FAMILIES.get(config.model_type)
+            if family and family.processor:
                 settings = _read_json(name, PROCESSOR_FILE, revision)
                 tokenizer = AutoTokenizer.from_pretrained(name, **hub_options)
                 images = AutoImageProcessor.from_pretrained(name, backend="pil", **hub_options)
-                processor = OURS[config.model_type](
+                processor = family.processor()(
                     image_processor=images,
                     tokenizer=tokenizer,
                     **_own_settings(settings),

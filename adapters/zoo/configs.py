@@ -10,7 +10,7 @@ import transformers as hf
 from tokenizers import Tokenizer
 
 from errata.adapters.families.llava_onevision import LlavaOnevisionImageTextProcessor
-from errata.adapters.families.minigpt4 import (
+from errata.adapters.families.minigpt4_model import (
     MiniGPT4Config,
     MiniGPT4ForConditionalGeneration,
     MiniGPT4Processor,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from errata.adapters.families.table import TINY
+from errata.adapters.families.table import tiny_families
 from errata.adapters.families.tiny_configs import HEAD_DIM, TinySize, tiny_tokenizer
 from errata.functional.errors import UnsupportedModelError
 
@@ -17,7 +17,7 @@ def _model_class(name: str) -> type:
     import transformers as hf
 
     if name == "MiniGPT4ForConditionalGeneration":  # the only class that is ours
-        from errata.adapters.families.minigpt4 import MiniGPT4ForConditionalGeneration
+        from errata.adapters.families.minigpt4_model import MiniGPT4ForConditionalGeneration
 
         return MiniGPT4ForConditionalGeneration
     return getattr(hf, name)
@@ -30,15 +30,16 @@ def tiny_model(
 
     The model is in fp32, in evaluation mode, asks for no gradients, and follows from the seed;
     `layers` and `width` (a multiple of 32) are those of the decoder. Raises ModelUnsupported for
-    a name that is not in `TINY`.
+    a name of no tiny model.
 
     >>> module, processor = tiny_model("llava", num_layers=2)
     >>> module.config.model_type, module.config.text_config.num_hidden_layers
     ('llava', 2)
     """
-    if name not in TINY:
+    tiny = tiny_families()
+    if name not in tiny:
         raise UnsupportedModelError(
-            f"a tiny model must be one of {', '.join(sorted(TINY))}; got {name!r}."
+            f"a tiny model must be one of {', '.join(sorted(tiny))}; got {name!r}."
         )
     if hidden_size % (2 * HEAD_DIM) or hidden_size <= 0 or num_layers < 1:
         raise UnsupportedModelError(
@@ -46,7 +47,7 @@ def tiny_model(
             f"{2 * HEAD_DIM}, "
             f"got num_layers={num_layers}, hidden_size={hidden_size}."
         )
-    entry = TINY[name]
+    entry = tiny[name]
     processor = entry.processor(tiny_tokenizer(entry.add_bos))
     tokenizer = getattr(processor, "tokenizer", processor)
     config = entry.config(TinySize(num_layers, hidden_size, tokenizer))

@@ -288,11 +288,11 @@ def find_unknown_names(raw: Mapping[str, Any]) -> list[str]:
 
 def _missing_model(id: str) -> list[str]:
     """What is wrong with a model's id, as far as can be known without loading it."""
-    from errata.adapters.families.table import TINY as tinies
+    from errata.adapters.families.table import tiny_families
     from errata.adapters.zoo.micro import micro_names
 
     faults = []
-    for start, known in ((MICRO_PREFIX, micro_names()), (TINY_PREFIX, tuple(tinies))):
+    for start, known in ((MICRO_PREFIX, micro_names()), (TINY_PREFIX, tuple(tiny_families()))):
         name = id.removeprefix(start)
         if id.startswith(start) and name not in known:
             faults.append(f": {unknown_name('model', name, known)}")

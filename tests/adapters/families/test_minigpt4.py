@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from errata.adapters import from_module, from_pretrained, tiny_model
-from errata.adapters.families.minigpt4 import MiniGPT4ForConditionalGeneration
 from errata.adapters.families.minigpt4_convert import convert_minigpt4, rename_state_dict
+from errata.adapters.families.minigpt4_model import MiniGPT4ForConditionalGeneration
 from errata.functional import Query
 from errata.functional.errors import InvalidInputError
 

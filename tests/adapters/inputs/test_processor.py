@@ -10,11 +10,11 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from errata.adapters import PromptTemplate, from_module, tiny_model
-from errata.adapters.families.table import TINY
+from errata.adapters.families.table import tiny_families
 from errata.adapters.families.tiny_configs import CORPUS, tiny_tokenizer
 from errata.adapters.inputs.collation import concat_pixels
-from errata.adapters.inputs.processor import make_processor
 from errata.adapters.inputs.prompt_format import scored_tokens
+from errata.adapters.loading.query_processor import make_processor
 from errata.functional import IGNORE_INDEX, Inputs, ModelCard, Query
 from errata.functional.errors import InvalidInputError, UnsupportedModelError
 
@@ -36,7 +36,7 @@ def text(name: str, inputs: Inputs, row: int = 0) -> str:
 # ---- labels
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", tiny_families())
 def test_labels_are_the_targets_tokens_and_at_points_before_them(name):
     found = model(name)
     targets = ["a red dog", "the president of the country", "7", "naïve – ‘quoted’\nline"]
@@ -54,7 +54,7 @@ def test_labels_are_the_targets_tokens_and_at_points_before_them(name):
         assert (inputs.logit_positions[row, len(labels) :] == 0).all()
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", tiny_families())
 def test_rows_are_padded_on_the_right_and_do_not_depend_on_each_other(name):
     found = model(name)
     rows = [Query("who?", "a cat"), Query("what is in the city of the river?", "the old town")]

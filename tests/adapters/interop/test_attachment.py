@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from errata.adapters import from_module
-from errata.adapters.families.table import TINY
+from errata.adapters.families.table import tiny_families
 from errata.adapters.interop.attachment import attach
 from errata.adapters.zoo.tiny import tiny_model
 from errata.functional import Delta, EditRecord, Header, bind, load_delta, save_delta
@@ -36,7 +36,7 @@ def state(module):
     return held, [len(part._forward_hooks) for part in module.modules()]
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", tiny_families())
 @each_form
 def test_attach_is_bind_on_every_family(name, form, tmp_path):
     module, model, inputs, kwargs = case(name)

@@ -141,9 +141,7 @@ def test_our_reading_is_the_stock_processors(name, rows):
     ]
     chosen = [queries[row] for row in rows]
     found = split_processor(processor, module.config)
-    want = HFQueryProcessor(found, get_template("default", module.config.model_type), model.card)(
-        chosen
-    )
+    want = HFQueryProcessor(found, get_template("default"), model.card)(chosen)
     got = model.preprocess(chosen)
     for field in ("input_ids", "attention_mask", "image_mask", "labels", "logit_positions"):
         assert torch.equal(getattr(got, field), getattr(want, field)), field
@@ -151,9 +149,7 @@ def test_our_reading_is_the_stock_processors(name, rows):
     for part, pixels in want.vision_inputs.items():
         assert torch.equal(got.vision_inputs[part], pixels), part
     assert got.content_ids == want.content_ids
-    ends = HFQueryProcessor(found, get_template("default", module.config.model_type), model.card)(
-        chosen, append_eos=True
-    )
+    ends = HFQueryProcessor(found, get_template("default"), model.card)(chosen, append_eos=True)
     assert torch.equal(ends.labels, model.preprocess(chosen, append_eos=True).labels)
     assert ends.labels.shape[1] == want.labels.shape[1] + 1
 
@@ -204,7 +200,7 @@ def test_a_stock_class_that_wants_video_reads_pictures_without_torchvision(tmp_p
     found = build_hf_processor(str(tmp_path), module.config, chat)
     model = from_module(module, processor)
     whole = HFQueryProcessor(
-        split_processor(found, module.config), get_template("default", "qwen2_vl"), model.card
+        split_processor(found, module.config), get_template("default"), model.card
     )
     query = Query("what is it?", "two dogs", (frame(0, 50, 40),))
     got, want = whole([query]), model.preprocess([query])

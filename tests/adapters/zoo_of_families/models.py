@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from errata.adapters.families.table import TINY, family_of
+from errata.adapters.families.table import family_of, tiny_families
 from errata.adapters.hf import functional_model, structure
-from errata.adapters.inputs.processor import make_processor
 from errata.adapters.inputs.prompt_format import make_detokenizer
+from errata.adapters.loading.query_processor import make_processor
 from errata.adapters.zoo.tiny import tiny_model
 from errata.functional import Inputs, Model, Query
 
 LAYERS = 4
-NAMES = tuple(TINY)
+NAMES = tuple(tiny_families())
 VIDEO = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
