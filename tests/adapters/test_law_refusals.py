@@ -1,0 +1,77 @@
+"""What every family refuses, and where a batch may be cut."""
+
+from __future__ import annotations
+
+import pytest
+
+from errata.adapters.families.table import family_of
+from errata.adapters.hf import functional_model, structure
+from errata.adapters.zoo.tiny import tiny_model
+from errata.functional import Inputs
+from errata.functional.errors import ShapeError, UnsupportedModelError
+from tests.adapters.test_laws import each_family, fresh
+from tests.adapters.zoo_of_families.models import (
+    made,
+    queries,
+)
+
+
+@each_family
+def test_an_unknown_config_attribute_is_refused_by_name(name):
+    module, _ = tiny_model(name, num_layers=1)
+    module.config.get_text_config().sideways_attention = 3
+    family = family_of(module.config.model_type)
+    with pytest.raises(UnsupportedModelError, match="sideways_attention"):
+        functional_model.functionalize(
+            structure.describe_module(module, family), module, None, None
+        )
+
+
+@each_family
+def test_a_batch_is_cut_where_it_is(name):
+    _, model, _, batch = fresh(name)
+    half = model.decode(model.params, batch, stop=2)
+    with pytest.raises(ShapeError, match="goes on from"):
+        model.decode(model.params, half, start=1)
+    with pytest.raises(ShapeError, match="goes on from"):
+        model.decode(model.params, half, stop=1)
+
+
+def test_encoder_decoders_are_refused_with_the_reason():
+    import transformers as hf
+
+    config = hf.Blip2Config(
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 8,
+        },
+        qformer_config={
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "encoder_hidden_size": 16,
+            "vocab_size": 32,
+        },
+        text_config={
+            "model_type": "t5",
+            "d_model": 16,
+            "d_kv": 8,
+            "d_ff": 16,
+            "num_layers": 1,
+            "num_heads": 2,
+            "vocab_size": 64,
+        },
+        num_query_tokens=2,
+    )
+    module = hf.Blip2ForConditionalGeneration(config)
+    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
+        structure.describe_module(module, family_of("blip-2"))
+
+
+def test_inputs_type_is_what_is_read():
+    assert isinstance(made("llava").model.preprocess(queries("llava")), Inputs)
