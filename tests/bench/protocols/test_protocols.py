@@ -6,7 +6,6 @@ import pytest
 import torch
 from PIL import Image
 
-from errata.adapters import from_module, tiny_model
 from errata.bench.evaluation.questions import (
     EvaluationConfig,
     questions_of,
@@ -53,16 +52,6 @@ def case(number: int) -> Case:
 
 
 CASES = [case(number) for number in range(5)]
-
-
-@pytest.fixture(scope="module", params=["llava", "qwen2_vl", "blip2"])
-def model(request) -> Model:
-    return from_module(*tiny_model(request.param))
-
-
-@pytest.fixture(scope="module")
-def llava() -> Model:
-    return from_module(*tiny_model("llava"))
 
 
 def plain(model: Model, query: Query) -> tuple[list[int], float, float, float]:
