@@ -93,7 +93,13 @@ def _entry_tensors(model: Model, entry: Any, delta: Delta) -> dict[str, Tensor]:
 
 def _replaced_functions(model: Model, delta: Delta, patches: list[Patch]) -> dict[str, Any]:
     """The functions that a delta replaces; none where it only lays parameters over others."""
-    hook_makers = [patch.hooks for patch in patches if patch.hooks is not None]
+    hook_makers: list[Any] = []
+    for entry, patch in zip(delta.header.entries, patches, strict=True):
+        if patch.hooks is not None:
+            hook_makers.append(patch.hooks)
+        if patch.routed_hooks:  # one delta may lie on another with the same entry
+            kind = type(entry).__struct_config__.tag
+            hook_makers.append((f"{entry.name}.{kind}.{len(model.deltas)}", patch.routed_hooks))
     embed_hooks = compose_hooks(*(change.embed_hooks for change in patches))
     embed_names: set[str] = set()
     if delta.header.stack:

@@ -7,7 +7,8 @@ caller's rewrites then see the rows of one edit at a time, edits in ascending or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from errata.functional.errors import InvalidInputError
 from errata.functional.forward.batches import concat_batches, take_rows
 from errata.functional.forward.hooks import compose_hooks
+from errata.functional.kinds.common.patch import RoutedHook
 from errata.functional.types import Batch, Hooks, Inputs, KVCache, Model, Params
 
 __all__ = ["HookPlan", "edited_functions"]
@@ -26,21 +28,43 @@ NO_HOOKS: Hooks = MappingProxyType({})
 
 
 class HookPlan(NamedTuple):
-    """How a delta acts on the functions of a model, in the decoder and before it."""
+    """How a delta acts on the functions of a model.
 
-    hooks: Sequence[Callable[[Batch], Hooks]] = ()
+    Attributes:
+        hooks: What the entries do in the decoder, in their order: a function of the batch, or a
+            table of routed hooks with the name under which their decisions are carried.
+        embed_hooks: Hooks before the decoder.
+        per_edit: Decode edit by edit.
+        embed_per_edit: Embed edit by edit.
+        embed_next_per_edit: Embed new tokens edit by edit.
+        bind_one: (params, edit) -> the model bound to that edit alone.
+    """
+
+    hooks: Sequence[Callable[[Batch], Hooks] | tuple[str, Mapping[str, RoutedHook]]] = ()
     embed_hooks: Hooks = {}
-    per_edit: bool = False  # decode edit by edit
-    embed_per_edit: bool = False  # embed edit by edit
-    embed_next_per_edit: bool = False  # embed new tokens edit by edit
-    bind_one: Callable[[Params, int], Model] | None = None  # (params, edit) -> bound to that edit
+    per_edit: bool = False
+    embed_per_edit: bool = False
+    embed_next_per_edit: bool = False
+    bind_one: Callable[[Params, int], Model] | None = None
 
 
 def edited_functions(model: Model, plan: HookPlan) -> dict[str, Any]:
-    """embed, decode, thin and extend of `model` under a plan."""
+    """Make embed, decode, select_scored and embed_next of `model` under a plan.
 
-    def hooks_for(batch: Batch, extra_hooks: Hooks) -> Hooks:
-        return compose_hooks(*(make(batch) for make in plan.hooks), extra_hooks)
+    Args:
+        model: The model before the delta.
+        plan: What the delta does.
+
+    Returns:
+        The functions by the field of `Model` they replace.
+    """
+
+    def hooks_for(batch: Batch, extra_hooks: Hooks, decisions: MutableMapping) -> Hooks:
+        layers = [
+            make(batch) if callable(make) else _routed_hooks(*make, batch, decisions)
+            for make in plan.hooks
+        ]
+        return compose_hooks(*layers, extra_hooks)
 
     def embed(
         params: Params, inputs: Inputs, hooks: Hooks = NO_HOOKS, edit_index: Tensor | None = None
@@ -58,9 +82,9 @@ def edited_functions(model: Model, plan: HookPlan) -> dict[str, Any]:
                 return bound.decode(bound.params, edit_batch, hooks, **_option_rows(options, rows))
 
             return _run_per_edit(model, plan, params, batch, run)
-        routing, batch = batch.routing, batch._replace(routing=dict(batch.routing))
-        result = model.decode(params, batch, hooks_for(batch, hooks), **options)
-        return _with_routing(result, routing, batch.routing)
+        decisions: dict[str, Tensor] = {}
+        result = model.decode(params, batch, hooks_for(batch, hooks, decisions), **options)
+        return _with_routing(result, decisions)
 
     def select_scored(params: Params, batch: Batch, hooks: Hooks = NO_HOOKS, **options):
         if plan.per_edit:
@@ -72,12 +96,9 @@ def edited_functions(model: Model, plan: HookPlan) -> dict[str, Any]:
 
             selected = _run_per_edit(model, plan, params, batch, run, same_layout=True)
             return batch if selected is None else selected
-        routing, batch = batch.routing, batch._replace(routing=dict(batch.routing))
-        return _with_routing(
-            model.select_scored(params, batch, hooks_for(batch, hooks), **options),
-            routing,
-            batch.routing,
-        )
+        decisions: dict[str, Tensor] = {}
+        result = model.select_scored(params, batch, hooks_for(batch, hooks, decisions), **options)
+        return _with_routing(result, decisions)
 
     def embed_next(
         params: Params,
@@ -110,20 +131,35 @@ def edited_functions(model: Model, plan: HookPlan) -> dict[str, Any]:
     }
 
 
-def _with_routing(
-    result: Any, previous: Mapping[str, Tensor], routing: Mapping[str, Tensor]
-) -> Any:
-    """A result with what this run has noted: where deltas lie on one another each has a dict.
+def _routed_hooks(
+    name: str,
+    hooks: Mapping[str, RoutedHook],
+    batch: Batch,
+    decisions: MutableMapping[str, Tensor],
+) -> Hooks:
+    """Turn routed hooks into hooks of one run, which collect their decisions."""
 
-    What was given and stays as it was is left out: a delta below may have noted something newer.
-    """
-    if isinstance(result, Batch | KVCache):
-        new_routing = {
-            name: value for name, value in routing.items() if previous.get(name) is not value
+    def run(path: str, hook: RoutedHook, module_input: Tensor, output: Tensor) -> Tensor:
+        prefix = f"{name}.{path}."
+        decision = {
+            key.removeprefix(prefix): value
+            for key, value in batch.routing.items()
+            if key.startswith(prefix)
         }
-        return result._replace(routing={**result.routing, **new_routing})
+        if not decision:
+            decision = hook.decide(batch, module_input, output)
+            decisions.update({prefix + key: value for key, value in decision.items()})
+        return hook.apply(batch, module_input, output, decision)
+
+    return {path: partial(run, path, hook) for path, hook in hooks.items()}
+
+
+def _with_routing(result: Any, decisions: Mapping[str, Tensor]) -> Any:
+    """Add the decisions of this run to the batch and the key-value cache of a result."""
+    if isinstance(result, Batch | KVCache):
+        return result._replace(routing={**result.routing, **decisions})
     if isinstance(result, tuple):
-        return tuple(_with_routing(part, previous, routing) for part in result)
+        return tuple(_with_routing(part, decisions) for part in result)
     return result
 
 

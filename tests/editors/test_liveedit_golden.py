@@ -35,6 +35,7 @@ from errata.functional.gradients.losses import kl, nll
 from errata.functional.kinds.experts.apply import EPS, apply_experts, routing_features, token_roles
 from errata.functional.kinds.schema import Experts
 from errata.kernels import lora_moe
+from errata.kernels.lora_moe import Routes
 from tests.adapters.test_parity import GOLDEN as SHARED
 from tests.adapters.test_parity import as_bytes, golden, needs_golden
 from tests.parity import tolerance
@@ -198,13 +199,12 @@ def test_features_gate_weights_and_residual_are_the_originals(five, number):
         entry,
         {f"{name}.{part}": tensor for part, tensor in tensors.items()},
     )
-    assert change.hooks is not None
+    (hook,) = change.routed_hooks.values()
     given = batch._replace(hidden_states=reps, routing={})
     with torch.no_grad():
-        after = change.hooks(given)["layers.0"](reps, reps)
-    ids, weights, count = (
-        given.routing[f"{name}.experts.0.{p}"] for p in ("ids", "weights", "count")
-    )
+        decision = hook.decide(given, reps, reps)
+        after = hook.apply(given, reps, reps, decision)
+    ids, weights, count = (decision[name] for name in Routes._fields)
     chosen = five[f"q{number}.selected"]
     assert ids[0, : int(count)].tolist() == chosen.tolist()
     close(weights[:, : int(count)], five[f"q{number}.fuse_coe"])

@@ -87,7 +87,11 @@ def routes(model: Model, delta: Delta, queries: list[Query]) -> list[int]:
     edited = bind(model, delta)
     count = model.card.num_layers
     _, past = edited.decode(edited.params, embedded(edited, queries), stop=count, return_cache=True)
-    return past.routing[f"{delta.header.entries[0].name}.memory0"].tolist()
+    return next(
+        v
+        for k, v in past.routing.items()
+        if k.startswith(f"{delta.header.entries[0].name}.masked.0.")
+    ).tolist()
 
 
 # ------------------------------------------------------------------ masks and what is unrelated

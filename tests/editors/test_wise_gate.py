@@ -146,9 +146,10 @@ def test_the_furthest_memory_above_its_threshold_is_taken():
         ([99.0] * 3, -1),
     ):
         entry, tensors = memories(changes, thresholds)
-        noted = batch._replace(routing={})
-        got = side_memory_hook(entry, tensors, "note", stacked=False)(noted, x, y)
-        assert noted.routing["note"].tolist() == [taken]
+        hook = side_memory_hook(entry, tensors, stacked=False)
+        decision = hook.decide(batch, x, y)
+        assert decision["memory"].tolist() == [taken]
+        got = hook.apply(batch, x, y, decision)
         want = x @ changes[taken].T if taken >= 0 else y
         assert torch.equal(got, want)
 
@@ -167,9 +168,9 @@ def test_easyedits_statistic_is_the_largest_of_long_prompts():
     x[0, 7] = 1.0  # one token of 151
     for statistic, taken in (("mean", -1), ("easyedit", 0)):
         entry, tensors = memories(torch.ones(1, 2, 3), [1.0], gate_statistic=statistic)
-        batch = long._replace(routing={})
-        side_memory_hook(entry, tensors, "note", stacked=False)(batch, x, torch.zeros(1, 200, 2))
-        assert batch.routing["note"].tolist() == [taken]
+        hook = side_memory_hook(entry, tensors, stacked=False)
+        decision = hook.decide(long, x, torch.zeros(1, 200, 2))
+        assert decision["memory"].tolist() == [taken]
     assert gated_tokens(long, "mean").sum() == 151
     assert (
         gated_tokens(short, "text").sum() + short.image_mask.sum()
@@ -232,7 +233,7 @@ def test_masks_and_values_must_agree():
     entry, tensors = memories(torch.ones(1, 2, 3), [0.0])
     tensors["w.mask"] = pack_bits(torch.tensor([[True] * 5 + [False]]))
     with pytest.raises(ShapeError, match=r"\[6\].*\[5\]"):
-        side_memory_hook(entry, tensors, "note", stacked=False)
+        side_memory_hook(entry, tensors, stacked=False)
     full = scatter_values(torch.tensor([255], dtype=torch.uint8), torch.arange(6.0), (2, 3))
     assert torch.equal(full, torch.arange(6.0).view(2, 3))  # bits past the end count for nothing
 
@@ -248,7 +249,7 @@ def test_one_delta_may_lie_on_another():
         torch.testing.assert_close(got[row], want, rtol=1e-4, atol=1e-5)
     batch = batches.take_rows(embedded(both, queries), slice(0, 2))
     _, past = both.decode(both.params, batch, return_cache=True)
-    assert {name[-7:] for name in past.routing} == {"memory0", "memory1"}
+    assert {name.split(".masked.")[1][0] for name in past.routing} == {"0", "1"}
 
 
 def test_rows_beside_it_may_run_with_other_deltas_or_none():

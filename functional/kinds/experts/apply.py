@@ -9,7 +9,7 @@ those of the sentinel picture as asked by Q:
     h'  = h + sum_{m in S} w_m relu(LN(h) A_m^T) B_m                  at every token
 
 Features are cross-attentions from S_q learned slots: slots look at Q, what they found looks at V. A
-row decides once, at its prompt; later tokens take the decision from `batch.notes`.
+row decides once, at its prompt; later tokens take the decision from `Batch.routing`.
 
 Rows without a picture take their prompt in place of V, and have a sentinel of their own. The last
 two columns of the keys say what an expert is for: (1, 0) pictures, (0, 1) text, (1, 1) nothing; a
@@ -41,9 +41,9 @@ from torch import Tensor
 from errata.functional.card import canonical_name
 from errata.functional.errors import UnknownSiteError
 from errata.functional.header import Header
-from errata.functional.kinds.common.patch import Patch
+from errata.functional.kinds.common.patch import Decision, Patch, RoutedHook
 from errata.functional.kinds.experts.entry import Experts
-from errata.functional.types import Batch, Hooks, Model
+from errata.functional.types import Batch, Model
 from errata.kernels import lora_moe
 from errata.kernels.lora_moe import Routes
 
@@ -230,8 +230,6 @@ def apply_experts(
             f"experts must stand at a decoder layer of {model.card.id}, and {entry.name!r} is in "
             "none."
         )
-    # One model may carry several pools at one layer: each has notes of its own.
-    routing_prefix = f"{entry.name}.experts.{len(model.deltas)}."
     expert_tensors = {
         part: tensors[f"{entry.name}.{part}"] for part in ("down", "up", "input_norm")
     }
@@ -240,38 +238,28 @@ def apply_experts(
         expert_tensors |= {part: expert_tensors[part].flatten(0, 1) for part in ("down", "up")}
     route = _make_router(entry, tensors, stacked)
 
-    def hook(batch: Batch, x: Tensor, y: Tensor) -> Tensor:
+    def decide(batch: Batch, x: Tensor, y: Tensor) -> Decision:
         hidden_states = y.reshape(*batch.attention_mask.shape, -1)
-        if f"{routing_prefix}ids" in batch.routing:
-            routes = Routes(*(batch.routing[routing_prefix + field] for field in Routes._fields))
-        else:
-            with torch.no_grad():
-                routes = route(batch, hidden_states.detach())
-            assert isinstance(batch.routing, dict)
-            batch.routing.update(
-                {routing_prefix + field: t for field, t in routes._asdict().items()}
-            )
+        with torch.no_grad():
+            return route(batch, hidden_states.detach())._asdict()
+
+    def apply(batch: Batch, x: Tensor, y: Tensor, decision: Decision) -> Tensor:
+        hidden_states = y.reshape(*batch.attention_mask.shape, -1)
         norm = (
             expert_tensors["input_norm"][0].to(hidden_states.device),
             expert_tensors["input_norm"][1].to(hidden_states.device),
         )
-        lengths = batch.attention_mask.sum(1)
         return lora_moe.apply_experts(
             hidden_states,
             expert_tensors["down"],
             expert_tensors["up"],
-            routes,
+            Routes(**decision),
             norm=norm,
             eps=EPS,
-            lengths=lengths,
+            lengths=batch.attention_mask.sum(1),
         ).view(y.shape)
 
-    path = f"{model.card.layers}.{layer}"
-
-    def hooks(batch: Batch) -> Hooks:
-        return {path: partial(hook, batch)}
-
-    return Patch(hooks=hooks)
+    return Patch(routed_hooks={f"{model.card.layers}.{layer}": RoutedHook(decide, apply)})
 
 
 def _make_router(

@@ -6,7 +6,7 @@
 
 and y' = y where no memory reaches its threshold. Images, padding and what stands in the row beside
 the prompt (its answer, told or generated) decide nothing: the choice is made once, where the prompt
-runs, and kept in the batch's notes for the tokens behind it.
+runs, and carried in `Batch.routing` for the tokens after it.
 
 After WISE (Wang et al. 2024, arXiv 2405.14768), EasyEdit `models/wise/WISE.py`, whose distance is a
 mean over the whole row, answer and padding included, when it edits, and the largest of all tokens
@@ -26,7 +26,7 @@ from errata.functional.card import before_decoder, canonical_name, module_path
 from errata.functional.errors import ShapeError, UnknownSiteError
 from errata.functional.forward.grouped_linear import grouped_linear
 from errata.functional.header import Header
-from errata.functional.kinds.common.patch import Patch
+from errata.functional.kinds.common.patch import Decision, Patch, RoutedHook
 from errata.functional.kinds.masked.bitmask import scatter_values, unpack_bits
 from errata.functional.kinds.masked.entry import Masked
 from errata.functional.types import Batch, Model
@@ -122,15 +122,22 @@ class _SideMemories:
         )
 
 
-def side_memory_hook(
-    entry: Masked, tensors: Mapping[str, Tensor], routing_name: str, *, stacked: bool
-) -> Callable[[Batch, Tensor, Tensor], Tensor]:
-    """What side memories do to the output y of their map, given its input x; see the module.
+def side_memory_hook(entry: Masked, tensors: Mapping[str, Tensor], *, stacked: bool) -> RoutedHook:
+    """Make the hook of side memories at the output y of their map, given its input x.
 
-    `note`: under which name the choice [B] is kept, -1 for none. A batch that neither has it nor
-    holds a row's last prompt token leaves the row as it is: the prompt has to run whole. With
-    `stacked` tensors lead with E, each row looks into the memories of its own edit, none into those
-    of edit -1. Raises ShapeMismatch where a mask and its values differ in number.
+    The decision is "memory" [B]: the memory of each row, -1 for none. A batch without a row's last
+    prompt token leaves the row as it is, so the prompt has to run whole.
+
+    Args:
+        entry: The entry.
+        tensors: Its tensors, with a leading edit axis if `stacked`.
+        stacked: Whether each row uses the memories of its own edit (none for edit -1).
+
+    Returns:
+        The hook.
+
+    Raises:
+        ShapeError: If a mask and its values differ in number.
     """
     memories = _SideMemories(entry, tensors)
     memories_per_edit = len(entry.num_values)
@@ -163,24 +170,25 @@ def side_memory_hook(
             )
         return memory_index
 
-    def memory_output(batch: Batch, x: Tensor) -> Tensor:
-        """[B L O] what the memory that each row has taken adds."""
-        memory_index = batch.routing[routing_name]
+    def memory_output(batch: Batch, x: Tensor, memory_index: Tensor) -> Tensor:
+        """Return the output of each row's side memory [B L O]."""
         edit_index = batch.edit_index.clamp_min(0) if stacked else 0
         map_index = torch.where(memory_index < 0, -1, edit_index * memories_per_edit + memory_index)
         used_maps, index = map_index.unique(return_inverse=True)
         maps = memories.stack_maps([max(0, n) for n in used_maps.tolist()])
         return grouped_linear(x, maps, torch.where(map_index < 0, -1, index))
 
-    def hook(batch: Batch, x: Tensor, y: Tensor) -> Tensor:
+    def decide(batch: Batch, x: Tensor, y: Tensor) -> Decision:
         rows = batch.attention_mask.shape
-        inputs, out = x.reshape(*rows, -1).float(), y.reshape(*rows, -1)
-        if routing_name not in batch.routing:  # a dict of this run's own: see `Change`
-            batch.routing[routing_name] = choose_memory(batch, inputs, out)  # type: ignore[index]
-        change = memory_output(batch, inputs)
-        return (out + change).to(y.dtype).view(y.shape)
+        inputs = x.reshape(*rows, -1).float()
+        return {"memory": choose_memory(batch, inputs, y.reshape(*rows, -1))}
 
-    return hook
+    def apply(batch: Batch, x: Tensor, y: Tensor, decision: Decision) -> Tensor:
+        rows = batch.attention_mask.shape
+        change = memory_output(batch, x.reshape(*rows, -1).float(), decision["memory"])
+        return (y.reshape(*rows, -1) + change).to(y.dtype).view(y.shape)
+
+    return RoutedHook(decide, apply)
 
 
 def apply_masked(
@@ -193,15 +201,14 @@ def apply_masked(
             f"side memories must be of a linear map in the decoder of {model.card.id}, and "
             f"{path!r} is none."
         )
-    routing_name = f"{entry.name}.memory{len(model.deltas)}"  # one delta may lie on another
-    hook = side_memory_hook(entry, tensors, routing_name, stacked=bool(header.stack))
+    hook = side_memory_hook(entry, tensors, stacked=bool(header.stack))
     last = model.card.layer_of(path) in (None, model.card.num_layers - 1)
 
     def wrap(bound: Model) -> Model:
-        # Routing reads the whole prompt at the site, which a thinned batch no longer has.
+        # Routing reads the whole prompt at the site, which a batch of scored positions lacks.
         return bound._replace(select_scored=lambda params, batch, hooks=None, **options: batch)
 
     return Patch(
-        hooks=lambda batch: {path: lambda x, y: hook(batch, x, y)},
+        routed_hooks={path: hook},
         wrap=wrap if last else None,
     )

@@ -157,7 +157,7 @@ def test_every_bit_of_the_data_is_covered_by_the_digest(tmp_path):
         ({"settings": {"fn": print}}, None, "settings"),
         ({"base": BaseModel(id="/data/models/llava")}, None, "base.id must be a name"),
         ({"stack": 3}, None, "stack must be 0 or the number of edits"),
-        ({"format": 2}, None, "the format must be 2"),
+        ({"format": 1}, None, "the format must be 2"),
         ({"editor": "a\x00b"}, None, "editor must be printable"),
     ],
 )
