@@ -55,7 +55,13 @@ from errata.editors.liveedit.networks import (
     init_networks,
     make_pool,
 )
-from errata.editors.liveedit.pool import LiveEditState, _add_edit, _pad_pool, _raise_self_margin
+from errata.editors.liveedit.pool import (
+    LiveEditState,
+    _add_edit,
+    _pad_pool,
+    _raise_self_margin,
+    new_buffer,
+)
 from errata.editors.training.batches import TrainingBatch
 from errata.editors.training.trainable import TrainableEditor
 from errata.functional import Batch, Delta, Editor, EditRecord, Header, Model, Query
@@ -123,7 +129,7 @@ def liveedit_editor(config: LiveEditConfig = LiveEditConfig()) -> Editor:
             state.edit_slots,
             queries,
             state.edits[: -len(records)],
-            num_experts=len(state.pool.down),
+            num_experts=state.num_experts,
         )
         return Delta(header, _delta_tensors(model, config, state.networks, state.pool)), state
 
@@ -134,7 +140,7 @@ def liveedit_editor(config: LiveEditConfig = LiveEditConfig()) -> Editor:
             _add_edit(state, record, ExpertPool(*(part[row : row + 1] for part in new_experts)))
             for row, record in enumerate(records)
         ]
-        longest = max(len(one.pool.down) for one in single_states)
+        longest = max(one.num_experts for one in single_states)
         pools = [_pad_pool(one.pool, longest) for one in single_states]
         pool = ExpertPool(*(torch.stack(parts) for parts in zip(*pools)))
         edit_slots = tuple(one.edit_slots[-1] for one in single_states)
@@ -266,9 +272,8 @@ def _init_state(model: Model, config: LiveEditConfig, generator: torch.Generator
     num_query_parts = 2 if config.routing_input == "query_and_vision" else 1
     factors = (0, config.rank, hidden_size)
     shapes = ((0, key_size + 2), (0, key_size * num_query_parts), factors, factors)
-    return LiveEditState(
-        networks, ExpertPool(*(torch.zeros(shape, device=device) for shape in shapes))
-    )
+    empty = ExpertPool(*(torch.zeros(shape, device=device) for shape in shapes))
+    return LiveEditState(networks, new_buffer(empty))
 
 
 def _make_header(

@@ -1,4 +1,4 @@
-"""The expert pool: append, replace, pad; the editor state."""
+"""The expert pool: append, replace, pad; the editor's state."""
 
 from __future__ import annotations
 
@@ -14,16 +14,89 @@ from errata.editors.liveedit.networks import ExpertPool, LiveEditNetworks, fold_
 from errata.functional import Batch, EditRecord
 from errata.functional.kinds.experts.apply import routing_features, token_roles
 
-__all__ = ["LiveEditState"]
+__all__ = ["ExpertBuffer", "LiveEditState", "append_experts", "new_buffer"]
+
+
+class ExpertBuffer(NamedTuple):
+    """Memory of a growing pool, shared by the states of one sequence of edits.
+
+    A state owns the first rows. Later rows are free until an append takes them, and taken rows are
+    never written again, so earlier states stay valid. Of two states that continue the same earlier
+    one, the first takes the free rows and the second gets a buffer of its own.
+
+    Attributes:
+        experts: Rows [C ...] of every part of the pool, C the capacity.
+        num_taken: [] int64, rows taken by any state. The only value that is written in place.
+    """
+
+    experts: ExpertPool
+    num_taken: Tensor
 
 
 class LiveEditState(NamedTuple):
-    """State of LiveEdit: the trained networks, and the edits so far."""
+    """State of LiveEdit.
+
+    Attributes:
+        networks: The trained networks.
+        buffer: Memory of the expert pool.
+        num_experts: Rows of the buffer that belong to this state.
+        edits: The edits so far.
+        edit_slots: The expert of each edit. -1 where a later edit replaced it.
+    """
 
     networks: LiveEditNetworks
-    pool: ExpertPool
+    buffer: ExpertBuffer
+    num_experts: int = 0
     edits: tuple[EditRecord, ...] = ()
-    edit_slots: tuple[int, ...] = ()  # the expert of each edit, -1 where it was taken over
+    edit_slots: tuple[int, ...] = ()
+
+    @property
+    def pool(self) -> ExpertPool:
+        """The experts of this state [N ...]."""
+        return ExpertPool(*(rows[: self.num_experts] for rows in self.buffer.experts))
+
+
+def new_buffer(pool: ExpertPool, capacity: int = 0) -> ExpertBuffer:
+    """Copy a pool into a buffer.
+
+    Args:
+        pool: The experts [N ...].
+        capacity: Rows of the buffer, at least N.
+
+    Returns:
+        The buffer, its first N rows taken.
+    """
+    num_experts = len(pool.down)
+    capacity = max(capacity, num_experts)
+    experts = []
+    for rows in pool:
+        storage = rows.new_zeros(capacity, *rows.shape[1:])
+        storage[:num_experts] = rows
+        experts.append(storage)
+    return ExpertBuffer(ExpertPool(*experts), torch.tensor(num_experts))
+
+
+def append_experts(buffer: ExpertBuffer, num_experts: int, new_experts: ExpertPool) -> ExpertBuffer:
+    """Add experts after the first rows of a buffer, at the cost of the new ones on average.
+
+    Args:
+        buffer: The buffer.
+        num_experts: Rows that belong to the state that appends.
+        new_experts: The experts to add [n ...].
+
+    Returns:
+        The same buffer if its next rows are free. Otherwise one of twice the size.
+    """
+    end = num_experts + len(new_experts.down)
+    with _APPEND_LOCK:
+        is_free = int(buffer.num_taken) == num_experts and len(buffer.experts.down) >= end
+        if not is_free:
+            pool = ExpertPool(*(rows[:num_experts] for rows in buffer.experts))
+            buffer = new_buffer(pool, max(8, 2 * end))
+        buffer.num_taken.fill_(end)
+    for rows, new_rows in zip(buffer.experts, new_experts, strict=True):
+        rows[num_experts:end] = new_rows
+    return buffer
 
 
 def _raise_self_margin(
@@ -61,45 +134,20 @@ def _add_edit(state: LiveEditState, record: EditRecord, new_expert: ExpertPool) 
     ]
     edits = (*state.edits, record)
     if not earlier_slots:
-        with _APPEND_LOCK:
-            pool = ExpertPool(*(append_rows(*pair) for pair in zip(state.pool, new_expert)))
         return state._replace(
-            pool=pool, edits=edits, edit_slots=(*state.edit_slots, len(state.pool.down))
+            buffer=append_experts(state.buffer, state.num_experts, new_expert),
+            num_experts=state.num_experts + 1,
+            edits=edits,
+            edit_slots=(*state.edit_slots, state.num_experts),
         )
     slot = earlier_slots[0]
     index = torch.tensor([slot], device=new_expert.down.device)
     pool = ExpertPool(*(old.index_copy(0, index, new) for old, new in zip(state.pool, new_expert)))
     edit_slots = tuple(-1 if owner == slot else owner for owner in state.edit_slots)
-    return state._replace(pool=pool, edits=edits, edit_slots=(*edit_slots, slot))
+    return state._replace(buffer=new_buffer(pool), edits=edits, edit_slots=(*edit_slots, slot))
 
 
-def append_rows(rows: Tensor, new_rows: Tensor) -> Tensor:
-    """old [N ...] and fresh [n ...] one after another, at the cost of `fresh` alone, on average.
-
-    Tensors are the first rows of a roomy one whose rows are NaN until they are taken; nobody who
-    holds fewer rows sees the later ones. Rows that another sequence of edits took are left to it:
-    then, and where there is no room, everything moves to one of twice the size.
-
-    >>> append_rows(torch.zeros(2, 1), torch.ones(1, 1)).T
-    tensor([[0., 0., 1.]])
-    """
-    begin, end = len(rows), len(rows) + len(new_rows)
-    storage = rows._base
-    is_free = (
-        storage is not None
-        and storage.shape[1:] == rows.shape[1:]
-        and storage.data_ptr() == rows.data_ptr()
-        and len(storage) >= end
-        and bool(storage[begin:end].isnan().all())
-    )
-    if storage is None or not is_free:
-        storage = rows.new_full((max(8, 2 * end), *rows.shape[1:]), torch.nan)
-        storage[:begin] = rows
-    storage[begin:end] = new_rows
-    return storage[:end]
-
-
-_APPEND_LOCK = threading.Lock()  # between looking for room and taking it
+_APPEND_LOCK = threading.Lock()  # two threads must not take the same rows
 
 
 def _pad_pool(pool: ExpertPool, length: int) -> ExpertPool:
