@@ -101,7 +101,7 @@ def finetune_editor(config: FinetuneConfig = FinetuneConfig()) -> Editor:
     optimiser. Raises UnknownSite when a site is not in the model.
 
     >>> from errata import adapters
-    >>> model = adapters.adapt(*adapters.tiny("llava"))
+    >>> model = adapters.from_module(*adapters.tiny_model("llava"))
     >>> editor = finetune_editor(FinetuneConfig(num_steps=2))
     >>> state = editor.init(model, torch.Generator().manual_seed(0))
     >>> delta, state = editor.edit(model, state, [Query("who is it?", "bo")])

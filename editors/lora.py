@@ -90,7 +90,7 @@ def lora_editor(config: LoraConfig = LoraConfig()) -> Editor:
     that matches no linear map.
 
     >>> from errata import adapters
-    >>> model = adapters.adapt(*adapters.tiny("llava"))
+    >>> model = adapters.from_module(*adapters.tiny_model("llava"))
     >>> editor = lora_editor(LoraConfig(rank=2, num_steps=1))
     >>> state = editor.init(model, torch.Generator().manual_seed(0))
     >>> delta = editor.edit_each(model, state, [Query("who is it?", "bo"), Query("and now?", "al")])

@@ -7,8 +7,8 @@ to. The parameters that `bind` makes remember the base's parameter they stand fo
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -76,13 +76,33 @@ def _digest(tensor: Tensor) -> str:
     return state.hexdigest()
 
 
+# EXIF orientation to PIL's `Image.Transpose`, by number: this floor does not import PIL.
+_TRANSPOSES = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
+
+
 def content_id(image: Image) -> str:
-    """Name an image by its content: its own `.content_id`, else sha256 of the file or of the pixels."""
+    """Name an image by its content. The one identity of an image in records, caches and logs.
+
+    Args:
+        image: A PIL image, a path, or an object with a `content_id`.
+
+    Returns:
+        Its own `content_id`, sha256 of a file's bytes, or of a PIL image's size and RGB pixels with
+        its EXIF orientation applied.
+
+    Raises:
+        OSError: If the file cannot be read.
+    """
     identifier = getattr(image, "content_id", None)
     if isinstance(identifier, str):
         return identifier
-    if isinstance(image, str | Path):
+    if isinstance(image, str | os.PathLike):
         with open(image, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    head = f"{image.mode} {image.size[0]}x{image.size[1]} ".encode()
-    return hashlib.sha256(head + image.tobytes()).hexdigest()
+    transpose = _TRANSPOSES.get(image.getexif().get(0x0112, 1))
+    upright = image if transpose is None else image.transpose(transpose)
+    if upright.mode == "P" and "transparency" in upright.info:
+        upright = upright.convert("RGBA")  # Pillow warns on the direct way
+    upright = upright.convert("RGB")
+    head = f"RGB {upright.size[0]}x{upright.size[1]} ".encode()
+    return hashlib.sha256(head + upright.tobytes()).hexdigest()

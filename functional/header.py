@@ -157,6 +157,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 def validate_header(header: Header) -> list[str]:
     """Everything that is wrong with a header in itself; empty for a good one.
 
+    >>> from errata.functional.kinds.schema import Dense
     >>> entry = Dense(name="w", checkpoint_name="w", shape=())
     >>> validate_header(Header(base=BaseModel(id="a/model"), entries=(entry,)))
     ['w: the shape must be of positive sizes, is []']

@@ -1,30 +1,30 @@
-"""Questions and edits as people state them. Free of torch: benchmarks are read and checked without.
-
-The names are those of `errata.functional.types`, which holds everything made of tensors.
-"""
+"""Queries, cases and images. No torch, so benchmarks are read and verified without it."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["IMAGE_PLACEHOLDER", "Case", "EncodedImage", "Image", "Query", "as_png", "open_pngs"]
+__all__ = ["IMAGE_PLACEHOLDER", "Case", "EncodedImage", "Image", "Query", "encoded_image"]
 
 IMAGE_PLACEHOLDER = "<image>"
-"""In a prompt: a picture stands here."""
+"""Marks the place of an image in a prompt."""
 
 Image = Any
-"""A PIL image, a path, or anything with `.load() -> PIL.Image` and `.content_id: str` (a content name)."""
+"""A PIL image, a path, an `EncodedImage`, or an object with `.load() -> PIL.Image` and
+`.content_id: str`."""
 
 
 class Query(NamedTuple):
-    """One question and the answer wanted: the unit of editing, probing and training.
+    """A prompt, a target and images: the unit of editing, probing and training.
 
-    `images` are in the order in which the prompt refers to them; with `video=True` they are the
-    frames of one video. `target` may be empty only where nothing is scored (generation). `aliases`
-    are other answers that count as right where a model is left to talk; none of them is taught, nor
-    scored under teacher forcing.
+    Attributes:
+        prompt: The question. `<image>` marks the place of an image.
+        target: The answer. May be empty only if nothing is scored, as in generation.
+        images: Images in the order in which the prompt refers to them.
+        video: Whether the images are the frames of one video.
+        aliases: Other answers that count as right in free generation. They are not taught.
     """
 
     prompt: str
@@ -35,36 +35,31 @@ class Query(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One edit and what is asked before and after it; probe names are metric names."""
+    """One edit and the questions asked before and after it.
+
+    Attributes:
+        id: A unique name.
+        edit: The query to teach.
+        probes: Metric name to the questions it is computed from.
+    """
 
     id: str
     edit: Query
     probes: Mapping[str, tuple[Query, ...]] = {}
 
 
-_PNG: list[tuple[Callable[[Any], bytes], Callable[[bytes], Any]]] = []
-
-
-def open_pngs(write: Callable[[Any], bytes], read: Callable[[bytes], Any]) -> None:
-    """Say how pictures become PNG files and back: the adapters do, who know pictures."""
-    _PNG[:] = [(write, read)]
-
-
-def as_png(image: Any) -> bytes:
-    """A picture as the bytes of a PNG file."""
-    return _PNG[0][0](image)
-
-
 class EncodedImage(NamedTuple):
-    """A picture out of a delta file, named by its content."""
+    """The PNG file of an image that a delta holds.
+
+    Attributes:
+        data: The bytes of the file.
+        content_id: sha256 of the bytes in hex.
+    """
 
     data: bytes
     content_id: str
 
-    def load(self) -> Any:
-        """Decode it."""
-        return _PNG[0][1](self.data)
 
-
-def _encoded_image(data: bytes) -> EncodedImage:
+def encoded_image(data: bytes) -> EncodedImage:
+    """Name the bytes of a PNG file by their content."""
     return EncodedImage(data, hashlib.sha256(data).hexdigest())

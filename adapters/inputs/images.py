@@ -8,7 +8,6 @@ is converted to RGB.
 from __future__ import annotations
 
 import functools
-import hashlib
 import io
 import os
 from pathlib import Path
@@ -16,9 +15,9 @@ from pathlib import Path
 from PIL import Image as PILImage
 from PIL import ImageOps, UnidentifiedImageError
 
-from errata.functional import queries
+from errata.functional import hashing
 from errata.functional.errors import InvalidInputError
-from errata.functional.queries import Image
+from errata.functional.queries import EncodedImage, Image
 
 __all__ = ["ALLOWED_FORMATS", "content_id", "open_image"]
 
@@ -83,6 +82,8 @@ def open_image(image: Image) -> PILImage.Image:
         return _to_rgb(image)
     if isinstance(image, (str, os.PathLike)):
         return _open_file(image)
+    if isinstance(image, EncodedImage):
+        return _decode_png(image.data)
     if hasattr(image, "load") and hasattr(image, "content_id"):
         loaded = image.load()
         if isinstance(loaded, PILImage.Image):
@@ -100,11 +101,7 @@ def open_image(image: Image) -> PILImage.Image:
 @functools.lru_cache(maxsize=65536)
 def _digest(path: str, changed: int, size: int) -> str:
     del changed, size  # they are there so that a file that changed is read again
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashing.content_id(path)
 
 
 def content_id(image: Image) -> str:
@@ -117,10 +114,7 @@ def content_id(image: Image) -> str:
     True
     """
     if isinstance(image, PILImage.Image):
-        upright = _to_rgb(image)
-        digest = hashlib.sha256(f"{upright.width}x{upright.height}:".encode())
-        digest.update(upright.tobytes())
-        return digest.hexdigest()
+        return hashing.content_id(image)
     if isinstance(image, (str, os.PathLike)):
         path = Path(image)
         try:
@@ -140,7 +134,7 @@ def content_id(image: Image) -> str:
     return name
 
 
-def _encode_png(image: Image) -> bytes:
+def encode_png(image: Image) -> bytes:
     """A picture as the bytes of a PNG file: what delta files hold of pictures."""
     data = io.BytesIO()
     open_image(image).save(data, "PNG")
@@ -162,6 +156,3 @@ def _decode_png(data: bytes) -> PILImage.Image:
         raise InvalidInputError(
             f"a picture in a delta must be a PNG file, and is none: {error}"
         ) from error
-
-
-queries.open_pngs(_encode_png, _decode_png)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from errata.functional.errors import InvalidSettingsError
-from errata.functional.forward import retrieval_keys
 
 __all__ = ["load_sentence_encoder", "register_encoder_path"]
 
@@ -87,6 +86,3 @@ def _load_with_transformers(path: str) -> Callable[[Sequence[str]], object]:
         return torch.cat(batches)
 
     return encode
-
-
-retrieval_keys.enrol("sentence", load_sentence_encoder)  # type: ignore[arg-type]

@@ -59,7 +59,9 @@ def from_module(
     from errata.adapters.families.table import family_of
     from errata.adapters.hf.functional_model import functionalize
     from errata.adapters.hf.structure import describe_module
+    from errata.adapters.inputs.images import encode_png
     from errata.adapters.inputs.prompt_format import make_detokenizer
+    from errata.adapters.inputs.sentence_encoders import load_sentence_encoder
     from errata.adapters.loading.query_processor import make_processor
 
     refuse_encoder_decoder(module.config)
@@ -67,7 +69,8 @@ def from_module(
     card = describe_module(module, family, id=id, revision=revision)
     preprocess = make_processor(processor, module.config, card, template, cache)
     tokenizer = getattr(processor, "tokenizer", processor)
-    return functionalize(card, module, preprocess, make_detokenizer(tokenizer), family)
+    model = functionalize(card, module, preprocess, make_detokenizer(tokenizer), family)
+    return model._replace(encode_image=encode_png, load_text_encoder=load_sentence_encoder)
 
 
 def refuse_encoder_decoder(config: Any) -> None:

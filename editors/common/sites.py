@@ -26,7 +26,7 @@ def resolve_parameters(
     Raises UnknownSite naming every site that matches no parameter.
 
     >>> from errata import adapters
-    >>> resolve_parameters(adapters.adapt(*adapters.tiny("llava")), ["layers.-1.mlp.down"])
+    >>> resolve_parameters(adapters.from_module(*adapters.tiny_model("llava")), ["layers.-1.mlp.down"])
     ('model.language_model.layers.2.mlp.down_proj.weight',)
     """
     if not all_parameters:
@@ -43,7 +43,7 @@ def resolve_linears(model: Model, sites: Sequence[str]) -> tuple[str, ...]:
     Raises UnknownSite naming every site that matches none.
 
     >>> from errata import adapters
-    >>> resolve_linears(adapters.adapt(*adapters.tiny("llava")), ["vision.layers.-1.mlp.fc1"])
+    >>> resolve_linears(adapters.from_module(*adapters.tiny_model("llava")), ["vision.layers.-1.mlp.fc1"])
     ('model.vision_tower.encoder.layers.0.mlp.fc1',)
     """
     paths, faults = _expand_vision_sites(model, sites)

@@ -85,7 +85,7 @@ def grace_editor(config: GraceConfig = GraceConfig()) -> Editor:
     model, BadSettings where the value could not act on the answer.
 
     >>> from errata import adapters
-    >>> model = adapters.adapt(*adapters.tiny("llava"))
+    >>> model = adapters.from_module(*adapters.tiny_model("llava"))
     >>> editor = grace_editor(GraceConfig(num_steps=2))
     >>> state = editor.init(model, torch.Generator().manual_seed(0))
     >>> delta, state = editor.edit(model, state, [Query("who is it?", "bo")])

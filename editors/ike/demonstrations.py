@@ -13,7 +13,7 @@ from errata.functional.errors import InvalidSettingsError
 from errata.functional.forward.retrieval_keys import get_encoder
 from errata.functional.kinds.prompt.apply import without_memories
 from errata.functional.kinds.prompt.memory import fill_template, strip_placeholders
-from errata.functional.queries import IMAGE_PLACEHOLDER, as_png
+from errata.functional.queries import IMAGE_PLACEHOLDER
 
 
 def _template_values(config: IkeConfig, query: Query) -> dict[str, str]:
@@ -50,7 +50,7 @@ def _make_demonstrations(model: Model, config: IkeConfig, cases: list[Case]) -> 
         values = _template_values(config, case.edit)
         image_number = -1
         if config.include_images and model.card.takes_several_images and len(case.edit.images) == 1:
-            image_files.append(as_png(case.edit.images[0]))
+            image_files.append(model.encode_image(case.edit.images[0]))
             image_number = len(image_files) - 1
         for query, same in _demonstration_queries(case, config.copy_update_retain):
             question_values = {

@@ -42,7 +42,7 @@ from errata.functional.kinds.prompt.algebra import CHUNK_BYTES, merge_memories
 from errata.functional.kinds.prompt.apply import without_memories
 from errata.functional.kinds.prompt.memory import fill_template, strip_placeholders
 from errata.functional.kinds.schema import Prompt
-from errata.functional.queries import IMAGE_PLACEHOLDER, as_png
+from errata.functional.queries import IMAGE_PLACEHOLDER
 
 __all__ = ["IkeState", "ike_editor"]
 
@@ -66,7 +66,7 @@ def ike_editor(config: IkeConfig = IkeConfig(), cases: Sequence[Case] | None = N
     >>> from errata import adapters
     >>> from errata.functional import bind
     >>> from errata.functional.kinds.prompt.apply import expand_prompts
-    >>> model = adapters.adapt(*adapters.tiny("llava"))
+    >>> model = adapters.from_module(*adapters.tiny_model("llava"))
     >>> editor = ike_editor()
     >>> state = editor.init(model, torch.Generator())
     >>> delta, state = editor.edit(model, state, [Query("who is it?", "bo")])
@@ -138,7 +138,9 @@ def encode_facts(
     model = without_memories(model)
     model.preprocess(queries)  # what can not be read can not be edited: said now, of all at once
     image_files = [
-        [as_png(image) for image in query.images] if _includes_images(model, config, query) else []
+        [model.encode_image(image) for image in query.images]
+        if _includes_images(model, config, query)
+        else []
         for query in queries
     ]
     facts = tuple(

@@ -96,7 +96,7 @@ def liveedit_editor(config: LiveEditConfig = LiveEditConfig()) -> Editor:
     fit the model, BadInput for a trained state that is missing or does not fit.
 
     >>> from errata import adapters
-    >>> model = adapters.adapt(*adapters.tiny("llava"))
+    >>> model = adapters.from_module(*adapters.tiny_model("llava"))
     >>> editor = liveedit_editor(LiveEditConfig(feature_dim=8, num_heads=2))
     >>> state = editor.init(model, torch.Generator().manual_seed(0))
     >>> for target in ("bo", "owl"):

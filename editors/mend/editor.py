@@ -91,7 +91,7 @@ def mend_editor(config: MendConfig = MendConfig()) -> Editor:
     that is missing or does not fit.
 
     >>> from errata import adapters
-    >>> model = adapters.adapt(*adapters.tiny("llava"))
+    >>> model = adapters.from_module(*adapters.tiny_model("llava"))
     >>> editor = mend_editor(MendConfig(sites=("layers.-1.mlp.down",), rank=4, edit_lr=-0.1))
     >>> state = editor.init(model, torch.Generator().manual_seed(0))
     >>> delta, state = editor.edit(model, state, [Query("who is it?", "bo")])

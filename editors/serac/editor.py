@@ -90,7 +90,7 @@ def serac_editor(config: SeracConfig = SeracConfig()) -> Editor:
     Raises BadInput for a trained state that is missing or does not fit.
 
     >>> from errata import adapters
-    >>> model = adapters.adapt(*adapters.tiny("llava"))
+    >>> model = adapters.from_module(*adapters.tiny_model("llava"))
     >>> editor = serac_editor(SeracConfig(dim=16, num_heads=2, ffn_dim=32, key_dim=8))
     >>> state = editor.init(model, torch.Generator().manual_seed(0))
     >>> delta, state = editor.edit(model, state, [Query("who is it?", "bo")])

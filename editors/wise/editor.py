@@ -108,7 +108,7 @@ def wise_editor(
     when the site is not in the model, BadSettings where its change could not act on the answer.
 
     >>> from errata import adapters
-    >>> model = adapters.adapt(*adapters.tiny("llava"))
+    >>> model = adapters.from_module(*adapters.tiny_model("llava"))
     >>> editor = wise_editor(WiseConfig(num_steps=2, mask_ratio=0.5))
     >>> state = editor.init(model, torch.Generator().manual_seed(0))
     >>> delta, state = editor.edit(model, state, [Query("who is it?", "bo")])

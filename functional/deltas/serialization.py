@@ -64,12 +64,12 @@ def save_delta(path: str | os.PathLike[str], delta: Delta) -> str:
     Everything `load` would refuse is refused here, before a file is touched: DeltaFault lists all
     violations; BadInput where the file can not be written (the old one stays).
 
-    >>> from errata.functional import BaseModel, Dense, Header
+    >>> from errata.functional import BaseModel, Header
+    >>> from errata.functional.kinds.schema import Dense
     >>> entry = Dense(name="w", checkpoint_name="w", shape=(2,))
     >>> header = Header(base=BaseModel(id="me/tiny"), entries=(entry,))
-    >>> folder = getfixture("tmp_path")
-    >>> digest = save_delta(folder / "edit.safetensors", Delta(header, {"w": torch.ones(2)}))
-    >>> load_delta(folder / "edit.safetensors").tensors["w"]
+    >>> digest = save_delta("edit.safetensors", Delta(header, {"w": torch.ones(2)}))
+    >>> load_delta("edit.safetensors").tensors["w"]
     tensor([1., 1.])
     """
     header, tensors = delta.header, delta.tensors

@@ -24,7 +24,8 @@ def stack(deltas: Sequence[Delta]) -> Delta:
     A delta that holds several edits becomes one, under the record of its last. Raises
     ShapeMismatch, listing every difference, unless base, form, entries and tensors agree.
 
-    >>> from errata.functional import BaseModel, Dense, EditRecord, Header
+    >>> from errata.functional import BaseModel, EditRecord, Header
+    >>> from errata.functional.kinds.schema import Dense
     >>> entry = Dense(name="w", checkpoint_name="w", shape=(2,))
     >>> one = Delta(
     ...     Header(base=BaseModel(id="a/model"), entries=(entry,), edits=(EditRecord(id="0"),)),

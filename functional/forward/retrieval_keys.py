@@ -2,7 +2,7 @@
 
     hashed:D       words and letters, hashed into D numbers: the same everywhere, knows no meaning
     base:LAYER     what the base itself makes of the question, at its last token before that layer
-    SCHEME:NAME    whatever was enrolled under SCHEME; the adapters enrol `sentence`
+    sentence:NAME  a sentence-transformers model, loaded by `Model.load_text_encoder`
 
 `hashed` in full, so that another reader can make the same keys: the text in lower case; words are
 runs of letters, digits and underscores (Python's `\\w+`). A word w has the features "w " + w and
@@ -19,7 +19,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,22 +28,12 @@ from torch import Tensor
 from errata.functional.errors import InvalidInputError, InvalidSettingsError
 from errata.functional.forward.batches import prompt_end_mask
 from errata.functional.queries import Query
-from errata.functional.types import Model
+from errata.functional.types import Model, TextEncoder
 
-__all__ = ["TextEncoder", "enrol", "get_encoder", "hashed_ngrams", "image_keys", "resolve_encoder"]
-
-TextEncoder = Callable[[Sequence[str]], Tensor]
-"""Texts to unit keys [B d], fp32."""
+__all__ = ["get_encoder", "hashed_ngrams", "image_keys", "resolve_encoder"]
 
 DEFAULT_KEY_DIM = 512  # of hashed keys
 BATCH_SIZE = 32  # questions that the base reads at once
-
-_OPENERS: dict[str, Callable[[str], TextEncoder]] = {}
-
-
-def enrol(scheme: str, opener: Callable[[str], TextEncoder]) -> None:
-    """Let encoders called `scheme:NAME` be opened by `opener(NAME)`."""
-    _OPENERS[scheme] = opener
 
 
 def resolve_encoder(name: str, model: Model) -> str:
@@ -54,7 +44,7 @@ def resolve_encoder(name: str, model: Model) -> str:
     """
     scheme, _, rest = name.partition(":")
     if scheme not in ("hashed", "base"):
-        return name if scheme in _OPENERS and rest else f"sentence:{name}"
+        return name if scheme == "sentence" and rest else f"sentence:{name}"
     count = model.card.num_layers
     if not rest:
         return f"hashed:{DEFAULT_KEY_DIM}" if scheme == "hashed" else f"base:{max(1, count // 2)}"
@@ -68,21 +58,24 @@ def resolve_encoder(name: str, model: Model) -> str:
 
 
 def get_encoder(name: str, model: Model) -> TextEncoder:
-    """The encoder of a full name; `model` is the base that `base:LAYER` asks.
+    """Return the encoder of a name.
 
-    Raises BadSettings for a scheme that nobody enrolled.
+    Args:
+        name: "hashed", "hashed:D", "base", "base:LAYER", or the name of a sentence encoder.
+        model: The base whose hidden states "base" uses, and which loads sentence encoders.
+
+    Returns:
+        The encoder: texts to unit keys [B d].
+
+    Raises:
+        InvalidSettingsError: If the number is out of range or the encoder cannot be loaded.
     """
     scheme, _, rest = resolve_encoder(name, model).partition(":")
     if scheme == "hashed":
         return lambda texts: hashed_ngrams(texts, int(rest))
     if scheme == "base":
         return lambda texts: _base_layer_keys(model, texts, int(rest))
-    if scheme not in _OPENERS:
-        raise InvalidSettingsError(
-            f"encoder {name!r} needs a module that opens {scheme!r} models, and none is loaded: "
-            "import errata.adapters, or `register_encoder` one."
-        )
-    return _OPENERS[scheme](rest)
+    return model.load_text_encoder(rest)
 
 
 def hashed_ngrams(texts: Sequence[str], dim: int = DEFAULT_KEY_DIM) -> Tensor:

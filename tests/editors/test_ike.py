@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from errata import adapters
+from errata.adapters.inputs.images import open_image
 from errata.bench.data.world import cases as world
 from errata.editors import configure, make_editor
 from errata.editors.ike import IkeConfig, ike_editor
@@ -283,7 +284,7 @@ def test_facts_and_demonstrations_show_their_pictures(family, tmp_path):
     delta = serialization.load_delta(tmp_path / "shown.safetensors")
     (read,) = expand_prompts(bind(model, delta), [Query("who is it?", "bo", (picture(7),))])
     assert read.prompt.count("<image>") == 4 == len(read.images)
-    assert read.images[2].load().tobytes() == mine.tobytes()
+    assert open_image(read.images[2]).tobytes() == mine.tobytes()
     assert read.images[3] is not None
     inputs = bind(model, delta).preprocess([Query("who is it?", "bo", (picture(7),))])
     plain = model.preprocess([Query("who is it?", "bo", (picture(7),))])

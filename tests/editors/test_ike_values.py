@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from errata import adapters
+from errata.adapters.inputs.images import open_image
 from errata.editors.ike import IkeConfig, ike_editor
 from errata.functional import Case, Query, bind, bind_rows
 from errata.functional.deltas import serialization
@@ -102,7 +103,7 @@ def test_pictures_of_facts_survive_merging_and_taking_apart(tiny):
     assert whole.header.entries[0].num_images == 2
     (read,) = expand_prompts(bind(tiny, select(whole, [2])), [Query("what is it?")])
     assert read.prompt == "<image>what is it? owl. what is it?"
-    assert read.images[0].load().tobytes() == picture(3).tobytes()
+    assert open_image(read.images[0]).tobytes() == picture(3).tobytes()
     assert select(whole, [2]).header.entries == three.header.entries
     assert select(whole, [1]).header.entries[0].num_images == 0
 

@@ -15,7 +15,7 @@ from errata.functional.errors import DeltaFileError, InvalidInputError
 from errata.functional.forward.retrieval_keys import get_encoder, image_keys
 from errata.functional.hashing import content_id
 from errata.functional.kinds.prompt.entry import Prompt
-from errata.functional.queries import IMAGE_PLACEHOLDER, EncodedImage, Query, _encoded_image
+from errata.functional.queries import IMAGE_PLACEHOLDER, EncodedImage, Query, encoded_image
 from errata.functional.types import Model
 
 __all__ = ["Demonstration", "fill_template", "strip_placeholders"]
@@ -181,7 +181,7 @@ class FactMemory:
             else (self.images[fact], self.image_sizes[fact])
         )
         images = [
-            _encoded_image(bytes(file[:size].tolist()))
+            encoded_image(bytes(file[:size].tolist()))
             for file, size in zip(encoded_files, sizes.tolist())
             if size
         ]
@@ -218,7 +218,7 @@ def _load_demonstrations(entry: Prompt, by_part: Mapping[str, Tensor]) -> list[D
     image_index = by_part["demonstration_image_index"].tolist() if files else [-1] * len(texts)
     if any(not -1 <= n < len(files) for n in image_index):
         raise DeltaFileError(f"{entry.name}: demonstrations must show pictures that are there.")
-    images = [_encoded_image(data) for data in files]
+    images = [encoded_image(data) for data in files]
     try:
         decoded = [text.decode() for text in texts]
     except UnicodeDecodeError as fault:

@@ -10,10 +10,9 @@ import torch
 from PIL import Image
 
 from errata import adapters
-from errata.functional import Query
-from errata.functional.errors import InvalidSettingsError
+from errata.functional import Model, Query
+from errata.functional.errors import InvalidSettingsError, UnsupportedModelError
 from errata.functional.forward.retrieval_keys import (
-    enrol,
     get_encoder,
     hashed_ngrams,
     image_keys,
@@ -84,6 +83,16 @@ def test_names_are_completed_and_wrong_ones_refused(model):
             resolve_encoder(name, model)
 
 
-def test_an_encoder_of_ones_own_can_be_enrolled(model):
-    enrol("letters", lambda name: lambda texts: torch.tensor([[len(t), 1.0] for t in texts]))
-    assert get_encoder("letters:x", model)(["abc"]).tolist() == [[3.0, 1.0]]
+def test_sentence_encoders_are_loaded_by_the_model(model):
+    loaded = []
+
+    def load(name):
+        loaded.append(name)
+        return lambda texts: torch.tensor([[len(t), 1.0] for t in texts])
+
+    encode = get_encoder("letters", model._replace(load_text_encoder=load))
+    assert encode(["abc"]).tolist() == [[3.0, 1.0]]
+    assert loaded == ["letters"]
+    bare = model._replace(load_text_encoder=Model._field_defaults["load_text_encoder"])
+    with pytest.raises(UnsupportedModelError, match="load_text_encoder"):
+        get_encoder("letters", bare)
