@@ -1,6 +1,6 @@
 """The methods of the field, each a factory of pure functions: settings in, `Editor` out.
 
-`EDITORS` is the only registry. A new method is one file, one line here, and one test file.
+`METHODS` is the only registry. A new method is one file, one line here, and one test file.
 """
 
 from __future__ import annotations
@@ -109,12 +109,22 @@ METHODS: Mapping[str, Method] = {
 
 
 def configure(name: str, preset: str = "", **settings: Any) -> msgspec.Struct:
-    """The settings of method `name`: a preset's, or the defaults, with `settings` over them.
+    """Make the settings of a method: a preset's or the defaults, with `settings` over them.
 
-    Raises BadSettings naming the unknown method, preset or setting, or the value that can not be.
+    Args:
+        name: The method.
+        preset: A name of `METHODS[name].presets`. Empty: the defaults.
+        **settings: Settings by name.
 
-    >>> configure("lora", rank=4).rank
-    4
+    Returns:
+        The method's config.
+
+    Raises:
+        InvalidSettingsError: If a name is unknown or a value cannot be. Names all of them.
+
+    Example:
+        >>> configure("lora", rank=4).rank
+        4
     """
     if name not in METHODS:
         raise InvalidSettingsError(f"{unknown_name('editor', name, METHODS)}.")
@@ -167,10 +177,21 @@ def _expected_values(error: msgspec.ValidationError, field_type: Any) -> str:
 
 
 def make_editor(config: msgspec.Struct, cases: Sequence[Case] | None = None) -> Editor:
-    """The editor with these settings; `cases` are for a method that shows training cases (IKE).
+    """Make the editor of a config.
 
-    >>> make_editor(FinetuneConfig(num_steps=10)).name
-    'finetune'
+    Args:
+        config: Settings of a method.
+        cases: Training cases to draw demonstrations from, for a method that takes them (IKE).
+
+    Returns:
+        The editor.
+
+    Raises:
+        InvalidSettingsError: If the config is of no method.
+
+    Example:
+        >>> make_editor(FinetuneConfig(num_steps=10)).name
+        'finetune'
     """
     for method in METHODS.values():
         if type(config) is method.config:

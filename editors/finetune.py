@@ -98,7 +98,7 @@ def finetune_editor(config: FinetuneConfig = FinetuneConfig()) -> Editor:
     """FT as an editor: the delta is a `dense` change of each parameter at the sites.
 
     State: the change so far, one tensor per parameter. Sequential edits start from it with a fresh
-    optimiser. Raises UnknownSite when a site is not in the model.
+    optimiser. Raises UnknownSiteError when a site is not in the model.
 
     >>> from errata import adapters
     >>> model = adapters.from_module(*adapters.tiny_model("llava"))

@@ -86,7 +86,7 @@ def lora_editor(config: LoraConfig = LoraConfig()) -> Editor:
     """LoRA as an editor: the delta is `lowrank`, one (A, B) per target.
 
     State: A and B of each target, unscaled: where the next edit starts. All edits of `each` start
-    from the same A, so that edits side by side equal edits alone. Raises UnknownSite for a target
+    from the same A, so that edits side by side equal edits alone. Raises UnknownSiteError for a target
     that matches no linear map.
 
     >>> from errata import adapters
@@ -176,7 +176,7 @@ def lora_editor(config: LoraConfig = LoraConfig()) -> Editor:
 
 PRESETS: dict[str, LoraConfig] = {
     "default": LoraConfig(),
-    # EasyEdit's yaml for Qwen3-VL; its AdaLoRA ones for Qwen2-VL and LLaVA-OV can not be built.
+    # EasyEdit's yaml for Qwen3-VL; its AdaLoRA ones for Qwen2-VL and LLaVA-OV cannot be built.
     "easyedit": LoraConfig(
         rank=8,
         alpha=32.0,

@@ -32,7 +32,15 @@ _FUSED_PARTS = {
 
 
 class BaseModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The identity of a base model, as a delta records it."""
+    """The identity of a base model, as a delta records it.
+
+    Attributes:
+        id: Hub id or name.
+        revision: Commit of the hub id.
+        family: `config.model_type`.
+        config_hash: sha256 of the config in hex.
+        parameter_hashes: Names of the parameters the delta depends on, and their sha256 in hex.
+    """
 
     id: str  # hub id or folder name
     revision: str = ""  # commit of the hub snapshot, where known
@@ -80,7 +88,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     def resolve_site(self, name: str) -> str:
         """The full path of one site given by neutral or family name.
 
-        Raises UnknownSite with the nearest names that exist.
+        Raises UnknownSiteError with the nearest names that exist.
 
         >>> card = ModelCard(family="llama", id="x", num_layers=2, hidden_size=8, vocab_size=9, max_positions=16,
         ...     layers="model.layers", head="lm_head", part_names={"mlp.down": "mlp.down_proj"})
@@ -126,7 +134,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
 
         A pattern is a site with `*` for any layer number ('layers.*.attn.q'), a site by name, a
         glob over full paths, or the last part of a path as PEFT has it ('q_proj'). Raises
-        UnknownSite listing every pattern that matches nothing.
+        UnknownSiteError listing every pattern that matches nothing.
         """
         matched: set[str] = set()
         missing = []
@@ -212,7 +220,7 @@ def in_decoder(card: ModelCard, name: str) -> bool:
 def before_decoder(card: ModelCard, name: str) -> bool:
     """Whether a module or parameter may run in `embed`, that is before the decoder's layers.
 
-    Only of layers, final norm and head is it known that they do not. What can not be told (a
+    Only of layers, final norm and head is it known that they do not. What cannot be told (a
     position embedding, a projection behind the layers) counts as both below and above.
     """
     return card.layer_of(name) is None and not _is_inside(name, card.norm, card.head)

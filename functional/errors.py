@@ -29,7 +29,7 @@ class InvalidInputError(ErrataError):
 
 
 class InvalidSettingsError(ErrataError):
-    """Settings that can not be right; every violation is listed at once."""
+    """Settings that cannot be right; every violation is listed at once."""
 
 
 class BaseMismatchError(ErrataError):
@@ -41,11 +41,11 @@ class DeltaFileError(ErrataError):
 
 
 class UnsupportedKindError(ErrataError):
-    """An operation that this kind of delta can not express."""
+    """An operation that this kind of delta cannot express."""
 
 
 class UnsupportedModelError(ErrataError):
-    """A model that can not be turned into functional form, with the reason."""
+    """A model that cannot be turned into functional form, with the reason."""
 
 
 class ShapeError(ErrataError):

@@ -121,7 +121,14 @@ weight    W' = W + (B A).to(W.dtype), B A in fp32, then y = x W'ᵀ: what PEFT m
 
 
 class EditRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One edit: hashes, not contents, so that a delta can be shipped without the data behind it."""
+    """One edit: hashes, not contents, so a delta can be shipped without its data.
+
+    Attributes:
+        id: A name. By default the first 12 digits of a hash of prompt, target and images.
+        prompt: sha256 of the prompt in hex.
+        target: sha256 of the target in hex.
+        images: Content ids of the images.
+    """
 
     id: str
     prompt: str = ""  # sha256 of the prompt
@@ -130,7 +137,20 @@ class EditRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything about a delta but its tensors."""
+    """Everything about a delta except its tensors.
+
+    Attributes:
+        format: Number of the file format.
+        editor: The method.
+        settings: Its settings.
+        base: The base it was made for.
+        arithmetic: How low-rank changes are added.
+        entries: What changes.
+        edits: The edits, in order.
+        stack: E > 0 for a stacked delta: tensors have a leading edit axis, edits[e] is edit e.
+        order_dependent: Whether later edits depend on earlier ones, so that single edits cannot be
+            removed.
+    """
 
     format: int = FORMAT
     editor: str = ""
@@ -141,7 +161,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     edits: tuple[EditRecord, ...] = ()
     stack: int = 0  # E > 0: tensors have a leading edit axis, edits[e] is edit e
     order_dependent: bool = (
-        False  # later edits depend on earlier ones: single edits can not be removed
+        False  # later edits depend on earlier ones: single edits cannot be removed
     )
 
     def tensor_specs(self) -> dict[str, TensorSpec]:

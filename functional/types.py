@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -211,6 +211,32 @@ class Embed(Protocol):
 class Decode(Protocol):
     """Run decoder layers, and norm and head after the last one."""
 
+    @overload
+    def __call__(
+        self,
+        params: Params,
+        batch: Batch,
+        hooks: Hooks = ...,
+        *,
+        start: int | None = ...,
+        stop: int | None = ...,
+        logit_positions: Tensor | str | None = ...,
+        kv_cache: KVCache | None = ...,
+        return_cache: Literal[False] = ...,
+    ) -> Any: ...
+    @overload
+    def __call__(
+        self,
+        params: Params,
+        batch: Batch,
+        hooks: Hooks = ...,
+        *,
+        start: int | None = ...,
+        stop: int | None = ...,
+        logit_positions: Tensor | str | None = ...,
+        kv_cache: KVCache | None = ...,
+        return_cache: bool = ...,
+    ) -> Any: ...
     def __call__(
         self,
         params: Params,

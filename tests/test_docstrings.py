@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import doctest
 import importlib
 import inspect
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,17 +29,19 @@ def module_name(path: Path) -> str:
     return ".".join(["errata", *(parts[:-1] if parts[-1] == "__init__" else parts)])
 
 
-def public_definitions(path: Path) -> list[ast.FunctionDef | ast.ClassDef]:
+def public_definitions(module: types.ModuleType) -> list[tuple[str, Any]]:
     """Public functions and classes of a module, and the public methods of those classes."""
     found = []
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-            found.append(node)
-        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+    for name, value in vars(module).items():
+        if name.startswith("_") or getattr(value, "__module__", "") != module.__name__:
+            continue
+        if inspect.isfunction(value) or inspect.isclass(value):
+            found.append((f"{module.__name__}.{name}", value))
+        if inspect.isclass(value):
             found += [
-                member
-                for member in node.body
-                if isinstance(member, ast.FunctionDef) and not member.name.startswith("_")
+                (f"{module.__name__}.{name}.{method}", getattr(value, method))
+                for method, member in vars(value).items()
+                if inspect.isfunction(member) and not method.startswith("_")
             ]
     return found
 
@@ -66,15 +69,16 @@ def test_what_a_floor_exports_has_a_docstring(floor, name):
 
 
 def test_public_definitions_have_docstrings():
-    """All but one in ten; those below the floors' exports may be named by their types alone."""
-    nodes = [(path, node) for path in SOURCES for node in public_definitions(path)]
-    bare = [
-        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
-        for path, node in nodes
-        if not ast.get_docstring(node)
+    """Nine of ten at least; a method that overrides a documented one has its docstring."""
+    names = [
+        module_name(path)
+        for path in SOURCES
+        if path.stem not in {"triton", "__main__"} and not path.stem.startswith("bench_")
     ]
+    nodes = [one for name in names for one in public_definitions(importlib.import_module(name))]
+    bare = [name for name, value in nodes if not inspect.getdoc(value)]
     assert len(nodes) > 700
-    assert len(bare) <= len(nodes) // 10, "\n".join(bare)
+    assert len(bare) <= len(nodes) // 10, f"{len(bare)} of {len(nodes)}:\n" + "\n".join(bare)
 
 
 def test_sections_of_docstrings_are_complete():

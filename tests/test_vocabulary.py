@@ -34,7 +34,7 @@ padded_stack peek picture_name picture_of pool_of queries_of reach_of read_as re
 recall rewriting row_bytes rows_nll rows_of runs_above runs_below same_base scale_of seeing_once
 shrunk similarity_loss site_of size_in_bytes sniff statefile stopped_at strangers strict_json
 text_of thin to_peft tokens_of unformed_gradients unknown_names unmarked unpacked unthinnable
-whole_file whole_folder wise_merge wise_texts
+whole_file whole_folder
 """.split()
 FIELDS = """
 alive anchor asks begins beside donate everywhere extras generate_for least least_look lr_of
@@ -53,7 +53,7 @@ OLD = {*TYPES, *FUNCTIONS, *FIELDS}
 
 
 def identifiers(path: Path) -> set[str]:
-    """Names that a file defines or uses as attribute, parameter or keyword."""
+    """Names that a file defines or uses as attribute, parameter, keyword or type. Not its locals."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         match node:
@@ -63,7 +63,7 @@ def identifiers(path: Path) -> set[str]:
                 names.add(node.arg)
             case ast.Attribute():
                 names.add(node.attr)
-            case ast.Name():
+            case ast.Name() if node.id in TYPES:
                 names.add(node.id)
             case ast.alias():
                 names |= set(node.name.split("."))

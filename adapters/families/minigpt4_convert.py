@@ -138,7 +138,7 @@ def convert_minigpt4(
     BERT-base Q-Former of 32 queries, both sizes Hugging Face's own defaults. Q-Former and queries
     stay in fp32, as Hugging Face keeps them; the rest becomes `dtype`.
 
-    Raises BadInput with every name that does not fit; nothing is left behind then.
+    Raises InvalidInputError with every name that does not fit; nothing is left behind then.
     """
     import transformers as hf
 

@@ -48,24 +48,24 @@ REFUSED: Mapping[str, str] = {
     "where there is no picture",
     "gemma3n": "its layers hand on four streams, mixed between layers, not one",
     "gemma3n_text": "its layers hand on four streams, mixed between layers, not one",
-    "kosmos-2": "its forward can not run without a picture",
-    "instructblip": "its forward can not run without a picture, and its Q-Former reads the prompt",
+    "kosmos-2": "its forward cannot run without a picture",
+    "instructblip": "its forward cannot run without a picture, and its Q-Former reads the prompt",
     "paligemma": "its processor marks prompt and answer as one block that attends in both "
     "directions: answers would leak into their own prediction",
     "chameleon": "it blocks some logits outright, behind its head",
     "bloom": "its ALiBi table joins rows and heads in one dimension",
 }
-"""Model types that can not be cut, with the reason."""
+"""Model types that cannot be cut, with the reason."""
 
 
 def family_of(model_type: str) -> Family:
     """The family of a model type; one without a line here is found by structure.
 
-    Raises ModelUnsupported with the reason for a type that is known not to work.
+    Raises UnsupportedModelError with the reason for a type that is known not to work.
     """
     if model_type in REFUSED:
         raise UnsupportedModelError(
-            f"a model must be a decoder that can be cut between layers; {model_type!r} can not: "
+            f"a model must be a decoder that can be cut between layers; {model_type!r} cannot: "
             f"{REFUSED[model_type]}."
         )
     return FAMILIES.get(model_type) or generic(model_type)

@@ -180,7 +180,7 @@ def trace_forward(
 ) -> ForwardTrace:
     """One free forward in which layers give noise; one layer of each class runs for its shape.
 
-    Raises ModelUnsupported where the head is not what ends the forward.
+    Raises UnsupportedModelError where the head is not what ends the forward.
     """
     formats_by_class: dict[type, OutputFormat] = {}
     attention_formats_by_class: dict[type, OutputFormat] = {}

@@ -53,7 +53,7 @@ _REQUIRED = {
 
 
 def check_config(config: PreTrainedConfig, family: Family) -> None:
-    """Raise ModelUnsupported, naming every attribute and value the family does not handle."""
+    """Raise UnsupportedModelError, naming every attribute and value the family does not handle."""
     wrong = []
     text = config.get_text_config()
     for path, part in _nested_configs(config, ""):

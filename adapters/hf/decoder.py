@@ -42,7 +42,7 @@ class FunctionalDecoder:
         self.runner = ModuleRunner(card, module, family, attention)
         self.attention_name = attention
         self.config = module.config
-        self.select_refusal = ""  # why the last layer can not run on scored positions only
+        self.select_refusal = ""  # why the last layer cannot run on scored positions only
         self.verification: tuple[VerificationReport, ...] = ()
         first = self.runner.tail[0]
         is_norm = "norm" in type(module.get_submodule(first)).__name__.lower()
@@ -92,7 +92,7 @@ class FunctionalDecoder:
     ) -> Any:
         """Layers `batch.depth` up to `stop`; see `Model`. `at="all"` gives every position's logits.
 
-        `past` holds the layers that are run, or all of the model's. Raises ShapeMismatch where
+        `past` holds the layers that are run, or all of the model's. Raises ShapeError where
         `start` is not the batch's depth or `past` holds other layers.
         """
         card = self.card
@@ -144,8 +144,8 @@ class FunctionalDecoder:
     ) -> Batch:
         """Run the last layer's attention on whole rows, keep the scored positions; see `Model`.
 
-        A model whose last layer can not run that way (`unthinnable` says why) gives the batch as
-        it is. Raises ShapeMismatch for a batch that is not before the last layer.
+        A model whose last layer cannot run that way (`select_refusal` says why) gives the batch as
+        it is. Raises ShapeError for a batch that is not before the last layer.
         """
         last = self.card.num_layers - 1
         if batch.depth != last or ATTENTION_OUTPUT in batch.layer_inputs:
@@ -198,7 +198,7 @@ class FunctionalDecoder:
         """The batch at depth 0 of new token ids [B n] behind `past`; `at` is the last of them."""
         if self.runner.layout.cached_templates is None:
             raise UnsupportedModelError(
-                f"{self.card.id} can not go on from keys and values: "
+                f"{self.card.id} cannot go on from keys and values: "
                 f"{self.runner.layout.cache_refusal}."
             )
         replica = self.runner.replica()
@@ -220,7 +220,7 @@ class FunctionalDecoder:
         )
 
     def disable_select_scored(self, reason: str) -> None:
-        """Leave batches whole in `thin` from now on."""
+        """Leave batches whole in `select_scored` from now on."""
         self.select_refusal = reason
 
     def disable_cache(self, reason: str) -> None:

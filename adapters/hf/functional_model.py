@@ -30,7 +30,7 @@ def functionalize(
     The module is never written to, and its parameters are shared, not copied. What its layers are
     handed is found by two probes of a few tokens, in which no layer runs but one of each class.
     A family found by structure is then proven on real input: `given`, or what `samples` makes.
-    Raises ModelUnsupported with the reason where the module does something a cut can not carry.
+    Raises UnsupportedModelError with the reason where the module does something a cut cannot carry.
     """
     family = family or family_of(card.family)
     if family.verified:
@@ -56,14 +56,21 @@ def functionalize(
 
 
 def cache_vision_features(model: Model, max_bytes: int = 256 << 20) -> Model:
-    """The model, with each picture's features computed once and kept, up to `limit` bytes.
+    """Compute each image's features once and cache them.
 
-    Each picture is looked at alone, whoever shares its batch: features equal those of a batch up to
-    rounding, and are the same in any batch. Edits of the vision path and rewrites in it are not
-    served by what is kept. A family without `features` comes back as it is.
+    Each image runs alone, so its features are the same in any batch, and equal those of a batch up to
+    rounding. Edits of the vision path and hooks in it are not served from the cache.
 
-    >>> from errata import adapters
-    >>> model = cache_vision_features(adapters.from_module(*adapters.tiny_model("llava")))
+    Args:
+        model: The model.
+        max_bytes: Memory of the cache, in bytes.
+
+    Returns:
+        The model with a cache. A family without separate features is returned as it is.
+
+    Example:
+        >>> from errata import adapters
+        >>> model = cache_vision_features(adapters.from_module(*adapters.tiny_model("llava")))
     """
     decoder = getattr(model.embed, "__self__", None)
     vision_cache = (

@@ -1,4 +1,4 @@
-"""How what Hugging Face hands its layers becomes `Batch.extras`, and back.
+"""How what Hugging Face hands its layers becomes `Batch.layer_inputs`, and back.
 
 Two captures of different sizes show which dimension of each tensor is rows, query tokens or key
 tokens. The key of an extra carries that layout (`functional/rows.py`), so that batches can be cut,
@@ -127,7 +127,7 @@ def infer_layout(
 ) -> LayerInputLayout:
     """Compare two captures of different sizes; the second has a past unless `refusal` says why not.
 
-    Raises ModelUnsupported for arguments whose layout can not be told.
+    Raises UnsupportedModelError for arguments whose layout cannot be told.
     """
     input_keys: dict[tuple[int, str], str] = {}
     row_dims: dict[str, int] = {}

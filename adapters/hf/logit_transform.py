@@ -25,7 +25,7 @@ def find_logit_transform(
 ) -> Callable[[Tensor], Tensor]:
     """The function that takes the head's output to the model's logits, tried on one forward.
 
-    Raises ModelUnsupported where none does.
+    Raises UnsupportedModelError where none does.
     """
     candidates: list[Callable[[Tensor], Tensor]] = [lambda logits: logits]
     for attribute, apply in _LOGIT_TRANSFORMS.items():

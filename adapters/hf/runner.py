@@ -60,7 +60,7 @@ class ModuleRunner:
     """A module's parts: where they are, what they are handed, how to run them.
 
     Found once by a free forward and two captures of a few tokens, in which no layer runs but one
-    of each class. Raises ModelUnsupported with the reason where a cut could not be carried.
+    of each class. Raises UnsupportedModelError with the reason where a cut could not be carried.
     """
 
     def __init__(

@@ -108,7 +108,7 @@ def decoder_path(module: Any) -> str:
 def layers_path(module: Any, decoder: str) -> str:
     """The decoder's list of layers: the longest list of modules that lies in no other list.
 
-    Raises ModelUnsupported where there is none.
+    Raises UnsupportedModelError where there is none.
     """
     best, size = "", 0
     lists = []
@@ -146,7 +146,7 @@ def describe_module(
 ) -> ModelCard:
     """The card of a module: sizes, places, names, a fingerprint of its config.
 
-    Raises ModelUnsupported, saying which part is missing.
+    Raises UnsupportedModelError, saying which part is missing.
     """
     config = module.config
     text = text_config(config)

@@ -46,7 +46,7 @@ class VerificationReport(NamedTuple):
     layer_cut: float  # cut at 0, 1, middle, last against whole decode
     causality: float  # logits before a token that was changed
     batch_invariance: float  # rows alone against rows padded and together
-    scored_only: float | None  # thinned against whole; None where it can not be done
+    scored_only: float | None  # thinned against whole; None where it cannot be done
     kv_cache: float | None  # cut in time, and going on from a past, against whole; None likewise
 
 
@@ -58,7 +58,7 @@ def first_verified(
 ) -> Any:
     """The first of `make(attention)` that proves itself on every sample.
 
-    Raises ModelUnsupported with what each attempt came to.
+    Raises UnsupportedModelError with what each attempt came to.
     """
     reasons = []
     for attention in ATTENTIONS:
@@ -92,7 +92,7 @@ def sample_inputs(card: Any, module: nn.Module, preprocess: Callable | None) -> 
 def verify(
     module: nn.Module, decoder_path: str, decoder: Any, inputs: Inputs
 ) -> VerificationReport:
-    """Measure a decoder against its module on one input; raise ModelUnsupported if it is wrong."""
+    """Measure a decoder against its module on one input; raise UnsupportedModelError if it is wrong."""
     params = {name: tensor.detach() for name, tensor in module.named_parameters()}
     with torch.no_grad():
         replica = ThreadReplicas(module, decoder_path, None).get()

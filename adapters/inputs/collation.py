@@ -55,8 +55,8 @@ def collate(
 def concat_pixels(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Pixels of all rows, by name, one after another; a shorter second axis is filled with zeros.
 
-    That axis is the tiles of LLaVA-OneVision. Videos of unequal length can not share a batch there:
-    raises BadInput.
+    That axis is the tiles of LLaVA-OneVision. Videos of unequal length cannot share a batch there:
+    raises InvalidInputError.
     """
     batch = {}
     for name in dict.fromkeys(name for row in rows for name in row):

@@ -1,4 +1,4 @@
-"""Reading through a model's own processor: the way for families without a line in `READINGS`.
+"""Reading through a model's own processor: the way for families without a line in `FAMILIES`.
 
 The processor gets the whole batch, text with the answer appended and pictures, and is asked for
 character offsets and padding on the right. Whatever it answers beside ids and mask is handed to the

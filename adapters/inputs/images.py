@@ -67,7 +67,7 @@ def _open_file(path: str | os.PathLike[str]) -> PILImage.Image:
         ) from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise InvalidInputError(
-            f"image {name!r} must be a whole picture, and can not be decoded ({error}): "
+            f"image {name!r} must be a whole picture, and cannot be decoded ({error}): "
             "fetch the file again."
         ) from error
 
@@ -75,7 +75,7 @@ def _open_file(path: str | os.PathLike[str]) -> PILImage.Image:
 def open_image(image: Image) -> PILImage.Image:
     """The picture itself, upright and in RGB.
 
-    Raises BadInput that names the file: missing, truncated, no picture, or so large that it may be
+    Raises InvalidInputError that names the file: missing, truncated, no picture, or so large that it may be
     a decompression bomb.
     """
     if isinstance(image, PILImage.Image):
@@ -107,7 +107,7 @@ def _digest(path: str, changed: int, size: int) -> str:
 def content_id(image: Image) -> str:
     """A name for the content: sha256 of a file's bytes, or of a PIL image's RGB pixels and size.
 
-    A lazy image brings its own. Raises BadInput for a file that can not be read.
+    A lazy image brings its own. Raises InvalidInputError for a file that cannot be read.
 
     >>> from PIL import Image
     >>> content_id(Image.new("RGB", (2, 2))) == content_id(Image.new("RGB", (2, 2)))

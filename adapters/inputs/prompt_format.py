@@ -116,7 +116,7 @@ def scored_tokens(
 
     offsets: the characters [start, end) of each token; boundary: the length of the text before the
     gap; gap: its length. A token that begins behind the boundary belongs to the answer. One that a
-    merge made of both sides does too, since the answer can not be had without it, unless it takes
+    merge made of both sides does too, since the answer cannot be had without it, unless it takes
     no more than the gap. Tokens without characters (specials) at the end do not. A tokenizer that
     trims spaces off its offsets leaves a lone space the empty span (end, end), and is read rightly.
 

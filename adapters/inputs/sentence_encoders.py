@@ -33,7 +33,7 @@ def register_encoder_path(name: str, folder: str | Path) -> None:
 def load_sentence_encoder(name: str) -> Callable[[Sequence[str]], object]:
     """Texts to unit keys [B d] by a sentence encoder.
 
-    Raises BadSettings when it can not be loaded.
+    Raises InvalidSettingsError when it cannot be loaded.
     """
     path = _ENCODER_PATHS.get(name, name)
     if not Path(path).is_dir() and "/" not in path:

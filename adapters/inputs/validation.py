@@ -13,7 +13,7 @@ __all__ = ["name_query", "open_images", "validate_all", "validate_query"]
 
 
 def open_images(images: Sequence[Any], wrong: list[str]) -> list[Any]:
-    """All pictures of a query, or one BadInput: what is `wrong` already, and what will not open."""
+    """All pictures of a query, or one InvalidInputError: what is `wrong` already, and what will not open."""
     opened_images = []
     for image in images:
         try:
@@ -26,7 +26,7 @@ def open_images(images: Sequence[Any], wrong: list[str]) -> list[Any]:
 
 
 def validate_query(query: Query, card: ModelCard) -> None:
-    """Raise BadInput with everything about a query that this model can not take."""
+    """Raise InvalidInputError with everything about a query that this model cannot take."""
     wrong = []
     if not isinstance(query.prompt, str) or not isinstance(query.target, str):
         raise InvalidInputError(
@@ -54,7 +54,7 @@ def name_query(number: int, query: Query, error: Exception) -> str:
 
 
 def validate_all(queries: Sequence[Query], act: Callable[[int, Query], Any]) -> list[Any]:
-    """Act on each query; raise one BadInput that lists all that fail."""
+    """Act on each query; raise one InvalidInputError that lists all that fail."""
     results, wrong = [], []
     for number, query in enumerate(queries):
         try:

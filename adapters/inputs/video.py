@@ -29,7 +29,7 @@ RESAMPLE_MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
 def stack_frames(frames: Sequence[PILImage.Image]) -> Tensor:
-    """Frames as bytes [F C H W]; raises BadInput if their sizes differ."""
+    """Frames as bytes [F C H W]; raises InvalidInputError if their sizes differ."""
     sizes = sorted({frame.size for frame in frames})
     if len(sizes) != 1:
         raise InvalidInputError(
@@ -85,7 +85,7 @@ def fit_to_pixels(
     """Multiples of `factor` near (height, width) so that depth * area lies in [least, most].
 
     Qwen's `smart_resize`: round both sides; if the volume is out of range, scale both by the same
-    root and round towards the range. `full` is the depth after rounding. Raises BadInput for an
+    root and round towards the range. `full` is the depth after rounding. Raises InvalidInputError for an
     aspect ratio above 200.
     """
     if max(height, width) > 200 * min(height, width):

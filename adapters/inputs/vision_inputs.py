@@ -1,6 +1,6 @@
 """How each family turns pictures into pixels, and how many tokens they take in a row.
 
-A family is one line in `READINGS`. Pixels carry the names of the family's own forward.
+A family is one line in `FAMILIES`. Pixels carry the names of the family's own forward.
 """
 
 from __future__ import annotations

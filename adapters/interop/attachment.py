@@ -54,7 +54,7 @@ class AttachedEdit:
     def detach(self) -> None:
         """Leave the module as it was found, bit for bit and object for object.
 
-        Raises BadInput, changing nothing, where another delta lies on top of its parameters.
+        Raises InvalidInputError, changing nothing, where another delta lies on top of its parameters.
         """
         current = {
             (id(module), leaf): (module, leaf, new)
@@ -100,15 +100,24 @@ class AttachedEdit:
 
 
 def attach(module: nn.Module, delta: Delta, *, check: bool = True) -> AttachedEdit:
-    """Let `module` answer as edited; what it computes is what `bind` computes, bit for bit.
+    """Attach a delta to a Hugging Face module in place. It computes what `bind` computes, bit for bit.
 
-        with attach(model, load("cat.safetensors")):
-            model.generate(**inputs)
+    Deltas attach one on another and are detached in reverse order. Nothing is changed if an error is
+    raised.
 
-    Deltas attach one on another and are detached in reverse order. `check=False` skips comparing
-    the parameters' hashes. Raises, before anything is changed, BaseMismatch for a delta of another
-    base, UnknownSite and ShapeMismatch for parameters that do not fit, KindUnsupported for kinds
-    that are more than a changed linear map and for stacked deltas.
+    Args:
+        module: The module.
+        delta: A delta of kinds `dense` and `lowrank`, not stacked.
+        check: Whether to compare the parameters' hashes.
+
+    Returns:
+        The attached edit. Its `detach()`, or the end of a `with` block, restores the module.
+
+    Raises:
+        BaseMismatchError: If the delta was made for another base.
+        UnknownSiteError: If the module lacks a parameter of the delta.
+        ShapeError: If a tensor does not fit its parameter.
+        UnsupportedKindError: For kinds that are more than a changed linear map, and stacked deltas.
     """
     _require_supported(delta)
     owners = _find_owners(module, delta)
@@ -180,7 +189,7 @@ def _require_supported(delta: Delta) -> None:
     if unsupported:
         raise UnsupportedKindError(
             f"a delta of kind {', '.join(unsupported)} does more than change a linear map, and "
-            "can not be "
+            "cannot be "
             "attached to a plain module: use `adapters.from_module` and `bind`."
         )
 

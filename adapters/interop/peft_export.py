@@ -57,25 +57,35 @@ def export_peft(
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> PeftExport:
-    """Write a low-rank delta as a PEFT LoRA folder; `folder` must not exist yet.
+    """Write a low-rank delta as a PEFT LoRA folder.
 
-    "peft": exact. Every scale is 1 (alpha = rank), modules are named by their full path, so that a
-    vision tower's `layers.1.mlp.fc1` is never taken for the decoder's. Loaded with the returned
-    `autocast_adapter_dtype`, PEFT computes this delta's form bit for bit: "act" and "act_fp32" as
-    LoRA layers, "weight" through `target_parameters`. `from_peft` gives the same delta back.
+    "peft" is exact. Every scale is 1 (alpha = rank) and modules have their full path. Loaded with the
+    returned `autocast_adapter_dtype`, PEFT computes this delta's arithmetic bit for bit: "act" and
+    "act_fp32" as LoRA layers, "weight" through `target_parameters`. `import_peft` gives the same delta.
 
-    "serving": what vLLM and SGLang take. One rank for all, padded with zero rows to one of
-    `SERVED`; no patterns; the decoder's linear maps only; `dtype` factors; where one of q, k, v (or
-    gate, up) is changed, its siblings get zeros, for which `shapes` gives the stored shapes of
-    parameters by in-memory or checkpoint name. Servers compute in activation form.
+    "serving" is what vLLM and SGLang load: one rank, padded with zero rows to one of `SERVABLE_RANKS`,
+    no patterns, linear maps of the decoder only. If one of q, k, v (or gate, up) is changed, its siblings
+    get zeros. Servers compute in activation form.
 
-    Raises KindUnsupported, with the alternative, for what a LoRA can not express; BadInput where
-    the folder exists or can not be written.
+    Args:
+        delta: A low-rank delta.
+        folder: The folder to make.
+        profile: "peft" or "serving".
+        shapes: Stored shapes of parameters by in-memory or checkpoint name, for the siblings of
+            "serving".
+        dtype: Of the factors in "serving".
+
+    Returns:
+        How to load the folder, and what is inexact.
+
+    Raises:
+        UnsupportedKindError: For what a LoRA cannot express, with the alternative.
+        InvalidInputError: If the folder exists or cannot be written.
     """
     refusals = list(_refusals(delta, profile))
     if refusals:
         raise UnsupportedKindError(
-            f"the delta can not be written as a LoRA: {join_messages(refusals)}."
+            f"the delta cannot be written as a LoRA: {join_messages(refusals)}."
         )
     factors = _factors(delta)
     inexact: list[str] = []
@@ -119,7 +129,7 @@ def _refusals(delta: Delta, profile: str) -> Iterator[str]:
             )
         elif not isinstance(entry, LowRank):
             yield (
-                f"kind {kind!r} decides per input what to change, which a LoRA can not: serve it "
+                f"kind {kind!r} decides per input what to change, which a LoRA cannot: serve it "
                 "with `bind`"
             )
         elif not entry.name.endswith(".weight"):

@@ -81,17 +81,28 @@ def import_peft(
     *,
     arithmetic: Arithmetic | None = None,
 ) -> Delta:
-    """Read a PEFT LoRA folder as a delta of one edit (or, written by `to_peft`, as it was).
+    """Read a PEFT LoRA folder as a delta of one edit. A folder of `export_peft` gives its delta back.
 
-    Scales are folded into B. `form` None is what PEFT does by itself: "act_fp32", or "weight" for
-    `target_parameters` (or, written by `to_peft`, the delta's own). With `model` names and shapes
-    are checked, older adapters' names (those of the checkpoint) are understood, and the parameters
-    touched are fingerprinted; without it the base is only known by name. Only safetensors are read,
-    and no pattern is run as a regex.
+    Scales are multiplied into B. Only safetensors are read, and no pattern is run as a regex.
 
-    Raises BadInput and DeltaFault for broken files, KindUnsupported naming every feature that is
-    more than a low-rank change (DoRA, biases, saved modules, ...), UnknownSite, ShapeMismatch, and
-    BaseMismatch for a delta written by `to_peft` from another base.
+    Args:
+        folder: The folder.
+        model: The base. Names and shapes are checked against it, names of older adapters are
+            translated, and its parameters are hashed. None: the base is known by name only.
+        arithmetic: How the change is added. None: as PEFT does, "act_fp32", or "weight" for
+            `target_parameters`, or the exported delta's own.
+
+    Returns:
+        The delta.
+
+    Raises:
+        InvalidInputError: If a file cannot be read.
+        DeltaFileError: If a file is broken.
+        UnsupportedKindError: For every feature that is more than a low-rank change (DoRA, biases, saved
+            modules, ...).
+        UnknownSiteError: If the model lacks a module of the adapter.
+        ShapeError: If a factor does not fit its module.
+        BaseMismatchError: If an exported delta was made for another base.
     """
     folder_path = Path(folder)
     config = _read_config(folder_path / CONFIG_FILE)
@@ -192,7 +203,7 @@ def _read_pairs(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _read_exported_delta(folder: Path, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Delta:
-    """The delta that `to_peft` wrote: its own header, if it describes these very factors."""
+    """The delta that `export_peft` wrote: its own header, if it describes these very factors."""
     path = folder / DELTA_FILE
     with open_regular_file(path) as file:
         raw = file.read(MAX_HEADER + 1)

@@ -66,7 +66,7 @@ def _check_files(folder: Path) -> None:
             indexed_files = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise InvalidInputError(
-                f"{index} must map weights to files, and can not be read: {error}"
+                f"{index} must map weights to files, and cannot be read: {error}"
             ) from error
         missing = sorted(indexed_files - {file.name for file in files})
         wrong += [f"{name} is named in the index and not there" for name in missing]

@@ -45,16 +45,30 @@ def from_module(
     revision: str = "",
     cache: int = 256 << 20,
 ) -> Model:
-    """A Hugging Face module and its processor (or tokenizer) as a Model.
+    """Turn a Hugging Face module and its processor into a Model.
 
-    The module's parameters are shared, not copied, and never written to. `template` is a preset's
-    name or a Template; `cache` bounds the preprocessed pictures kept, in bytes. Raises
-    ModelUnsupported with the reason, BadSettings for an unknown template.
+    Parameters are shared, not copied, and never written to.
 
-    >>> from errata import adapters
-    >>> model = adapters.from_module(*adapters.tiny_model("llava"))
-    >>> model.card.family, model.card.num_layers
-    ('llava', 3)
+    Args:
+        module: The module.
+        processor: Its processor, or a tokenizer for a text-only model.
+        template: A prompt template or the name of one.
+        id: The model's name in deltas and results.
+        revision: Its revision.
+        cache: Memory for preprocessed images, in bytes.
+
+    Returns:
+        The model.
+
+    Raises:
+        UnsupportedModelError: If the module cannot be cut between layers, with the reason.
+        InvalidSettingsError: If the template is unknown.
+
+    Example:
+        >>> from errata import adapters
+        >>> model = adapters.from_module(*adapters.tiny_model("llava"))
+        >>> model.card.family, model.card.num_layers
+        ('llava', 3)
     """
     from errata.adapters.families.table import family_of
     from errata.adapters.hf.functional_model import functionalize
@@ -74,7 +88,7 @@ def from_module(
 
 
 def refuse_encoder_decoder(config: Any) -> None:
-    """Raise ModelUnsupported for an encoder-decoder, whose layers can not be cut."""
+    """Raise UnsupportedModelError for an encoder-decoder, whose layers cannot be cut."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for part in (config, getattr(config, "text_config", None), text):
         if getattr(part, "is_encoder_decoder", False):
@@ -97,13 +111,26 @@ def from_pretrained(
     check: bool = True,
     cache: int = 256 << 20,
 ) -> Model:
-    """Load a checkpoint: a folder, or a hub id that is in the local cache or can be reached.
+    """Load a checkpoint.
 
-    `dtype` None keeps the checkpoint's own. `device_map` is Hugging Face's, for a model larger than
-    one device. `check` looks for values that are not finite, which reads every weight once.
+    Args:
+        id_or_path: A folder, or a hub id that is cached or can be reached.
+        dtype: Of the weights. None: the checkpoint's own.
+        device: Where the weights go.
+        device_map: Hugging Face's, for a model larger than one device.
+        template: A prompt template or the name of one.
+        revision: The revision of a hub id.
+        check: Whether to read every weight once and refuse values that are not finite.
+        cache: Memory for preprocessed images, in bytes.
 
-    Raises BadInput (no such folder, no config, no safetensors, a truncated or incomplete file, NaN
-    weights, offline), ModelUnsupported, BadSettings.
+    Returns:
+        The model.
+
+    Raises:
+        InvalidInputError: If there is no such folder, a file is missing or truncated, a weight is NaN,
+            or the hub cannot be reached.
+        UnsupportedModelError: If the model cannot be cut between layers, with the reason.
+        InvalidSettingsError: If the template is unknown.
     """
     module, processor, commit = load_parts(
         id_or_path,
@@ -196,7 +223,7 @@ def _load_module(
     except ErrataError:
         raise
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise InvalidInputError(f"the weights of {name!r} can not be loaded: {error}") from error
+        raise InvalidInputError(f"the weights of {name!r} cannot be loaded: {error}") from error
     wrong = [f"{key} is missing" for key in sorted(info.get("missing_keys", []))]
     for key, have, want in sorted(info.get("mismatched_keys", [])):
         wrong.append(f"{key} must have shape {tuple(want)}, has {tuple(have)}")

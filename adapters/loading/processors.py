@@ -1,4 +1,4 @@
-"""Processors that Hugging Face can not build without torchvision.
+"""Processors that Hugging Face cannot build without torchvision.
 
 `Qwen2VLProcessor`, `Qwen3VLProcessor` and `LlavaOnevisionProcessor` demand a video processor, and
 that needs torchvision. These subclasses leave it out: pictures, text and chat templates go through
@@ -68,7 +68,7 @@ def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
     Families whose stock processor needs torchvision get one that does not (`processors.py`), with
     the settings of the checkpoint's video processor kept for `frames.py`. Pictures are prepared
     with Pillow whether torchvision is there or not, so that the same file gives the same pixels
-    everywhere. Raises BadInput for files that are missing or can not be read.
+    everywhere. Raises InvalidInputError for files that are missing or cannot be read.
     """
     from transformers import AutoImageProcessor, AutoTokenizer
 

@@ -19,13 +19,22 @@ __all__ = ["load_micro", "load_micro_parts", "micro_names"]
 
 
 def load_micro(name: str, template: str | PromptTemplate = "default") -> Model:
-    """A small trained model of the drawn world, as shipped: offline, in well under a second.
+    """Load a small trained model of the synthetic world, which comes with the package.
 
-    Raises BadInput with the names there are.
+    Args:
+        name: "llava", "blip2" or "qwen2_vl".
+        template: A prompt template or the name of one.
 
-    >>> from errata import adapters
-    >>> adapters.load_micro("llava").card.family
-    'llava'
+    Returns:
+        The model.
+
+    Raises:
+        InvalidInputError: If there is no such model, with those there are.
+
+    Example:
+        >>> from errata import adapters
+        >>> adapters.load_micro("llava").card.family
+        'llava'
     """
     if name not in micro_names():
         raise InvalidInputError(
@@ -53,7 +62,7 @@ def load_micro_parts(name: str, dtype: torch.dtype | None = None) -> tuple[Any, 
     Reads one folder of this package, never the network; works without torchvision. The fp16
     weights are loaded as `dtype`, float32 by default.
 
-    Raises `ModelUnsupported` for a name that is not shipped.
+    Raises `UnsupportedModelError` for a name that is not shipped.
     """
     if name not in micro_names():
         from errata.functional.errors import UnsupportedModelError

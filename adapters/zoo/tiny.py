@@ -26,15 +26,26 @@ def _model_class(name: str) -> type:
 def tiny_model(
     name: str, seed: int = 0, num_layers: int = 3, hidden_size: int = 32
 ) -> tuple[Any, Any]:
-    """A random model of a family and its processor (a tokenizer, where it takes no images).
+    """Make a random model of a family and its processor (a tokenizer for a text-only family).
 
-    The model is in fp32, in evaluation mode, asks for no gradients, and follows from the seed;
-    `layers` and `width` (a multiple of 32) are those of the decoder. Raises ModelUnsupported for
-    a name of no tiny model.
+    The model is in fp32, in evaluation mode, without gradients.
 
-    >>> module, processor = tiny_model("llava", num_layers=2)
-    >>> module.config.model_type, module.config.text_config.num_hidden_layers
-    ('llava', 2)
+    Args:
+        name: A model type without hyphens, e.g. "blip2".
+        seed: Seed of the weights.
+        num_layers: Layers of the decoder.
+        hidden_size: Width of the decoder, a multiple of 32.
+
+    Returns:
+        The module and its processor.
+
+    Raises:
+        UnsupportedModelError: If there is no tiny model of this name, or a size does not fit.
+
+    Example:
+        >>> module, processor = tiny_model("llava", num_layers=2)
+        >>> module.config.model_type, module.config.text_config.num_hidden_layers
+        ('llava', 2)
     """
     tiny = tiny_families()
     if name not in tiny:

@@ -21,7 +21,7 @@ def register(subparsers: Any) -> None:
         "verify",
         help="what a folder or file holds: counts, missing images, oddities",
         description="Read annotation files once and say what they hold, lack and hide. Exit code "
-        "1 when a record can not be read or an image is missing.",
+        "1 when a record cannot be read or an image is missing.",
     )
     check.add_argument("path", type=Path, help="an annotation file, or a folder with some")
     check.add_argument("--images", default="", help="folder the image names start from")

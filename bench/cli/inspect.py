@@ -111,7 +111,7 @@ def _format_description(description: dict[str, Any]) -> str:
         else []
     )
     is_inseparable = description["order_dependent"] and len(description["edits"]) > 1
-    separability_note = ", single ones can not be removed" if is_inseparable else ""
+    separability_note = ", single ones cannot be removed" if is_inseparable else ""
     lines.append(f"\n{len(description['edits'])} edit(s){separability_note}")
     for edit in description["edits"][:20]:
         num_images_note = f", {len(edit['images'])} picture(s)" if edit["images"] else ""

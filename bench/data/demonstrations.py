@@ -17,7 +17,7 @@ def demonstration_cases(config: Any) -> list[Case] | None:
     """The cases that `config.demonstration_source` names, at most `config.num_source_cases`; None for no name.
 
     "world": cases of the micro world's training split. Anything else is an annotation file of the
-    field's benchmarks, whose pictures are looked for only where they are shown. Raises BadInput for
+    field's benchmarks, whose pictures are looked for only where they are shown. Raises InvalidInputError for
     a file that is not there or holds no case.
 
     >>> from errata.editors import IkeConfig

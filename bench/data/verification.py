@@ -75,7 +75,7 @@ class FileReport(msgspec.Struct, kw_only=True):
 def annotation_files(path: str | Path) -> Iterator[Path]:
     """The annotation files at a path: itself, or every .json and .jsonl below it, in order.
 
-    Raises `BadInput` when there is none.
+    Raises `InvalidInputError` when there is none.
     """
     path = Path(path)
     if path.is_file():
@@ -92,7 +92,7 @@ def annotation_files(path: str | Path) -> Iterator[Path]:
 def verify(path: str | Path, images: str = "", *, decode: bool = False) -> list[FileReport]:
     """Report on every annotation file at a path; `decode` also opens every image there is.
 
-    Faults do not stop it: a file that can not be read has its fault in its report.
+    Faults do not stop it: a file that cannot be read has its fault in its report.
     """
     checked = [_verify_file(file, images, decode) for file in annotation_files(path)]
     reports = [report for report, _ in checked]

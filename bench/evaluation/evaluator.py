@@ -46,7 +46,7 @@ def evaluate(
     """Answers of the base and of the edit each ask names, in the order of the asks.
 
     `bound` is `model` with one delta, plain or stacked, whose entries lie within `reach`. Raises
-    BadInput for a question that can not be read and for a base that computes NaN.
+    InvalidInputError for a question that cannot be read and for a base that computes NaN.
     """
     unique: dict[tuple, int] = {}
     query_numbers = [

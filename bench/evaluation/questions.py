@@ -68,7 +68,7 @@ def query_key(query: Query) -> tuple:
 
 @contextlib.contextmanager
 def _name_failing_case(model: Model, cases: Sequence[Case]) -> Iterator[None]:
-    """Say which case a fault is about: the first whose questions can not be read, else all."""
+    """Say which case a fault is about: the first whose questions cannot be read, else all."""
     try:
         yield
     except ErrataError as fault:
@@ -92,9 +92,9 @@ def questions_of(case: Case) -> list[tuple[str, int, Query]]:
 
 
 def validate_cases(cases: Sequence[Case]) -> None:
-    """Refuse cases that can not be edited or scored, all of them at once, before any work.
+    """Refuse cases that cannot be edited or scored, all of them at once, before any work.
 
-    Raises BadInput.
+    Raises InvalidInputError.
     """
     faults = []
     seen: set[str] = set()

@@ -54,7 +54,7 @@ ROUNDS = 1
 BATCH_SIZE = 8  # edits side by side; left to itself the protocol tries the first case alone, which
 # with so few cases would count for more than it does in a run
 
-EDITORS = {
+TIMED_EDITORS = {
     "finetune": FinetuneConfig(num_steps=25, lr=1e-3, stop_loss=0.0, append_eos=False),
     "lora": LoraConfig(rank=8, alpha=16.0, num_steps=5, lr=1e-3, stop_loss=0.0, append_eos=False),
     "grace": GraceConfig(num_steps=20, stop_loss=0.0, append_eos=False),
@@ -152,11 +152,11 @@ cpu_timed = pytest.mark.benchmark(timer=time.process_time)
 
 @cpu_timed
 @models
-@pytest.mark.parametrize("kind", list(EDITORS))
+@pytest.mark.parametrize("kind", list(TIMED_EDITORS))
 def bench_single(benchmark, name, kind):
     module, model, cases = model_and_cases(name)
     config, terms, few = (
-        EDITORS[kind],
+        TIMED_EDITORS[kind],
         evaluation_config_for(module),
         cases[: NUM_PLAIN_CASES[name]],
     )
@@ -205,7 +205,7 @@ def bench_single(benchmark, name, kind):
 def bench_in_place(benchmark, kind):
     """Beside Hugging Face's module, copied and edited in place."""
     module, model, cases = model_and_cases("blip2")
-    config, few, terms = EDITORS[kind], cases[:2], evaluation_config_for(module)
+    config, few, terms = TIMED_EDITORS[kind], cases[:2], evaluation_config_for(module)
     if kind == "finetune":
         names = [model.card.resolve_site(site) + ".weight" for site in config.sites]
         train = plain_baseline.finetune_in_place(names, config.lr, config.num_steps)
@@ -236,7 +236,7 @@ def bench_in_place(benchmark, kind):
 def bench_all_editors(benchmark, name):
     """Eight editors on the same cases in one run."""
     module, model, cases = model_and_cases(name)
-    terms, configs = evaluation_config_for(module), list(EDITORS.values())
+    terms, configs = evaluation_config_for(module), list(TIMED_EDITORS.values())
     mine, least = time_in_turns(
         benchmark,
         lambda: run_all_editors(model, configs, cases, terms),
@@ -249,14 +249,14 @@ def bench_all_editors(benchmark, name):
 
 
 @cpu_timed
-@pytest.mark.parametrize("kind", list(EDITORS))
+@pytest.mark.parametrize("kind", list(TIMED_EDITORS))
 def bench_sequential(benchmark, kind):
     """Each case probed right after its edit, and all of them at the end."""
     module, model, cases = model_and_cases("blip2")
     terms = evaluation_config_for(module)
     mine, least = time_in_turns(
         benchmark,
-        lambda: run_one_editor(model, EDITORS[kind], cases, terms, run_sequential),
+        lambda: run_one_editor(model, TIMED_EDITORS[kind], cases, terms, run_sequential),
         lambda: base_pass_cost(model, cases, terms),
     )
     benchmark.group = "sequential, blip2"
@@ -273,7 +273,7 @@ def bench_training(benchmark, name, kind):
     from errata.editors.training.loop import train
 
     _, model, cases = model_and_cases(name)
-    trainable = {"mend": mend_course, "liveedit": liveedit_course}[kind](EDITORS[kind])
+    trainable = {"mend": mend_course, "liveedit": liveedit_course}[kind](TIMED_EDITORS[kind])
     steps, few = 2, cases[:4]
     config = TrainingConfig(num_steps=steps, batch_size=4, num_validation_cases=0, eval_every=99)
     losses: dict[str, list[float]] = {"kept": [], "whole": []}
@@ -312,7 +312,7 @@ def bench_training(benchmark, name, kind):
 def bench_growth(benchmark):
     """Cases cost what they cost, however many: seconds per case of 10 and of 160, sequentially."""
     module, model, _ = model_and_cases("blip2")
-    evaluation_config, config = evaluation_config_for(module), EDITORS["grace"]
+    evaluation_config, config = evaluation_config_for(module), TIMED_EDITORS["grace"]
     few, many = random_models.cases(10), random_models.cases(160)
     small = statistics.median(
         cpu_seconds(lambda: run_one_editor(model, config, few, evaluation_config)) for _ in range(3)

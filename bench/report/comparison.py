@@ -84,7 +84,7 @@ def columns(
 def compare(first: ProbeValues, second: ProbeValues, seed: int = 0) -> list[Difference]:
     """Compare two sides on every probe and case both have.
 
-    Raises `BadInput` when they share none.
+    Raises `InvalidInputError` when they share none.
     """
     tests = []
     for name in sort_probes(set(first) & set(second)):
@@ -131,7 +131,7 @@ def column_pairs(values_by_column: Mapping[RunColumn, Any]) -> list[tuple[RunCol
 def table(runs: Mapping[str, Iterable[ResultRow]]) -> str:
     """Every comparison as text: `*` p < 0.05, `**` p < 0.01, `***` p < 0.001, after correction.
 
-    Raises `BadInput` when there are fewer than two sides, or two without a case in common.
+    Raises `InvalidInputError` when there are fewer than two sides, or two without a case in common.
     """
     grouped = columns(runs)
     blocks = []

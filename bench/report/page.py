@@ -317,6 +317,6 @@ def write_page(
 
     `folder` is the run's: its pictures, and what its units cost, come into the page. `settings` is
     the run's TOML text; it says which benchmark was asked, so that published numbers of the same
-    setting stand beside ours. Raises OSError when the page can not be written.
+    setting stand beside ours. Raises OSError when the page cannot be written.
     """
     write(list(rows), Path(path), Path(folder) if folder else None, settings, title)

@@ -28,7 +28,7 @@ def table(rows: Iterable[ResultRow], style: Style = "terminal") -> str:
     The terminal shows intervals; Markdown and LaTeX print EM/Acc pairs for success probes, as
     MMEdit does, and half the interval's width.
 
-    Raises `BadInput` for an unknown style or no rows.
+    Raises `InvalidInputError` for an unknown style or no rows.
     """
     if style not in _STYLES:
         raise InvalidInputError(

@@ -1,4 +1,4 @@
-"""Feed mutated adapters and checkpoints to `from_peft` and `fold`: as `fuzz_delta`, for folders.
+"""Feed mutated adapters and checkpoints to `import_peft` and `fuse`: as `fuzz_delta`, for folders.
 
 `python -m errata.bench.robustness.fuzz_folders --files 20000`. Every folder must be refused with an
 ErrataError that names a file of it, or give a delta that can be saved, or a whole checkpoint.

@@ -46,7 +46,7 @@ class CheckpointFile:
         self._last_saved = time.monotonic()
 
     def save(self, sequence: int, checkpoint: SequenceCheckpoint) -> None:
-        """Write a mark if it is time; a state that can not be written is left to be made again."""
+        """Write a mark if it is time; a state that cannot be written is left to be made again."""
         if time.monotonic() - self._last_saved >= self._every:
             with contextlib.suppress(TypeError):
                 save_checkpoint(self._path, f"{self._identity}/{sequence}", checkpoint)

@@ -169,7 +169,7 @@ class ResultsLog:
 def read_rows(folder: str | Path) -> list[ResultRow]:
     """Every whole row of a run folder, with what it cost, also while the run is going on.
 
-    Raises BadInput when the folder holds no results, or results of another version.
+    Raises InvalidInputError when the folder holds no results, or results of another version.
     """
     path = Path(folder) / RESULTS
     if not path.is_file():
@@ -257,7 +257,7 @@ def _sync(file: IO[bytes]) -> None:
 def lock_folder(folder: Path) -> Iterator[None]:
     """Hold a run folder for this process; the lock goes with the process, however it ends.
 
-    Raises BadInput when another process holds it.
+    Raises InvalidInputError when another process holds it.
     """
     with (folder / ".lock").open("w") as file:
         try:

@@ -1,4 +1,4 @@
-"""Turns a finished run into a folder that `adapters.zoo.micro_parts` and Hugging Face can read."""
+"""Turns a finished run into a folder that `load_micro_parts` and Hugging Face can read."""
 
 import json
 import platform

@@ -39,7 +39,7 @@ _FORMAT = 2
 def shipped_weights(editor: str, model: Model) -> Path:
     """The trained state that comes with the package for this editor and model.
 
-    Raises BadInput, naming those that there are.
+    Raises InvalidInputError, naming those that there are.
     """
     owner, _, name = model.card.id.rpartition("/")
     path = WEIGHTS / f"{editor}-{name}.safetensors"
@@ -86,7 +86,7 @@ def save_checkpoint(
 def load_checkpoint(path: str | Path, like: Any, compatibility: Mapping[str, Any]) -> Any:
     """Read a pytree shaped and typed as `like` back.
 
-    Raises BadInput, listing every difference, unless the file's `about` says the same as `about`
+    Raises InvalidInputError, listing every difference, unless the file's `about` says the same as `about`
     and its tensors are those of `like`.
     """
     file_compatibility, tensors = open_checkpoint(path)
@@ -124,7 +124,7 @@ def load_checkpoint(path: str | Path, like: Any, compatibility: Mapping[str, Any
 
 
 def open_checkpoint(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-    """What a file says about itself, and its tensors by name. Raises BadInput where it can not."""
+    """What a file says about itself, and its tensors by name. Raises InvalidInputError where it cannot."""
     try:
         with safe_open(path, "pt") as file:
             stored = file.metadata() or {}
@@ -137,7 +137,7 @@ def open_checkpoint(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, 
             # cloned: memory of one's own, aligned as if it had just been computed
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, msgspec.DecodeError) as fault:
-        reason = f"{path} must be a state of errata and can not be read: {fault}."
+        reason = f"{path} must be a state of errata and cannot be read: {fault}."
         raise InvalidInputError(reason) from fault
     return metadata if isinstance(metadata, dict) else None, tensors
 

@@ -23,7 +23,7 @@ def resolve_parameters(
     By default only the weights of linear maps are meant; with `everything` every parameter below
     the site is (norms, biases, queries), as fine-tuning a whole module wants.
 
-    Raises UnknownSite naming every site that matches no parameter.
+    Raises UnknownSiteError naming every site that matches no parameter.
 
     >>> from errata import adapters
     >>> resolve_parameters(adapters.from_module(*adapters.tiny_model("llava")), ["layers.-1.mlp.down"])
@@ -40,7 +40,7 @@ def resolve_parameters(
 def resolve_linears(model: Model, sites: Sequence[str]) -> tuple[str, ...]:
     """Paths of the linear maps that `sites` mean, blocks of the vision tower among them.
 
-    Raises UnknownSite naming every site that matches none.
+    Raises UnknownSiteError naming every site that matches none.
 
     >>> from errata import adapters
     >>> resolve_linears(adapters.from_module(*adapters.tiny_model("llava")), ["vision.layers.-1.mlp.fc1"])

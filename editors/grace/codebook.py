@@ -35,7 +35,7 @@ def add_key(
           d/2 <= noise |key|   could not be told apart                           (take over)
         else                 a new key with radius d/2, and r_n = d/2 - 1e-5     (split)
 
-    `noise`: by how much rounding may move a key, relative to its length. Raises BadInput for a key
+    `noise`: by how much rounding may move a key, relative to its length. Raises InvalidInputError for a key
     that is not finite.
 
     >>> codebook = Codebook(torch.zeros(0, 2), torch.zeros(0, 1), torch.zeros(0), ())

@@ -64,7 +64,7 @@ class GraceConfig(
 
 
 PRESETS: dict[str, GraceConfig] = {
-    # the micro zoo's four layers: three above the value say a two-token answer that two can not
+    # the micro zoo's four layers: three above the value say a two-token answer that two cannot
     "micro": GraceConfig(layer=0, lr=10.0, num_steps=100),
     # EasyEdit's yaml: `layers[18].mlp.down_proj` for LLaVA-OneVision and Qwen2-VL, 23 for Qwen3-VL.
     "easyedit": GraceConfig(layer=18, lr=1.0, num_steps=20, stop_loss=0.0, append_eos=False),

@@ -81,8 +81,8 @@ def grace_editor(config: GraceConfig = GraceConfig()) -> Editor:
     """GRACE as an editor: the delta is a `codebook` at one linear map.
 
     State: the book. A sequence grows it, and `remove` takes edits out of the delta by id: their
-    keys go, radii that they narrowed stay narrow. Raises UnknownSite when the site is not in the
-    model, BadSettings where the value could not act on the answer.
+    keys go, radii that they narrowed stay narrow. Raises UnknownSiteError when the site is not in the
+    model, InvalidSettingsError where the value could not act on the answer.
 
     >>> from errata import adapters
     >>> model = adapters.from_module(*adapters.tiny_model("llava"))

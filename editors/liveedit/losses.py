@@ -56,7 +56,7 @@ IN_SCOPE_WEIGHT = (
 )
 # weights still turn away
 ANSWER_ONLY_RATIO = (
-    0.5  # the share of edits whose makers see the answer alone, and can not learn it by heart
+    0.5  # the share of edits whose makers see the answer alone, and cannot learn it by heart
 )
 
 

@@ -87,7 +87,7 @@ def serac_editor(config: SeracConfig = SeracConfig()) -> Editor:
 
     An edit of the same question about the same pictures replaces the earlier one. Untrained, the
     classifier tells questions apart by nothing it has learned and c repeats the edit's answer.
-    Raises BadInput for a trained state that is missing or does not fit.
+    Raises InvalidInputError for a trained state that is missing or does not fit.
 
     >>> from errata import adapters
     >>> model = adapters.from_module(*adapters.tiny_model("llava"))

@@ -86,7 +86,7 @@ def train(
     """Train an editor on cases; with a `folder`, go on from the checkpoint there.
 
     The last `config.held` cases are validated on, never trained on. A checkpoint is written whole
-    or not at all and resumes to the same bits. Raises BadInput for a checkpoint of another
+    or not at all and resumes to the same bits. Raises InvalidInputError for a checkpoint of another
     training, too few cases, or cases that lack a probe that has a weight.
     """
     training_cases, validation_cases = _split_cases(cases, config)

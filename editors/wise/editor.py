@@ -11,7 +11,7 @@ reaches a threshold, and with W elsewhere. An edit trains the values of D under 
     m(a, b) = [b - alpha]_+ + [beta - a]_+ + [b - a + gamma]_+
 
 and its threshold is `act_ratio` times a(edit) once it is trained. Edits in sequence share a memory:
-every `save_every` of them a new one is begun, its mask drawn anew, and every `merge_every` the full
+every `save_every` of them a new one is begun, its mask drawn anew, and every `merge_freq` the full
 ones are merged into one (`wise_merge.py`).
 
 Sources: Wang et al. 2024 (arXiv 2405.14768); EasyEdit `models/wise/WISE.py`. Different from it:
@@ -21,7 +21,7 @@ Sources: Wang et al. 2024 (arXiv 2405.14768); EasyEdit `models/wise/WISE.py`. Di
   `statistic="easyedit"` measures so).
 * What the gate learns to stay shut for is packaged or yours (`texts`, `unrelated`), never the
   question that locality is then measured by. Questions about the edit's own picture, and the edit's
-  question without its picture, can join (`beside`).
+  question without its picture, can join (`own_negatives`).
 * Weight decay acts under the mask only (theirs moves all of W), the map keeps its bias, a mask has
   its ratio exactly and follows from the edit's name, asking a question merges nothing, and the
   answer's loss is a mean over the answer (theirs counts one token of the prompt more, as zero).
@@ -29,7 +29,7 @@ Sources: Wang et al. 2024 (arXiv 2405.14768); EasyEdit `models/wise/WISE.py`. Di
   at hand a memory is trained anew, so that edits one after another are as good as all at once.
 * An edit of the same question about the same pictures takes the place of the earlier one: a memory
   that is alone with it goes, and it is not trained along any more (theirs go on answering). Only
-  what a full memory holds together with other edits can not be taken out of it.
+  what a full memory holds together with other edits cannot be taken out of it.
 
 Cost of an edit: its rows and the unrelated ones once up to the site; then `num_steps` forwards and
 backwards of its own rows from the site's layer on (`wise_train.py`).
@@ -104,8 +104,8 @@ def wise_editor(
 
     `unrelated`: prompts (with pictures, where the model takes them) that the gate learns to stay
     shut for, in place of `config.texts`. State: the memories. A sequence fills one after another;
-    single edits can be taken out where they are alone in one (save_every=1). Raises UnknownSite
-    when the site is not in the model, BadSettings where its change could not act on the answer.
+    single edits can be taken out where they are alone in one (save_every=1). Raises UnknownSiteError
+    when the site is not in the model, InvalidSettingsError where its change could not act on the answer.
 
     >>> from errata import adapters
     >>> model = adapters.from_module(*adapters.tiny_model("llava"))

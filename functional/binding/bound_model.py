@@ -52,18 +52,38 @@ __all__ = ["bind"]
 
 
 def bind(model: Model, delta: Delta, *, check: bool = True) -> Model:
-    """The model as edited: a new value; `model` stays as it is, and undo is dropping the result.
+    """Bind a delta to a model.
 
-    Use it like any model, with its own parameters: `bound.decode(bound.params, batch)`. Deltas
-    bind one on another (`bound.deltas`). With a stacked delta each row of a batch runs under edit
-    `batch.edit[b]`, -1 for the base. `check=False` skips comparing with the base (in a training
-    loop over values of one delta).
+    The result shares every tensor with `model`, which is unchanged. To undo the edit, drop the result.
+    Deltas bind one on another (`bound.deltas`). With a stacked delta each row of a batch runs under edit
+    `batch.edit_index[b]`, -1 for the base.
 
-    Raises BaseMismatch when the delta was made for another base, UnknownSite for parameters the
-    model lacks, ShapeMismatch where tensors do not fit them; all violations at once.
+    Args:
+        model: The model, bound or not.
+        delta: The edit.
+        check: Whether to compare hashes with the base. False in a training loop over values of one
+            delta.
 
-        edited = bind(model, load("cat.safetensors"))
-        generate(edited, [Query("What is this?", images=(picture,))])
+    Returns:
+        The edited model. Use it with its own parameters: `bound.decode(bound.params, batch)`.
+
+    Raises:
+        BaseMismatchError: If the delta was made for another base.
+        UnknownSiteError: If the model lacks a parameter of the delta.
+        ShapeError: If a tensor does not fit its parameter. Each error names all violations.
+
+    Example:
+        >>> import torch
+        >>> from errata import adapters
+        >>> from errata.editors import configure, make_editor
+        >>> from errata.functional import Query, generate
+        >>> model = adapters.load_micro("llava")
+        >>> editor = make_editor(configure("finetune", num_steps=8, lr=3e-3))
+        >>> state = editor.init(model, torch.Generator().manual_seed(0))
+        >>> delta, _ = editor.edit(model, state, [Query("who is it?", "bo")])
+        >>> edited = bind(model, delta)
+        >>> len(edited.deltas), len(model.deltas)
+        (1, 0)
     """
     if check:
         _check_fit(model, delta)

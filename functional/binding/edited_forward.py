@@ -1,6 +1,6 @@
 """The functions of a bound model: the base's, with a delta's rewrites, each row under its edit.
 
-Where a stacked change can not be written as a rewrite, the rows of each edit run apart, through the
+Where a stacked change cannot be written as a rewrite, the rows of each edit run apart, through the
 model bound to that edit alone. That reads the edit numbers, so it does not work under `vmap`; a
 caller's rewrites then see the rows of one edit at a time, edits in ascending order.
 """
@@ -168,7 +168,7 @@ def _run_per_edit(
 ) -> Any:
     """What each edit's rows become; with `alike` None where only some of them are thinned.
 
-    Rows that keep all their tokens can not stand in one batch with rows that do not.
+    Rows that keep all their tokens cannot stand in one batch with rows that do not.
     """
     groups = _rows_by_edit(batch.edit_index)
     parts = [

@@ -24,16 +24,25 @@ __all__ = ["bind_rows", "stack_padded"]
 
 
 def bind_rows(model: Model, deltas: Sequence[Delta], rows: Sequence[int] | Tensor) -> Model:
-    """The model with row b of a batch edited by `deltas[rows[b]]`, or not at all where that is -1.
+    """Bind a different delta to every row of a batch.
 
-    Batches must have as many rows as `rows`; `generate` keeps them in order:
+    Low-rank deltas, of any ranks and parameters, run as one grouped product, in fp32 and rounded once,
+    whatever their arithmetic. With any other kind among them the rows of each delta run separately, each
+    in its own arithmetic.
 
-        generate(bind_rows(model, [cat, dog], [0, 1, -1]), three_queries)
+    Args:
+        model: The model.
+        deltas: The edits.
+        rows: For each row of a batch the index of its delta, -1 for none [B].
 
-    Low-rank deltas, of whatever ranks and parameters, run as one grouped product, in fp32 and
-    rounded once whatever their form; with any other kind among them the rows of each delta run
-    apart, each in its own form. Raises what `bind` raises, BadInput for rows that name no delta,
-    KindUnsupported for deltas that are stacked already.
+    Returns:
+        A model for batches of B rows. `generate` keeps rows in order:
+        `generate(bind_rows(model, [cat, dog], [0, 1, -1]), three_queries)`.
+
+    Raises:
+        InvalidInputError: If a row names no delta.
+        UnsupportedKindError: If a delta is stacked already.
+        BaseMismatchError: As `bind`, and so are UnknownSiteError and ShapeError.
     """
     rows = torch.as_tensor(rows, dtype=torch.long)
     if not deltas or rows.ndim != 1 or bool(((rows < -1) | (rows >= len(deltas))).any()):

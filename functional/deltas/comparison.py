@@ -30,10 +30,19 @@ class Difference(NamedTuple):
 
 
 def diff(a: Delta, b: Delta) -> list[Difference]:
-    """Compare two deltas parameter by parameter, whatever their kinds; equal changes are 0 apart.
+    """Compare two deltas parameter by parameter, whatever their kinds.
 
-    |dW - dW'|^2 = |dW|^2 - 2 <dW, dW'> + |dW'|^2, from the factors: no low-rank change is
-    multiplied out. Raises BaseMismatch for deltas of different bases.
+    |dW - dW'|^2 = |dW|^2 - 2 <dW, dW'> + |dW'|^2, computed from the factors without forming dW.
+
+    Args:
+        a: A delta.
+        b: A delta of the same base.
+
+    Returns:
+        One `Difference` per parameter. Equal changes have distance 0.
+
+    Raises:
+        BaseMismatchError: If the deltas have different bases.
     """
     for delta in (a, b):
         if delta.header.stack:
@@ -70,11 +79,18 @@ class Conflict(NamedTuple):
 
 
 def conflicts(*deltas: Delta, overlap: float = 0.9) -> list[Conflict]:
-    """Pairs of edits of one or several deltas that address the same thing.
+    """List pairs of edits that address the same thing.
 
-    By their records: same prompt and images with another target ("contradicts") or with the same
-    ("repeats"). By their keys: low-rank changes of one parameter whose A rows point the same way,
-    |cos| >= `overlap` ("overlaps"): an input that one edit answers to, the other answers too.
+    By their records: the same prompt and images with another target ("contradiction") or the same
+    ("duplicate"). By their keys: low-rank changes of one parameter whose A rows have
+    |cos| >= `overlap` ("overlap"), so an input that triggers one edit triggers the other.
+
+    Args:
+        *deltas: One or several deltas.
+        overlap: Cosine from which two edits overlap.
+
+    Returns:
+        The conflicts, in the order of the edits.
     """
     found_conflicts = []
     records = [edit for delta in deltas for edit in delta.header.edits]

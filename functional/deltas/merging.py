@@ -39,24 +39,36 @@ __all__ = [
 
 
 def merge(*deltas: Delta) -> Delta:
-    """One delta that does what all of them do, added up: W + dW_1 + dW_2 + ...
+    """Merge deltas into one that applies all of them: W + dW_1 + dW_2 + ...
 
-    Low-rank changes are concatenated, B A + B' A' = [B B'] [A; A'], which is exact and keeps each
-    edit's rows, so that `remove` is exact too; dense ones are summed. A delta of several edits at
-    once keeps them; entries come sorted by name. Raises BaseMismatch for deltas of different bases,
-    BadInput for different dtypes, forms or shapes, KindUnsupported for a kind that can not.
+    Low-rank changes are concatenated, B A + B' A' = [B B'] [A; A'], which is exact and keeps each edit's
+    rows, so `remove` is exact too. Dense changes are summed. Entries come sorted by name.
 
-    Task arithmetic on factors: Ilharco et al. 2023, https://arxiv.org/abs/2212.04089.
+    Args:
+        *deltas: Deltas of one base.
 
-    >>> from errata.functional import EditRecord
-    >>> entry = LowRank(name="w", checkpoint_name="w", shape=(2, 3), rank=1, edit_ranks=(1,))
-    >>> header = Header(base=BaseModel(id="a/model"), entries=(entry,), edits=(EditRecord(id="cat"),))
-    >>> cat = Delta(header, {"w.A": torch.ones(1, 3), "w.B": torch.ones(2, 1)})
-    >>> both = merge(cat, scale(cat, 0.5))
-    >>> both.header.entries[0].edit_ranks, both.tensors["w.B"].tolist()
-    ((1, 1), [[1.0, 0.5], [1.0, 0.5]])
-    >>> remove(both, [1]).tensors["w.B"].tolist()
-    [[1.0], [1.0]]
+    Returns:
+        The merged delta.
+
+    Raises:
+        BaseMismatchError: If the deltas have different bases.
+        InvalidInputError: If dtypes, arithmetics or shapes differ.
+        UnsupportedKindError: If a kind cannot be merged.
+
+    References:
+        Ilharco et al. 2023, "Editing Models with Task Arithmetic", arXiv:2212.04089.
+
+    Example:
+        >>> from errata.functional import EditRecord
+        >>> entry = LowRank(name="w", checkpoint_name="w", shape=(2, 3), rank=1, edit_ranks=(1,))
+        >>> edits = (EditRecord(id="cat"),)
+        >>> header = Header(base=BaseModel(id="a/model"), entries=(entry,), edits=edits)
+        >>> cat = Delta(header, {"w.A": torch.ones(1, 3), "w.B": torch.ones(2, 1)})
+        >>> both = merge(cat, scale(cat, 0.5))
+        >>> both.header.entries[0].edit_ranks, both.tensors["w.B"].tolist()
+        ((1, 1), [[1.0, 0.5], [1.0, 0.5]])
+        >>> remove(both, [1]).tensors["w.B"].tolist()
+        [[1.0], [1.0]]
     """
     if not deltas:
         raise InvalidInputError("merge needs at least one delta, got none.")
@@ -94,9 +106,18 @@ def merge(*deltas: Delta) -> Delta:
 
 
 def scale(delta: Delta, factor: float) -> Delta:
-    """How strongly an edit acts: W + factor * dW. Low-rank changes carry the factor in B.
+    """Scale the strength of an edit: W + factor * dW. Low-rank changes carry the factor in B.
 
-    Raises BadInput unless the factor is a finite number; KindUnsupported for kinds without a scale.
+    Args:
+        delta: The delta.
+        factor: A finite number.
+
+    Returns:
+        The scaled delta.
+
+    Raises:
+        InvalidInputError: If the factor is not finite.
+        UnsupportedKindError: If a kind cannot be scaled.
     """
     if not isinstance(factor, int | float) or not math.isfinite(factor):
         raise InvalidInputError(f"a delta is scaled by a finite number, got {factor!r}.")
@@ -107,11 +128,20 @@ def scale(delta: Delta, factor: float) -> Delta:
 
 
 def select(delta: Delta, edits: Iterable[int | str]) -> Delta:
-    """Only these edits of a delta, by number or id, in the delta's order.
+    """Keep only some edits of a delta, in the delta's order.
 
-    Exact for additive kinds and for stacked deltas. Raises KindUnsupported, with the reason, where
-    edits depend on one another or can not be told apart; BadInput for an edit that is not there.
-    Of no edits it is a delta that changes nothing.
+    Exact for additive kinds and for stacked deltas.
+
+    Args:
+        delta: The delta.
+        edits: Numbers or ids of the edits to keep. None of them gives a delta that changes nothing.
+
+    Returns:
+        The delta with these edits.
+
+    Raises:
+        UnsupportedKindError: If edits depend on one another or cannot be told apart.
+        InvalidInputError: If an edit is not in the delta.
     """
     numbers = _edit_numbers(delta.header, edits)
     header = delta.header
@@ -139,9 +169,20 @@ def select(delta: Delta, edits: Iterable[int | str]) -> Delta:
 
 
 def remove(delta: Delta, edits: Iterable[int | str]) -> Delta:
-    """The delta without these edits, by number or id: `select` of the others, as exact as it is.
+    """Remove edits from a delta: `select` of the others, and as exact.
 
-    merge(a, b, c) without b's edit is merge(a, c), bit for bit, where all are low-rank.
+    For low-rank deltas, merge(a, b, c) without b's edit is merge(a, c), bit for bit.
+
+    Args:
+        delta: The delta.
+        edits: Numbers or ids of the edits to remove.
+
+    Returns:
+        The delta without them.
+
+    Raises:
+        UnsupportedKindError: If edits depend on one another or cannot be told apart.
+        InvalidInputError: If an edit is not in the delta.
     """
     removed = set(_edit_numbers(delta.header, edits))
     return select(delta, [k for k in range(len(delta.header.edits)) if k not in removed])
@@ -155,16 +196,23 @@ class Compressed(NamedTuple):
 
 
 def compress(delta: Delta, rank: int | None = None, energy: float | None = None) -> Compressed:
-    """The nearest change of lower rank, parameter by parameter; a dense one becomes low-rank.
+    """Reduce the ranks of a delta to the nearest change of lower rank, parameter by parameter.
 
-    B A = Q_b R_b (Q_a R_a)^T = Q_b (U S V^T) Q_a^T, the SVD of a core of r x r, cut to `rank` or to
-    the fewest directions that hold the share `energy` of sum(S^2) (Eckart-Young); sqrt(S) on either
-    side. In fp64, stored in the delta's dtype. What was lost is returned and written to the
-    header's settings; rows of several edits are mixed, so single ones can no longer be removed.
-    With a dense change among them the result has form "weight".
+    B A = Q_b R_b (Q_a R_a)^T = Q_b (U S V^T) Q_a^T: the SVD of an r x r core, truncated
+    (Eckart-Young), with sqrt(S) on either side. Computed in fp64, stored in the delta's dtype. A dense
+    change becomes low-rank. Rows of several edits are mixed, so single edits cannot be removed after it.
 
-    Raises BadInput unless rank >= 1 or 0 < energy <= 1 is given; KindUnsupported for stacked deltas
-    and kinds without a matrix.
+    Args:
+        delta: A delta of kinds `dense` and `lowrank`.
+        rank: Rank to keep.
+        energy: Fraction of sum(S^2) to keep, instead of `rank`, from 0 (excluded) to 1.
+
+    Returns:
+        The compressed delta and the energy lost, which is also written to the header's settings.
+
+    Raises:
+        InvalidInputError: Unless rank >= 1 or 0 < energy <= 1 is given.
+        UnsupportedKindError: For stacked deltas and kinds without a matrix.
     """
     by_rank = isinstance(rank, int) and rank >= 1 and energy is None
     by_energy = energy is not None and 0 < energy <= 1 and rank is None
@@ -277,11 +325,11 @@ def _require_mergeable(deltas: Sequence[Delta]) -> None:
             f"arithmetics differ ({', '.join(sorted(arithmetics))}): no one delta computes the same"
         )
     if problems:
-        raise InvalidInputError(f"these deltas can not be merged: {join_messages(problems)}.")
+        raise InvalidInputError(f"these deltas cannot be merged: {join_messages(problems)}.")
 
 
 def require_same_base(deltas: Sequence[Delta]) -> None:
-    """Raise BaseMismatch, listing every difference, unless all were made for one base."""
+    """Raise BaseMismatchError, listing every difference, unless all were made for one base."""
     first: BaseModel = deltas[0].header.base
     differences = []
     for delta in deltas[1:]:

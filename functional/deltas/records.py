@@ -28,7 +28,7 @@ def edit_record(query: Query) -> EditRecord:
     """The record of one edit; its id is a hash of prompt, target and images together.
 
     >>> edit_record(Query("who is it?", "bo")).id
-    '1d2a4c2b3b1d'
+    'c7aff5393784'
     """
     images = tuple(content_id(image) for image in query.images)
     text = "\x1f".join((query.prompt, query.target, *images))

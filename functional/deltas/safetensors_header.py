@@ -137,7 +137,7 @@ def parse_strict_json(raw: bytes, what: str) -> Any:
 def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a regular file for reading; folders, pipes and devices are refused before opening.
 
-    Raises BadInput that names the path as the caller gave it.
+    Raises InvalidInputError that names the path as the caller gave it.
     """
     try:
         mode = os.stat(path).st_mode
@@ -147,13 +147,13 @@ def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:
         return Path(path).open("rb")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise InvalidInputError(f"{path} can not be read: {reason}.") from None
+        raise InvalidInputError(f"{path} cannot be read: {reason}.") from None
 
 
 def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
     """Read and check the header of a safetensors file; the data are not touched.
 
-    Raises BadInput where the file can not be opened, DeltaFault naming the file and the fault.
+    Raises InvalidInputError where the file cannot be opened, DeltaFileError naming the file and the fault.
     """
     with open_regular_file(path) as file:
         num_bytes = os.fstat(file.fileno()).st_size
@@ -195,7 +195,7 @@ def parse_header(raw: bytes, num_bytes: int) -> SafetensorsHeader:
         if slot.dtype not in SIZES:
             raise ValueError(f"tensor {name[:80]!r} has the unknown dtype {slot.dtype[:20]!r}")
         if len(slot.shape) > MAX_RANK or min(slot.shape, default=0) < 0:
-            raise ValueError(f"tensor {name[:80]!r} has a shape that can not be")
+            raise ValueError(f"tensor {name[:80]!r} has a shape that cannot be")
         start, stop = slot.data_offsets
         expected_bytes = math.prod(slot.shape) * SIZES[slot.dtype]
         if start != end or stop - start != expected_bytes:

@@ -58,34 +58,45 @@ NAME_BY_DTYPE = {dtype: name for name, dtype in DTYPE_BY_NAME.items()}
 
 
 def save_delta(path: str | os.PathLike[str], delta: Delta) -> str:
-    """Write a delta to one file, whole or not at all, and return its digest.
+    """Write a delta to one file, completely or not at all.
 
-    The same delta gives the same bytes, wherever its tensors live and however they are strided.
-    Everything `load` would refuse is refused here, before a file is touched: DeltaFault lists all
-    violations; BadInput where the file can not be written (the old one stays).
+    The same delta gives the same bytes, whatever its tensors' device and strides. Everything
+    `load_delta` would refuse is refused before the file is touched.
 
-    >>> from errata.functional import BaseModel, Header
-    >>> from errata.functional.kinds.schema import Dense
-    >>> entry = Dense(name="w", checkpoint_name="w", shape=(2,))
-    >>> header = Header(base=BaseModel(id="me/tiny"), entries=(entry,))
-    >>> digest = save_delta("edit.safetensors", Delta(header, {"w": torch.ones(2)}))
-    >>> load_delta("edit.safetensors").tensors["w"]
-    tensor([1., 1.])
+    Args:
+        path: The file to write.
+        delta: The delta.
+
+    Returns:
+        The digest: sha256 of the delta's content in hex.
+
+    Raises:
+        DeltaFileError: If the delta is invalid. Names every violation.
+        InvalidInputError: If the file cannot be written. The old file stays.
+
+    Example:
+        >>> from errata.functional import BaseModel, Header
+        >>> from errata.functional.kinds.schema import Dense
+        >>> entry = Dense(name="w", checkpoint_name="w", shape=(2,))
+        >>> header = Header(base=BaseModel(id="me/tiny"), entries=(entry,))
+        >>> digest = save_delta("edit.safetensors", Delta(header, {"w": torch.ones(2)}))
+        >>> load_delta("edit.safetensors").tensors["w"]
+        tensor([1., 1.])
     """
     header, tensors = delta.header, delta.tensors
     problems = validate_header(header) or _tensor_problems(header, tensors)
     if problems:
-        raise DeltaFileError(f"the delta for {path} can not be saved: {join_messages(problems)}.")
+        raise DeltaFileError(f"the delta for {path} cannot be saved: {join_messages(problems)}.")
     try:
         content = digest(delta)
         text = encode_header(header, content)
     except (TypeError, ValueError) as error:
-        raise DeltaFileError(f"the delta for {path} can not be saved: settings: {error}.") from None
+        raise DeltaFileError(f"the delta for {path} cannot be saved: settings: {error}.") from None
     specs = {name: (NAME_BY_DTYPE[x.dtype], tuple(x.shape)) for name, x in tensors.items()}
     head, order = build_header({METADATA_KEY: text}, specs)
     if len(head) - 8 > MAX_HEADER:
         raise DeltaFileError(
-            f"the delta for {path} can not be saved: its list of edits and settings takes "
+            f"the delta for {path} cannot be saved: its list of edits and settings takes "
             f"{len(head)} bytes, and at most {MAX_HEADER} are read: save it in several files."
         )
     try:
@@ -93,7 +104,7 @@ def save_delta(path: str | os.PathLike[str], delta: Delta) -> str:
             head[8:], len(head) + sum(x.numel() * x.element_size() for x in tensors.values())
         )
     except ValueError as error:
-        raise DeltaFileError(f"the delta for {path} can not be saved: {error}.") from None
+        raise DeltaFileError(f"the delta for {path} cannot be saved: {error}.") from None
     with atomic_write(path) as file:
         file.write(head)
         for name in order:
@@ -102,10 +113,20 @@ def save_delta(path: str | os.PathLike[str], delta: Delta) -> str:
 
 
 def load_delta(path: str | os.PathLike[str], *, verify: bool = True) -> Delta:
-    """Read a delta; its tensors are memory-mapped, and writing to them never reaches the file.
+    """Read a delta from a file of format 2 or 1.
 
-    `verify` also reads every value once: all must be finite and match the file's digest. Raises
-    BadInput where the file can not be opened, DeltaFault naming the file and every fault.
+    Tensors are memory-mapped copy-on-write: writing to them does not change the file.
+
+    Args:
+        path: The file.
+        verify: Whether to read every value: all must be finite and match the file's digest.
+
+    Returns:
+        The delta.
+
+    Raises:
+        InvalidInputError: If the file cannot be opened.
+        DeltaFileError: If the file breaks the format. Names the file and every violation.
     """
     info = inspect_delta(path)
     with open_regular_file(path) as file:

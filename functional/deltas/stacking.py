@@ -22,7 +22,7 @@ def stack(deltas: Sequence[Delta]) -> Delta:
     """Deltas of one layout as one stacked delta, each an edit of its own.
 
     A delta that holds several edits becomes one, under the record of its last. Raises
-    ShapeMismatch, listing every difference, unless base, form, entries and tensors agree.
+    ShapeError, listing every difference, unless base, form, entries and tensors agree.
 
     >>> from errata.functional import BaseModel, EditRecord, Header
     >>> from errata.functional.kinds.schema import Dense
@@ -64,7 +64,7 @@ def stack(deltas: Sequence[Delta]) -> Delta:
 def unstack(delta: Delta) -> list[Delta]:
     """The edits of a stacked delta, each as if made alone; its tensors are views.
 
-    Raises KindUnsupported for a delta that is not stacked.
+    Raises UnsupportedKindError for a delta that is not stacked.
     """
     _require_stacked(delta)
     return [_unstack_one(delta, number) for number in range(delta.header.stack)]

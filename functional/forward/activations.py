@@ -37,9 +37,9 @@ def record_activations(
     hooks: Hooks | None = None,
     **options: Any,
 ) -> tuple[Any, dict[str, Activation]]:
-    """Decode, recording (input, output) at `sites` and adding `probes` to outputs.
+    """Decode, recording (input, output) at `sites` and adding `perturbations` to outputs.
 
-    `sites` are full paths. `rewrites` run first, so a tap sees what a bound model sees; `options`
+    `sites` are full paths. `hooks` run first, so a tap sees what a bound model sees; `options`
     go to `decode`. Under `torch.func.grad` return the taps as auxiliary values:
 
         def loss(probes):

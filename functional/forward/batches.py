@@ -150,7 +150,7 @@ def concat_batches(batches: Sequence[Batch]) -> Batch:
     """One batch of all the rows, padded to the longest; all must be at the same depth.
 
     An extra that some batches lack (features a family adds only where there are pictures) is zero
-    for their rows. Raises ShapeMismatch for batches of different depths.
+    for their rows. Raises ShapeError for batches of different depths.
     """
     depths = sorted({batch.depth for batch in batches})
     if len(depths) != 1:

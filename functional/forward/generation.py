@@ -23,13 +23,26 @@ def generate(
     stop_ids: Sequence[int] | None = None,
     edit_index: Tensor | None = None,
 ) -> list[str]:
-    """What the model says to each query, word after word the likeliest; targets are not read.
+    """Generate an answer to each query by greedy decoding. Targets are not read.
 
-    Rows end at the first token of `stop` (default: the card's), which is left out. `edit` [B] says
-    which edit of a bound stacked delta each row runs under. Raises BadInput when a row could
-    outgrow the context.
+    Args:
+        model: The model, bound or not.
+        queries: One per row.
+        max_new_tokens: Most tokens of an answer.
+        stop_ids: Token ids that end an answer, which are excluded. Defaults to the card's.
+        edit_index: [B], the edit of a bound stacked delta each row runs under.
 
-        generate(bind(model, delta), [Query("What is this?", images=(picture,))])
+    Returns:
+        One text per query.
+
+    Raises:
+        InvalidInputError: If a row could exceed the context.
+
+    Example:
+        >>> from errata import adapters
+        >>> model = adapters.load_micro("llava")
+        >>> len(generate(model, [Query("who is it?"), Query("where is it?")], max_new_tokens=2))
+        2
     """
     inputs = model.preprocess(
         [query._replace(target="") for query in queries], edit_index=edit_index

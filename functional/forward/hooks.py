@@ -22,11 +22,11 @@ def functional_call(
     kwargs: Mapping[str, Any] | None = None,
     hooks: Hooks | None = None,
 ) -> Any:
-    """Run `module` with `params` in place of its own and `rewrites` at its submodules.
+    """Run `module` with `params` in place of its own and `hooks` at its submodules.
 
     Parameters that `params` does not name keep their values. While it runs, the module's entries
     are swapped, so one module object must not be called from two threads at once. Raises
-    UnknownSite for a rewrite at a path the module does not have.
+    UnknownSiteError for a rewrite at a path the module does not have.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
@@ -41,10 +41,10 @@ def functional_call(
 
 @contextmanager
 def forward_hooks(module: nn.Module, hooks: Hooks) -> Iterator[None]:
-    """Within the block, submodules of `module` named in `rewrites` give rewritten outputs.
+    """Within the block, submodules of `module` named in `hooks` give rewritten outputs.
 
     A rewrite sees (first positional or keyword input, first tensor of the output) and its result
-    replaces that tensor. Raises UnknownSite before anything runs.
+    replaces that tensor. Raises UnknownSiteError before anything runs.
     """
     handles = []
     try:

@@ -43,7 +43,7 @@ def edit_depth(card: ModelCard, names: Iterable[str]) -> EditDepth:
     """Where changes of these parameters, or rewrites at these modules, act first.
 
     `scored` holds where only the feed-forward part of the last layer, the final norm or the head
-    are touched: then only scored positions matter. What can not be told counts as touched early.
+    are touched: then only scored positions matter. What cannot be told counts as touched early.
     Nothing touched gives a reach behind the last layer.
     """
     paths = [path for name in names for path in all_names(card, name)]
@@ -118,7 +118,7 @@ def decode_scored(model: Model, batch: Batch, hooks: Hooks | None = None, **opti
     """`model.decode(params, batch, rewrites)`, the last layer position-wise at scored positions.
 
     The last layer's attention reads whole rows, its feed-forward part runs only where something is
-    scored. Right for changes and rewrites that `narrows` allows; options go to `decode` and `thin`.
+    scored. Right for changes and rewrites that `can_decode_scored` allows; options go to `decode` and `select_scored`.
     """
     given_hooks, last = hooks or {}, model.card.num_layers - 1
     if batch.depth > last or any(key.startswith("attention_output@") for key in batch.layer_inputs):

@@ -53,7 +53,9 @@ class _CachedBatch:
     row_indices: dict[bytes, int] = field(default_factory=dict)  # key of a row -> its number
     by_depth: dict[int, Batch] = field(default_factory=dict)  # depth -> whole rows
     scored: Batch | None = None  # before the last layer, scored positions only
-    positions: Tensor | None = None  # [B T] the positions that `logits` and `thin` hold, -1: none
+    positions: Tensor | None = (
+        None  # [B T] the positions that `logits` and `select_scored` hold, -1: none
+    )
     logits: Tensor | None = None  # [B T V]
 
 
@@ -125,7 +127,7 @@ class PrefixCache:
             (part, self._at_depth(part, depth, scored_only), mine) for part, mine in matches
         ]
         if not all(part.scored is batch and scored_only for part, batch, _ in cached_batches):
-            scored_only = False  # a family whose last layer can not be thinned: whole rows
+            scored_only = False  # a family whose last layer cannot be thinned: whole rows
         batches = []
         for cached, batch, row_pairs in cached_batches:
             row_indices, _ = _split_pairs(row_pairs, batch.hidden_states.device)

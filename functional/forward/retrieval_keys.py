@@ -40,7 +40,7 @@ def resolve_encoder(name: str, model: Model) -> str:
     """The full name of an encoder for this model, as a delta file holds it.
 
     "hashed" and "base" get their number (512; the layer in the middle); a name without a scheme is
-    a sentence-transformers model. Raises BadSettings for numbers that can not be.
+    a sentence-transformers model. Raises InvalidSettingsError for numbers that cannot be.
     """
     scheme, _, rest = name.partition(":")
     if scheme not in ("hashed", "base"):

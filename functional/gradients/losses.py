@@ -69,7 +69,7 @@ def kl(base: Tensor, edited: Tensor, labels: Tensor) -> Tensor:
 
 
 def margin_loss(logits: Tensor, labels: Tensor, min_margin: float = 0.0) -> Tensor:
-    """How far each target token is from leading by `least`, in logits: [B].
+    """How far each target token is from leading by `min_margin`, in logits: [B].
 
         mean_t max(0, least + max_{v != y_t} z_tv - z_ty)
 

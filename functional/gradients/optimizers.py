@@ -36,7 +36,7 @@ class Optimizer(NamedTuple):
         With `num_edits` = E > 0 every tensor leads with an edit axis of that length.
     update(grads, state, tensors, *, mask=None, scale=1.0, decay_reference=None) -> (tensors, state)
         One step. `mask` [E] bool: edits that are False keep tensors and state (needs `num_edits`).
-        Gradients may come in factors (`Unformed`). `scale` multiplies the learning rate.
+        Gradients may come in factors (`FactoredGradient`). `scale` multiplies the learning rate.
         `decay_reference`: what weight decay adds to the tensors before it pulls them to zero: with
         the base's parameters there, a change d decays as W + d does.
     """

@@ -30,6 +30,12 @@ class _FileHeader(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
 def convert_header(description: Mapping[str, Any]) -> Header:
     """Convert the parsed JSON description of a delta to a header.
 
+    Args:
+        description: The description, without its digest.
+
+    Returns:
+        The header, each entry of the class that its `type` names.
+
     Raises:
         msgspec.ValidationError: If a field is unknown or has a value of another type.
     """

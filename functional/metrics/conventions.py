@@ -131,7 +131,7 @@ def get_scorer(name: str) -> Scorer:
     >>> get_scorer("liveedit").image
     Agreement(k=1, ordered=True, positions='answer')
 
-    Raises `BadSettings` for an unknown name.
+    Raises `InvalidSettingsError` for an unknown name.
     """
     if name not in SCORERS:
         raise InvalidSettingsError(f"scorer must be one of {', '.join(SCORERS)}; got {name!r}.")

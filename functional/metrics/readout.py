@@ -1,6 +1,6 @@
 """What a model answers at scored positions: everything a metric needs, without the logits.
 
-Logits are [B T V], with V up to 150,000; they are reduced to a `Reading` a few rows at a time.
+Logits are [B T V], with V up to 150,000; they are reduced to a `Readout` a few rows at a time.
 """
 
 from __future__ import annotations
@@ -31,17 +31,25 @@ def read_out(
     known_logits: Tensor | None = None,
     scored_only: bool = False,
 ) -> Readout:
-    """Read a model at the scored positions of every row, without gradients.
+    """Read the scored positions of every row, without gradients: top-k tokens, NLL and KL.
 
-    The `k` likeliest tokens and -log p(label) of each position; with `everywhere` also the k
-    likeliest at all positions of each row (the peers' localities), for which the batch must not
-    have been thinned. `edit` [B] says which edit of a bound stacked delta each row runs under. With
-    `logits` those of the scored positions are kept [B T V]; given as another model's `base`, they
-    make the reading say KL(base || model). `given` are the model's own logits at the scored
-    positions [B T V], where they are known already: then nothing is run. `narrow`: see `prefix`.
+    Args:
+        model: The model, bound or not.
+        source: Preprocessed inputs, or a batch.
+        k: Tokens kept per position, the likeliest first.
+        all_positions: Whether to keep the top-k of all positions too. The batch must not be reduced to
+            scored positions.
+        edit_index: [B], the edit of a bound stacked delta each row runs under.
+        return_logits: Whether to keep the logits of the scored positions [B T V].
+        base_logits: [B T V] of another model, for KL(base || model).
+        known_logits: [B T V] of this model, if they are known. Then nothing is run.
+        scored_only: Whether the last layer may run at scored positions only.
 
-        before = answers(model, batch, logits=True)
-        after = answers(bound, batch, base=before.logits)
+    Returns:
+        The readout.
+
+    Raises:
+        ShapeError: If `all_positions` is asked of a batch that has scored positions only.
     """
     if known_logits is not None and not all_positions:
         readout = make_readout(known_logits, source.labels.to(known_logits.device), k)
@@ -133,7 +141,7 @@ def make_readout(
     """Reduce logits [B T V] that predict labels [B T] to what scorers need.
 
     Position t of `logits` predicts position t of `labels` (shift before the call). K is
-    min(k, V). `whole` [B L K] is passed through, see `Reading`.
+    min(k, V). `whole` [B L K] is passed through, see `Readout`.
 
     >>> out = make_readout(torch.tensor([[[0.0, 2.0, 1.0]]]), torch.tensor([[2]]), k=2)
     >>> out.top_ids.tolist(), round(float(out.nll), 3)

@@ -91,7 +91,7 @@ def perplexity_ratio(continuation: Tensor, context: Tensor) -> Tensor:
     """PPL_r = PPL(x | q, x*) / PPL(q, x*): how fluently the text x goes on after the edit x*.
 
     The formula of ICE (arXiv 2406.11194). Its released code reads p(x_i) off position i instead of
-    i - 1 and masks other tokens, so its printed figures can not be had from this formula.
+    i - 1 and masks other tokens, so its printed figures cannot be had from this formula.
 
     >>> perplexity_ratio(torch.tensor([6.0]), torch.tensor([4.0])).tolist()
     [1.5]
@@ -138,7 +138,7 @@ def locality(rule: Agreement, base: Readout, edited: Readout) -> Tensor:
     does when a prompt-based editor lengthens the row (`util/vl_utils.py:135-159`); fewer than k
     ranks are compared where the vocabulary, or what was kept, is smaller.
 
-    Raises `BadSettings` when a rule over all positions gets a reading of the answer only.
+    Raises `InvalidSettingsError` when a rule over all positions gets a reading of the answer only.
     """
     if rule.positions == "all":
         if base.all_top_ids is None or edited.all_top_ids is None:
@@ -169,6 +169,7 @@ class ProbeScore(NamedTuple):
 def score_probe(scorer: Scorer, name: str, base: Readout, edited: Readout) -> ProbeScore:
     """Score the rows of one probe, named as in `PROBES`, before and after an edit.
 
+    >>> from errata.functional.metrics.conventions import get_scorer
     >>> labels = torch.tensor([[3]])
     >>> base = Readout(labels, torch.tensor([[[4]]]), torch.zeros(1, 1))
     >>> edited = Readout(labels, torch.tensor([[[3]]]), torch.zeros(1, 1))

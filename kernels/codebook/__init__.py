@@ -16,14 +16,25 @@ __all__ = ["KeyLookup", "Nearest", "lookup_key", "nearest_key", "replace_hits", 
 
 
 class Nearest(NamedTuple):
-    """The nearest key of each query."""
+    """The nearest key of each query.
+
+    Attributes:
+        index: [B] int64, -1 for none.
+        distance: [B] fp32, the Euclidean distance.
+    """
 
     index: Tensor  # [B] int64, -1: none within reach
     distance: Tensor  # [B] fp32, +inf: none within reach, NaN: the query is not finite
 
 
 class KeyLookup(NamedTuple):
-    """The nearest key of each query and whether its radius covers the query."""
+    """The nearest key of each query, and whether its radius covers the query.
+
+    Attributes:
+        index: [B] int64, -1 for none.
+        distance: [B] fp32, the Euclidean distance.
+        hit: [B] bool.
+    """
 
     index: Tensor  # [B] int64, -1: none
     distance: Tensor  # [B] fp32
@@ -50,7 +61,7 @@ def square_norms(keys: Tensor, is_active: Tensor | None = None) -> Tensor:
 
     Args:
         keys: [N D].
-        alive: [N] bool; a key that is not alive is never chosen. All are, by default.
+        is_active: [N] bool; an inactive key is never chosen. All are, by default.
 
     Returns:
         [N] fp32. Pass it as `norms`, and a search does not read the keys a second time.
@@ -80,10 +91,13 @@ def nearest_key(
     Args:
         query: [B D]. One that is not finite gets index -1 and distance NaN.
         keys: [N D], N from 0. One that is not finite is never chosen.
-        alive: [N] bool, False for deleted keys.
-        norms: [N] `square_norms(keys, alive)`, if at hand; then `alive` is not read.
-        reach: [B] or a number; farther keys count as absent. It spares queries that are far from
+        is_active: [N] bool, False for deleted keys.
+        norms: [N] `square_norms(keys, is_active)`, if at hand; then `is_active` is not read.
+        max_distance: [B] or a number; farther keys count as absent. It spares queries that are far from
             every key the exact comparison.
+
+    Returns:
+        The nearest key of each query.
 
     Raises:
         ValueError: shapes or devices that do not fit.
@@ -129,8 +143,11 @@ def lookup_key(
         query: [B D].
         keys: [N D], N from 0.
         radii: [N]; a negative or NaN radius covers nothing.
-        alive: [N] bool, False for deleted keys.
-        norms: [N] `square_norms(keys, alive)`, if at hand.
+        is_active: [N] bool, False for deleted keys.
+        norms: [N] `square_norms(keys, is_active)`, if at hand.
+
+    Returns:
+        The nearest key of each query, and whether it is hit.
 
     Raises:
         ValueError: shapes or devices that do not fit.
@@ -158,13 +175,16 @@ def replace_hits(
 ) -> Tensor:
     """Put the value of each hit in place of the hidden states: plain torch, differentiable.
 
-    `out[b, l] = values[index_b] if hit_b and where[b, l] else hidden[b, l]`
+    `out[b, l] = values[index_b] if hit_b and token_mask[b, l] else hidden_states[b, l]`
 
     Args:
-        hidden: [B L W].
-        found: of B queries.
+        hidden_states: [B L W].
+        lookup: The hits of B queries.
         values: [N W].
-        where: [B L] bool, the tokens that may be replaced. All, by default.
+        token_mask: [B L] bool, the tokens that may be replaced. All, by default.
+
+    Returns:
+        [B L W], of the dtype of `hidden_states`.
 
     >>> found = lookup_key(torch.eye(2), torch.eye(2)[:1], torch.ones(1))
     >>> replace_hits(torch.zeros(2, 1, 3), found, torch.ones(1, 3))[:, 0]

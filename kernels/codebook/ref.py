@@ -32,7 +32,7 @@ def nearest(
         query: [B D], any floating dtype.
         keys: [N D], any floating dtype.
         norms: [N] fp32, squared lengths; a key whose norm is not below `LIMIT` is never chosen.
-        reach: [B] fp32; a key farther than this counts as absent.
+        max_distance: [B] fp32; a key farther than this counts as absent.
 
     Returns:
         index [B] int64, -1 where no key is within reach, and distance [B] fp32: +inf there, NaN

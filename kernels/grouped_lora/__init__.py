@@ -34,7 +34,7 @@ def apply_grouped_lora(
 ) -> Tensor:
     """The low-rank change of a linear, another one for each row of the batch.
 
-    `y_b = base_b + (x_b A_e^T) B_e^T` with `e = edit_b`; the model's own `x W^T` is `base`
+    `y_b = base_b + (x_b A_e^T) B_e^T` with `e = edit_index_b`; the model's own `x W^T` is `base`
 
     In fp32, rounded once. A row whose edit is -1 gets `base` with its bits, or zero. Under
     `torch.no_grad` the compiled op runs; where a gradient may be asked for, the same formula runs
@@ -44,7 +44,7 @@ def apply_grouped_lora(
         x: [B L I].
         down: [E R I], the factors `A`, E from 0.
         up: [E O R], the factors `B`.
-        edit: [B] int64, in -1 .. E-1 (not checked: that would wait for the device).
+        edit_index: [B] int64, in -1 .. E-1 (not checked: that would wait for the device).
         base: [B L O], what the change is added to.
 
     Returns:

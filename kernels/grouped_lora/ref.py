@@ -18,8 +18,11 @@ def grouped_lora_differentiable(
         x: [B L I].
         down: [E R I], the factors `A`.
         up: [E O R], the factors `B`.
-        edit: [B] int64, -1 for a row without an edit.
+        edit_index: [B] int64, -1 for a row without an edit.
         base: [B L O], or None for zero.
+
+    Returns:
+        [B L O], of the dtype of `base`, or of `x` without one.
     """
     shape = (*x.shape[:2], up.shape[1])
     if down.shape[0] == 0:
@@ -36,7 +39,7 @@ def grouped_lora_differentiable(
 def grouped_lora(
     x: Tensor, down: Tensor, up: Tensor, edit_index: Tensor, base: Tensor | None
 ) -> Tensor:
-    """`apply`, forward only: no factor is copied, neighbouring rows of one edit go together."""
+    """Apply without gradients: no factor is copied, adjacent rows of one edit run together."""
     like, num_tokens = x if base is None else base, x.shape[1]
     out = torch.empty((*x.shape[:2], up.shape[1]), dtype=like.dtype, device=x.device)
     x, flat = x.flatten(0, 1), out.flatten(0, 1)  # [BL I] [BL O]

@@ -19,7 +19,13 @@ ACTIVATIONS = ("relu", "identity")
 
 
 class Routes(NamedTuple):
-    """The experts of each sequence, in ascending order; slots from `count` on are empty."""
+    """The experts of each sequence, in ascending order.
+
+    Attributes:
+        ids: [B K] int64, -1 after `count`.
+        weights: [B K] fp32, 0 after `count`.
+        count: [B] int64, the experts of each sequence.
+    """
 
     ids: Tensor  # [B S] int64, -1 in an empty slot
     weights: Tensor  # [B S] fp32, 0 in an empty slot
@@ -81,7 +87,7 @@ def route_experts(
 
     The gate is strict: an expert as similar as the threshold is not chosen. An expert whose
     similarity or score is not finite is not chosen. Nothing is differentiated through it; to
-    train a router use `weigh` on plain scores.
+    train a router use `expert_weights` on plain scores.
 
     Args:
         vision: [B P], the features `v` of each sequence.
@@ -91,9 +97,12 @@ def route_experts(
         vision_keys: [M P], `E`, M from 0.
         query_keys: [M Q], `G`.
         scale: of both products. LiveEdit: `1 / (4 * sqrt(1024))` for 4 slots of width 1024.
-        alive: [M] bool, False for deleted experts.
+        is_active: [M] bool, False for deleted experts.
         top_k: keep the `top_k` largest weights (lowest ids on ties), as they are; the routes then
             have `min(top_k, M)` slots instead of M.
+
+    Returns:
+        The experts of each sequence.
 
     Raises:
         ValueError: shapes or devices that do not fit.
@@ -155,14 +164,14 @@ def apply_experts(
 
     `h + sum_s w_s * act(x A_s^T) B_s`, with `x = layer_norm(h)` if `norm` is given, else `h`
 
-    In fp32, rounded once to the dtype of `hidden`; `[L, M, D]` is never formed. A sequence without
+    In fp32, rounded once to the dtype of `hidden_states`; `[L, M, D]` is never formed. A sequence without
     experts keeps its bits. Under `torch.no_grad` the compiled op runs and its cost follows
     `routes.count`; where a gradient may be asked for, the same formula runs in plain torch over
-    all slots of `routes` (bound them with `route(..., top_k=...)`), and every transform of
+    all slots of `routes` (bound them with `route_experts(..., top_k=...)`), and every transform of
     `torch.func` passes through.
 
     Args:
-        hidden: [B L D].
+        hidden_states: [B L D].
         down: [M R D], the experts' first factors `A`.
         up: [M R D], the second factors `B`.
         routes: of the B sequences.
@@ -170,6 +179,9 @@ def apply_experts(
         eps: of the layer norm.
         activation: "relu" (LiveEdit) or "identity" (LoRA experts).
         lengths: [B], tokens of each sequence; those beyond keep their bits. All, by default.
+
+    Returns:
+        [B L D], of the dtype of `hidden_states`.
 
     Raises:
         ValueError: shapes, devices or an activation that do not fit.

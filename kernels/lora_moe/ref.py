@@ -19,9 +19,16 @@ TOKENS = 64, 256  # fewest and most tokens per step on a CPU; between them, one 
 
 
 def expert_weights(scores: Tensor, gate: Tensor) -> Tensor:
-    """`softmax over the gated experts * sigmoid`, zero elsewhere: [B M], [B M] -> [B M].
+    """Weigh the gated experts: softmax over them, times sigmoid of their scores.
 
-    Plain torch, differentiable, safe for a row without a gated expert and for any ungated score.
+    Plain PyTorch, differentiable, safe for a row without a gated expert and for any ungated score.
+
+    Args:
+        scores: [B M].
+        gate: [B M] bool.
+
+    Returns:
+        [B M], 0 where the gate is closed.
     """
     scores = torch.where(gate, scores, 0)
     top = torch.where(gate, scores, -math.inf).amax(-1, keepdim=True)

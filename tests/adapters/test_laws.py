@@ -63,7 +63,7 @@ def test_rows_without_pictures_are_the_hugging_face_forward(name):
     )
     batch = model.embed(model.params, inputs)
     got = model.decode(model.params, batch, logit_positions="all")
-    if name in ("blip2", "minigpt4"):  # their own forward can not run without pixels
+    if name in ("blip2", "minigpt4"):  # their own forward cannot run without pixels
         positions = (inputs.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         want = module.language_model(
             input_ids=inputs.input_ids,

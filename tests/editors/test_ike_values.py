@@ -90,7 +90,7 @@ def test_memories_merge_and_edits_are_taken_out_by_id(tiny):
     assert put(tiny, left, "where does bo live?") == ["where does bo live?"]
     with pytest.raises(InvalidInputError, match="differ in encoder; key_size"):
         merge(one, edited(tiny, IkeConfig(encoder="base"), Query("who?", "bo")))
-    with pytest.raises(Exception, match="can not be said by half"):
+    with pytest.raises(Exception, match="cannot be said by half"):
         scale(one, 0.5)
 
 

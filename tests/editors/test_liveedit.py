@@ -216,9 +216,7 @@ def test_an_edit_is_sure_to_be_heard():
             value=-state.networks.edit_features.vision.value
         )
     )
-    shut = state.networks._replace(
-        edit_features=away
-    )  # keys that point away can not be made to fit
+    shut = state.networks._replace(edit_features=away)  # keys that point away cannot be made to fit
     assert torch.equal(
         *(generate_experts(model, shut, c, asked(model)).vision_keys for c in (SMALL, config))
     )

@@ -44,7 +44,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 def detect(path: str | Path) -> Benchmark:
     """The benchmark a file belongs to, told by its first record's fields.
 
-    Raises `BadInput` for a file of no benchmark, with the fields it has.
+    Raises `InvalidInputError` for a file of no benchmark, with the fields it has.
     """
     first = next(islice(records(path), 1), None)
     if first is None:
@@ -66,7 +66,7 @@ def open_cases(
 ) -> Iterator[Case]:
     """Stream a file's cases; `benchmark` names it where the first record should not decide.
 
-    Raises `BadInput`: see `loading.cases`.
+    Raises `InvalidInputError`: see `loading.cases`.
     """
     if benchmark and benchmark not in BENCHMARKS:
         raise InvalidInputError(

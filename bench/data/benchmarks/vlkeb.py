@@ -54,7 +54,7 @@ def case(record: Record, name: str, context: RecordContext) -> Case:
 def second_edit(record: Record) -> Query:
     """The text-only second edit of the edit-one-hop protocol: edit twice, then ask portability.
 
-    VLKEB branch `edit_onehop`, `MultimodalTrainer.py:57-75`. Raises `BadInput` where there is none.
+    VLKEB branch `edit_onehop`, `MultimodalTrainer.py:57-75`. Raises `InvalidInputError` where there is none.
     """
     for item in record.port_new or ():
         if item.port_edit_q and item.port_edit_a:

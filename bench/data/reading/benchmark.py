@@ -166,8 +166,8 @@ def cases(
     `skip_counts` (a Counter of yours) is told what was skipped and why, and what the options
     changed.
 
-    Raises `BadInput`, naming the file and the record, for broken JSON; and, with `invalid_records`
-    or `missing_images` "error", for records and images that can not be used.
+    Raises `InvalidInputError`, naming the file and the record, for broken JSON; and, with `invalid_records`
+    or `missing_images` "error", for records and images that cannot be used.
     """
     path = Path(path)
     skip_counts = Counter() if skip_counts is None else skip_counts
@@ -198,7 +198,7 @@ def cases(
 def record_context(
     benchmark: Benchmark, path: Path, options: ReadOptions, skip_counts: Counter
 ) -> RecordContext:
-    """Options as a loader needs them. Raises `BadInput` for an unknown template or image root."""
+    """Options as a loader needs them. Raises `InvalidInputError` for an unknown template or image root."""
     if options.template not in TEMPLATES:
         raise InvalidInputError(
             f"template must be one of {', '.join(TEMPLATES)}; got {options.template!r}."
@@ -218,7 +218,7 @@ def _error_kind(fault: Exception) -> str:
     if "missing required field" in str(fault):
         return "a field is missing"
     typed = isinstance(fault, msgspec.ValidationError)
-    return "a field has the wrong type" if typed else "a field can not be used"
+    return "a field has the wrong type" if typed else "a field cannot be used"
 
 
 class Pair(msgspec.Struct, frozen=True):
@@ -243,7 +243,7 @@ class Hop(msgspec.Struct, frozen=True):
     port_edit_a: str = ""
 
     def question_answer(self) -> tuple[str, str, str]:
-        """(hop, question, answer). Raises `BadInput` for an item of neither schema."""
+        """(hop, question, answer). Raises `InvalidInputError` for an item of neither schema."""
         if self.pair is not None:
             number = self.port_type.split("-")[0]
             if not number.isdecimal():

@@ -52,7 +52,7 @@ class ImageFile:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def load(self) -> Image.Image:
-        """Decode to RGB. Raises `BadInput` for what is no image, truncated, or a decompression bomb
+        """Decode to RGB. Raises `InvalidInputError` for what is no image, truncated, or a decompression bomb
         (more than 64 million pixels, judged by the header before anything is decoded)."""
         try:
             with warnings.catch_warnings():
@@ -73,7 +73,7 @@ class ImageFile:
             raise MissingImageError(f"{self.path} does not exist.") from fault
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as fault:
             raise InvalidInputError(
-                f"{self.path} must be an image; it can not be read: {fault}."
+                f"{self.path} must be an image; it cannot be read: {fault}."
             ) from fault
 
 
@@ -119,7 +119,7 @@ def safe_name(name: str, allow_parent_paths: bool = False) -> str:
     >>> safe_name("m.0104lr/google_15.jpg"), safe_name("../nuscenes/a b.jpg", allow_parent_paths=True)
     ('m.0104lr/google_15.jpg', 'nuscenes/a b.jpg')
 
-    Raises `BadInput` for absolute names, names that climb out of the root, and empty ones.
+    Raises `InvalidInputError` for absolute names, names that climb out of the root, and empty ones.
     """
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     while allow_parent_paths and parts and parts[0] == "..":

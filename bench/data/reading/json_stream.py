@@ -88,7 +88,7 @@ def records(path: str | Path) -> Iterator[dict[str, Any]]:
     line); a byte-order mark is tolerated. A columnar object `{"questions": [...], "answers":
     [...]}` gives rows `{"questions": q, "answers": a}` in order.
 
-    Raises `BadInput`, naming file, line and record, for what is not JSON, not UTF-8, cut short, or
+    Raises `InvalidInputError`, naming file, line and record, for what is not JSON, not UTF-8, cut short, or
     holds something other than objects.
     """
     path = Path(path)
@@ -149,7 +149,7 @@ def _is_columnar(table: dict[str, Any]) -> bool:
 
 
 def columns(table: dict[str, list[Any]], path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a columnar object; raises `BadInput` when the columns differ in length."""
+    """Rows of a columnar object; raises `InvalidInputError` when the columns differ in length."""
     sizes = {name: len(column) for name, column in table.items()}
     if len(set(sizes.values())) > 1:
         raise InvalidInputError(f"{path}: columns must have one length, got {sizes}.")

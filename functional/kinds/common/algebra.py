@@ -23,7 +23,7 @@ class EntryTensors(NamedTuple):
 
 
 class Algebra(NamedTuple):
-    """The operations of one kind; each raises KindUnsupported with the reason where it can not."""
+    """The operations of one kind; each raises UnsupportedKindError with the reason where it cannot."""
 
     merge: Callable[
         [Sequence[EntryTensors | int]], EntryTensors

@@ -25,7 +25,7 @@ def _select(part: EntryTensors, edits: Sequence[int]) -> EntryTensors | None:
     raise UnsupportedKindError(
         f"{part.entry.name}: a dense change is the sum of its {part.num_edits} edits, and single "
         "ones "
-        "can not be taken out: keep the edits as files of their own and merge the ones you want."
+        "cannot be taken out: keep the edits as files of their own and merge the ones you want."
     )
 
 

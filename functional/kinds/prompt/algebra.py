@@ -1,4 +1,4 @@
-"""Memories of facts as values: joined, and some of their edits kept. They can not be scaled."""
+"""Memories of facts as values: joined, and some of their edits kept. They cannot be scaled."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def _round_up(size: int) -> int:
 
 def _scale(part: EntryTensors, factor: float) -> EntryTensors:
     raise UnsupportedKindError(
-        f"{part.entry.name}: a fact in words can not be said by half: remove edits by id."
+        f"{part.entry.name}: a fact in words cannot be said by half: remove edits by id."
     )
 
 

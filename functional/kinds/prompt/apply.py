@@ -38,7 +38,7 @@ def apply_prompt(
     """What a memory of facts does to a model: questions are read with what fits them before.
 
     Keys are made by the model as it was before this delta, with nothing put before. Raises
-    DeltaFault for texts or pictures that are not what the entry says.
+    DeltaFileError for texts or pictures that are not what the entry says.
     """
     by_part = {name.removeprefix(f"{entry.name}."): t for name, t in tensors.items()}
     memory = FactMemory(without_memories(model), entry, by_part, bool(header.stack))
@@ -163,7 +163,7 @@ class RetrievalPreprocess:
         )
 
     def _longest_prompt(self, *queries: Query) -> int | None:
-        """Tokens of the longest prompt; None where one can not be read."""
+        """Tokens of the longest prompt; None where one cannot be read."""
         try:
             inputs = self.base_preprocess([query._replace(target="") for query in queries])
         except InvalidInputError:

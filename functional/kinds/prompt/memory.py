@@ -202,7 +202,7 @@ def _rescale(similarity: Tensor, min_similarity: float) -> Tensor:
 
 
 def _load_demonstrations(entry: Prompt, by_part: Mapping[str, Tensor]) -> list[Demonstration]:
-    """The demonstrations, decoded. Raises DeltaFault where texts or pictures do not add up."""
+    """The demonstrations, decoded. Raises DeltaFileError where texts or pictures do not add up."""
     if not entry.num_stored_demonstrations:
         return []
     texts = _split_bytes(

@@ -7,7 +7,7 @@
 f are the base's logits; c are read by the base's own final norm and head from what the small
 network makes of edit n and the question. Both act from the prompt's last token on: what is said
 token by token is what one pass gives. The judgement is made of the prompt alone and kept in
-`batch.notes`, with the question in the network's width, for the tokens that follow.
+`Batch.routing`, with the question in the network's width, for the tokens that follow.
 
 After SERAC: Mitchell et al. 2022, https://arxiv.org/abs/2206.06520; EasyEdit's `SERAC_MULTI`, whose
 classifier reads the answer that is being scored and no picture, and whose counterfactual model sees
@@ -71,7 +71,7 @@ class _BoundScope(NamedTuple):
 def apply_scope(model: Model, header: Header, entry: Scope, tensors: Mapping[str, Tensor]) -> Patch:
     """What a scope classifier, a counterfactual model and their memory do to a model.
 
-    Raises ShapeMismatch where the network is for a model of another width.
+    Raises ShapeError where the network is for a model of another width.
     """
     if entry.sizes.hidden_size != model.card.hidden_size:
         raise ShapeError(

@@ -1,4 +1,4 @@
-"""What PEFT loads from an export is the delta, bit for bit; what it can not hold is refused."""
+"""What PEFT loads from an export is the delta, bit for bit; what it cannot hold is refused."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_frames_are_those_of_hugging_face(name):
 def test_frames_are_those_of_torchvision_where_it_is(name, count, width, height):
     make, settings, *_, family = CASES[name]
     if importlib.util.find_spec("torchvision") is None:
-        # Without it the stock classes can not be built: the stored vectors above stand for them.
+        # Without it the stock classes cannot be built: the stored vectors above stand for them.
         assert GOLDEN.is_file()
         return
     from transformers.models.auto.video_processing_auto import (

@@ -1,4 +1,4 @@
-"""Text decoders, and families that can not be cut."""
+"""Text decoders, and families that cannot be cut."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ def test_generate_compares_base_and_edited(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["inspect", "nowhere"], "nowhere can not be read: No such file"),
+        (["inspect", "nowhere"], "nowhere cannot be read: No such file"),
         (["inspect", "."], "must be a file, and is a folder"),
         (["remove", "0.safetensors", "#x", "-o", "y"], "by # and its number"),
         (["remove", "0.safetensors", "nobody", "-o", "y"], "'nobody' is none"),

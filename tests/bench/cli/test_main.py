@@ -50,7 +50,7 @@ def image(tmp_path) -> Path:
 
 
 def said(capsys, *argv: object) -> str:
-    """The one sentence a command that can not be done ends with."""
+    """The one sentence a command that cannot be done ends with."""
     before = set(Path.cwd().rglob("*"))
     assert main([*map(str, argv)]) == 2
     error = capsys.readouterr().err.strip()

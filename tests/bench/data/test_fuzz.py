@@ -1,4 +1,4 @@
-"""Mutated annotation files: a case, a counted skip or one `BadInput`, never another exception."""
+"""Mutated annotation files: a case, a counted skip or one `InvalidInputError`, never another exception."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Runs side by side: pairing by case, correction over probes, and what can not be compared."""
+"""Runs side by side: pairing by case, correction over probes, and what cannot be compared."""
 
 import random
 

@@ -64,7 +64,7 @@ def test_scorers_agree_on_success_and_differ_on_locality(rows):
             assert mine["easyedit"] == mine["vlkeb"] == mine["mmke"]
             if "locality" not in probe:
                 assert len(set(mine.values())) == 1
-    # ten ranks over a whole row can not be the share of one rank over an answer
+    # ten ranks over a whole row cannot be the share of one rank over an answer
     image = [scores["vqa_eval/00000", "image_locality", one] for one in ("errata", "easyedit")]
     assert image[0] != image[1]
 

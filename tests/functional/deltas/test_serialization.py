@@ -290,7 +290,7 @@ def test_a_header_too_large_or_of_too_many_values_is_refused(tmp_path):
     with pytest.raises(DeltaFileError, match="more than"):
         load_delta(path)
     many = Header(base=BaseModel(id="m"), settings={"x": list(range(MAX_VALUES))})
-    with pytest.raises(DeltaFileError, match="can not be saved"):
+    with pytest.raises(DeltaFileError, match="cannot be saved"):
         save_delta(path, Delta(many, {}))
 
 

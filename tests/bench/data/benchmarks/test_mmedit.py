@@ -193,7 +193,7 @@ def test_cleaning_is_asked_for_and_counted(write):
         ('Which ball?"', "Which ball?"),
         ("1. Which ball?\n2. What ball?", "1. Which ball?"),
         ('"How many?" can be rewritten as: "What number?"', "What number?"),
-        ("As an AI language model, I can not.", ""),
+        ("As an AI language model, I cannot.", ""),
         ("Which ball?", "Which ball?"),
     ],
 )
@@ -221,7 +221,7 @@ def test_empty_targets_are_skipped_with_a_reason(write):
         ({"alt": 2}, "Expected `str`, got `int` - at `$.alt`", "a field has the wrong type"),
         ({"src": None}, "Expected `str`, got `null`", "a field has the wrong type"),
         ({"image": "../../etc/passwd"}, "must be a relative path", "an image name leaves its root"),
-        ({"alt": "\ud800"}, "lone surrogate", "a field can not be used"),
+        ({"alt": "\ud800"}, "lone surrogate", "a field cannot be used"),
     ],
 )
 def test_faulty_records_are_one_clear_error_or_a_counted_skip(write, bad, words, reason):
