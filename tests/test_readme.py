@@ -59,7 +59,7 @@ def test_the_commands_run_as_printed(folder, capsys):
         shown[arguments[0]] = capsys.readouterr().out
     assert list(shown) == ["edit", "generate", "inspect", "verify", "export", "editors"]
     assert "port elmont" in shown["generate"]
-    assert "tell me the home of this animal." in shown["inspect"]
+    assert "micro/llava" in shown["inspect"]
     assert (folder / "lora/adapter_model.safetensors").is_file()
     assert "mask_ratio" in shown["editors"]
 
