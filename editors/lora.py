@@ -86,8 +86,8 @@ def lora_editor(config: LoraConfig = LoraConfig()) -> Editor:
     """LoRA as an editor: the delta is `lowrank`, one (A, B) per target.
 
     State: A and B of each target, unscaled: where the next edit starts. All edits of `each` start
-    from the same A, so that edits side by side equal edits alone. Raises UnknownSiteError for a target
-    that matches no linear map.
+    from the same A, so that edits side by side equal edits alone. Raises UnknownSiteError for a
+    target that matches no linear map.
 
     >>> from errata import adapters
     >>> model = adapters.from_module(*adapters.tiny_model("llava"))

@@ -94,7 +94,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         ...     layers="model.layers", head="lm_head", part_names={"mlp.down": "mlp.down_proj"})
         >>> card.resolve_site("layers.-1.mlp.down")
         'model.layers.1.mlp.down_proj'
-        """
+        """  # noqa: E501
         if name in ("vision", "projector", "head", "norm", "embedding"):
             field = {"vision": "vision_tower", "embedding": "token_embedding"}.get(name, name)
             path = getattr(self, field)

@@ -47,7 +47,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Fill a folder beside `path`, bring it to disk, then rename it to `path`.
 
-    `path` must not exist (an empty folder may). Raises InvalidInputError naming the path and the reason.
+    `path` must not exist (an empty folder may). Raises InvalidInputError naming the path and the
+    reason.
     """
     target = Path(path)
     if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):

@@ -341,6 +341,11 @@ class PrefixLookup(Protocol):
         """Look up the batch before layer `depth`. None if a row is not cached."""
         ...
 
+    @property
+    def generations(self) -> dict[tuple[Any, ...], str]:
+        """Texts that the base has generated, by query and length."""
+        ...
+
     def lookup_logits(self, inputs: Inputs) -> Tensor | None:
         """Look up the logits at scored positions [B T V]. None if a row is not cached."""
         ...

@@ -1,11 +1,12 @@
 """How far two correct fp32 programs may differ.
 
-Two programs that compute the same sums in another order differ by rounding. A sum of n terms in fp32
-has a relative error of about eps * sqrt(n) (Higham 2002, section 4.2: the bound is n * eps, the
-expectation under random signs its root). Errors are relative to the largest value of the result,
-because small entries are differences of large ones. Each optimization step adds the error of its own
-gradient to what it starts from, so the error grows linearly with the number of steps. `SAFETY` covers
-the handful of sums that follow one another in a layer, and other processors' instruction sets.
+Two programs that compute the same sums in another order differ by rounding. A sum of n terms in
+fp32 has a relative error of about eps * sqrt(n) (Higham 2002, section 4.2: the bound is n * eps,
+the expectation under random signs its root). Errors are relative to the largest value of the
+result, because small entries are differences of large ones. Each optimization step adds the error
+of its own gradient to what it starts from, so the error grows linearly with the number of steps.
+`SAFETY` covers the handful of sums that follow one another in a layer, and other processors'
+instruction sets.
 
 What the tests must catch is larger: a wrong sign, an off-by-one position or a missing term changes
 results by 1e-2 and more; the smallest fault of the originals (WISE decays weights outside the mask)
@@ -42,5 +43,6 @@ def assert_parity(got: Tensor, want: Tensor, *, length: int = 64, steps: int = 1
     scale = max(float(want[finite].abs().max()), torch.finfo(torch.float32).tiny)
     allowed = tolerance(length, steps)
     assert gap <= allowed * scale, (
-        f"largest difference {gap:.3g} at scale {scale:.3g}: {gap / scale:.2e}, allowed {allowed:.2e}"
+        f"largest difference {gap:.3g} at scale {scale:.3g}: {gap / scale:.2e}, allowed "
+        f"{allowed:.2e}"
     )

@@ -53,7 +53,10 @@ OLD = {*TYPES, *FUNCTIONS, *FIELDS}
 
 
 def identifiers(path: Path) -> set[str]:
-    """Names that a file defines or uses as attribute, parameter, keyword or type. Not its locals."""
+    """Names that a file defines or uses as attribute, parameter, keyword or type.
+
+    Not its locals.
+    """
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         match node:

@@ -69,7 +69,7 @@ def rename_state_dict(
 
     >>> list(rename_state_dict({"ln_vision.weight": torch.ones(2), "t5_proj.bias": torch.ones(2)}, 39))
     ['vision_model.post_layernorm.weight']
-    """
+    """  # noqa: E501
     named: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
         if any(re.search(pattern, name) for pattern in _UNUSED):

@@ -4,8 +4,9 @@ The original (Zhu et al. 2023, arXiv 2304.10592; Vision-CAIR/MiniGPT-4, `mini_gp
 Q-Former outputs through one linear map, `llama_proj`, into the middle of a wrapped prompt,
 `###Human: <Img>[32 image tokens]</Img> question###Assistant: answer`. Hugging Face has no class
 for it. Its modules are those of BLIP-2, so it is one here: `Blip2ForConditionalGeneration` whose
-text model is Llama and whose `language_projection` is `llama_proj`. Only the place of the image tokens differs (`minigpt4.py`). Saving and loading are Hugging
-Face's; `minigpt4_convert.py` makes such a folder from the original checkpoint files.
+text model is Llama and whose `language_projection` is `llama_proj`. Only the place of the image
+tokens differs (`minigpt4.py`). Saving and loading are Hugging Face's; `minigpt4_convert.py` makes
+such a folder from the original checkpoint files.
 """
 
 from typing import Any

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,8 @@ from errata.adapters.hf.config_check import check_config
 from errata.adapters.hf.decoder import FunctionalDecoder
 from errata.adapters.hf.structure import decoder_path
 from errata.adapters.hf.verification import first_verified, sample_inputs
-from errata.functional import Inputs, Model, ModelCard, Query
+from errata.functional import Inputs, Model, ModelCard
+from errata.functional.types import Detokenize, Preprocess
 
 __all__ = ["cache_vision_features", "functionalize"]
 
@@ -20,8 +21,8 @@ __all__ = ["cache_vision_features", "functionalize"]
 def functionalize(
     card: ModelCard,
     module: Any,
-    preprocess: Callable[[Sequence[Query]], Inputs],
-    detokenize: Callable[[Sequence[int]], str],
+    preprocess: Preprocess,
+    detokenize: Detokenize,
     family: Family | None = None,
     verification_inputs: Sequence[Inputs] = (),
 ) -> Model:
@@ -58,8 +59,8 @@ def functionalize(
 def cache_vision_features(model: Model, max_bytes: int = 256 << 20) -> Model:
     """Compute each image's features once and cache them.
 
-    Each image runs alone, so its features are the same in any batch, and equal those of a batch up to
-    rounding. Edits of the vision path and hooks in it are not served from the cache.
+    Each image runs alone, so its features are the same in any batch, and equal those of a batch up
+    to rounding. Edits of the vision path and hooks in it are not served from the cache.
 
     Args:
         model: The model.
@@ -73,13 +74,9 @@ def cache_vision_features(model: Model, max_bytes: int = 256 << 20) -> Model:
         >>> model = cache_vision_features(adapters.from_module(*adapters.tiny_model("llava")))
     """
     decoder = getattr(model.embed, "__self__", None)
-    vision_cache = (
-        decoder.runner.make_vision_cache(model.params, max_bytes)
-        if isinstance(decoder, FunctionalDecoder)
-        else None
-    )
-    return (
-        model
-        if vision_cache is None
-        else model._replace(embed=partial(model.embed, vision_cache=vision_cache))
-    )
+    if not isinstance(decoder, FunctionalDecoder):
+        return model
+    vision_cache = decoder.runner.make_vision_cache(model.params, max_bytes)
+    if vision_cache is None:
+        return model
+    return model._replace(embed=partial(decoder.embed, vision_cache=vision_cache))

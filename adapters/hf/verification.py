@@ -92,7 +92,8 @@ def sample_inputs(card: Any, module: nn.Module, preprocess: Callable | None) -> 
 def verify(
     module: nn.Module, decoder_path: str, decoder: Any, inputs: Inputs
 ) -> VerificationReport:
-    """Measure a decoder against its module on one input; raise UnsupportedModelError if it is wrong."""
+    """Measure a decoder against its module on one input; raise UnsupportedModelError if it is
+    wrong."""
     params = {name: tensor.detach() for name, tensor in module.named_parameters()}
     with torch.no_grad():
         replica = ThreadReplicas(module, decoder_path, None).get()

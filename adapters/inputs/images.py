@@ -1,8 +1,8 @@
 """Pictures from anything a query may hold: opened safely, turned to RGB, named by content.
 
-An image is a PIL image, a path, or a lazy object with `.load() -> PIL.Image` and `.content_id: str`.
-Decoding follows Hugging Face's `load_image`: the camera's orientation is applied, then the picture
-is converted to RGB.
+An image is a PIL image, a path, or a lazy object with `.load() -> PIL.Image` and `.content_id:
+str`. Decoding follows Hugging Face's `load_image`: the camera's orientation is applied, then the
+picture is converted to RGB.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def _open_file(path: str | os.PathLike[str]) -> PILImage.Image:
 def open_image(image: Image) -> PILImage.Image:
     """The picture itself, upright and in RGB.
 
-    Raises InvalidInputError that names the file: missing, truncated, no picture, or so large that it may be
-    a decompression bomb.
+    Raises InvalidInputError that names the file: missing, truncated, no picture, or so large that
+    it may be a decompression bomb.
     """
     if isinstance(image, PILImage.Image):
         return _to_rgb(image)

@@ -110,7 +110,7 @@ class QueryProcessor:
         if unscored and len(unscored) < len(rows):
             raise InvalidInputError(
                 f"every query of a scored batch must have a target; empty: "
-                f"{join_messages(name_query(i, queries[i], InvalidInputError('no target')) for i in unscored)}."
+                f"{join_messages(name_query(i, queries[i], InvalidInputError('no target')) for i in unscored)}."  # noqa: E501
             )
         token_rows = self._tokenize(rows)
         validate_all(

@@ -65,7 +65,7 @@ def answer_separator(
 
     >>> answer_separator(PromptTemplate(), "Answer:", "cat", ("<|im_end|>",)), answer_separator(PromptTemplate(), "USER:\\n", "cat", ())
     (' ', '')
-    """
+    """  # noqa: E501
     if template.answer_separator is not None:
         return template.answer_separator
     if not text or text[-1].isspace() or target[:1].isspace():
@@ -122,7 +122,7 @@ def scored_tokens(
 
     >>> scored_tokens([(0, 4), (4, 6), (6, 7), (0, 0)], 5), scored_tokens([(0, 4), (4, 6), (6, 9)], 5, separator_length=1)
     (range(1, 3), range(2, 3))
-    """
+    """  # noqa: E501
     hits = [
         index
         for index, (start, end) in enumerate(offsets)

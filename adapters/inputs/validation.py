@@ -13,7 +13,8 @@ __all__ = ["name_query", "open_images", "validate_all", "validate_query"]
 
 
 def open_images(images: Sequence[Any], wrong: list[str]) -> list[Any]:
-    """All pictures of a query, or one InvalidInputError: what is `wrong` already, and what will not open."""
+    """All pictures of a query, or one InvalidInputError: what is `wrong` already, and what will
+    not open."""
     opened_images = []
     for image in images:
         try:

@@ -85,8 +85,8 @@ def fit_to_pixels(
     """Multiples of `factor` near (height, width) so that depth * area lies in [least, most].
 
     Qwen's `smart_resize`: round both sides; if the volume is out of range, scale both by the same
-    root and round towards the range. `full` is the depth after rounding. Raises InvalidInputError for an
-    aspect ratio above 200.
+    root and round towards the range. `full` is the depth after rounding. Raises InvalidInputError
+    for an aspect ratio above 200.
     """
     if max(height, width) > 200 * min(height, width):
         raise InvalidInputError(

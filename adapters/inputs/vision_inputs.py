@@ -40,8 +40,9 @@ class VisionInputs(NamedTuple):
 class VisionFormat(NamedTuple):
     """How a family reads.
 
-    place: "token" if a placeholder token stands in the text (and chat templates write it), "inserted_ids" if
-    the reader splices ids in, "prefix" if pictures come before everything, the start token included.
+    place: "token" if a placeholder token stands in the text (and chat templates write it),
+    "inserted_ids" if the reader splices ids in, "prefix" if pictures come before everything, the
+    start token included.
     """
 
     placement: str

@@ -54,7 +54,8 @@ class AttachedEdit:
     def detach(self) -> None:
         """Leave the module as it was found, bit for bit and object for object.
 
-        Raises InvalidInputError, changing nothing, where another delta lies on top of its parameters.
+        Raises InvalidInputError, changing nothing, where another delta lies on top of its
+        parameters.
         """
         current = {
             (id(module), leaf): (module, leaf, new)
@@ -100,10 +101,11 @@ class AttachedEdit:
 
 
 def attach(module: nn.Module, delta: Delta, *, check: bool = True) -> AttachedEdit:
-    """Attach a delta to a Hugging Face module in place. It computes what `bind` computes, bit for bit.
+    """Attach a delta to a Hugging Face module in place. It computes what `bind` computes, bit for
+    bit.
 
-    Deltas attach one on another and are detached in reverse order. Nothing is changed if an error is
-    raised.
+    Deltas attach one on another and are detached in reverse order. Nothing is changed if an error
+    is raised.
 
     Args:
         module: The module.

@@ -59,13 +59,14 @@ def export_peft(
 ) -> PeftExport:
     """Write a low-rank delta as a PEFT LoRA folder.
 
-    "peft" is exact. Every scale is 1 (alpha = rank) and modules have their full path. Loaded with the
-    returned `autocast_adapter_dtype`, PEFT computes this delta's arithmetic bit for bit: "act" and
-    "act_fp32" as LoRA layers, "weight" through `target_parameters`. `import_peft` gives the same delta.
+    "peft" is exact. Every scale is 1 (alpha = rank) and modules have their full path. Loaded with
+    the returned `autocast_adapter_dtype`, PEFT computes this delta's arithmetic bit for bit:
+    "act" and "act_fp32" as LoRA layers, "weight" through `target_parameters`. `import_peft` gives
+    the same delta.
 
-    "serving" is what vLLM and SGLang load: one rank, padded with zero rows to one of `SERVABLE_RANKS`,
-    no patterns, linear maps of the decoder only. If one of q, k, v (or gate, up) is changed, its siblings
-    get zeros. Servers compute in activation form.
+    "serving" is what vLLM and SGLang load: one rank, padded with zero rows to one of
+    `SERVABLE_RANKS`, no patterns, linear maps of the decoder only. If one of q, k, v (or gate,
+    up) is changed, its siblings get zeros. Servers compute in activation form.
 
     Args:
         delta: A low-rank delta.
@@ -144,7 +145,7 @@ def _refusals(delta: Delta, profile: str) -> Iterator[str]:
         elif profile == "serving" and _OUTSIDE.search(entry.name):
             yield f"{entry.name} is outside the decoder, which servers drop: `fuse` it"
         elif profile == "serving" and entry.rank > SERVABLE_RANKS[-1]:
-            yield f"{entry.name} has rank {entry.rank}, servers take {SERVABLE_RANKS[-1]}: `compress` it"
+            yield f"{entry.name} has rank {entry.rank}, servers take {SERVABLE_RANKS[-1]}: `compress` it"  # noqa: E501
 
 
 def _factors(delta: Delta) -> dict[str, tuple[Tensor, Tensor]]:

@@ -81,7 +81,8 @@ def import_peft(
     *,
     arithmetic: Arithmetic | None = None,
 ) -> Delta:
-    """Read a PEFT LoRA folder as a delta of one edit. A folder of `export_peft` gives its delta back.
+    """Read a PEFT LoRA folder as a delta of one edit. A folder of `export_peft` gives its delta
+    back.
 
     Scales are multiplied into B. Only safetensors are read, and no pattern is run as a regex.
 
@@ -98,8 +99,8 @@ def import_peft(
     Raises:
         InvalidInputError: If a file cannot be read.
         DeltaFileError: If a file is broken.
-        UnsupportedKindError: For every feature that is more than a low-rank change (DoRA, biases, saved
-            modules, ...).
+        UnsupportedKindError: For every feature that is more than a low-rank change (DoRA, biases,
+        saved modules, ...).
         UnknownSiteError: If the model lacks a module of the adapter.
         ShapeError: If a factor does not fit its module.
         BaseMismatchError: If an exported delta was made for another base.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from errata.adapters.families.table import FAMILIES
@@ -11,8 +10,9 @@ from errata.adapters.inputs.processor import QueryProcessor
 from errata.adapters.inputs.prompt_format import PromptTemplate
 from errata.adapters.inputs.templates import get_template
 from errata.adapters.inputs.vision_inputs import TEXT_ONLY, split_processor
-from errata.functional import Inputs, ModelCard, Query
+from errata.functional import ModelCard
 from errata.functional.errors import UnsupportedModelError
+from errata.functional.types import Preprocess
 
 __all__ = ["make_processor"]
 
@@ -23,7 +23,7 @@ def make_processor(
     card: ModelCard,
     template: str | PromptTemplate = "default",
     cache: int = 256 << 20,
-) -> Callable[[Sequence[Query]], Inputs]:
+) -> Preprocess:
     """Make the function that turns queries into inputs.
 
     Families with a `VisionFormat` and text decoders use `QueryProcessor`. Any other model is read

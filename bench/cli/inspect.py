@@ -103,7 +103,7 @@ def _format_description(description: dict[str, Any]) -> str:
         shape = " x ".join(map(str, entry["shape"]))
         lines.append(
             f"  {entry['parameter']}  {shape}  {entry['kind']}{rank}, {entry['dtype']}, "
-            f"{_format_size(entry['bytes'])}{norm}{'' if entry['base_known'] else '  (base not hashed)'}"
+            f"{_format_size(entry['bytes'])}{norm}{'' if entry['base_known'] else '  (base not hashed)'}"  # noqa: E501
         )
     lines += (
         [f"  and {len(description['entries']) - 40} more"]

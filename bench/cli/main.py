@@ -1,7 +1,7 @@
 """The command line: `errata run | edit | generate | models | editors | ...`.
 
-A command imports torch only when it runs, so `--help` is instant. An error that the user can fix ends
-with exit code 2 and one sentence. `--debug` shows the traceback.
+A command imports torch only when it runs, so `--help` is instant. An error that the user can fix
+ends with exit code 2 and one sentence. `--debug` shows the traceback.
 """
 
 from __future__ import annotations

@@ -14,11 +14,12 @@ DEFAULT_WORLD_CASES = 64  # cases of the micro world, where the settings do not 
 
 
 def demonstration_cases(config: Any) -> list[Case] | None:
-    """The cases that `config.demonstration_source` names, at most `config.num_source_cases`; None for no name.
+    """The cases that `config.demonstration_source` names, at most `config.num_source_cases`; None
+    for no name.
 
     "world": cases of the micro world's training split. Anything else is an annotation file of the
-    field's benchmarks, whose pictures are looked for only where they are shown. Raises InvalidInputError for
-    a file that is not there or holds no case.
+    field's benchmarks, whose pictures are looked for only where they are shown. Raises
+    InvalidInputError for a file that is not there or holds no case.
 
     >>> from errata.editors import IkeConfig
     >>> len(demonstration_cases(IkeConfig(demonstration_source="world", num_source_cases=3)))

@@ -16,7 +16,8 @@ MAX_ROWS = 64  # read and embedded together, whatever the budget
 
 
 def check_finite(model: Model, readout: Readout) -> None:
-    """Raise InvalidInputError, naming parameters, when the base model's own scores are not numbers."""
+    """Raise InvalidInputError, naming parameters, when the base model's own scores are not
+    numbers."""
     if bool(readout.nll.isfinite().all()):
         return
     broken = [n for n, t in model.params.items() if not bool(torch.isfinite(t).all())]

@@ -1,6 +1,7 @@
 """Rows under different deltas against a loop over rows, a gathered `bmm` and `torch.compile`.
 
-Run `pytest bench/perf/bench_grouped_lora.py`; `errata.bench.perf.gpu` writes the figures of a device.
+Run `pytest bench/perf/bench_grouped_lora.py`; `errata.bench.perf.gpu` writes the figures of a
+device.
 """
 
 from __future__ import annotations

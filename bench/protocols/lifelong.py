@@ -40,8 +40,8 @@ def run_lifelong(
     """Edits one after another; after n of them, n in `lengths` and at the end, all n are asked.
 
     With `asked` at most so many of the n, evenly spread, the first and the last among them. A
-    result's gap is n: `evaluated_at` "after_length" with gap 100 is the model after 100 edits, asked about these.
-    Every edit is a step; steps go on from `marks` as those of `sequential` do.
+    result's gap is n: `evaluated_at` "after_length" with gap 100 is the model after 100 edits,
+    asked about these. Every edit is a step; steps go on from `marks` as those of `sequential` do.
     """
     device, num_units = _device(model), len(cases)
     evaluated_counts = {*eval_after, num_units}

@@ -69,7 +69,7 @@ def matching_results(benchmark: str, template: str, model: str) -> list[Publishe
 
     >>> [row.method for row in matching_results("mmedit-vqa", "easyedit", "Salesforce/blip2-opt-2.7b")][-1]
     'MEND'
-    """
+    """  # noqa: E501
     name = _normalize_name(model)
     return [
         row

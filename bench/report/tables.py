@@ -25,8 +25,8 @@ Style = Literal["terminal", "markdown", "latex"]
 def table(rows: Iterable[ResultRow], style: Style = "terminal") -> str:
     """Every leg as a table: a base line, a line per editor, a column per probe, values times 100.
 
-    The terminal shows intervals; Markdown and LaTeX print EM/Acc pairs for success probes, as
-    MMEdit does, and half the interval's width.
+    The terminal shows means, in at most 80 columns. Markdown and LaTeX print EM/Acc pairs for
+    success probes, as MMEdit does, and half the interval's width.
 
     Raises `InvalidInputError` for an unknown style or no rows.
     """
@@ -76,34 +76,49 @@ def _mean_or_none(value: Interval | None) -> float | None:
     return value and value.mean
 
 
+MAX_TERMINAL_WIDTH = 80
+
+
 def _terminal_table(key: TableKey, editors: Sequence[EditorSummary]) -> str:
+    """Means only, in blocks of columns that fit a terminal. The page has the intervals."""
     names = _probe_columns(editors)
-    body = [["", *(get_probe(name).column for name in names)]]
-    body.append(["base", *(_format_percent(_base_success(editors, name)) for name in names)])
+    body: list[list[str]] = [["", *(get_probe(name).column for name in names)]]
+    body.append(["unedited", *(_format_percent(_base_success(editors, name)) for name in names)])
     for line in editors:
         cells = [line.probes.get(name) for name in names]
-        body.append([line.editor, *(_format_interval(cell) for cell in cells)])
-        for label, field in (("exact", "exact_match"), ("said", "generation_match")):
+        scores = (
+            None if cell is None or cell.score.count == 0 else cell.score.mean for cell in cells
+        )
+        body.append([line.editor, *map(_format_percent, scores)])
+        for label, field in (("exact match", "exact_match"), ("generation", "generation_match")):
             values = [cell and _mean_or_none(getattr(cell, field)) for cell in cells]
             if any(value is not None for value in values):
                 marks = (_format_percent(v) if v is not None else "" for v in values)
                 body.append([f"  {label}", *marks])
+    return "\n".join([heading(key, editors), *_aligned_blocks(body)])
+
+
+def _aligned_blocks(body: Sequence[Sequence[str]]) -> list[str]:
+    """Align a grid. Columns that do not fit continue in another block below."""
     widths = [max(len(row[i]) for row in body) for i in range(len(body[0]))]
-    text = [heading(key, editors)]
-    for row in body:
-        first, *rest = (
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths))
-        )
-        text.append("  ".join([first, *rest]).rstrip())
-    return "\n".join(text)
-
-
-def _format_interval(summary: ProbeSummary | None) -> str:
-    if summary is None or summary.score.count == 0:
-        return "–"
-    mean, low, high, _ = summary.score
-    return f"{_format_percent(mean)} [{_format_percent(low)} {_format_percent(high)}]"
+    blocks: list[list[int]] = [[]]
+    used = widths[0]
+    for column in range(1, len(widths)):
+        if blocks[-1] and used + 2 + widths[column] > MAX_TERMINAL_WIDTH:
+            blocks.append([])
+            used = widths[0]
+        blocks[-1].append(column)
+        used += 2 + widths[column]
+    lines: list[str] = []
+    for number, columns in enumerate(blocks):
+        if number:
+            lines.append("")
+        for row in body:
+            cells = [str(row[0]).ljust(widths[0])]
+            cells += [str(row[i]).rjust(widths[i]) for i in columns]
+            if any(row[i] for i in columns):
+                lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 def _format_pair(summary: ProbeSummary | None, plus: str) -> str:
@@ -157,7 +172,7 @@ def _latex_table(key: TableKey, editors: Sequence[EditorSummary]) -> str:
         [
             r"\begin{table}",
             r"\centering",
-            rf"\caption{{{heading(key, editors).translate(_LATEX_ESCAPES)}. {_NOTE.translate(_LATEX_ESCAPES)}}}",
+            rf"\caption{{{heading(key, editors).translate(_LATEX_ESCAPES)}. {_NOTE.translate(_LATEX_ESCAPES)}}}",  # noqa: E501
             rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
             r"\toprule",
             rows[0],

@@ -1,4 +1,5 @@
-"""SIGKILL while saving, folding and exporting: `python -m errata.bench.robustness.crash_writes --times 50`.
+"""SIGKILL while saving, folding and exporting: `python -m errata.bench.robustness.crash_writes
+--times 50`.
 
 A child writes without pause; it is killed at a random moment; then every file or folder that bears
 a final name must be whole, and equal to one of the two things the child writes.

@@ -1,4 +1,5 @@
-"""Feed mutated delta files to `load`: `python -m errata.bench.robustness.fuzz_delta --files 100000`.
+"""Feed mutated delta files to `load`: `python -m errata.bench.robustness.fuzz_delta --files
+100000`.
 
 Every file must either be refused with an ErrataError that names it, or load as a delta whose
 content is what its digest says. Each is held to one second and to an address space of file size +

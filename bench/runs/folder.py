@@ -20,6 +20,7 @@ from errata.functional import Case
 from errata.functional.deltas import serialization
 from errata.functional.errors import InvalidInputError
 from errata.functional.files import atomic_write
+from errata.functional.version import __version__
 
 __all__ = ["versions"]
 
@@ -29,14 +30,14 @@ CHECKPOINT_FILE = ".state.safetensors"  # of the sequence that is going on
 
 
 def versions() -> str:
-    """What the figures of a run were made with.
+    """Name the versions that a run's results depend on.
 
-    >>> versions().split()[0]
-    'errata'
+    Example:
+        >>> versions().split()[0]
+        'errata-vlm'
     """
-    named = ("errata", "torch", "transformers")
-    found = [f"{name} {metadata.version(name)}" for name in named]
-    return ", ".join([*found, f"Python {platform.python_version()}"])
+    others = [f"{name} {metadata.version(name)}" for name in ("torch", "transformers")]
+    return ", ".join([f"errata-vlm {__version__}", *others, f"Python {platform.python_version()}"])
 
 
 def _save_profile(folder: Path, profiler: profiling.Profiler) -> None:

@@ -61,8 +61,8 @@ def run(
     Goes on where an earlier run of the same settings stopped, however it was stopped; `fresh`
     starts over. `text` is the settings file as it was read, kept beside the results. `profile`
     writes where this start's time went into `profile.json`, and the report shows it. Raises
-    InvalidSettingsError and InvalidInputError before anything is written where that can be known, and InvalidInputError when
-    the folder holds another run or is in use.
+    InvalidSettingsError and InvalidInputError before anything is written where that can be known,
+    and InvalidInputError when the folder holds another run or is in use.
     """
     progress = progress or Progress()
     validate_settings(settings)

@@ -56,8 +56,8 @@ RENAMED: Mapping[type[msgspec.Struct], Mapping[str, str]] = {
     SequentialSettings: {"group": "sequence_length"},
     LifelongSettings: {"lengths": "eval_after", "asked": "max_evaluated"},
 }
-"""Settings of the first version and their new names. Editors' are in `editors/renamed.py`. Goes with
-release 0.2."""
+"""Settings of the first version and their new names. Editors' are in `editors/renamed.py`. Goes
+with release 0.2."""
 
 RENAMED_VALUES: Mapping[tuple[type[msgspec.Struct], str], Mapping[str, str]] = {
     (BenchmarkCases, "missing_images"): {"draw": "placeholder"},
@@ -82,7 +82,7 @@ def parse_settings(text: str, source_name: str = "settings") -> RunSettings:
 
     >>> parse_settings('output_dir="o"\\n[[models]]\\nid="micro/llava"\\n[[editors]]\\ntype="lora"').models[0].label
     'llava'
-    """
+    """  # noqa: E501
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as fault:

@@ -22,7 +22,8 @@ def open_model(settings: ModelSettings) -> Model:
     """The model a settings file or command line names.
 
     `micro/NAME` is a trained model of the micro zoo, `tiny/NAME` a random one; anything else is a
-    folder or a hub id. Raises InvalidInputError for NaN weights, UnsupportedModelError for families not served.
+    folder or a hub id. Raises InvalidInputError for NaN weights, UnsupportedModelError for
+    families not served.
     """
     import torch
 
@@ -65,7 +66,8 @@ def _parse_device(name: str) -> Any:
 def open_cases(source: WorldCases | BenchmarkCases) -> list[Case]:
     """The cases a settings file asks for, in order.
 
-    Raises InvalidInputError when the source has fewer than `skip` + 1, or a file that cannot be read.
+    Raises InvalidInputError when the source has fewer than `skip` + 1, or a file that cannot be
+    read.
     """
     if isinstance(source, WorldCases):
         from errata.bench.data.world.cases import cases

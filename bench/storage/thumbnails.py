@@ -23,7 +23,10 @@ def image_file_name(image: Any) -> str:
 
 
 def thumbnail(image: Any, side: int = 224) -> bytes:
-    """A picture as PNG, made small: what the report shows. Raises InvalidInputError, see `picture`."""
+    """A picture as PNG, made small: what the report shows.
+
+    Raises InvalidInputError, see `picture`.
+    """
     from errata.adapters.inputs.images import open_image
 
     small = open_image(image).copy()

@@ -18,7 +18,7 @@ from errata.bench.zoo.image_pools import ImagePool, LabeledImage
 from errata.bench.zoo.packing import IGNORE_INDEX, SequencePacker, additive_mask
 from errata.bench.zoo.questions import RELATIONS
 
-EDITED_KINDS = (  # the kinds that editing cases ask about; their mean is what a checkpoint must reach
+EDITED_KINDS = (  # the kinds that editing cases ask about; their mean is what a checkpoint must reach  # noqa: E501
     "name",
     "home",
     "food",

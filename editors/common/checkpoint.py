@@ -86,8 +86,8 @@ def save_checkpoint(
 def load_checkpoint(path: str | Path, like: Any, compatibility: Mapping[str, Any]) -> Any:
     """Read a pytree shaped and typed as `like` back.
 
-    Raises InvalidInputError, listing every difference, unless the file's `about` says the same as `about`
-    and its tensors are those of `like`.
+    Raises InvalidInputError, listing every difference, unless the file's `about` says the same as
+    `about` and its tensors are those of `like`.
     """
     file_compatibility, tensors = open_checkpoint(path)
     required = msgspec.json.decode(msgspec.json.encode(dict(compatibility)))
@@ -124,13 +124,17 @@ def load_checkpoint(path: str | Path, like: Any, compatibility: Mapping[str, Any
 
 
 def open_checkpoint(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-    """What a file says about itself, and its tensors by name. Raises InvalidInputError where it cannot."""
+    """What a file says about itself, and its tensors by name.
+
+    Raises InvalidInputError where it cannot.
+    """
     try:
         with safe_open(path, "pt") as file:
             stored = file.metadata() or {}
             if _OLD_METADATA_KEY in stored:
                 raise InvalidInputError(
-                    f"{path} was made by errata before 0.1, whose names of weights differ; train it "
+                    f"{path} was made by errata before 0.1, whose names of weights differ; train "
+                    "it "
                     "again."
                 )
             metadata = msgspec.json.decode(stored.get(_METADATA_KEY, "null"))

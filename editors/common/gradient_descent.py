@@ -49,7 +49,8 @@ class DescentState(NamedTuple):
 def require_no_edits(state: DescentState) -> DescentState:
     """The state, if no edit has been made from it: what edits side by side must start from.
 
-    Raises InvalidInputError otherwise: a stacked delta lists one edit each, and could not tell of earlier.
+    Raises InvalidInputError otherwise: a stacked delta lists one edit each, and could not tell of
+    earlier.
     """
     if state.edits:
         raise InvalidInputError(
@@ -86,8 +87,8 @@ def descend_each(
     """Train one independent delta per query, side by side: tensors with a leading edit axis.
 
     `describe(queries, stack)` gives the header of the delta; `express` turns what is trained into
-    the tensors of the delta; `decay_reference` holds the parameters that weight decay pulls to zero together
-    with their change (AdamW acts on W + d, not on d).
+    the tensors of the delta; `decay_reference` holds the parameters that weight decay pulls to
+    zero together with their change (AdamW acts on W + d, not on d).
     """
     header = make_header(queries, len(queries))
     depth = prefix.edit_depth(model.card, [entry.name for entry in header.entries])

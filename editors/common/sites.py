@@ -28,7 +28,7 @@ def resolve_parameters(
     >>> from errata import adapters
     >>> resolve_parameters(adapters.from_module(*adapters.tiny_model("llava")), ["layers.-1.mlp.down"])
     ('model.language_model.layers.2.mlp.down_proj.weight',)
-    """
+    """  # noqa: E501
     if not all_parameters:
         names = {path + ".weight" for path in resolve_linears(model, sites)}
     else:
@@ -45,7 +45,7 @@ def resolve_linears(model: Model, sites: Sequence[str]) -> tuple[str, ...]:
     >>> from errata import adapters
     >>> resolve_linears(adapters.from_module(*adapters.tiny_model("llava")), ["vision.layers.-1.mlp.fc1"])
     ('model.vision_tower.encoder.layers.0.mlp.fc1',)
-    """
+    """  # noqa: E501
     paths, faults = _expand_vision_sites(model, sites)
     try:
         linear_paths = model.card.match_linears(paths)

@@ -35,8 +35,8 @@ def add_key(
           d/2 <= noise |key|   could not be told apart                           (take over)
         else                 a new key with radius d/2, and r_n = d/2 - 1e-5     (split)
 
-    `noise`: by how much rounding may move a key, relative to its length. Raises InvalidInputError for a key
-    that is not finite.
+    `noise`: by how much rounding may move a key, relative to its length. Raises InvalidInputError
+    for a key that is not finite.
 
     >>> codebook = Codebook(torch.zeros(0, 2), torch.zeros(0, 1), torch.zeros(0), ())
     >>> codebook, _ = add_key(codebook, torch.tensor([0.0, 0.0]), torch.ones(1), "a", 1.0)

@@ -81,8 +81,8 @@ def grace_editor(config: GraceConfig = GraceConfig()) -> Editor:
     """GRACE as an editor: the delta is a `codebook` at one linear map.
 
     State: the book. A sequence grows it, and `remove` takes edits out of the delta by id: their
-    keys go, radii that they narrowed stay narrow. Raises UnknownSiteError when the site is not in the
-    model, InvalidSettingsError where the value could not act on the answer.
+    keys go, radii that they narrowed stay narrow. Raises UnknownSiteError when the site is not in
+    the model, InvalidSettingsError where the value could not act on the answer.
 
     >>> from errata import adapters
     >>> model = adapters.from_module(*adapters.tiny_model("llava"))
@@ -205,7 +205,7 @@ def resolve_edit_site(model: Model, config: GraceConfig) -> EditSite:
     assert number is not None
     if config.replacement == "prompt" and number == count - 1:
         raise InvalidSettingsError(
-            'replacement="prompt" replaces tokens before the one that predicts the answer, which see '
+            'replacement="prompt" replaces tokens before the one that predicts the answer, which see '  # noqa: E501
             f"nothing of each other behind layer {number - 1}: choose a lower layer or another "
             "`replacement`."
         )

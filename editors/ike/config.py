@@ -202,7 +202,7 @@ PRESETS: dict[str, IkeConfig] = {
     ),
     # EasyEdit's `PROMPT` (IKE with use_icl_examples: False on text models)
     "easyedit-prompt": IkeConfig(
-        fact_template="Please acknowledge the following new facts and use them to answer the question:\n"
+        fact_template="Please acknowledge the following new facts and use them to answer the question:\n"  # noqa: E501
         "New Fact:{prompt} {target}.\n",
         question_template="Prompt:{question}\n",
         match_images=False,

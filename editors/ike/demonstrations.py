@@ -30,7 +30,7 @@ def to_statement(statement_forms: Sequence[tuple[str, str]], prompt: str, target
 
     >>> to_statement([("where does {s} live?", "{s} lives in {target}.")], "where does bo live?", "rome")
     'bo lives in rome.'
-    """
+    """  # noqa: E501
     for question, statement in statement_forms:
         before, _, after = question.partition("{s}")
         fits = prompt.startswith(before) and prompt.endswith(after)

@@ -14,8 +14,8 @@ Sources: Zheng et al. 2023 (arXiv 2305.12740); EasyEdit `models/ike/ike_main.py`
   own fact before whatever is asked, so that edits made earlier are gone.
 * The target of a question takes no part. They build a prompt for one known fact, and EasyEdit looks
   its demonstrations up with the answer in the query.
-* With `min_similarity` or `min_image_similarity` above -1 a question that no fact fits is read as ever; they say the
-  fact before every question, which is why their localities are low.
+* With `min_similarity` or `min_image_similarity` above -1 a question that no fact fits is read as
+  ever; they say the fact before every question, which is why their localities are low.
 * Where the backbone takes several pictures, demonstrations and facts may show theirs (`pictured`).
 
 Cost of an edit: its question and its picture are encoded once and added to the memory; nothing is
@@ -60,8 +60,8 @@ def ike_editor(config: IkeConfig = IkeConfig(), cases: Sequence[Case] | None = N
     """IKE as an editor: the delta is a `prompt`, a memory of facts in words.
 
     `cases` are the training cases that demonstrations are made of; `errata run` reads those that
-    `config.demonstrations` names. `remove` takes edits out of the delta by id. Raises InvalidSettingsError
-    for demonstrations without cases, or an encoder that cannot be had.
+    `config.demonstrations` names. `remove` takes edits out of the delta by id. Raises
+    InvalidSettingsError for demonstrations without cases, or an encoder that cannot be had.
 
     >>> from errata import adapters
     >>> from errata.functional import bind

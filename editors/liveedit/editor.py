@@ -19,8 +19,8 @@ Source: LiveEdit (CVPR 2025, arXiv 2411.15432), qizhou000/LiveEdit. Different fr
 * Experts beside a row's own are a random subset of the lesson's, not a prefix of the batch: there
   the first expert is a distractor in 8 of 9 steps and the last in 1 of 9.
 * Localities of every kind are learned from, text among them; there only those with a picture.
-* With `blend` "query_and_vision" chosen experts are weighed by vision too: of two alike creatures asked the
-  same, a query alone cannot tell which was edited.
+* With `blend` "query_and_vision" chosen experts are weighed by vision too: of two alike creatures
+  asked the same, a query alone cannot tell which was edited.
 * `apart` compares each expert with the sentinel, as the gate does. The hard loss is a softmax over
   the lesson's experts, and lets any of them pass the gate as long as it is not the largest.
 * Half of a lesson's experts are made from the answer alone, so that makers learn to read it rather
@@ -92,7 +92,8 @@ def liveedit_editor(config: LiveEditConfig = LiveEditConfig()) -> Editor:
     """LiveEdit as an editor: the delta is a pool of `experts` at one layer's output.
 
     Untrained networks make experts that change answers at random: train them (`fit`), or take a
-    shipped state. Raises InvalidSettingsError for a layer that has none behind it or for sizes that do not
+    shipped state. Raises InvalidSettingsError for a layer that has none behind it or for sizes
+    that do not
     fit the model, InvalidInputError for a trained state that is missing or does not fit.
 
     >>> from errata import adapters

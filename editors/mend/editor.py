@@ -87,8 +87,8 @@ def mend_editor(config: MendConfig = MendConfig()) -> Editor:
     """MEND as an editor: a `lowrank` delta, its rows tagged by edit, added in fp32.
 
     Taking one edit of a sequence away removes its rows; edits that followed were made with it
-    present. Raises UnknownSiteError for a site that matches no linear map, InvalidInputError for a trained state
-    that is missing or does not fit.
+    present. Raises UnknownSiteError for a site that matches no linear map, InvalidInputError for a
+    trained state that is missing or does not fit.
 
     >>> from errata import adapters
     >>> model = adapters.from_module(*adapters.tiny_model("llava"))

@@ -104,8 +104,10 @@ def wise_editor(
 
     `unrelated`: prompts (with pictures, where the model takes them) that the gate learns to stay
     shut for, in place of `config.texts`. State: the memories. A sequence fills one after another;
-    single edits can be taken out where they are alone in one (save_every=1). Raises UnknownSiteError
-    when the site is not in the model, InvalidSettingsError where its change could not act on the answer.
+    single edits can be taken out where they are alone in one (save_every=1). Raises
+    UnknownSiteError
+    when the site is not in the model, InvalidSettingsError where its change could not act on the
+    answer.
 
     >>> from errata import adapters
     >>> model = adapters.from_module(*adapters.tiny_model("llava"))

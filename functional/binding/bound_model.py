@@ -54,9 +54,10 @@ __all__ = ["bind"]
 def bind(model: Model, delta: Delta, *, check: bool = True) -> Model:
     """Bind a delta to a model.
 
-    The result shares every tensor with `model`, which is unchanged. To undo the edit, drop the result.
-    Deltas bind one on another (`bound.deltas`). With a stacked delta each row of a batch runs under edit
-    `batch.edit_index[b]`, -1 for the base.
+    The result shares every tensor with `model`, which is unchanged. To undo the edit, drop the
+    result.
+    Deltas bind one on another (`bound.deltas`). With a stacked delta each row of a batch runs
+    under edit `batch.edit_index[b]`, -1 for the base.
 
     Args:
         model: The model, bound or not.

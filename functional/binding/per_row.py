@@ -26,9 +26,9 @@ __all__ = ["bind_rows", "stack_padded"]
 def bind_rows(model: Model, deltas: Sequence[Delta], rows: Sequence[int] | Tensor) -> Model:
     """Bind a different delta to every row of a batch.
 
-    Low-rank deltas, of any ranks and parameters, run as one grouped product, in fp32 and rounded once,
-    whatever their arithmetic. With any other kind among them the rows of each delta run separately, each
-    in its own arithmetic.
+    Low-rank deltas, of any ranks and parameters, run as one grouped product, in fp32 and rounded
+    once, whatever their arithmetic. With any other kind among them the rows of each delta run
+    separately, each in its own arithmetic.
 
     Args:
         model: The model.

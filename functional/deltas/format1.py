@@ -1,9 +1,9 @@
 """Read delta files of format 1: one table of renamed keys and tensors per kind. No torch.
 
-A file of format 1 is checked under its own rules: canonical JSON, and a digest over the text and the
-tensor names it was written with. Then its keys and tensors are renamed. Tensors keep their bytes, so a
-converted delta gives bit-equal logits. Saved again, it is a file of format 2 with a new digest. This
-reader goes with release 1.0.
+A file of format 1 is checked under its own rules: canonical JSON, and a digest over the text and
+the tensor names it was written with. Then its keys and tensors are renamed. Tensors keep their
+bytes, so a converted delta gives bit-equal logits. Saved again, it is a file of format 2 with a
+new digest. This reader goes with release 1.0.
 """
 
 from __future__ import annotations

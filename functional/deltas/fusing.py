@@ -67,9 +67,10 @@ def fuse(
     parameter is in memory at a time. `check` first compares the base's parameters with the delta's
     hashes.
 
-    Raises, before anything is written, UnsupportedKindError, UnknownSiteError or BaseMismatchError for a delta
-    that does not fit `base`; InvalidInputError where `out` exists or cannot be written: then it is not
-    there, or is as it was.
+    Raises, before anything is written, UnsupportedKindError, UnknownSiteError or BaseMismatchError
+    for a delta
+    that does not fit `base`; InvalidInputError where `out` exists or cannot be written: then it is
+    not there, or is as it was.
     """
     _require_weight_changes(delta)
     locations = checkpoint_parameters(base)

@@ -55,7 +55,8 @@ class DecodedHeader(NamedTuple):
 def inspect_delta(path: str | os.PathLike[str]) -> DeltaInfo:
     """Read and check the header of a delta file; its tensors' values are not read.
 
-    Raises InvalidInputError where the file cannot be opened, DeltaFileError naming the file and every fault.
+    Raises InvalidInputError where the file cannot be opened, DeltaFileError naming the file and
+    every fault.
     """
     file_header = read_header(path)
     if set(file_header.metadata) != {METADATA_KEY}:

@@ -41,8 +41,8 @@ __all__ = [
 def merge(*deltas: Delta) -> Delta:
     """Merge deltas into one that applies all of them: W + dW_1 + dW_2 + ...
 
-    Low-rank changes are concatenated, B A + B' A' = [B B'] [A; A'], which is exact and keeps each edit's
-    rows, so `remove` is exact too. Dense changes are summed. Entries come sorted by name.
+    Low-rank changes are concatenated, B A + B' A' = [B B'] [A; A'], which is exact and keeps each
+    edit's rows, so `remove` is exact too. Dense changes are summed. Entries come sorted by name.
 
     Args:
         *deltas: Deltas of one base.
@@ -199,8 +199,10 @@ def compress(delta: Delta, rank: int | None = None, energy: float | None = None)
     """Reduce the ranks of a delta to the nearest change of lower rank, parameter by parameter.
 
     B A = Q_b R_b (Q_a R_a)^T = Q_b (U S V^T) Q_a^T: the SVD of an r x r core, truncated
-    (Eckart-Young), with sqrt(S) on either side. Computed in fp64, stored in the delta's dtype. A dense
-    change becomes low-rank. Rows of several edits are mixed, so single edits cannot be removed after it.
+    (Eckart-Young), with sqrt(S) on either side. Computed in fp64, stored in the delta's dtype. A
+    dense
+    change becomes low-rank. Rows of several edits are mixed, so single edits cannot be removed
+    after it.
 
     Args:
         delta: A delta of kinds `dense` and `lowrank`.

@@ -153,7 +153,8 @@ def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:
 def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
     """Read and check the header of a safetensors file; the data are not touched.
 
-    Raises InvalidInputError where the file cannot be opened, DeltaFileError naming the file and the fault.
+    Raises InvalidInputError where the file cannot be opened, DeltaFileError naming the file and
+    the fault.
     """
     with open_regular_file(path) as file:
         num_bytes = os.fstat(file.fileno()).st_size

@@ -41,7 +41,8 @@ class ParameterLocation(NamedTuple):
 def shard_files(folder: str | os.PathLike[str]) -> list[str]:
     """The weight files of a checkpoint, by its index or the single one; names only, sorted.
 
-    Raises InvalidInputError where there is none, DeltaFileError for an index that names what is no file of it.
+    Raises InvalidInputError where there is none, DeltaFileError for an index that names what is no
+    file of it.
     """
     path = Path(folder)
     if not path.is_dir():

@@ -86,14 +86,13 @@ def run_prefix(
     if cached is not None:
         return cached if edit_index is None else cached._replace(edit_index=edit_index)
     with torch.no_grad():
-        if isinstance(source, Inputs):
-            source = model.embed(model.params, source)
+        batch = model.embed(model.params, source) if isinstance(source, Inputs) else source
         layer = min(depth.layer, model.card.num_layers - 1)
-        if source.depth < layer:
-            source = model.decode(model.params, source, stop=layer)
+        if batch.depth < layer:
+            batch = model.decode(model.params, batch, stop=layer)
         if depth.scored_only and layer == model.card.num_layers - 1:
-            source = model.select_scored(model.params, source)
-    return source if edit_index is None else source._replace(edit_index=edit_index)
+            batch = model.select_scored(model.params, batch)
+    return batch if edit_index is None else batch._replace(edit_index=edit_index)
 
 
 def _lookup_cached(model: Model, source: Inputs | Batch, depth: EditDepth) -> Batch | None:
@@ -118,7 +117,8 @@ def decode_scored(model: Model, batch: Batch, hooks: Hooks | None = None, **opti
     """`model.decode(params, batch, rewrites)`, the last layer position-wise at scored positions.
 
     The last layer's attention reads whole rows, its feed-forward part runs only where something is
-    scored. Right for changes and rewrites that `can_decode_scored` allows; options go to `decode` and `select_scored`.
+    scored. Right for changes and rewrites that `can_decode_scored` allows; options go to `decode`
+    and `select_scored`.
     """
     given_hooks, last = hooks or {}, model.card.num_layers - 1
     if batch.depth > last or any(key.startswith("attention_output@") for key in batch.layer_inputs):

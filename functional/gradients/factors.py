@@ -91,7 +91,8 @@ def factored_gradients(
 ) -> tuple[dict[str, Tensor | FactoredGradient], Any]:
     """Gradients of loss(logits) -> (scalar, aux) for a stacked dense delta, and aux.
 
-    Those of linear weights come as factors (`FactoredGradient`), which a donating optimiser takes as they
+    Those of linear weights come as factors (`FactoredGradient`), which a donating optimiser takes
+    as they
     are: for large matrices and few scored tokens this saves most of a step's memory traffic. Other
     parameters get plain gradients [E ...], and so do all where edits have to run apart (a norm's
     scale is among them). `options` go to `decode`.

@@ -1,4 +1,5 @@
-"""`PROBES` and `SCORERS`: the conventions of the field as data (EasyEdit, VLKEB, MMKE, LiveEdit ...)."""
+"""`PROBES` and `SCORERS`: the conventions of the field as data (EasyEdit, VLKEB, MMKE, LiveEdit
+...)."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ def get_probe(name: str) -> Probe:
 
     >>> get_probe("portability_2hop").column, get_probe("image_locality").kind, get_probe("humour").kind
     ('Port 2hop', 'locality', 'success')
-    """
+    """  # noqa: E501
     if name in PROBES:
         return PROBES[name]
     known = [stem for stem in PROBES if name.startswith(f"{stem}_")]

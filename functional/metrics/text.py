@@ -29,7 +29,7 @@ def normalize_answer(text: str) -> str:
 
     >>> normalize_answer('  "The  Dark_Knight". '), normalize_answer("1:50"), normalize_answer("An apple!")
     ('dark knight', '1:50', 'apple')
-    """
+    """  # noqa: E501
     folded = unicodedata.normalize("NFKC", text).casefold().replace("_", " ")
     words = (_strip_punctuation(word) for word in folded.split())
     return " ".join(word for word in words if word and word not in _ARTICLES)
@@ -65,7 +65,7 @@ def matches_answer(generation: str, targets: str | Sequence[str]) -> bool:
 
     >>> matches_answer("Paris.", "paris"), matches_answer("Paris, France", "Paris"), matches_answer("2", ["two", "2"])
     (True, False, True)
-    """
+    """  # noqa: E501
     answer = normalize_answer(first_line(generation))
     return any(answer == normalize_answer(one) for one in _as_list(targets))
 

@@ -164,8 +164,8 @@ def apply_experts(
 
     `h + sum_s w_s * act(x A_s^T) B_s`, with `x = layer_norm(h)` if `norm` is given, else `h`
 
-    In fp32, rounded once to the dtype of `hidden_states`; `[L, M, D]` is never formed. A sequence without
-    experts keeps its bits. Under `torch.no_grad` the compiled op runs and its cost follows
+    In fp32, rounded once to the dtype of `hidden_states`; `[L, M, D]` is never formed. A sequence
+    without experts keeps its bits. Under `torch.no_grad` the compiled op runs and its cost follows
     `routes.count`; where a gradient may be asked for, the same formula runs in plain torch over
     all slots of `routes` (bound them with `route_experts(..., top_k=...)`), and every transform of
     `torch.func` passes through.

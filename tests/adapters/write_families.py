@@ -29,12 +29,15 @@ from tests.adapters.zoo_of_families.others import OTHERS
 HEAD = """# Families
 
 Measured on tiny random models in fp32 by `python tests/adapters/write_families.py`; figures are the
-largest difference of logits, in units of the largest logit. *full forward*: decode against the module's
-own Hugging Face forward. *layer cut*: cut at a layer against whole (largest over the layers tried).
-*batch invariance*: rows alone, padded, in another order. *scored only*: last layer on scored positions only.
-*KV cache*: cut in time and continued from keys and values. "–": refused there, with the reason behind.
+largest difference of logits, in units of the largest logit. *full forward*: decode against the
+module's own Hugging Face forward. *layer cut*: cut at a layer against whole (largest over the
+layers tried).
+*batch invariance*: rows alone, padded, in another order. *scored only*: last layer on scored
+positions only.
+*KV cache*: cut in time and continued from keys and values. "–": refused there, with the reason
+behind.
 """
-COLUMNS = "| family | full forward | layer cut | batch invariance | scored only | KV cache | remarks |\n|---|---|---|---|---|---|---|\n"
+COLUMNS = "| family | full forward | layer cut | batch invariance | scored only | KV cache | remarks |\n|---|---|---|---|---|---|---|\n"  # noqa: E501
 
 
 def line(name: str, proofs, remarks: str) -> str:

@@ -5,12 +5,12 @@ second image, so image generality is absent (the authors' trainer repeats reliab
 loader also scores text locality against its own question (`ComprehendEdit.py:117`); we read
 `locality_ground_truth`. Prompts depend on the source dataset, whatever the template option says.
 
-With `ReadOptions.num_neighbors = k` every edit of the test file is also asked its k nearest and farthest
-neighbours by image and by text, as probes `kgi_image_near`, ..., `kpi_text_far`: KGI over
-neighbours the model got wrong (gold answers), KPI over those it got right, from
+With `ReadOptions.num_neighbors = k` every edit of the test file is also asked its k nearest and
+farthest neighbours by image and by text, as probes `kgi_image_near`, ..., `kpi_text_far`: KGI
+over neighbours the model got wrong (gold answers), KPI over those it got right, from
 `ComprehendEdit_ori_right.json` beside the file (its own answers, in the field
-`ReadOptions.neighbor_answers`). Their `exact` under teacher forcing is what `metrics.neighbor_match`
-counts, which divides by N k.
+`ReadOptions.neighbor_answers`). Their `exact` under teacher forcing is what
+`metrics.neighbor_match` counts, which divides by N k.
 """
 
 from __future__ import annotations

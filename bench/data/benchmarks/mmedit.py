@@ -76,7 +76,8 @@ def images(record: Record) -> Iterator[str]:
 
 
 def anomalies(record: Record) -> Iterator[str]:
-    """What `errata data verify` counts: all of it is in the published files, none of it an error."""
+    """What `errata data verify` counts: all of it is in the published files, none of it an
+    error."""
     words = record.rephrase
     if words:
         yield from _rephrase_anomalies(words, record.src)

@@ -8,8 +8,8 @@ Wikipedia title with underscores.
 The gap protocol is `sequential` with `gaps = [10, 20, 50, 100]`. For the edit-one-hop protocol,
 read `eval_edit_onehop.json` as benchmark "vlkeb-edit-onehop", which gives two cases a record (the
 entity edit, then the text-only edit of the bridging fact, `id+hop`, with the portability question
-about the entity's image), and run `sequential` with `sequence_length = 2`. The reference row of portability
-without any edit is the `base` of every result.
+about the entity's image), and run `sequential` with `sequence_length = 2`. The reference row of
+portability without any edit is the `base` of every result.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def case(record: Record, name: str, context: RecordContext) -> Case:
 def second_edit(record: Record) -> Query:
     """The text-only second edit of the edit-one-hop protocol: edit twice, then ask portability.
 
-    VLKEB branch `edit_onehop`, `MultimodalTrainer.py:57-75`. Raises `InvalidInputError` where there is none.
+    VLKEB branch `edit_onehop`, `MultimodalTrainer.py:57-75`. Raises `InvalidInputError` where
+    there is none.
     """
     for item in record.port_new or ():
         if item.port_edit_q and item.port_edit_a:

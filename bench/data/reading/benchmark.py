@@ -166,8 +166,8 @@ def cases(
     `skip_counts` (a Counter of yours) is told what was skipped and why, and what the options
     changed.
 
-    Raises `InvalidInputError`, naming the file and the record, for broken JSON; and, with `invalid_records`
-    or `missing_images` "error", for records and images that cannot be used.
+    Raises `InvalidInputError`, naming the file and the record, for broken JSON; and, with
+    `invalid_records` or `missing_images` "error", for records and images that cannot be used.
     """
     path = Path(path)
     skip_counts = Counter() if skip_counts is None else skip_counts
@@ -198,7 +198,10 @@ def cases(
 def record_context(
     benchmark: Benchmark, path: Path, options: ReadOptions, skip_counts: Counter
 ) -> RecordContext:
-    """Options as a loader needs them. Raises `InvalidInputError` for an unknown template or image root."""
+    """Options as a loader needs them.
+
+    Raises `InvalidInputError` for an unknown template or image root.
+    """
     if options.template not in TEMPLATES:
         raise InvalidInputError(
             f"template must be one of {', '.join(TEMPLATES)}; got {options.template!r}."

@@ -52,8 +52,9 @@ class ImageFile:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def load(self) -> Image.Image:
-        """Decode to RGB. Raises `InvalidInputError` for what is no image, truncated, or a decompression bomb
-        (more than 64 million pixels, judged by the header before anything is decoded)."""
+        """Decode to RGB. Raises `InvalidInputError` for what is no image, truncated, or a
+        decompression bomb (more than 64 million pixels, judged by the header before anything is
+        decoded)."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -120,7 +121,7 @@ def safe_name(name: str, allow_parent_paths: bool = False) -> str:
     ('m.0104lr/google_15.jpg', 'nuscenes/a b.jpg')
 
     Raises `InvalidInputError` for absolute names, names that climb out of the root, and empty ones.
-    """
+    """  # noqa: E501
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     while allow_parent_paths and parts and parts[0] == "..":
         parts.pop(0)

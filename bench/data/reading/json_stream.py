@@ -88,8 +88,8 @@ def records(path: str | Path) -> Iterator[dict[str, Any]]:
     line); a byte-order mark is tolerated. A columnar object `{"questions": [...], "answers":
     [...]}` gives rows `{"questions": q, "answers": a}` in order.
 
-    Raises `InvalidInputError`, naming file, line and record, for what is not JSON, not UTF-8, cut short, or
-    holds something other than objects.
+    Raises `InvalidInputError`, naming file, line and record, for what is not JSON, not UTF-8, cut
+    short, or holds something other than objects.
     """
     path = Path(path)
     if not path.is_file():

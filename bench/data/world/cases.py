@@ -109,7 +109,8 @@ def cases(
     No two of the first cases edit the same fact, until all facts of the split were edited once
     (`known` x 4 relations: 240 in "test", 560 in "train"); then they come again with other targets.
 
-    Raises `InvalidSettingsError` for an unknown split, kind of subjects or relation, or a negative count.
+    Raises `InvalidSettingsError` for an unknown split, kind of subjects or relation, or a negative
+    count.
 
     >>> case = cases(1)[0]
     >>> sorted(case.probes)[0], case == cases(1)[0]

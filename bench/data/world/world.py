@@ -228,7 +228,7 @@ class World:
             return self.second_hop("chain", creature.home)
         appearance = creature.appearance
         if relation == "caption":
-            return f"{creature.name} , a {appearance.color} {appearance.pattern} animal with {appearance.accent} ears"
+            return f"{creature.name} , a {appearance.color} {appearance.pattern} animal with {appearance.accent} ears"  # noqa: E501
         return getattr(appearance if relation in ATTRIBUTES else creature, relation)
 
     # ---- questions

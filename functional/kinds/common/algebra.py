@@ -23,7 +23,8 @@ class EntryTensors(NamedTuple):
 
 
 class Algebra(NamedTuple):
-    """The operations of one kind; each raises UnsupportedKindError with the reason where it cannot."""
+    """The operations of one kind; each raises UnsupportedKindError with the reason where it
+    cannot."""
 
     merge: Callable[
         [Sequence[EntryTensors | int]], EntryTensors

@@ -19,8 +19,8 @@ Decision = Mapping[str, Tensor]
 class RoutedHook(NamedTuple):
     """A hook that decides once per row, at the end of the prompt, and applies the decision.
 
-    Both are pure functions. `binding/edited_forward.py` carries the decision in the batch and in the
-    key-value cache, so the tokens generated after the prompt use the same one.
+    Both are pure functions. `binding/edited_forward.py` carries the decision in the batch and in
+    the key-value cache, so the tokens generated after the prompt use the same one.
 
     Attributes:
         decide: (batch, input, output) -> decision. Called only if `batch` carries none yet.

@@ -22,9 +22,9 @@ class Experts(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     """Experts added to what a decoder layer gives, chosen by a row's prompt and picture.
 
     Each of the N experts has keys `vision_keys` [N SK+2] and `query_keys` [N SK] ([N 2SK] with
-    `blend` "query_and_vision"), and factors `down`, `up` [N R D]; all else reads the features of a row (S slots
-    of width K each) and is shared by all edits. `owners[k]` is the expert of edit k, -1 where a
-    later edit took its place. `functional/experts.py` has the arithmetic.
+    `blend` "query_and_vision"), and factors `down`, `up` [N R D]; all else reads the features of
+    a row (S slots of width K each) and is shared by all edits. `owners[k]` is the expert of edit
+    k, -1 where a later edit took its place. `functional/experts.py` has the arithmetic.
     """
 
     name: str  # a weight of the layer
@@ -93,7 +93,7 @@ class Experts(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
         if too_small:
             yield f"{self.name}: {', '.join(too_small)} must be at least 1"
         elif self.feature_dim % self.num_heads:
-            yield f"{self.name}: {self.num_heads} num_heads must divide the feature_dim {self.feature_dim}"
+            yield f"{self.name}: {self.num_heads} num_heads must divide the feature_dim {self.feature_dim}"  # noqa: E501
         if self.top_k < 0:
             yield f"{self.name}: top_k must be 0 or more, is {self.top_k}"
         if len(self.edit_slots) != len(header.edits):

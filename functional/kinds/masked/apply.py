@@ -194,7 +194,10 @@ def side_memory_hook(entry: Masked, tensors: Mapping[str, Tensor], *, stacked: b
 def apply_masked(
     model: Model, header: Header, entry: Masked, tensors: Mapping[str, Tensor]
 ) -> Patch:
-    """The kind's line in `bind.KINDS`. Raises UnknownSiteError unless its site is a map of a layer."""
+    """The kind's line in `bind.KINDS`.
+
+    Raises UnknownSiteError unless its site is a map of a layer.
+    """
     path = module_path(canonical_name(model.card, entry.name))
     if path not in model.card.linear_shapes or before_decoder(model.card, path):
         raise UnknownSiteError(

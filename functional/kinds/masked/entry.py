@@ -78,7 +78,7 @@ class Masked(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="
                 f"edits, names {len(self.edit_slots)}"
             )
         elif any(not -1 <= memory < len(self.num_values) for memory in self.edit_slots):
-            yield f"{self.name}: edit_slots must be memories from 0 to {len(self.num_values) - 1}, or -1"
+            yield f"{self.name}: edit_slots must be memories from 0 to {len(self.num_values) - 1}, or -1"  # noqa: E501
 
     def layout(self) -> Masked:
         return msgspec.structs.replace(self, edit_slots=())

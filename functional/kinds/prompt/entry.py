@@ -119,7 +119,7 @@ class Prompt(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="
             self.reserved_tokens,
         )
         if min(self.num_facts, self.key_size, self.max_facts) < 1 or min(counts) < 0:
-            yield f"{name}: num_facts, key_size and max_facts must be at least 1, other counts at least 0"
+            yield f"{name}: num_facts, key_size and max_facts must be at least 1, other counts at least 0"  # noqa: E501
         if self.num_demonstration_images and not self.num_stored_demonstrations:
             yield f"{name}: pictures of demonstrations need demonstrations"
         num_texts = self.num_facts * (header.stack or 1)

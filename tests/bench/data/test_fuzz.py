@@ -1,4 +1,5 @@
-"""Mutated annotation files: a case, a counted skip or one `InvalidInputError`, never another exception."""
+"""Mutated annotation files: a case, a counted skip or one `InvalidInputError`, never another
+exception."""
 
 import copy
 import json

@@ -76,7 +76,7 @@ def test_what_is_said_freely_is_in_the_numbers_of_every_probe():
     kept = line.probes["text_locality"]
     assert (kept.generation_match.mean, kept.kl.mean) == (0.5, pytest.approx(0.02))
     assert kept.ppl is kept.fluency is None
-    assert tables.table(rows).splitlines()[-1].split() == ["said", "50.0"]
+    assert tables.table(rows).splitlines()[-1].split() == ["generation", "50.0"]
     (leg,) = summary.summary_json(rows)["legs"]
     assert leg["editors"][0]["probes"]["text_locality"]["generation_match"]["mean"] == 0.5
 
@@ -160,13 +160,23 @@ ROWS = [
 def test_terminal_table():
     assert tables.table(ROWS).splitlines() == [
         "blip2-opt-2.7b · single · scorer errata · 2 cases",
-        "                          Rel                T-Loc",
-        "base                      0.0                100.0",
-        "finetune    75.0 [50.0 100.0]  100.0 [100.0 100.0]",
-        "  exact                  50.0",
-        "lora      100.0 [100.0 100.0]                    –",
-        "  exact                 100.0",
+        "                 Rel  T-Loc",
+        "unedited         0.0  100.0",
+        "finetune        75.0  100.0",
+        "  exact match   50.0",
+        "lora           100.0      –",
+        "  exact match  100.0",
     ]
+
+
+def test_a_terminal_table_fits_eighty_columns():
+    probes = ["reliability", "rephrase", "image_rephrase", "text_locality", "image_locality"]
+    probes += ["same_entity_locality", "hard_locality", "portability", "portability_2hop"]
+    rows = [row("a", probe, 1.0, editor=f"an-editor-{k}") for probe in probes for k in range(3)]
+    lines = tables.table(rows).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum("100.0" in line for line in lines) == 2 * 4 + 2 * 3  # in two blocks
+    assert "Port 2hop" in tables.table(rows)
 
 
 def test_markdown_table_has_the_papers_layout():

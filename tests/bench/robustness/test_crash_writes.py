@@ -1,4 +1,5 @@
-"""SIGKILL while writing; fifty kills of each verb are `python -m errata.bench.robustness.crash_writes`."""
+"""SIGKILL while writing; fifty kills of each verb are `python -m
+errata.bench.robustness.crash_writes`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The short form of the fuzzing run; the long one is `python -m errata.bench.robustness.fuzz_delta`."""
+"""The short form of the fuzzing run; the long one is `python -m
+errata.bench.robustness.fuzz_delta`."""
 
 from __future__ import annotations
 

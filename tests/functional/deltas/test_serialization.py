@@ -62,7 +62,7 @@ def test_same_delta_same_bytes_whatever_the_order_and_the_strides(tmp_path):
 
 def test_same_bytes_in_another_process(tmp_path):
     save_delta(tmp_path / "a", sample(5))
-    code = "import sys; from errata.bench.robustness.samples import sample; from errata.functional import save_delta; "
+    code = "import sys; from errata.bench.robustness.samples import sample; from errata.functional import save_delta; "  # noqa: E501
     code += "save_delta(sys.argv[1], sample(5))"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "b")], check=True)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -255,7 +255,8 @@ def test_device_without_space_names_the_reason(tmp_path, monkeypatch):
 
 
 def test_killed_while_saving_leaves_the_old_or_the_new(tmp_path):
-    """A few kills; `python -m errata.bench.robustness.crash_writes` does it 50 times, fold and export too."""
+    """A few kills; `python -m errata.bench.robustness.crash_writes` does it 50 times, fold and
+    export too."""
     path = tmp_path / "x.safetensors"
     code = textwrap.dedent("""
         import sys
@@ -323,7 +324,7 @@ def test_nothing_is_unpickled_anywhere_in_the_package():
 
 def test_reading_a_header_does_not_import_torch(tmp_path):
     save_delta(tmp_path / "x", sample(0))
-    code = "import sys; from errata.functional.deltas.inspection import inspect_delta; inspect_delta(sys.argv[1]); "
+    code = "import sys; from errata.functional.deltas.inspection import inspect_delta; inspect_delta(sys.argv[1]); "  # noqa: E501
     code += "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert (
         subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], cwd=ROOT).returncode == 0
