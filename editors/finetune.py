@@ -129,7 +129,7 @@ def finetune_editor(config: FinetuneConfig = FinetuneConfig()) -> Editor:
         entries = tuple(
             Dense(
                 name=name,
-                checkpoint_name=model.card.checkpoint_names.get(name, name),
+                checkpoint_name=model.card.checkpoint_name(name),
                 shape=tuple(model.params[name].shape),
             )
             for name in state.tensors

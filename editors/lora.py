@@ -127,7 +127,7 @@ def lora_editor(config: LoraConfig = LoraConfig()) -> Editor:
         entries = tuple(
             LowRank(
                 name=name,
-                checkpoint_name=model.card.checkpoint_names.get(name, name),
+                checkpoint_name=model.card.checkpoint_name(name),
                 shape=tuple(model.params[name].shape),
                 rank=config.rank,
                 transposed=name.removesuffix(".weight") in model.card.transposed,

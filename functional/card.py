@@ -11,15 +11,7 @@ import msgspec
 
 from errata.functional.errors import UnknownSiteError, nearest_names
 
-__all__ = [
-    "BaseModel",
-    "ModelCard",
-    "all_names",
-    "before_decoder",
-    "canonical_name",
-    "in_decoder",
-    "module_path",
-]
+__all__ = ["BaseModel", "ModelCard", "module_path"]
 
 _FUSED_PARTS = {
     "attn.q": "attn.qkv",
@@ -192,38 +184,38 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
             return None
         return int(path[len(self.layers) + 1 :].partition(".")[0])
 
+    def checkpoint_name(self, name: str) -> str:
+        """Return the name of a parameter in the checkpoint."""
+        return self.checkpoint_names.get(name, name)
 
-def canonical_name(card: ModelCard, name: str) -> str:
-    """The name under which a model's `params` hold a parameter: its own, unless it is tied."""
-    return card.tied.get(name, name)
+    def canonical_name(self, name: str) -> str:
+        """Return the name under which `params` holds a parameter: its target if it is tied."""
+        return self.tied.get(name, name)
 
+    def all_names(self, name: str) -> list[str]:
+        """List every name of a parameter. A tied one has several."""
+        canonical = self.canonical_name(name)
+        return [canonical, *(alias for alias, target in self.tied.items() if target == canonical)]
 
-def all_names(card: ModelCard, name: str) -> list[str]:
-    """Every name of a parameter: several where the model ties it."""
-    canonical = canonical_name(card, name)
-    return [canonical, *(alias for alias, target in card.tied.items() if target == canonical)]
+    def in_decoder(self, name: str) -> bool:
+        """Whether a module or parameter may run in `decode`.
+
+        Only the vision tower, the projector and the token embedding are known not to.
+        """
+        return not _is_inside(name, self.vision_tower, self.projector, self.token_embedding)
+
+    def before_decoder(self, name: str) -> bool:
+        """Whether a module or parameter may run in `embed`, before the decoder's layers.
+
+        Only layers, final norm and head are known not to. What is unknown (a position embedding,
+        a projection after the layers) counts as both before and in the decoder.
+        """
+        return self.layer_of(name) is None and not _is_inside(name, self.norm, self.head)
 
 
 def module_path(name: str) -> str:
     """The module that has a parameter."""
     return name.rpartition(".")[0]
-
-
-def in_decoder(card: ModelCard, name: str) -> bool:
-    """Whether a module or parameter may run in `decode`.
-
-    Only of the vision tower, the projector and the token embedding is it known that they do not.
-    """
-    return not _is_inside(name, card.vision_tower, card.projector, card.token_embedding)
-
-
-def before_decoder(card: ModelCard, name: str) -> bool:
-    """Whether a module or parameter may run in `embed`, that is before the decoder's layers.
-
-    Only of layers, final norm and head is it known that they do not. What cannot be told (a
-    position embedding, a projection behind the layers) counts as both below and above.
-    """
-    return card.layer_of(name) is None and not _is_inside(name, card.norm, card.head)
 
 
 def _is_inside(name: str, *roots: str) -> bool:

@@ -100,7 +100,7 @@ def import_peft(
         InvalidInputError: If a file cannot be read.
         DeltaFileError: If a file is broken.
         UnsupportedKindError: For every feature that is more than a low-rank change (DoRA, biases,
-        saved modules, ...).
+            saved modules, ...).
         UnknownSiteError: If the model lacks a module of the adapter.
         ShapeError: If a factor does not fit its module.
         BaseMismatchError: If an exported delta was made for another base.
@@ -286,7 +286,7 @@ def _make_entry(
                 f"{card.id} is {' x '.join(map(str, card.linear_shapes[site]))}."
             )
         transposed = site in card.transposed
-        checkpoint_name = card.checkpoint_names.get(name, name)
+        checkpoint_name = card.checkpoint_name(name)
     shape = (in_features, up.shape[0]) if transposed else (up.shape[0], in_features)
     return LowRank(
         name=name,

@@ -128,8 +128,7 @@ def from_pretrained(
 
     Raises:
         InvalidInputError: If there is no such folder, a file is missing or truncated, a weight is
-        NaN,
-            or the hub cannot be reached.
+            NaN, or the hub cannot be reached.
         UnsupportedModelError: If the model cannot be cut between layers, with the reason.
         InvalidSettingsError: If the template is unknown.
     """

@@ -32,6 +32,9 @@ CHECKPOINT_FILE = ".state.safetensors"  # of the sequence that is going on
 def versions() -> str:
     """Name the versions that a run's results depend on.
 
+    Returns:
+        Names and versions, separated by commas.
+
     Example:
         >>> versions().split()[0]
         'errata-vlm'

@@ -178,7 +178,7 @@ def _make_header(
     site = resolve_edit_site(model, config)
     entry = CodebookEntry(
         name=site.weight,
-        checkpoint_name=model.card.checkpoint_names.get(site.weight, site.weight),
+        checkpoint_name=model.card.checkpoint_name(site.weight),
         shape=tuple(model.params[site.weight].shape),
         num_keys=num_keys,
         edit_slots=edit_slots,

@@ -212,7 +212,7 @@ def _make_entry(
 
     return Prompt(
         name=embedding_name,
-        checkpoint_name=model.card.checkpoint_names.get(embedding_name, embedding_name),
+        checkpoint_name=model.card.checkpoint_name(embedding_name),
         shape=tuple(model.params[embedding_name].shape),
         facts=facts,
         num_facts=len(facts),

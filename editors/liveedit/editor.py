@@ -289,7 +289,7 @@ def _make_header(
     site = resolve_edit_site(model, config)
     entry = Experts(
         name=site.weight,
-        checkpoint_name=model.card.checkpoint_names.get(site.weight, site.weight),
+        checkpoint_name=model.card.checkpoint_name(site.weight),
         shape=tuple(model.params[site.weight].shape),
         num_experts=num_experts,
         rank=config.rank,

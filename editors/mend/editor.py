@@ -291,7 +291,7 @@ def _make_header(
     entries = tuple(
         LowRank(
             name=path + ".weight",
-            checkpoint_name=model.card.checkpoint_names.get(path + ".weight", path + ".weight"),
+            checkpoint_name=model.card.checkpoint_name(path + ".weight"),
             shape=tuple(model.params[path + ".weight"].shape),
             rank=tensors[path + ".weight.A"].shape[-2],
             edit_ranks=edit_ranks,

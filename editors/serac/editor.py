@@ -38,7 +38,6 @@ from torch.utils import _pytree as pytree
 from errata.editors.common import checkpoint
 from errata.editors.serac.config import SeracConfig
 from errata.functional import Batch, Delta, Editor, EditRecord, Model, Query
-from errata.functional.card import canonical_name
 from errata.functional.deltas.records import base_identity, make_header
 from errata.functional.gradients.losses import scored_mask
 from errata.functional.kinds.schema import Scope
@@ -220,9 +219,9 @@ def _network_sizes(model: Model, config: SeracConfig) -> NetworkSizes:
 
 def _embedding_name(model: Model) -> tuple[str, Tensor]:
     """The token embedding, by which a base is known: the network reads its rows."""
-    name = canonical_name(model.card, f"{model.card.token_embedding}.weight")
+    name = model.card.canonical_name(f"{model.card.token_embedding}.weight")
     if name not in model.params:
-        name = canonical_name(model.card, f"{model.card.head}.weight")
+        name = model.card.canonical_name(f"{model.card.head}.weight")
     return name, model.params[name]
 
 
@@ -283,7 +282,7 @@ def _make_delta(
     name, weight = _embedding_name(model)
     entry = Scope(
         name=name,
-        checkpoint_name=model.card.checkpoint_names.get(name, name),
+        checkpoint_name=model.card.checkpoint_name(name),
         shape=tuple(weight.shape),
         sizes=_network_sizes(model, config),
         num_slots=slots.keys.shape[-2],

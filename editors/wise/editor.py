@@ -258,7 +258,7 @@ def _make_header(
     site = resolve_edit_site(model, config)
     entry = Masked(
         name=site.weight,
-        checkpoint_name=model.card.checkpoint_names.get(site.weight, site.weight),
+        checkpoint_name=model.card.checkpoint_name(site.weight),
         shape=tuple(model.params[site.weight].shape),
         num_values=tuple(len(side.values) for side in memories),
         edit_slots=edit_slots,

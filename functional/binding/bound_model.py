@@ -32,7 +32,7 @@ from typing import Any
 from torch import Tensor
 
 from errata.functional.binding.edited_forward import HookPlan, edited_functions
-from errata.functional.card import BaseModel, all_names, before_decoder, canonical_name
+from errata.functional.card import BaseModel
 from errata.functional.deltas.stacking import unstack
 from errata.functional.errors import (
     BaseMismatchError,
@@ -107,7 +107,7 @@ def bind(model: Model, delta: Delta, *, check: bool = True) -> Model:
 
 def _entry_tensors(model: Model, entry: Any, delta: Delta) -> dict[str, Tensor]:
     """The tensors of an entry, on the device of the parameter they change."""
-    home = model.params.get(canonical_name(model.card, getattr(entry, "name", "")))
+    home = model.params.get(model.card.canonical_name(getattr(entry, "name", "")))
     like = next(iter(model.params.values())) if home is None else home
     return {name: delta.tensors[name].to(like.device) for name in entry.tensor_specs()}
 
@@ -128,8 +128,8 @@ def _replaced_functions(model: Model, delta: Delta, patches: list[Patch]) -> dic
             name
             for entry in delta.header.entries
             if entry.is_weight_change()
-            for name in all_names(model.card, entry.name)
-            if before_decoder(model.card, name)
+            for name in model.card.all_names(entry.name)
+            if model.card.before_decoder(name)
         }
     if not (hook_makers or embed_hooks or embed_names):
         return {}
@@ -157,7 +157,7 @@ def _check_fit(model: Model, delta: Delta) -> None:
     unknown = [
         entry.name
         for entry in header.entries
-        if canonical_name(card, entry.name) not in model.params
+        if card.canonical_name(entry.name) not in model.params
     ]
     shapes = _shape_mismatches(model, delta)
     problems = (
@@ -188,7 +188,7 @@ def _base_differences(model: Model, header: Header) -> list[str]:
             f"{card.config_hash[:8]})"
         )
     for name, digest in base.parameter_hashes.items():
-        tensor = model.params.get(canonical_name(card, name))
+        tensor = model.params.get(card.canonical_name(name))
         if tensor is None or digest in (
             hash_parameter(base_parameter(tensor)),
             hash_parameter(tensor),
@@ -203,7 +203,7 @@ def _base_differences(model: Model, header: Header) -> list[str]:
 def _shape_mismatches(model: Model, delta: Delta) -> list[str]:
     mismatches = []
     for entry in delta.header.entries:
-        tensor = model.params.get(canonical_name(model.card, getattr(entry, "name", "")))
+        tensor = model.params.get(model.card.canonical_name(getattr(entry, "name", "")))
         if tensor is not None and tuple(tensor.shape) != tuple(entry.shape):
             mismatches.append(
                 f"{entry.name} is {list(tensor.shape)} in the model, "

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from errata.functional.card import ModelCard, all_names, before_decoder, canonical_name
+from errata.functional.card import ModelCard
 from errata.functional.header import Header
 from errata.functional.types import Batch, Delta, Hooks, Inputs, Model
 
@@ -46,8 +46,8 @@ def edit_depth(card: ModelCard, names: Iterable[str]) -> EditDepth:
     are touched: then only scored positions matter. What cannot be told counts as touched early.
     Nothing touched gives a reach behind the last layer.
     """
-    paths = [path for name in names for path in all_names(card, name)]
-    if any(before_decoder(card, path) for path in paths):
+    paths = [path for name in names for path in card.all_names(name)]
+    if any(card.before_decoder(path) for path in paths):
         return EditDepth(before_decoder=True)
     layers = [card.layer_of(path) for path in paths]
     decoder_layers = [layer for layer in layers if layer is not None]
@@ -133,7 +133,7 @@ def can_decode_scored(card: ModelCard, header: Header) -> bool:
     """Whether a delta leaves the last layer alone, or changes it alike at every position."""
     last = card.num_layers - 1
     for entry in header.entries:
-        layer = card.layer_of(canonical_name(card, getattr(entry, "name", "")))
+        layer = card.layer_of(card.canonical_name(getattr(entry, "name", "")))
         is_weight_change = entry.is_weight_change()
         if not is_weight_change and (entry.acts_on() != "module" or layer is None or layer >= last):
             return False

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.func import grad
 
 from errata.functional.binding.bound_model import bind
-from errata.functional.card import ModelCard, all_names, module_path
+from errata.functional.card import ModelCard, module_path
 from errata.functional.forward.activations import record_activations, zero_perturbations
 from errata.functional.forward.grouped_linear import FactoredGradient
 from errata.functional.gradients.losses import nll
@@ -145,7 +145,7 @@ def _is_linear(card: ModelCard, name: str) -> bool:
     return (
         card.layer_of(path) is not None
         and path in card.linear_shapes
-        and all_names(card, name) == [name]
+        and card.all_names(name) == [name]
     )
 
 

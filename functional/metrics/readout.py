@@ -38,7 +38,7 @@ def read_out(
         source: Preprocessed inputs, or a batch.
         k: Tokens kept per position, the likeliest first.
         all_positions: Whether to keep the top-k of all positions too. The batch must not be
-        reduced to scored positions.
+            reduced to scored positions.
         edit_index: [B], the edit of a bound stacked delta each row runs under.
         return_logits: Whether to keep the logits of the scored positions [B T V].
         base_logits: [B T V] of another model, for KL(base || model).

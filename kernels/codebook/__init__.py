@@ -94,7 +94,7 @@ def nearest_key(
         is_active: [N] bool, False for deleted keys.
         norms: [N] `square_norms(keys, is_active)`, if at hand; then `is_active` is not read.
         max_distance: [B] or a number; farther keys count as absent. It spares queries that are far
-        from every key the exact comparison.
+            from every key the exact comparison.
 
     Returns:
         The nearest key of each query.

@@ -3,19 +3,15 @@
 import pytest
 
 from errata.functional.card import (
-    all_names,
-    before_decoder,
-    canonical_name,
-    in_decoder,
     module_path,
 )
 
 
 def test_a_tied_parameter_has_one_home_and_all_its_names(toy):
-    assert canonical_name(toy.card, "head.weight") == "tokens.weight"
-    assert all_names(toy.card, "head.weight") == ["tokens.weight", "head.weight"]
-    assert all_names(toy.card, "tokens.weight") == ["tokens.weight", "head.weight"]
-    assert all_names(toy.card, "norm.weight") == ["norm.weight"]
+    assert toy.card.canonical_name("head.weight") == "tokens.weight"
+    assert toy.card.all_names("head.weight") == ["tokens.weight", "head.weight"]
+    assert toy.card.all_names("tokens.weight") == ["tokens.weight", "head.weight"]
+    assert toy.card.all_names("norm.weight") == ["norm.weight"]
     assert module_path("layers.0.attn.q.weight") == "layers.0.attn.q"
 
 
@@ -33,5 +29,5 @@ def test_a_tied_parameter_has_one_home_and_all_its_names(toy):
     ],
 )
 def test_what_can_not_be_told_counts_as_both(toy, name, below, above):
-    assert before_decoder(toy.card, name) == below
-    assert in_decoder(toy.card, name) == above
+    assert toy.card.before_decoder(name) == below
+    assert toy.card.in_decoder(name) == above

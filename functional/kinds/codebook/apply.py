@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from errata.functional.card import before_decoder, canonical_name, module_path
+from errata.functional.card import module_path
 from errata.functional.errors import UnknownSiteError
 from errata.functional.header import Header
 from errata.functional.kinds.codebook.entry import Codebook, Replacement
@@ -92,8 +92,8 @@ def apply_codebook(
     model: Model, header: Header, entry: Codebook, tensors: Mapping[str, Tensor]
 ) -> Patch:
     """A value in place of the output where the prompt's last input lies in its key's ball."""
-    path = module_path(canonical_name(model.card, entry.name))
-    if path not in model.card.linear_shapes or before_decoder(model.card, path):
+    path = module_path(model.card.canonical_name(entry.name))
+    if path not in model.card.linear_shapes or model.card.before_decoder(path):
         raise UnknownSiteError(
             f"a codebook's site must be a linear map in the decoder of {model.card.id}, and "
             f"{path!r} is none."

@@ -8,7 +8,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from errata.functional.card import all_names, before_decoder, canonical_name, in_decoder
 from errata.functional.forward.batches import _unflatten_rows
 from errata.functional.forward.grouped_linear import grouped_linear
 from errata.functional.header import Header
@@ -25,7 +24,7 @@ def apply_dense(model: Model, header: Header, entry: Dense, tensors: Mapping[str
     """W' = W + d, in the wider dtype of the two, then in W's."""
     card, parameter, change = (
         model.card,
-        canonical_name(model.card, entry.name),
+        model.card.canonical_name(entry.name),
         tensors[entry.name],
     )
     if not header.stack:
@@ -33,9 +32,9 @@ def apply_dense(model: Model, header: Header, entry: Dense, tensors: Mapping[str
         return Patch(params={parameter: (base + change).to(base.dtype)})
     makers: dict[str, Callable[[Batch], Hook]] = {}
     per_edit = False
-    for name in filter(partial(in_decoder, card), all_names(card, parameter)):
+    for name in filter(card.in_decoder, card.all_names(parameter)):
         path, _, leaf = name.rpartition(".")
-        if path not in card.linear_shapes or before_decoder(card, path):
+        if path not in card.linear_shapes or card.before_decoder(path):
             per_edit = True
         elif leaf == "weight":
             maps = change.mT if path in card.transposed else change

@@ -38,7 +38,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errata.functional.card import canonical_name
 from errata.functional.errors import UnknownSiteError
 from errata.functional.header import Header
 from errata.functional.kinds.common.patch import Decision, Patch, RoutedHook
@@ -224,7 +223,7 @@ def apply_experts(
     model: Model, header: Header, entry: Experts, tensors: Mapping[str, Tensor]
 ) -> Patch:
     """What a pool of experts does to a model: a rewrite of its layer's output."""
-    layer = model.card.layer_of(canonical_name(model.card, entry.name))
+    layer = model.card.layer_of(model.card.canonical_name(entry.name))
     if layer is None:
         raise UnknownSiteError(
             f"experts must stand at a decoder layer of {model.card.id}, and {entry.name!r} is in "

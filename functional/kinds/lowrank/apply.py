@@ -9,10 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from errata.functional.card import (
-    all_names,
-    before_decoder,
-    canonical_name,
-    in_decoder,
     module_path,
 )
 from errata.functional.forward.batches import _unflatten_rows
@@ -30,18 +26,18 @@ def apply_lowrank(
     model: Model, header: Header, entry: LowRank, tensors: Mapping[str, Tensor]
 ) -> Patch:
     """dW = B A, added as `header.form` says."""
-    card, parameter = model.card, canonical_name(model.card, entry.name)
+    card, parameter = model.card, model.card.canonical_name(entry.name)
     down, up = tensors[f"{entry.name}.A"], tensors[f"{entry.name}.B"]
     if header.stack:
-        paths = [module_path(name) for name in all_names(card, parameter) if in_decoder(card, name)]
+        paths = [module_path(name) for name in card.all_names(parameter) if card.in_decoder(name)]
         linear = [
-            path for path in paths if path in card.linear_shapes and not before_decoder(card, path)
+            path for path in paths if path in card.linear_shapes and not card.before_decoder(path)
         ]
         makers = {path: partial(_per_row_lowrank_hook, down, up) for path in linear}
         return Patch(hooks=partial(_make_hooks, makers), per_edit=len(linear) < len(paths))
-    paths = [module_path(name) for name in all_names(card, parameter)]
+    paths = [module_path(name) for name in card.all_names(parameter)]
     all_linear = all(
-        p in card.linear_shapes and before_decoder(card, p) != in_decoder(card, p) for p in paths
+        p in card.linear_shapes and card.before_decoder(p) != card.in_decoder(p) for p in paths
     )
     if header.arithmetic == "weight" or not all_linear:
         base = model.params[parameter]
@@ -54,8 +50,8 @@ def apply_lowrank(
         if in_fp32
         else _act_hook(down, up)
     )
-    decoder_hooks = {path: hook for path in paths if in_decoder(card, path)}
-    embed_hooks = {path: hook for path in paths if before_decoder(card, path)}
+    decoder_hooks = {path: hook for path in paths if card.in_decoder(path)}
+    embed_hooks = {path: hook for path in paths if card.before_decoder(path)}
     return Patch(
         hooks=(lambda batch: decoder_hooks) if decoder_hooks else None, embed_hooks=embed_hooks
     )

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errata.functional.card import before_decoder, canonical_name, module_path
+from errata.functional.card import module_path
 from errata.functional.errors import ShapeError, UnknownSiteError
 from errata.functional.forward.grouped_linear import grouped_linear
 from errata.functional.header import Header
@@ -198,8 +198,8 @@ def apply_masked(
 
     Raises UnknownSiteError unless its site is a map of a layer.
     """
-    path = module_path(canonical_name(model.card, entry.name))
-    if path not in model.card.linear_shapes or before_decoder(model.card, path):
+    path = module_path(model.card.canonical_name(entry.name))
+    if path not in model.card.linear_shapes or model.card.before_decoder(path):
         raise UnknownSiteError(
             f"side memories must be of a linear map in the decoder of {model.card.id}, and "
             f"{path!r} is none."

@@ -70,4 +70,4 @@ def test_the_checkpoint_names_are_those_a_checkpoint_has(name, tmp_path):
     module.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as saved:
         names = set(saved.keys())
-    assert {model.card.checkpoint_names.get(held, held) for held in model.params} == names
+    assert {model.card.checkpoint_name(held) for held in model.params} == names

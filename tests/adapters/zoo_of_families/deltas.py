@@ -82,7 +82,7 @@ def lowrank(
         entries.append(
             LowRank(
                 name=name,
-                checkpoint_name=model.card.checkpoint_names.get(name, name),
+                checkpoint_name=model.card.checkpoint_name(name),
                 shape=(inner, out) if flip else (out, inner),
                 rank=r,
                 edit_ranks=(r,),

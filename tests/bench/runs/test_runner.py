@@ -35,9 +35,12 @@ def rows(tmp_path_factory):
         output_dir = "{home / "out"}"
         scorers = {json.dumps(list(SCORERS))}
         save_deltas = false
-        cases = {{ source = "file", path = "{home / "vqa_eval.json"}", missing_images =
-        "placeholder" }} models = [{{ id = "tiny/blip2" }}] editors = [{{ type = "finetune", lr =
-        0.01, num_steps = 30 }}]
+        models = [{{ id = "tiny/blip2" }}]
+        editors = [{{ type = "finetune", lr = 0.01, num_steps = 30 }}]
+        [cases]
+        source = "file"
+        path = "{home / "vqa_eval.json"}"
+        missing_images = "placeholder"
     """)
     assert main(["run", str(home / "run.toml")]) == 0
     assert (home / "out/report.html").is_file()
@@ -129,9 +132,12 @@ def test_mmke_records_run_from_the_file_to_the_report(tmp_path):
         max_new_tokens = 4
         ppl_r_tokens = 4
         save_deltas = false
-        cases = {{ source = "file", path = "{tmp_path / "entity_eval.json"}", missing_images =
-        "placeholder" }} models = [{{ id = "tiny/llava" }}] editors = [{{ type = "lora", num_steps
-        = 12 }}]
+        models = [{{ id = "tiny/llava" }}]
+        editors = [{{ type = "lora", num_steps = 12 }}]
+        [cases]
+        source = "file"
+        path = "{tmp_path / "entity_eval.json"}"
+        missing_images = "placeholder"
     """)
     assert main(["run", str(tmp_path / "run.toml")]) == 0
     rows = read_rows(tmp_path / "out")
