@@ -10,6 +10,7 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 FLOORS = ["functional", "adapters", "editors", "kernels"]
@@ -119,6 +120,11 @@ def relinked(text: str, source: str) -> str:
         return f"]({page}{'#' + anchor if anchor else ''})"
 
     return re.sub(r"\]\(([^)\s]+)\)", link, text)
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Point links of the pages in `docs` to pages of the site, or to the repository."""
+    return relinked(markdown, f"docs/{page.file.src_uri}") if page.file.abs_src_path else markdown
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:

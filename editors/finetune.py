@@ -34,7 +34,7 @@ from errata.editors.common.gradient_descent import (
     require_no_edits,
 )
 from errata.editors.common.sites import resolve_parameters
-from errata.functional import Delta, Editor, Model, Query
+from errata.functional import Delta, Editor, Header, Model, Query
 from errata.functional.deltas.records import make_header
 from errata.functional.kinds.schema import Dense
 
@@ -95,18 +95,32 @@ class FinetuneConfig(
 
 
 def finetune_editor(config: FinetuneConfig = FinetuneConfig()) -> Editor:
-    """FT as an editor: the delta is a `dense` change of each parameter at the sites.
+    """FT as an editor: a `dense` change of each parameter at the sites, by gradient descent.
 
-    State: the change so far, one tensor per parameter. Sequential edits start from it with a fresh
-    optimiser. Raises UnknownSiteError when a site is not in the model.
+    The state is the change so far, one tensor per parameter. Sequential edits start from it with a
+    fresh optimizer. `edit_each` makes independent edits, one per query.
 
-    >>> from errata import adapters
-    >>> model = adapters.from_module(*adapters.tiny_model("llava"))
-    >>> editor = finetune_editor(FinetuneConfig(num_steps=2))
-    >>> state = editor.init(model, torch.Generator().manual_seed(0))
-    >>> delta, state = editor.edit(model, state, [Query("who is it?", "bo")])
-    >>> [entry.name for entry in delta.header.entries]
-    ['model.language_model.layers.2.mlp.down_proj.weight']
+    Args:
+        config: The settings.
+
+    Returns:
+        The editor.
+
+    Raises:
+        UnknownSiteError: If a site is not in the model.
+
+    References:
+        Zhu et al. 2020, "Modifying Memories in Transformer Models", arXiv:2012.00363. FT-L and
+        FT-M are presets of EasyEdit.
+
+    Example:
+        >>> from errata import adapters
+        >>> model = adapters.from_module(*adapters.tiny_model("llava"))
+        >>> editor = finetune_editor(FinetuneConfig(num_steps=2))
+        >>> state = editor.init(model, torch.Generator().manual_seed(0))
+        >>> delta, state = editor.edit(model, state, [Query("who is it?", "bo")])
+        >>> [entry.name for entry in delta.header.entries]
+        ['model.language_model.layers.2.mlp.down_proj.weight']
     """
     descent_config = DescentConfig(
         optimizer=config.optimizer,
@@ -125,29 +139,8 @@ def finetune_editor(config: FinetuneConfig = FinetuneConfig()) -> Editor:
         zero = {n: torch.zeros_like(model.params[n], dtype=torch.float32) for n in names}
         return DescentState(zero)
 
-    def make_delta_header(model: Model, state: DescentState, queries: Sequence[Query], stack: int):
-        entries = tuple(
-            Dense(
-                name=name,
-                checkpoint_name=model.card.checkpoint_name(name),
-                shape=tuple(model.params[name].shape),
-            )
-            for name in state.tensors
-        )
-        earlier = () if stack else state.edits
-        return make_header(
-            model,
-            "finetune",
-            config,
-            entries,
-            queries,
-            earlier_edits=earlier,
-            stack=stack,
-            order_dependent=True,
-        )
-
     def edit(model: Model, state: DescentState, queries: Sequence[Query]):
-        make_edit_header = partial(make_delta_header, model, state)
+        make_edit_header = partial(_make_header, config, model, state)
         tensors = descend_jointly(
             model,
             make_edit_header,
@@ -160,7 +153,7 @@ def finetune_editor(config: FinetuneConfig = FinetuneConfig()) -> Editor:
         return delta, DescentState(tensors, delta.header.edits)
 
     def edit_each(model: Model, state: DescentState, queries: Sequence[Query]) -> Delta:
-        make_edit_header = partial(make_delta_header, model, require_no_edits(state))
+        make_edit_header = partial(_make_header, config, model, require_no_edits(state))
         tensors = descend_each(
             model,
             make_edit_header,
@@ -172,6 +165,30 @@ def finetune_editor(config: FinetuneConfig = FinetuneConfig()) -> Editor:
         return Delta(make_edit_header(queries, len(queries)), tensors)
 
     return Editor("finetune", config, init, edit, edit_each)
+
+
+def _make_header(
+    config: FinetuneConfig, model: Model, state: DescentState, queries: Sequence[Query], stack: int
+) -> Header:
+    entries = tuple(
+        Dense(
+            name=name,
+            checkpoint_name=model.card.checkpoint_name(name),
+            shape=tuple(model.params[name].shape),
+        )
+        for name in state.tensors
+    )
+    earlier = () if stack else state.edits
+    return make_header(
+        model,
+        "finetune",
+        config,
+        entries,
+        queries,
+        earlier_edits=earlier,
+        stack=stack,
+        order_dependent=True,
+    )
 
 
 _LAST_MLP = ("layers.-1.mlp.up", "layers.-1.mlp.down")

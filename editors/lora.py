@@ -30,7 +30,7 @@ from errata.editors.common.gradient_descent import (
     require_no_edits,
 )
 from errata.editors.common.sites import resolve_linears
-from errata.functional import Delta, Editor, Model, Query
+from errata.functional import Delta, Editor, Header, Model, Query
 from errata.functional.deltas.records import make_header
 from errata.functional.kinds.schema import LowRank
 
@@ -83,19 +83,32 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def lora_editor(config: LoraConfig = LoraConfig()) -> Editor:
-    """LoRA as an editor: the delta is `lowrank`, one (A, B) per target.
+    """LoRA as an editor: a `lowrank` change of each target module, trained on the edit.
 
-    State: A and B of each target, unscaled: where the next edit starts. All edits of `each` start
-    from the same A, so that edits side by side equal edits alone. Raises UnknownSiteError for a
-    target that matches no linear map.
+    The state is the adapter so far. Sequential edits train it further, so single edits cannot be
+    removed from a sequence. `edit_each` makes independent adapters, one per query.
 
-    >>> from errata import adapters
-    >>> model = adapters.from_module(*adapters.tiny_model("llava"))
-    >>> editor = lora_editor(LoraConfig(rank=2, num_steps=1))
-    >>> state = editor.init(model, torch.Generator().manual_seed(0))
-    >>> delta = editor.edit_each(model, state, [Query("who is it?", "bo"), Query("and now?", "al")])
-    >>> delta.header.stack
-    2
+    Args:
+        config: The settings.
+
+    Returns:
+        The editor.
+
+    Raises:
+        UnknownSiteError: If a target module is not in the model.
+
+    References:
+        Hu et al. 2021, "LoRA", arXiv:2106.09685.
+
+    Example:
+        >>> from errata import adapters
+        >>> model = adapters.from_module(*adapters.tiny_model("llava"))
+        >>> editor = lora_editor(LoraConfig(rank=2, num_steps=1))
+        >>> state = editor.init(model, torch.Generator().manual_seed(0))
+        >>> queries = [Query("who is it?", "bo"), Query("and now?", "al")]
+        >>> delta = editor.edit_each(model, state, queries)
+        >>> delta.header.stack
+        2
     """
     scale = config.alpha / config.rank
     descent_config = DescentConfig(
@@ -112,42 +125,10 @@ def lora_editor(config: LoraConfig = LoraConfig()) -> Editor:
         return {n: t * scale if n.endswith(".B") else t for n, t in tensors.items()}
 
     def init(model: Model, generator: torch.Generator) -> DescentState:
-        tensors = {}
-        for path in resolve_linears(model, config.target_modules):
-            out_dim, in_dim = model.card.linear_shapes[path]
-            device = model.params[path + ".weight"].device
-            bound = 1 / math.sqrt(in_dim)
-            down = torch.empty(config.rank, in_dim).uniform_(-bound, bound, generator=generator)
-            tensors[path + ".weight.A"] = down.to(device)
-            tensors[path + ".weight.B"] = torch.zeros(out_dim, config.rank, device=device)
-        return DescentState(tensors)
-
-    def make_delta_header(model: Model, state: DescentState, queries: Sequence[Query], stack: int):
-        names = [name.removesuffix(".A") for name in state.tensors if name.endswith(".A")]
-        entries = tuple(
-            LowRank(
-                name=name,
-                checkpoint_name=model.card.checkpoint_name(name),
-                shape=tuple(model.params[name].shape),
-                rank=config.rank,
-                transposed=name.removesuffix(".weight") in model.card.transposed,
-            )
-            for name in names
-        )
-        earlier = () if stack else state.edits
-        return make_header(
-            model,
-            "lora",
-            config,
-            entries,
-            queries,
-            earlier_edits=earlier,
-            stack=stack,
-            order_dependent=True,
-        )
+        return _init_state(model, config, generator)
 
     def edit(model: Model, state: DescentState, queries: Sequence[Query]):
-        make_edit_header = partial(make_delta_header, model, state)
+        make_edit_header = partial(_make_header, config, model, state)
         tensors = descend_jointly(
             model,
             make_edit_header,
@@ -160,7 +141,7 @@ def lora_editor(config: LoraConfig = LoraConfig()) -> Editor:
         return delta, DescentState(tensors, delta.header.edits)
 
     def edit_each(model: Model, state: DescentState, queries: Sequence[Query]) -> Delta:
-        make_edit_header = partial(make_delta_header, model, require_no_edits(state))
+        make_edit_header = partial(_make_header, config, model, require_no_edits(state))
         tensors = descend_each(
             model,
             make_edit_header,
@@ -172,6 +153,45 @@ def lora_editor(config: LoraConfig = LoraConfig()) -> Editor:
         return Delta(make_edit_header(queries, len(queries)), to_delta_tensors(tensors))
 
     return Editor("lora", config, init, edit, edit_each)
+
+
+def _init_state(model: Model, config: LoraConfig, generator: torch.Generator) -> DescentState:
+    tensors = {}
+    for path in resolve_linears(model, config.target_modules):
+        out_dim, in_dim = model.card.linear_shapes[path]
+        device = model.params[path + ".weight"].device
+        bound = 1 / math.sqrt(in_dim)
+        down = torch.empty(config.rank, in_dim).uniform_(-bound, bound, generator=generator)
+        tensors[path + ".weight.A"] = down.to(device)
+        tensors[path + ".weight.B"] = torch.zeros(out_dim, config.rank, device=device)
+    return DescentState(tensors)
+
+
+def _make_header(
+    config: LoraConfig, model: Model, state: DescentState, queries: Sequence[Query], stack: int
+) -> Header:
+    names = [name.removesuffix(".A") for name in state.tensors if name.endswith(".A")]
+    entries = tuple(
+        LowRank(
+            name=name,
+            checkpoint_name=model.card.checkpoint_name(name),
+            shape=tuple(model.params[name].shape),
+            rank=config.rank,
+            transposed=name.removesuffix(".weight") in model.card.transposed,
+        )
+        for name in names
+    )
+    earlier = () if stack else state.edits
+    return make_header(
+        model,
+        "lora",
+        config,
+        entries,
+        queries,
+        earlier_edits=earlier,
+        stack=stack,
+        order_dependent=True,
+    )
 
 
 PRESETS: dict[str, LoraConfig] = {

@@ -78,19 +78,33 @@ class EditSite(NamedTuple):
 
 
 def grace_editor(config: GraceConfig = GraceConfig()) -> Editor:
-    """GRACE as an editor: the delta is a `codebook` at one linear map.
+    """GRACE as an editor: a `codebook` at one linear map.
 
-    State: the book. A sequence grows it, and `remove` takes edits out of the delta by id: their
-    keys go, radii that they narrowed stay narrow. Raises UnknownSiteError when the site is not in
-    the model, InvalidSettingsError where the value could not act on the answer.
+    The state is the codebook. A sequence grows it, and `remove` takes edits out of the delta by id.
+    Radii that a removed edit narrowed stay narrow.
 
-    >>> from errata import adapters
-    >>> model = adapters.from_module(*adapters.tiny_model("llava"))
-    >>> editor = grace_editor(GraceConfig(num_steps=2))
-    >>> state = editor.init(model, torch.Generator().manual_seed(0))
-    >>> delta, state = editor.edit(model, state, [Query("who is it?", "bo")])
-    >>> delta.header.entries[0].num_keys
-    1
+    Args:
+        config: The settings.
+
+    Returns:
+        The editor.
+
+    Raises:
+        UnknownSiteError: If the site is not in the model.
+        InvalidSettingsError: If the value could not act on the answer.
+
+    References:
+        Hartvigsen et al. 2023, "Aging with GRACE", arXiv:2211.11031. An edit of the same question
+        with another answer takes over its key; in the original the dead key wins the tie.
+
+    Example:
+        >>> from errata import adapters
+        >>> model = adapters.from_module(*adapters.tiny_model("llava"))
+        >>> editor = grace_editor(GraceConfig(num_steps=2))
+        >>> state = editor.init(model, torch.Generator().manual_seed(0))
+        >>> delta, state = editor.edit(model, state, [Query("who is it?", "bo")])
+        >>> delta.header.entries[0].num_keys
+        1
     """
 
     def init(model: Model, generator: torch.Generator) -> GraceState:

@@ -20,10 +20,11 @@ Cosine = Annotated[float, Meta(ge=-1, le=1)]
 class IkeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="ike"):
     """Settings of IKE.
 
-    `fact` and `demo` may hold {prompt}, {target} and {statement}, `demo` also {question} and
-    {answer}, `ask` {question}. A statement says prompt and target as a sentence, by the first of
-    `forms` that the prompt has: ("where does {s} live?", "{s} lives in {target}."). Without one it
-    is "{prompt} {target}".
+    `fact_template` and `demonstration_template` may hold {prompt}, {target} and {statement}, the
+    latter
+    also {question} and {answer}; `question_template` holds {question}. A statement turns prompt and
+    target into a sentence by the first of `statement_forms` that fits the prompt. Without one it is
+    "{prompt} {target}".
     """
 
     fact_template: Annotated[

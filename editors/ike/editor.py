@@ -57,21 +57,36 @@ class IkeState(NamedTuple):
 
 
 def ike_editor(config: IkeConfig = IkeConfig(), cases: Sequence[Case] | None = None) -> Editor:
-    """IKE as an editor: the delta is a `prompt`, a memory of facts in words.
+    """IKE as an editor: a `prompt` entry, a memory of facts as text.
 
-    `cases` are the training cases that demonstrations are made of; `errata run` reads those that
-    `config.demonstrations` names. `remove` takes edits out of the delta by id. Raises
-    InvalidSettingsError for demonstrations without cases, or an encoder that cannot be had.
+    The state is the memory. Facts are retrieved by question and image, and placed before the
+    question. No parameter changes.
 
-    >>> from errata import adapters
-    >>> from errata.functional import bind
-    >>> from errata.functional.kinds.prompt.apply import expand_prompts
-    >>> model = adapters.from_module(*adapters.tiny_model("llava"))
-    >>> editor = ike_editor()
-    >>> state = editor.init(model, torch.Generator())
-    >>> delta, state = editor.edit(model, state, [Query("who is it?", "bo")])
-    >>> expand_prompts(bind(model, delta), [Query("who may this be?")])[0].prompt
-    'New Fact: who is it? bo\\nPrompt: who may this be?'
+    Args:
+        config: The settings.
+        cases: Training cases that demonstrations are made of.
+
+    Returns:
+        The editor.
+
+    Raises:
+        InvalidSettingsError: If a template lacks {question}, or an encoder cannot be loaded.
+        InvalidInputError: If demonstrations are asked for without cases.
+
+    References:
+        Zheng et al. 2023, "Can We Edit Factual Knowledge by In-Context Learning?",
+        arXiv:2305.12740.
+
+    Example:
+        >>> from errata import adapters
+        >>> from errata.functional import bind
+        >>> from errata.functional.kinds.prompt.apply import expand_prompts
+        >>> model = adapters.from_module(*adapters.tiny_model("llava"))
+        >>> editor = ike_editor()
+        >>> state = editor.init(model, torch.Generator())
+        >>> delta, state = editor.edit(model, state, [Query("who is it?", "bo")])
+        >>> expand_prompts(bind(model, delta), [Query("who may this be?")])[0].prompt
+        'New Fact: who is it? bo\\nPrompt: who may this be?'
     """
     _validate(config)
 

@@ -89,21 +89,34 @@ class EditSite(NamedTuple):
 
 
 def liveedit_editor(config: LiveEditConfig = LiveEditConfig()) -> Editor:
-    """LiveEdit as an editor: the delta is a pool of `experts` at one layer's output.
+    """LiveEdit as an editor: a pool of `experts` at the output of one layer.
 
-    Untrained networks make experts that change answers at random: train them (`fit`), or take a
-    shipped state. Raises InvalidSettingsError for a layer that has none behind it or for sizes
-    that do not
-    fit the model, InvalidInputError for a trained state that is missing or does not fit.
+    Networks generate an expert and its keys from each edit. Untrained networks change answers at
+    random: train them with `errata train`, or use shipped weights.
 
-    >>> from errata import adapters
-    >>> model = adapters.from_module(*adapters.tiny_model("llava"))
-    >>> editor = liveedit_editor(LiveEditConfig(feature_dim=8, num_heads=2))
-    >>> state = editor.init(model, torch.Generator().manual_seed(0))
-    >>> for target in ("bo", "owl"):
-    ...     delta, state = editor.edit(model, state, [Query("who is it?", target)])
-    >>> delta.header.entries[0].edit_slots
-    (-1, 0)
+    Args:
+        config: The settings.
+
+    Returns:
+        The editor.
+
+    Raises:
+        InvalidSettingsError: If the layer is the last one, or sizes do not fit the model.
+        InvalidInputError: If a file of trained weights is missing or does not fit.
+
+    References:
+        Chen et al. 2025, "Lifelong Knowledge Editing for Vision Language Models with Low-Rank
+        Mixture-of-Experts", arXiv:2411.15432. Answer tokens never enter the gate here.
+
+    Example:
+        >>> from errata import adapters
+        >>> model = adapters.from_module(*adapters.tiny_model("llava"))
+        >>> editor = liveedit_editor(LiveEditConfig(feature_dim=8, num_heads=2))
+        >>> state = editor.init(model, torch.Generator().manual_seed(0))
+        >>> for target in ("bo", "owl"):
+        ...     delta, state = editor.edit(model, state, [Query("who is it?", target)])
+        >>> delta.header.entries[0].edit_slots
+        (-1, 0)
     """
 
     def init(model: Model, generator: torch.Generator) -> LiveEditState:

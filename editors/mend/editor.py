@@ -86,18 +86,31 @@ class MendState(NamedTuple):
 def mend_editor(config: MendConfig = MendConfig()) -> Editor:
     """MEND as an editor: a `lowrank` delta, its rows tagged by edit, added in fp32.
 
-    Taking one edit of a sequence away removes its rows; edits that followed were made with it
-    present. Raises UnknownSiteError for a site that matches no linear map, InvalidInputError for a
-    trained state that is missing or does not fit.
+    Removing one edit of a sequence drops its rows. Later edits were computed with it present.
 
-    >>> from errata import adapters
-    >>> model = adapters.from_module(*adapters.tiny_model("llava"))
-    >>> editor = mend_editor(MendConfig(sites=("layers.-1.mlp.down",), rank=4, edit_lr=-0.1))
-    >>> state = editor.init(model, torch.Generator().manual_seed(0))
-    >>> delta, state = editor.edit(model, state, [Query("who is it?", "bo")])
-    >>> tokens = model.preprocess([Query("who is it?", "bo")]).labels.shape[1]
-    >>> delta.header.entries[0].edit_ranks == (tokens,)
-    True
+    Args:
+        config: The settings.
+
+    Returns:
+        The editor.
+
+    Raises:
+        UnknownSiteError: If a site matches no linear map.
+        InvalidInputError: If a file of trained weights is missing or does not fit.
+
+    References:
+        Mitchell et al. 2022, "Fast Model Editing at Scale", arXiv:2110.11309. EasyEdit trains
+        decoder-only models on logits one position off; this does not.
+
+    Example:
+        >>> from errata import adapters
+        >>> model = adapters.from_module(*adapters.tiny_model("llava"))
+        >>> editor = mend_editor(MendConfig(sites=("layers.-1.mlp.down",), rank=4, edit_lr=-0.1))
+        >>> state = editor.init(model, torch.Generator().manual_seed(0))
+        >>> delta, state = editor.edit(model, state, [Query("who is it?", "bo")])
+        >>> tokens = model.preprocess([Query("who is it?", "bo")]).labels.shape[1]
+        >>> delta.header.entries[0].edit_ranks == (tokens,)
+        True
     """
 
     def init(model: Model, generator: torch.Generator) -> MendState:

@@ -82,19 +82,31 @@ class SeracState(NamedTuple):
 
 
 def serac_editor(config: SeracConfig = SeracConfig()) -> Editor:
-    """SERAC as an editor: a `scope` delta; nothing is optimised when an edit is made.
+    """SERAC as an editor: a `scope` entry, an edit memory with a classifier and a small decoder.
 
-    An edit of the same question about the same pictures replaces the earlier one. Untrained, the
-    classifier tells questions apart by nothing it has learned and c repeats the edit's answer.
-    Raises InvalidInputError for a trained state that is missing or does not fit.
+    The classifier sees prompt and image, never an answer. Outside every edit's scope the base
+    answers.
 
-    >>> from errata import adapters
-    >>> model = adapters.from_module(*adapters.tiny_model("llava"))
-    >>> editor = serac_editor(SeracConfig(dim=16, num_heads=2, ffn_dim=32, key_dim=8))
-    >>> state = editor.init(model, torch.Generator().manual_seed(0))
-    >>> delta, state = editor.edit(model, state, [Query("who is it?", "bo")])
-    >>> delta.header.entries[0].num_slots
-    1
+    Args:
+        config: The settings.
+
+    Returns:
+        The editor.
+
+    Raises:
+        InvalidInputError: If a file of trained weights is missing or does not fit.
+
+    References:
+        Mitchell et al. 2022, "Memory-Based Model Editing at Scale", arXiv:2206.06520.
+
+    Example:
+        >>> from errata import adapters
+        >>> model = adapters.from_module(*adapters.tiny_model("llava"))
+        >>> editor = serac_editor(SeracConfig(dim=16, num_heads=2, ffn_dim=32, key_dim=8))
+        >>> state = editor.init(model, torch.Generator().manual_seed(0))
+        >>> delta, state = editor.edit(model, state, [Query("who is it?", "bo")])
+        >>> delta.header.entries[0].num_slots
+        1
     """
 
     def init(model: Model, generator: torch.Generator) -> SeracState:

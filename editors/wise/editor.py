@@ -100,22 +100,34 @@ class WiseState(NamedTuple):
 def wise_editor(
     config: WiseConfig = WiseConfig(), unrelated_queries: Sequence[Query] = ()
 ) -> Editor:
-    """WISE as an editor: the delta is a `masked` change of one linear map.
+    """WISE as an editor: a `masked` entry, sparse side memories of one linear map.
 
-    `unrelated`: prompts (with pictures, where the model takes them) that the gate learns to stay
-    shut for, in place of `config.texts`. State: the memories. A sequence fills one after another;
-    single edits can be taken out where they are alone in one (save_every=1). Raises
-    UnknownSiteError
-    when the site is not in the model, InvalidSettingsError where its change could not act on the
-    answer.
+    The state holds the memories. Each edit trains the active one under a mask. Full memories are
+    merged after `merge_freq` edits.
 
-    >>> from errata import adapters
-    >>> model = adapters.from_module(*adapters.tiny_model("llava"))
-    >>> editor = wise_editor(WiseConfig(num_steps=2, mask_ratio=0.5))
-    >>> state = editor.init(model, torch.Generator().manual_seed(0))
-    >>> delta, state = editor.edit(model, state, [Query("who is it?", "bo")])
-    >>> delta.header.entries[0].num_values, delta.header.entries[0].shape
-    ((1024,), (32, 64))
+    Args:
+        config: The settings.
+        unrelated_queries: Unrelated prompts with images. By default those of the settings.
+
+    Returns:
+        The editor.
+
+    Raises:
+        UnknownSiteError: If the site is not in the model.
+        InvalidSettingsError: If the layer or the activation cannot be.
+
+    References:
+        Wang et al. 2024, "WISE", arXiv:2405.14768. The decay of EasyEdit changes weights outside
+        the mask; here it does not.
+
+    Example:
+        >>> from errata import adapters
+        >>> model = adapters.from_module(*adapters.tiny_model("llava"))
+        >>> editor = wise_editor(WiseConfig(num_steps=2, mask_ratio=0.5))
+        >>> state = editor.init(model, torch.Generator().manual_seed(0))
+        >>> delta, state = editor.edit(model, state, [Query("who is it?", "bo")])
+        >>> delta.header.entries[0].num_values, delta.header.entries[0].shape
+        ((1024,), (32, 64))
     """
     unrelated_prompts = tuple(query._replace(target="") for query in unrelated_queries)
 

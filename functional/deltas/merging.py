@@ -41,7 +41,7 @@ __all__ = [
 def merge(*deltas: Delta) -> Delta:
     """Merge deltas into one that applies all of them: W + dW_1 + dW_2 + ...
 
-    Low-rank changes are concatenated, B A + B' A' = [B B'] [A; A'], which is exact and keeps each
+    Low-rank changes are concatenated, `B A + B' A' = [B B'] [A; A']`, which is exact and keeps each
     edit's rows, so `remove` is exact too. Dense changes are summed. Entries come sorted by name.
 
     Args:
