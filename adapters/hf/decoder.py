@@ -25,6 +25,7 @@ from errata.functional import IGNORE_INDEX, Batch, Hooks, Inputs, KVCache, Model
 from errata.functional.errors import ShapeError, UnsupportedModelError
 from errata.functional.forward.batches import gather_tokens, prompt_end_mask
 from errata.functional.forward.hooks import forward_hooks
+from errata.functional.forward.spans import spanned
 
 __all__ = ["FunctionalDecoder"]
 
@@ -50,6 +51,7 @@ class FunctionalDecoder:
 
     # The four functions of a model.
 
+    @spanned("pictures and embedding")
     def embed(
         self,
         params: Params,

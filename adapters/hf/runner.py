@@ -40,6 +40,7 @@ from errata.adapters.hf.vision_cache import VisionFeatureCache
 from errata.functional import Hooks, Inputs, KVCache, ModelCard, Params
 from errata.functional.errors import UnknownSiteError, UnsupportedModelError
 from errata.functional.forward.hooks import first_tensor, forward_hooks
+from errata.functional.forward.spans import spanned
 
 __all__ = ["HF_ERRORS", "ModuleRunner"]
 
@@ -284,6 +285,7 @@ class ModuleRunner:
         added = layer_inputs.get(added_input_key(number))
         return result if added is None else result + added.to(result.device)
 
+    @spanned("head")
     def run_head(self, replica: nn.Module, params: Params, hidden_states: Tensor) -> Tensor:
         """Final norm, head and what the model does to its logits: [B T V]."""
         for path, names in zip(self.tail, self._tail_params):

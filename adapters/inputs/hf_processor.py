@@ -26,6 +26,7 @@ from errata.adapters.inputs.validation import validate_all, validate_query
 from errata.adapters.inputs.vision_inputs import ProcessorParts
 from errata.functional import IGNORE_INDEX, Inputs, ModelCard, Query
 from errata.functional.errors import InvalidInputError, UnsupportedModelError, join_messages
+from errata.functional.forward.spans import spanned
 
 __all__ = ["HFQueryProcessor"]
 
@@ -46,6 +47,7 @@ class HFQueryProcessor:
         self.answer_suffix = answer_suffix(template, tokenizer)
         self.eos_suffix = self.answer_suffix or tokenizer.eos_token or ""
 
+    @spanned("reading")
     def __call__(
         self,
         queries: Sequence[Query],

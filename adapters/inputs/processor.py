@@ -42,6 +42,7 @@ from errata.functional.errors import (
     UnsupportedModelError,
     join_messages,
 )
+from errata.functional.forward.spans import spanned
 from errata.functional.queries import IMAGE_PLACEHOLDER
 
 __all__ = ["PromptRow", "QueryProcessor"]
@@ -96,6 +97,7 @@ class QueryProcessor:
         self.answer_suffix = answer_suffix(template, tokenizer)
         self.eos_suffix = self.answer_suffix or tokenizer.eos_token or ""
 
+    @spanned("reading")
     def __call__(
         self,
         queries: Sequence[Query],

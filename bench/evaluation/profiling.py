@@ -1,13 +1,13 @@
-"""Where a run's time goes: stretches by name, each second counted once, for the innermost name.
+"""Where a run's time goes: sections by name, each second counted once, for the innermost name.
 
     with active_profiler() as profiler:
         with section("edit steps"):
             ...
     profiler.seconds                  # {("", "edit steps"): 1.2, ...}
 
-Nothing is measured unless a clock runs, and then the process' other threads are not looked at. What
-the model does on the way (reading, looking at pictures, the head) is found by wrapping the adapters
-for as long as the clock runs. Stretches also carry their names into any torch profiler.
+Nothing is measured unless a profiler is active, and then only its own thread. What the model does
+(preprocessing, images and embedding, the head) are spans of the adapters, see
+`functional/forward/spans.py`. Sections carry their names into any torch profiler.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import contextlib
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
+
+from errata.functional.forward.spans import observing
 
 __all__ = ["Profiler", "active_profiler", "record_operators", "section", "subject"]
 
@@ -134,37 +135,12 @@ def _busiest_operators(
 
 @contextlib.contextmanager
 def active_profiler() -> Iterator[Profiler]:
-    """A clock runs inside; one at a time."""
+    """Run a profiler inside the block, one at a time. It also measures the spans of the forward."""
     global _active_profiler
-    from errata.adapters.hf.decoder import FunctionalDecoder
-    from errata.adapters.hf.runner import ModuleRunner
-    from errata.adapters.inputs.hf_processor import HFQueryProcessor
-    from errata.adapters.inputs.processor import QueryProcessor
-
-    methods: list[tuple[Any, str, str]] = [
-        (QueryProcessor, "__call__", "reading"),
-        (HFQueryProcessor, "__call__", "reading"),
-        (FunctionalDecoder, "embed", "pictures and embedding"),
-        (ModuleRunner, "run_head", "head"),
-    ]
-    originals = [(home, name, vars(home)[name]) for home, name, _ in methods if name in vars(home)]
-    labels = {(home, name): label for home, name, label in methods}
+    _active_profiler = profiler = Profiler()
     try:
-        for home, name, call in originals:
-            setattr(home, name, _wrap_in_section(call, labels[home, name]))
-        _active_profiler = Profiler()
-        yield _active_profiler
+        with observing(section):
+            yield profiler
     finally:
-        if _active_profiler is not None:
-            _active_profiler.set_subject("")
+        profiler.set_subject("")
         _active_profiler = None
-        for home, name, call in originals:
-            setattr(home, name, call)
-
-
-def _wrap_in_section(call: Callable[..., Any], label: str) -> Callable[..., Any]:
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        with section(label):
-            return call(*args, **kwargs)
-
-    return timed

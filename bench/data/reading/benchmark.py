@@ -196,7 +196,7 @@ def cases(
 
 
 def record_context(
-    benchmark: Benchmark, path: Path, options: ReadOptions, skip_counts: Counter
+    benchmark: Benchmark, path: Path, options: ReadOptions, skip_counts: Counter[str]
 ) -> RecordContext:
     """Options as a loader needs them.
 

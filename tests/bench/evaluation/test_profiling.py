@@ -10,6 +10,7 @@ import pytest
 from errata.adapters.hf.decoder import FunctionalDecoder
 from errata.bench.cli.main import main
 from errata.bench.evaluation import profiling
+from errata.functional.forward.spans import spanned
 
 
 @pytest.fixture
@@ -35,16 +36,26 @@ def test_a_second_counts_for_the_innermost_name(ticks):
     assert list(found) == ["other", "outer", "inner"]  # of as many seconds, the first begun
 
 
-def test_nothing_is_measured_or_wrapped_without_a_clock(ticks):
+def test_nothing_is_measured_without_a_profiler_and_nothing_is_patched(ticks):
     embed = vars(FunctionalDecoder)["embed"]
-    with profiling.active_profiler():
-        assert vars(FunctionalDecoder)["embed"] is not embed
-    assert vars(FunctionalDecoder)["embed"] is embed
+
+    @spanned("reading")
+    def read():
+        return 1
+
+    assert read() == 1
+    with profiling.active_profiler() as profiler:
+        assert vars(FunctionalDecoder)["embed"] is embed
+        read()
+    assert ("", "reading") in profiler.seconds
+    measured = dict(profiler.seconds)
+    read()
     with profiling.section("nobody looks"):
         pass
     with pytest.raises(RuntimeError, match="on the way"), profiling.active_profiler():
         raise RuntimeError("on the way")
-    assert vars(FunctionalDecoder)["embed"] is embed
+    read()
+    assert profiler.seconds == measured
 
 
 def test_a_profiled_run_says_where_its_time_went(tmp_path, capsys):
