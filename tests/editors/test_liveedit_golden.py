@@ -192,7 +192,9 @@ def test_features_gate_weights_and_residual_are_the_originals(five, number):
     records = tuple(EditRecord(id=str(k)) for k in range(5))
     header = Header(base=BaseModel(id="x"), entries=(entry,), edits=records)
     assert {f"{name}.{part}" for part in tensors} == set(header.tensor_specs())
-    card = SimpleNamespace(layers="layers", tied={}, layer_of=lambda path: 0, id="x")
+    card = SimpleNamespace(
+        layers="layers", canonical_name=lambda name: name, layer_of=lambda path: 0, id="x"
+    )
     change = apply_experts(
         SimpleNamespace(card=card, deltas=()),  # pyright: ignore[reportArgumentType]
         header,
