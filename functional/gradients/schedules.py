@@ -13,9 +13,7 @@ __all__ = [
     "Schedule",
     "clip_elements",
     "clip_grad_norm",
-    "constant_schedule",
     "exponential_schedule",
-    "linear_warmup",
 ]
 
 Tree = Any
@@ -23,11 +21,6 @@ Tree = Any
 
 Schedule = Callable[[Tensor], Tensor]
 """Number of updates done before this one -> learning rate."""
-
-
-def constant_schedule(lr: float) -> Schedule:
-    """The same learning rate at every step."""
-    return lambda step: torch.full_like(step, lr)
 
 
 def exponential_schedule(lr: float, gamma: float) -> Schedule:
@@ -39,15 +32,10 @@ def exponential_schedule(lr: float, gamma: float) -> Schedule:
     return lambda step: lr * gamma**step
 
 
-def linear_warmup(lr: float, num_steps: int) -> Schedule:
-    """lr * min(1, (t + 1) / num_steps): linear, then constant."""
-    return lambda step: lr * ((step + 1) / num_steps).clamp_max(1.0)
-
-
 def clip_grad_norm(tree: Tree, max_norm: float) -> tuple[Tree, Tensor]:
-    """Scale a pytree of gradients so that its Euclidean norm is at most `limit`; also the norm.
+    """Scale a pytree of gradients so that its Euclidean norm is at most `max_norm`. Also returns the norm.
 
-    g = g * min(1, limit / (|g| + 1e-6)), as `torch.nn.utils.clip_grad_norm_`. For stacked edits,
+    g = g * min(1, max_norm / (|g| + 1e-6)), as `torch.nn.utils.clip_grad_norm_`. For stacked edits,
     each with its own norm, wrap it in `torch.func.vmap`.
 
     >>> clip_grad_norm({"w": torch.tensor([3.0, 4.0])}, 1.0)
@@ -61,7 +49,7 @@ def clip_grad_norm(tree: Tree, max_norm: float) -> tuple[Tree, Tensor]:
 
 
 def clip_elements(tree: Tree, max_abs: float, *, inplace: bool = False) -> Tree:
-    """Project every element on [-limit, limit]: the L-infinity constraint of FT-L.
+    """Project every element to [-max_abs, max_abs]: the L-infinity constraint of FT-L.
 
     >>> clip_elements({"w": torch.tensor([-2.0, 0.5])}, 1.0)
     {'w': tensor([-1.0000,  0.5000])}
