@@ -33,7 +33,7 @@ def exponential_schedule(lr: float, gamma: float) -> Schedule:
 
 
 def clip_grad_norm(tree: Tree, max_norm: float) -> tuple[Tree, Tensor]:
-    """Scale a pytree of gradients so that its Euclidean norm is at most `max_norm`. Also returns the norm.
+    """Scale a pytree of gradients to a Euclidean norm of at most `max_norm`. Returns the norm too.
 
     g = g * min(1, max_norm / (|g| + 1e-6)), as `torch.nn.utils.clip_grad_norm_`. For stacked edits,
     each with its own norm, wrap it in `torch.func.vmap`.
