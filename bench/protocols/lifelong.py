@@ -50,7 +50,7 @@ def run_lifelong(
         return
     model = base_pass.model if base_pass else model
     state, delta, begin = editor.init(model, torch.Generator().manual_seed(seed)), None, 0
-    saved = checkpoint.load(0, device) if checkpoint and first_pending else None
+    saved = checkpoint.load(0, state, device) if checkpoint and first_pending else None
     if saved and saved.num_edits <= first_pending:
         begin, state, delta = saved
     for k in range(begin, num_units):

@@ -61,7 +61,7 @@ def run_sequential(
         if first_pending is None:
             continue
         state, delta, begin = editor.init(model, torch.Generator().manual_seed(seed)), None, 0
-        saved = checkpoint.load(start, device) if checkpoint and first_pending else None
+        saved = checkpoint.load(start, state, device) if checkpoint and first_pending else None
         if saved and saved.num_edits <= first_pending:
             begin, state, delta = saved
         for k in range(begin, len(members)):

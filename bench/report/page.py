@@ -31,7 +31,7 @@ from errata.functional.errors import InvalidInputError
 from errata.functional.files import atomic_write
 from errata.functional.metrics.conventions import SCORERS, get_probe
 
-__all__ = ["render_page", "write", "write_page"]
+__all__ = ["render_page", "write_page"]
 
 MAX_ROWS = 150_000
 MAX_IMAGE_CHARS = 12_000_000  # characters of data URIs
@@ -41,21 +41,39 @@ MAX_IMAGE_SIDE = 192  # pixels of a picture's longer side
 ImageSource = Path | Mapping[str, Path]
 
 
-def write(
-    rows: Sequence[ResultRow], path: Path, folder: Path | None, settings: str, title: str
+def write_page(
+    rows: Iterable[ResultRow],
+    path: str | Path,
+    *,
+    folder: str | Path | None = None,
+    settings: str = "",
+    title: str = "",
 ) -> None:
-    """Write the page of a run's rows, whole or not at all; see `report.html`."""
-    asked, benchmark, template = _describe_cases(settings)
-    whole = render_page(
-        rows,
+    """Write the report page: one file that opens without a network.
+
+    Args:
+        rows: The rows of a run.
+        path: The file to write, completely or not at all.
+        folder: The run's folder, whose thumbnails and costs are shown.
+        settings: The run's TOML text. It names the benchmark, so that published numbers of the same
+            setting are shown.
+        title: Heading of the page. Defaults to that of the settings.
+
+    Raises:
+        OSError: If the page cannot be written.
+    """
+    folder = Path(folder) if folder else None
+    cases, benchmark, template = _describe_cases(settings)
+    page = render_page(
+        list(rows),
         folder and folder / "thumbnails",
-        title=title or tomllib.loads(settings).get("title") or asked or "errata",
+        title=title or tomllib.loads(settings).get("title") or cases or "errata",
         setting=(benchmark, template),
-        facts=[asked] if asked else [],
+        facts=[cases] if cases else [],
         costs=_edit_costs(folder) if folder else [],
     )
-    with atomic_write(path) as file:
-        file.write(whole.encode())
+    with atomic_write(Path(path)) as file:
+        file.write(page.encode())
 
 
 def _describe_cases(settings: str) -> tuple[str, str, str]:
@@ -303,20 +321,3 @@ def _footer(rows: Sequence[ResultRow], left_out: int, missing: int) -> str:
     if missing:
         words.append(f"{missing:,} pictures are not kept in this page.")
     return " ".join(words)
-
-
-def write_page(
-    rows: Iterable[ResultRow],
-    path: str | Path,
-    *,
-    folder: str | Path | None = None,
-    settings: str = "",
-    title: str = "",
-) -> None:
-    """Write the report page: one file that opens without a network.
-
-    `folder` is the run's: its pictures, and what its units cost, come into the page. `settings` is
-    the run's TOML text; it says which benchmark was asked, so that published numbers of the same
-    setting stand beside ours. Raises OSError when the page cannot be written.
-    """
-    write(list(rows), Path(path), Path(folder) if folder else None, settings, title)

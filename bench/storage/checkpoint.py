@@ -1,17 +1,18 @@
-"""Where a sequence of edits stands, on disk, so that a killed run need not make them again.
+"""The state of an interrupted sequence of edits on disk, so that a run resumes after it.
 
-A state is a pytree of tensors, NamedTuples, msgspec Structs, dicts, tuples, lists and plain values
-(`functional.types.State`). Its tensors go into a safetensors file, its shape into one JSON string
-of metadata; classes are written by name and only those of errata are ever looked up. No pickle.
+A state is a pytree (`functional.types.State`). Its tensors go into a safetensors file, everything
+else into one JSON string of its metadata. The file names no classes: NamedTuples and Structs are
+rebuilt from the annotations of the class that a fresh state has. No pickle.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
-from importlib import import_module
+import types
+import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from errata.functional import Delta, Header
+from errata.functional import Delta
 from errata.functional.files import atomic_write
 from errata.functional.kinds.schema import convert_header
+from errata.functional.types import State
 
 __all__ = ["CheckpointFile", "SequenceCheckpoint", "load_checkpoint", "save_checkpoint"]
 
@@ -31,127 +33,176 @@ METADATA_KEY = "errata.checkpoint"
 
 
 class SequenceCheckpoint(NamedTuple):
-    """After `edits` edits of a group: the state the next one starts from, and the delta so far."""
+    """Where a sequence of edits is.
+
+    Attributes:
+        num_edits: The edits made.
+        state: The state that the next edit starts from.
+        delta: The delta so far.
+    """
 
     num_edits: int
-    state: Any
+    state: State
     delta: Delta
 
 
 class CheckpointFile:
-    """One file that is written over now and then, at most every `every` seconds."""
+    """One file that is overwritten at most every `every` seconds.
+
+    Args:
+        path: The file.
+        identity: The run, model and editor it belongs to.
+        every: Seconds between two saves, at least.
+    """
 
     def __init__(self, path: Path, identity: str, every: float = 60.0) -> None:
         self._path, self._identity, self._every = path, identity, every
         self._last_saved = time.monotonic()
 
     def save(self, sequence: int, checkpoint: SequenceCheckpoint) -> None:
-        """Write a mark if it is time; a state that cannot be written is left to be made again."""
+        """Write a checkpoint if it is time. A state that cannot be written is not saved.
+
+        Args:
+            sequence: The number of the sequence in its run.
+            checkpoint: Where the sequence is.
+        """
         if time.monotonic() - self._last_saved >= self._every:
             with contextlib.suppress(TypeError):
                 save_checkpoint(self._path, f"{self._identity}/{sequence}", checkpoint)
             self._last_saved = time.monotonic()
 
-    def load(self, sequence: int, device: torch.device) -> SequenceCheckpoint | None:
-        """The last mark of this group, or None."""
-        return load_checkpoint(self._path, f"{self._identity}/{sequence}", device)
+    def load(self, sequence: int, fresh: State, device: torch.device) -> SequenceCheckpoint | None:
+        """Read the last checkpoint of a sequence.
+
+        Args:
+            sequence: The number of the sequence in its run.
+            fresh: A state of the same editor, for the classes of its values.
+            device: Where the tensors go.
+
+        Returns:
+            The checkpoint, or None if there is none of this sequence.
+        """
+        return load_checkpoint(self._path, f"{self._identity}/{sequence}", fresh, device)
 
     def delete(self) -> None:
-        """Remove the file: its run is over."""
+        """Remove the file, when its run is over."""
         self._path.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: Path, identity: str, checkpoint: SequenceCheckpoint) -> None:
-    """Write a mark, whole or not at all; `about` says which run and group it belongs to.
+    """Write a checkpoint, completely or not at all.
 
-    Raises TypeError for a state that holds something other than the values named above.
+    Args:
+        path: The file.
+        identity: The run and sequence it belongs to.
+        checkpoint: Where the sequence is.
+
+    Raises:
+        TypeError: If the state holds a value that cannot be rebuilt: one that is no tensor, number,
+            text, container, NamedTuple or Struct, or of a class that no annotation names.
     """
     tensors: dict[str, Tensor] = {}
-    plan = {
+    state, delta = checkpoint.state, checkpoint.delta
+    content = {
         "identity": identity,
         "num_edits": checkpoint.num_edits,
-        "tree": _encode(checkpoint[1:], tensors),
+        "state": _encode(state, type(state), tensors),
+        "header": msgspec.to_builtins(delta.header),
+        "tensors": _encode(dict(delta.tensors), dict, tensors),
     }
-    data = save(tensors, {METADATA_KEY: msgspec.json.encode(plan).decode()})
+    data = save(tensors, {METADATA_KEY: msgspec.json.encode(content).decode()})
     with atomic_write(path) as file:
         file.write(data)
 
 
-def load_checkpoint(path: Path, identity: str, device: torch.device) -> SequenceCheckpoint | None:
-    """The mark in a file, or None where there is none of this run and group."""
+def load_checkpoint(
+    path: Path, identity: str, fresh: State, device: torch.device
+) -> SequenceCheckpoint | None:
+    """Read a checkpoint.
+
+    Args:
+        path: The file.
+        identity: The run and sequence it must belong to.
+        fresh: A state of the same editor, for the classes of its values.
+        device: Where the tensors go.
+
+    Returns:
+        The checkpoint. None if there is none, or it is of another run, damaged, or of another
+        version: then the edits are made again.
+    """
     try:
         with safe_open(path, "pt", device=str(device)) as file:
-            plan = msgspec.json.decode((file.metadata() or {}).get(METADATA_KEY, "null"))
-            if not isinstance(plan, dict) or plan.get("identity") != identity:
+            content = msgspec.json.decode((file.metadata() or {}).get(METADATA_KEY, "null"))
+            if not isinstance(content, dict) or content.get("identity") != identity:
                 return None
-            # cloned: memory of one's own, aligned as if it had just been computed
+            # cloned: memory aligned as if it had just been computed
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        return SequenceCheckpoint(plan["num_edits"], *_decode(plan["tree"], tensors))
-    except (OSError, SafetensorError, msgspec.DecodeError, KeyError, TypeError, ValueError):
-        return None  # of another version, or not whole: the edits are made again
+        state = _decode(content["state"], type(fresh), tensors)
+        header = convert_header(content["header"])
+        delta = Delta(header, _decode(content["tensors"], dict, tensors))
+        return SequenceCheckpoint(content["num_edits"], state, delta)
+    except (OSError, SafetensorError, msgspec.MsgspecError, KeyError, TypeError, ValueError):
+        return None
 
 
-def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """What a value looks like as JSON; its tensors are put aside under a number each."""
+def _encode(value: Any, kind: Any, tensors: dict[str, Tensor]) -> Any:
+    """Turn a value into JSON. Tensors are moved to `tensors` and leave their number."""
     if isinstance(value, Tensor):
-        tensors[str(len(tensors))] = value.detach().contiguous().clone()
-        return {"tensor": str(len(tensors) - 1)}
-    if isinstance(value, msgspec.Struct):
-        return {"struct": _class_name(type(value)), "value": msgspec.to_builtins(value)}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return {
-            "named": _class_name(type(value)),
-            "items": [_encode(one, tensors) for one in value],
-        }
-    if isinstance(value, tuple | list):
-        kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [_encode(one, tensors) for one in value]}
-    if isinstance(value, dict) and all(isinstance(key, str | int) for key in value):
-        return {"dict": [[key, _encode(one, tensors)] for key, one in value.items()]}
-    if value is None or isinstance(value, bool | int | str) or _is_finite_float(value):
+        # the order of dimensions in memory: products of other strides round otherwise
+        order = sorted(range(value.dim()), key=lambda n: -value.stride(n))
+        tensors[str(len(tensors))] = value.detach().permute(order).contiguous().clone()
+        return {"tensor": str(len(tensors) - 1), "order": order}
+    if value is None or isinstance(value, bool | int | str):
         return {"plain": value}
-    raise TypeError(f"a state may not hold a {type(value).__name__}")
+    if isinstance(value, float) and math.isfinite(value):
+        return {"plain": value}
+    if isinstance(value, msgspec.Struct) and type(value) is _class_of(kind):
+        return {"struct": msgspec.to_builtins(value)}
+    if isinstance(value, tuple) and type(value) is _class_of(kind) and hasattr(value, "_fields"):
+        hints = typing.get_type_hints(type(value))
+        return {"fields": {n: _encode(getattr(value, n), hints[n], tensors) for n in value._fields}}
+    if type(value) in (tuple, list):
+        items = [_encode(item, _item_kind(kind, n), tensors) for n, item in enumerate(value)]
+        return {"tuple" if isinstance(value, tuple) else "list": items}
+    if isinstance(value, dict) and all(isinstance(key, str | int) for key in value):
+        return {"dict": [[k, _encode(v, _item_kind(kind, 1), tensors)] for k, v in value.items()]}
+    raise TypeError(f"a state may not hold a {type(value).__name__} here (annotated {kind})")
 
 
-def _decode(encoded: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+def _decode(encoded: dict[str, Any], kind: Any, tensors: dict[str, Tensor]) -> Any:
     match encoded:
-        case {"tensor": name}:
-            return tensors[name]
-        case {"struct": name, "value": value}:
-            kind = _load_class(name)
-            return convert_header(value) if kind is Header else msgspec.convert(value, kind)
-        case {"named": name, "items": items}:
-            return _load_class(name)(*(_decode(one, tensors) for one in items))
-        case {"tuple": items}:
-            return tuple(_decode(one, tensors) for one in items)
-        case {"list": items}:
-            return [_decode(one, tensors) for one in items]
-        case {"dict": items}:
-            return {key: _decode(one, tensors) for key, one in items}
+        case {"tensor": name, "order": order}:
+            return tensors[name].permute([order.index(n) for n in range(len(order))])
         case {"plain": value}:
             return value
+        case {"struct": value}:
+            return msgspec.convert(value, _class_of(kind))
+        case {"fields": fields}:
+            named = _class_of(kind)
+            hints = typing.get_type_hints(named)
+            return named(**{n: _decode(value, hints[n], tensors) for n, value in fields.items()})
+        case {"tuple": items}:
+            return tuple(_decode(x, _item_kind(kind, n), tensors) for n, x in enumerate(items))
+        case {"list": items}:
+            return [_decode(x, _item_kind(kind, n), tensors) for n, x in enumerate(items)]
+        case {"dict": items}:
+            return {key: _decode(value, _item_kind(kind, 1), tensors) for key, value in items}
     raise ValueError(f"no value is written as {sorted(encoded)}")
 
 
-def _is_finite_float(value: Any) -> bool:
-    return isinstance(value, float) and math.isfinite(value)
+def _class_of(kind: Any) -> Any:
+    """Return the class that an annotation names, without `| None`."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        members = [one for one in typing.get_args(kind) if one is not type(None)]
+        return members[0] if len(members) == 1 else None
+    return kind
 
 
-def _class_name(kind: type) -> str:
-    if not _is_errata_module(kind.__module__) or "." in kind.__qualname__:
-        raise TypeError(f"a state may not hold a {kind.__module__}.{kind.__qualname__}")
-    return f"{kind.__module__}:{kind.__qualname__}"
-
-
-def _load_class(name: str) -> type:
-    module, _, attribute = name.partition(":")
-    if not _is_errata_module(module):
-        raise ValueError(f"{module} is not of errata")
-    kind = getattr(sys.modules.get(module) or import_module(module), attribute, None)
-    if isinstance(kind, type) and issubclass(kind, msgspec.Struct | tuple):
-        return kind
-    raise ValueError(f"{name} is no NamedTuple and no Struct")
-
-
-def _is_errata_module(module: str) -> bool:
-    return module.startswith(("errata.functional.", "errata.editors."))
+def _item_kind(kind: Any, number: int) -> Any:
+    """Return the annotation of an item of a tuple or list, or (number 1) of a mapping's values."""
+    kind = _class_of(kind)
+    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if origin is list or (origin is tuple and inside[1:] == (...,)):
+        return inside[0]
+    is_mapping = isinstance(origin, type) and issubclass(origin, Mapping)
+    return inside[number] if (origin is tuple or is_mapping) and number < len(inside) else Any

@@ -114,8 +114,9 @@ def load_checkpoint(path: str | Path, like: Any, compatibility: Mapping[str, Any
     if faults:
         raise InvalidInputError(f"{path} must fit what it is read for: {join_messages(faults)}.")
     pairs, spec = pytree.tree_flatten_with_path(like)
+    # in the strides of `like`: products of other strides round otherwise
     leaves = [
-        tensors["/".join(map(_path_component, place))].to(leaf)
+        torch.empty_like(leaf).copy_(tensors["/".join(map(_path_component, place))])
         if isinstance(leaf, Tensor)
         else leaf
         for place, leaf in pairs

@@ -301,7 +301,7 @@ def test_a_sequence_goes_on_from_its_checkpoint(tmp_path):
     editor = make_editor(quick(save_freq=2, merge_freq=4, num_replayed=1))
     delta, state = editor.edit(model, editor.init(model, seeded()), queries[:1])
     save_checkpoint(tmp_path / "mark", "wise", SequenceCheckpoint(1, state, delta))
-    mark = load_checkpoint(tmp_path / "mark", "wise", torch.device("cpu"))
+    mark = load_checkpoint(tmp_path / "mark", "wise", state, torch.device("cpu"))
     assert mark is not None
     want, _ = editor.edit(model, state, queries[1:])
     got, _ = editor.edit(model, mark.state, queries[1:])
