@@ -33,6 +33,14 @@ from errata.editors.common.gradient_descent import (
     descend_jointly,
     require_no_edits,
 )
+from errata.editors.common.settings import (
+    AppendEos,
+    LearningRate,
+    NormConstraint,
+    NumSteps,
+    StopLoss,
+    WeightDecay,
+)
 from errata.editors.common.sites import resolve_parameters
 from errata.functional import Delta, Editor, Header, Model, Query
 from errata.functional.deltas.records import make_header
@@ -70,28 +78,12 @@ class FinetuneConfig(
     optimizer: Annotated[
         Literal["adamw", "adam", "sgd"], msgspec.Meta(description="Optimizer.")
     ] = "adamw"
-    lr: Annotated[float, msgspec.Meta(gt=0, description="Learning rate.")] = 1e-3
-    weight_decay: Annotated[
-        float, msgspec.Meta(ge=0, description="Weight decay, decoupled for adamw.")
-    ] = 0.0
-    num_steps: Annotated[int, msgspec.Meta(ge=1, description="Optimization steps, at most.")] = 25
-    stop_loss: Annotated[
-        float,
-        msgspec.Meta(
-            ge=0, description="Loss in nats per token below which an edit stops. 0: never."
-        ),
-    ] = 1e-2
-    norm_constraint: Annotated[
-        Annotated[float, msgspec.Meta(gt=0)] | None,
-        msgspec.Meta(description="Bound on the absolute change of each element. None: no bound."),
-    ] = None
-    append_eos: Annotated[
-        bool,
-        msgspec.Meta(
-            description="Whether the token that ends an answer is taught too, so that free "
-            "generation stops there."
-        ),
-    ] = True
+    lr: LearningRate = 1e-3
+    weight_decay: WeightDecay = 0.0
+    num_steps: NumSteps = 25
+    stop_loss: StopLoss = 1e-2
+    norm_constraint: NormConstraint = None
+    append_eos: AppendEos = True
 
 
 def finetune_editor(config: FinetuneConfig = FinetuneConfig()) -> Editor:

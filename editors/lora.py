@@ -29,6 +29,7 @@ from errata.editors.common.gradient_descent import (
     descend_jointly,
     require_no_edits,
 )
+from errata.editors.common.settings import AppendEos, LearningRate, NumSteps, StopLoss, WeightDecay
 from errata.editors.common.sites import resolve_linears
 from errata.functional import Delta, Editor, Header, Model, Query
 from errata.functional.deltas.records import make_header
@@ -59,27 +60,14 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     optimizer: Annotated[
         Literal["adamw", "adam", "sgd"], msgspec.Meta(description="Optimizer.")
     ] = "adam"
-    lr: Annotated[float, msgspec.Meta(gt=0, description="Learning rate.")] = 5e-3
+    lr: LearningRate = 5e-3
     lr_decay: Annotated[
         float, msgspec.Meta(gt=0, le=1, description="Factor of the learning rate per step.")
     ] = 1.0
-    weight_decay: Annotated[
-        float, msgspec.Meta(ge=0, description="Weight decay, decoupled for adamw.")
-    ] = 0.0
-    num_steps: Annotated[int, msgspec.Meta(ge=1, description="Optimization steps, at most.")] = 15
-    stop_loss: Annotated[
-        float,
-        msgspec.Meta(
-            ge=0, description="Loss in nats per token below which an edit stops. 0: never."
-        ),
-    ] = 1e-2
-    append_eos: Annotated[
-        bool,
-        msgspec.Meta(
-            description="Whether the token that ends an answer is taught too, so that free "
-            "generation stops there."
-        ),
-    ] = True
+    weight_decay: WeightDecay = 0.0
+    num_steps: NumSteps = 15
+    stop_loss: StopLoss = 1e-2
+    append_eos: AppendEos = True
 
 
 def lora_editor(config: LoraConfig = LoraConfig()) -> Editor:

@@ -6,6 +6,14 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from errata.editors.common.settings import (
+    AppendEos,
+    LayerChoice,
+    LearningRate,
+    LinearMap,
+    NumSteps,
+    StopLoss,
+)
 from errata.functional.kinds.codebook.entry import Replacement
 
 __all__ = ["PRESETS", "GraceConfig"]
@@ -16,21 +24,13 @@ class GraceConfig(
 ):
     """Settings of GRACE; the default layer fits any decoder."""
 
-    site: Annotated[
-        str, msgspec.Meta(description="A linear map of the layer, by its site name.")
-    ] = "mlp.down"
-    layer: Annotated[
-        Annotated[float, msgspec.Meta(ge=0, lt=1)] | int,
-        msgspec.Meta(
-            description="Decoder layer: a number (negative from the end), or a fraction of the "
-            "depth."
-        ),
-    ] = 2 / 3
+    site: LinearMap = "mlp.down"
+    layer: LayerChoice = 2 / 3
     replacement: Annotated[
         Replacement,
         msgspec.Meta(
-            description='Tokens whose output a value replaces: "last" of the prompt, all of '
-            'the "prompt", or "all".'
+            description='Tokens whose output a value replaces: "last" of the prompt, the tokens '
+            'before it ("prompt"), or both ("all").'
         ),
     ] = "last"
     radius: Annotated[
@@ -46,21 +46,10 @@ class GraceConfig(
             description='Start of a value: "cold" from U[0, 1), "warm" from the map\'s own output.'
         ),
     ] = "cold"
-    lr: Annotated[float, msgspec.Meta(gt=0, description="Learning rate.")] = 5.0
-    num_steps: Annotated[int, msgspec.Meta(ge=1, description="Optimization steps, at most.")] = 200
-    stop_loss: Annotated[
-        float,
-        msgspec.Meta(
-            ge=0, description="Loss in nats per token below which an edit stops. 0: never."
-        ),
-    ] = 1e-2
-    append_eos: Annotated[
-        bool,
-        msgspec.Meta(
-            description="Whether the token that ends an answer is taught too, so that free "
-            "generation stops there."
-        ),
-    ] = True
+    lr: LearningRate = 5.0
+    num_steps: NumSteps = 200
+    stop_loss: StopLoss = 1e-2
+    append_eos: AppendEos = True
 
 
 PRESETS: dict[str, GraceConfig] = {

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import msgspec
 
+from errata.editors.common.settings import AppendEos, LayerChoice, Weights
 from errata.functional.kinds.experts.entry import RoutingInput
 
 __all__ = ["PRESETS", "LiveEditConfig"]
@@ -16,13 +17,7 @@ class LiveEditConfig(
 ):
     """Settings of LiveEdit; the default layer fits any decoder."""
 
-    layer: Annotated[
-        Annotated[float, msgspec.Meta(ge=0, lt=1)] | int,
-        msgspec.Meta(
-            description="Decoder layer: a number (negative from the end), or a fraction of the "
-            "depth."
-        ),
-    ] = 2 / 3
+    layer: LayerChoice = 2 / 3
     feature_dim: Annotated[int, msgspec.Meta(ge=1, description="Width of a routing feature.")] = (
         1024
     )
@@ -77,20 +72,8 @@ class LiveEditConfig(
             ge=0, description="Experts of one row, at most, by weight. 0: all that pass the gate."
         ),
     ] = 0
-    append_eos: Annotated[
-        bool,
-        msgspec.Meta(
-            description="Whether the token that ends an answer is taught too, so that free "
-            "generation stops there."
-        ),
-    ] = True
-    weights: Annotated[
-        str,
-        msgspec.Meta(
-            description='Trained weights: "shipped", or a file that `errata train` wrote. "": '
-            "untrained."
-        ),
-    ] = ""
+    append_eos: AppendEos = True
+    weights: Weights = ""
 
 
 PRESETS: dict[str, LiveEditConfig] = {

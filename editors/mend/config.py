@@ -7,6 +7,7 @@ from typing import Annotated
 
 import msgspec
 
+from errata.editors.common.settings import Weights
 from errata.editors.training.config import TrainingConfig
 
 __all__ = ["PRESETS", "TRAINING", "MendConfig"]
@@ -48,13 +49,7 @@ class MendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             description="Whether the token that ends an answer is part of the edit's loss."
         ),
     ] = False
-    weights: Annotated[
-        str,
-        msgspec.Meta(
-            description='Trained weights: "shipped", or a file that `errata train` wrote. "": '
-            "untrained."
-        ),
-    ] = ""
+    weights: Weights = ""
 
 
 def _mlp_sites(*numbers: int, parts: Sequence[str] = ("up", "down")) -> tuple[str, ...]:

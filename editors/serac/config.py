@@ -6,6 +6,7 @@ from typing import Annotated
 
 import msgspec
 
+from errata.editors.common.settings import AppendEos, Weights
 from errata.editors.training.config import MEND_LOSS_WEIGHTS, TrainingConfig
 from errata.functional.kinds.scope.entry import Gate
 
@@ -31,7 +32,7 @@ class SeracConfig(
         msgspec.Meta(
             ge=0,
             le=1,
-            description="Scope probability above which a hard gate answers from the memory.",
+            description="Similarity (0 to 1) above which a hard gate answers from the memory.",
         ),
     ] = 0.5
     dim: Annotated[_PositiveInt, msgspec.Meta(description="Width of the small network.")] = 256
@@ -54,20 +55,8 @@ class SeracConfig(
     num_image_queries: Annotated[
         _PositiveInt, msgspec.Meta(description="Rows that summarize the images of a question.")
     ] = 8
-    append_eos: Annotated[
-        bool,
-        msgspec.Meta(
-            description="Whether the token that ends an answer is taught too, so that free "
-            "generation stops there."
-        ),
-    ] = True
-    weights: Annotated[
-        str,
-        msgspec.Meta(
-            description='Trained weights: "shipped", or a file that `errata train` wrote. "": '
-            "untrained."
-        ),
-    ] = ""
+    append_eos: AppendEos = True
+    weights: Weights = ""
 
 
 PRESETS: dict[str, SeracConfig] = {

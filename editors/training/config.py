@@ -6,6 +6,8 @@ from typing import Annotated
 
 import msgspec
 
+from errata.editors.common.settings import LearningRate, NumSteps
+
 __all__ = ["MEND_LOSS_WEIGHTS", "TrainingConfig"]
 
 MEND_LOSS_WEIGHTS = {
@@ -20,7 +22,7 @@ MEND_LOSS_WEIGHTS = {
 class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of a training; a `weights` of "edit" asks the edit's own question too."""
 
-    num_steps: Annotated[int, msgspec.Meta(ge=1, description="Optimization steps, at most.")] = 1000
+    num_steps: NumSteps = 1000
     batch_size: Annotated[int, msgspec.Meta(ge=1, description="Cases per batch.")] = 8
     gradient_accumulation_steps: Annotated[
         int, msgspec.Meta(ge=1, description="Batches per step.")
@@ -28,7 +30,7 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     questions_per_probe: Annotated[
         int, msgspec.Meta(ge=1, description="Questions drawn from each probe of a case.")
     ] = 1
-    lr: Annotated[float, msgspec.Meta(gt=0, description="Learning rate.")] = 1e-4
+    lr: LearningRate = 1e-4
     lr_by_group: Annotated[
         dict[str, float],
         msgspec.Meta(description="Learning rates of single fields of the trained parameters."),

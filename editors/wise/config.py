@@ -6,6 +6,15 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from errata.editors.common.settings import (
+    AppendEos,
+    LayerChoice,
+    LearningRate,
+    LinearMap,
+    NormConstraint,
+    NumSteps,
+    WeightDecay,
+)
 from errata.editors.wise.merging import MergeMethod
 from errata.functional.kinds.masked.entry import Activation, GateStatistic
 
@@ -29,16 +38,8 @@ OwnNegative = Literal["image", "question"]
 class WiseConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="wise"):
     """Settings of WISE; the defaults are EasyEdit's where they do not depend on the model."""
 
-    site: Annotated[
-        str, msgspec.Meta(description="A linear map of the layer, by its site name.")
-    ] = "mlp.down"
-    layer: Annotated[
-        Annotated[float, msgspec.Meta(ge=0, lt=1)] | int,
-        msgspec.Meta(
-            description="Decoder layer: a number (negative from the end), or a fraction of the "
-            "depth."
-        ),
-    ] = 0.8
+    site: LinearMap = "mlp.down"
+    layer: LayerChoice = 0.8
     mask_ratio: Annotated[
         float,
         msgspec.Meta(
@@ -46,15 +47,10 @@ class WiseConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         ),
     ] = 0.2
     optimizer: Annotated[Literal["sgd", "adam"], msgspec.Meta(description="Optimizer.")] = "sgd"
-    lr: Annotated[Positive, msgspec.Meta(description="Learning rate.")] = 1.0
-    weight_decay: Annotated[
-        NonNegative, msgspec.Meta(description="Weight decay, decoupled for adamw.")
-    ] = 1e-5
-    num_steps: Annotated[Count, msgspec.Meta(description="Optimization steps, at most.")] = 70
-    norm_constraint: Annotated[
-        Positive | None,
-        msgspec.Meta(description="Bound on the absolute change of each element. None: no bound."),
-    ] = 1.0
+    lr: LearningRate = 1.0
+    weight_decay: WeightDecay = 1e-5
+    num_steps: NumSteps = 70
+    norm_constraint: NormConstraint = 1.0
     alpha: Annotated[
         NonNegative,
         msgspec.Meta(description="Activation distance that unrelated prompts must stay below."),
@@ -137,13 +133,7 @@ class WiseConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             description='"retrieve": merged memories stay separate. "merge": they become one.'
         ),
     ] = "retrieve"
-    append_eos: Annotated[
-        bool,
-        msgspec.Meta(
-            description="Whether the token that ends an answer is taught too, so that free "
-            "generation stops there."
-        ),
-    ] = True
+    append_eos: AppendEos = True
 
 
 PRESETS: dict[str, WiseConfig] = {

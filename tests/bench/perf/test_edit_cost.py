@@ -122,6 +122,33 @@ def test_another_editor_runs_no_row_of_the_base_again(monkeypatch):
     assert count.looks == 0
 
 
+@pytest.mark.parametrize(
+    ("protocol", "num_evaluated"),
+    [(run_single, 4), (run_sequential, 4 + 4), (run_lifelong, 1 + 4)],  # after each, at the end
+)
+def test_every_protocol_takes_the_base_from_the_shared_pass(protocol, num_evaluated, monkeypatch):
+    """The second editor of a run adds no row of the base, in any protocol."""
+    model, asked, editor = tiny("llava"), cases(4), make_editor(COSTS["grace"].config)
+    more = {"eval_after": (1, 4)} if protocol is run_lifelong else {}
+
+    def rows(**options) -> int:
+        count = Count(monkeypatch, model)
+        try:
+            list(protocol(model, editor, asked, TERMS, **options, **more))
+        finally:
+            count.done()
+        return count.rows
+
+    alone = rows()
+    shared = SharedBasePass(model, asked, TERMS)
+    shared.record_depth(editor)
+    first, second = rows(base_pass=shared), rows(base_pass=shared)
+    edited = COSTS["grace"].edit_rows * 4 + COSTS["grace"].layers_above * num_evaluated * 5
+    assert second <= edited
+    assert first <= edited + 4 * 5 * LAYERS
+    assert second < alone
+
+
 @pytest.mark.parametrize("kind", list(METHODS))
 @pytest.mark.parametrize("name", ["llava", "blip2"])
 def test_answers_are_those_of_whole_forwards(name, kind):
