@@ -1,8 +1,8 @@
-"""The compiled ops: nearest key in a codebook, routing and application of low-rank experts,
-low-rank deltas that differ per row.
+"""Compiled ops: key lookup, expert routing and application, and a low-rank delta per row.
 
-Each op has a folder: `ref.py` is its definition in plain torch and what runs on a CPU, `triton.py`
-its twin on a GPU, `__init__.py` its contract. Neither a GPU nor Triton is needed to import this.
+Each op has a folder. `ref.py` defines it in plain torch and runs on a CPU. `triton.py` is the
+same op on a GPU. `__init__.py` checks the arguments. This package needs neither a GPU nor Triton
+to be imported.
 """
 
 from errata.kernels.codebook import (

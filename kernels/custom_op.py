@@ -1,4 +1,4 @@
-"""What the ops share: registration, the vmap rule, the door's refusals, fp32 products on a CPU."""
+"""What the ops share: registration, the vmap rule, argument errors, fp32 products on a CPU."""
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import custom_op
 
-ONEDNN_MIN_MULTIPLICATIONS = (
-    1 << 27
-)  # multiplications from which a product is worth oneDNN's compilation
+# A product with fewer multiplications is not worth oneDNN's compilation.
+ONEDNN_MIN_MULTIPLICATIONS = 1 << 27
 
 
 def register(
@@ -24,12 +23,21 @@ def register(
     twin: str,
     row_arguments: Sequence[int],
 ) -> Callable[..., Any]:
-    """Register `errata::name`: `reference` on every device, the Triton twin on CUDA.
+    """Register `errata::name`: `reference` on every device, the Triton function on CUDA.
 
-    The op carries no autograd formula: call it on detached tensors. The twin is the function
-    `name` of the module `twin`, imported at the first launch, so that Triton may be absent.
-    `rows` are the positions of the arguments whose leading axis is the row axis of the outputs:
-    a `vmap` over those alone is folded into the rows, any other is a loop.
+    The op has no autograd formula: call it on detached tensors. The Triton function is imported at
+    the first launch, so Triton may be absent. A `vmap` over row arguments only is folded into
+    the rows; any other `vmap` is a loop.
+
+    Args:
+        name: Name of the op, and of the Triton function.
+        reference: The plain torch function.
+        fake: Function with the same arguments that returns empty outputs of the right shapes.
+        twin: Module of the Triton function.
+        row_arguments: Positions of the arguments whose leading axis is the row axis of the outputs.
+
+    Returns:
+        The op.
     """
     op = custom_op(f"errata::{name}", reference, mutates_args=())
     op.register_fake(fake)
@@ -75,10 +83,16 @@ def _vmap_rule(op: Callable[..., Any], row_arguments: frozenset[int]) -> Callabl
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
-    """Whether a derivative may be asked of `tensors`: then the plain torch formula must run.
+    """Whether a derivative of `tensors` may be needed, so that the plain torch formula must run.
 
     True in grad mode (which every reverse transform of `torch.func` enters) and for a tensor
-    that carries a forward-mode tangent; False under `torch.no_grad` and `inference_mode`.
+    that carries a forward-mode tangent. False under `torch.no_grad` and `inference_mode`.
+
+    Args:
+        *tensors: Differentiable arguments of an op; None is skipped.
+
+    Returns:
+        Whether to run the differentiable formula.
     """
     if torch.is_grad_enabled():
         return True
@@ -92,13 +106,29 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
 
 
 def raise_if_invalid(op: str, problems: Sequence[str]) -> None:
-    """Raise one ValueError that lists every violation of the contract of `op`."""
+    """Raise one error that lists all invalid arguments of an op.
+
+    Args:
+        op: Name of the op.
+        problems: One phrase per invalid argument; none raises nothing.
+
+    Raises:
+        ValueError: If there is a problem.
+    """
     if problems:
         raise ValueError(f"{op} refuses its arguments: " + "; ".join(problems) + ".")
 
 
 def device_mismatches(op: str, **tensors: Tensor | None) -> list[str]:
-    """The complaint, if any, about tensors that lie on different devices."""
+    """Describe tensors that are on different devices.
+
+    Args:
+        op: Name of the op; not used.
+        **tensors: Tensors by argument name; None is skipped.
+
+    Returns:
+        One phrase, or an empty list.
+    """
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     if len(set(devices.values())) <= 1:
         return []
@@ -107,15 +137,23 @@ def device_mismatches(op: str, **tensors: Tensor | None) -> list[str]:
 
 
 def affine(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`rows @ weight.T + bias` in fp32: [B D], [N D], [N] -> [B N].
+    """Compute `rows @ weight.T + bias` in fp32.
 
-    A large product on a CPU goes to oneDNN, which reads a tall `weight` for few rows about 1.2 to
-    3 times faster than the BLAS behind `torch.mm` does, without a copy of it. A small one does not:
-    oneDNN compiles for every new shape (half a millisecond), and pools change theirs.
+    A large product on a CPU goes to oneDNN. For few rows and a tall `weight` it is about 1.2 to 3
+    times faster than the BLAS of `torch.mm`, without a copy of `weight`. A small product does not:
+    oneDNN compiles for every new shape (half a millisecond), and the size of a pool changes often.
+
+    Args:
+        rows: [B D].
+        weight: [N D].
+        bias: [N], or None.
+
+    Returns:
+        [B N].
     """
     is_large = rows.shape[0] * weight.numel() >= ONEDNN_MIN_MULTIPLICATIONS
     if is_large and rows.is_cpu and torch.backends.mkldnn.is_available():
-        # oneDNN takes the bias for contiguous, whatever its strides say.
+        # oneDNN assumes a contiguous bias and ignores its strides.
         bias = None if bias is None else bias.contiguous()
         return F.linear(rows.contiguous().to_mkldnn(), weight, bias).to_dense()
     return F.linear(rows, weight, bias)

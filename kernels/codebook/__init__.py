@@ -1,4 +1,4 @@
-"""GRACE's codebook: the nearest key, the hit within its radius, the value that takes its place.
+"""GRACE's codebook: find the nearest key, compare with its radius, replace by its value.
 
 Legend: B queries · N keys · D width of a key · L tokens · W width of a value
 """
@@ -19,26 +19,27 @@ class Nearest(NamedTuple):
     """The nearest key of each query.
 
     Attributes:
-        index: [B] int64, -1 for none.
-        distance: [B] fp32, the Euclidean distance.
+        index: [B] int64; -1 if no key is within `max_distance`.
+        distance: [B] fp32, the Euclidean distance; +inf if no key is within `max_distance`, NaN if
+            the query is not finite.
     """
 
-    index: Tensor  # [B] int64, -1: none within reach
-    distance: Tensor  # [B] fp32, +inf: none within reach, NaN: the query is not finite
+    index: Tensor
+    distance: Tensor
 
 
 class KeyLookup(NamedTuple):
     """The nearest key of each query, and whether its radius covers the query.
 
     Attributes:
-        index: [B] int64, -1 for none.
+        index: [B] int64; -1 if no key is within the largest radius.
         distance: [B] fp32, the Euclidean distance.
         hit: [B] bool.
     """
 
-    index: Tensor  # [B] int64, -1: none
-    distance: Tensor  # [B] fp32
-    hit: Tensor  # [B] bool
+    index: Tensor
+    distance: Tensor
+    hit: Tensor
 
 
 def _fake(
@@ -57,17 +58,20 @@ _nearest_op = custom_op.register(
 
 
 def square_norms(keys: Tensor, is_active: Tensor | None = None) -> Tensor:
-    """Squared lengths of the keys, +inf for a deleted one: what a codebook keeps beside them.
+    """Compute the squared length of each key, +inf for a deleted one.
+
+    A codebook stores the result, so that a search does not read the keys a second time.
 
     Args:
         keys: [N D].
-        is_active: [N] bool; an inactive key is never chosen. All are, by default.
+        is_active: [N] bool; an inactive key is never chosen. All are active by default.
 
     Returns:
-        [N] fp32. Pass it as `norms`, and a search does not read the keys a second time.
+        [N] fp32, the `norms` of `nearest_key` and `lookup_key`.
 
-    >>> square_norms(torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([True, False]))
-    tensor([25., inf])
+    Example:
+        >>> square_norms(torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([True, False]))
+        tensor([25., inf])
     """
     norms = torch.linalg.vector_norm(keys.detach(), dim=-1, dtype=torch.float32).square()
     return norms if is_active is None else torch.where(is_active, norms, math.inf)
@@ -81,32 +85,34 @@ def nearest_key(
     norms: Tensor | None = None,
     max_distance: Tensor | float = math.inf,
 ) -> Nearest:
-    """The nearest key by Euclidean distance: `argmin_n |k_n - q|`, the lowest index on ties.
+    """Find the nearest key by Euclidean distance: `argmin_n |k_n - q|`, the lowest index on ties.
 
-    Exact, unlike `torch.cdist`, whose expansion `|q|^2 - 2 q.k + |k|^2` puts identical vectors of
-    length 440 half a unit apart: the expansion only selects tiles, the distance is a sum of
-    squared differences. The result of a query has the same bits alone and in a batch.
-    Discrete, so nothing is differentiated through it.
+    The result is exact. `torch.cdist` expands `|q|^2 - 2 q.k + |k|^2`, and its distance between
+    identical vectors of length 440 can be 0.5. Here the expansion only selects tiles of keys; the
+    distance is a sum of squared differences. A query gets the same bits alone and in a batch.
+    No gradient flows through the search.
 
     Args:
-        query: [B D]. One that is not finite gets index -1 and distance NaN.
-        keys: [N D], N from 0. One that is not finite is never chosen.
+        query: [B D]. A query that is not finite gets index -1 and distance NaN.
+        keys: [N D]; N may be 0. A key that is not finite is never chosen.
         is_active: [N] bool, False for deleted keys.
-        norms: [N] `square_norms(keys, is_active)`, if at hand; then `is_active` is not read.
-        max_distance: [B] or a number; farther keys count as absent. It spares queries that are far
-            from every key the exact comparison.
+        norms: [N] `square_norms(keys, is_active)`. With it, `is_active` is not read.
+        max_distance: [B] or a number; keys farther away count as absent. A query that is far
+            from every key then skips the exact comparison.
 
     Returns:
         The nearest key of each query.
 
     Raises:
-        ValueError: shapes or devices that do not fit.
+        ValueError: If shapes or devices do not fit.
 
-    After `torch.cdist(...).min` in GRACE (Hartvigsen et al., arXiv 2211.11031; Thartvigsen/GRACE
-    `grace/editors/grace.py`), which lets one NaN key win every query.
+    References:
+        GRACE, Hartvigsen et al., arXiv 2211.11031; Thartvigsen/GRACE `grace/editors/grace.py`.
+        It uses `torch.cdist(...).min`, in which one NaN key wins every query.
 
-    >>> nearest_key(torch.tensor([[0.9, 0.0]]), torch.eye(2)).index
-    tensor([0])
+    Example:
+        >>> nearest_key(torch.tensor([[0.9, 0.0]]), torch.eye(2)).index
+        tensor([0])
     """
     problems = [] if query.ndim == 2 else [f"query must be [B D], got {list(query.shape)}"]
     if keys.ndim != 2 or keys.shape[-1] != query.shape[-1]:
@@ -134,26 +140,28 @@ def lookup_key(
     is_active: Tensor | None = None,
     norms: Tensor | None = None,
 ) -> KeyLookup:
-    """The nearest key and whether it covers the query: `hit = |k_n - q| <= radii_n`.
+    """Find the nearest key and whether it covers the query: `hit = |k_n - q| <= radii_n`.
 
-    Only the radius of the *nearest* key counts, as in GRACE. A query that no radius can reach
-    comes back with index -1 and distance +inf.
+    Only the radius of the nearest key counts, as in GRACE. A query farther from every key than the
+    largest radius gets index -1 and distance +inf.
 
     Args:
         query: [B D].
-        keys: [N D], N from 0.
+        keys: [N D]; N may be 0.
         radii: [N]; a negative or NaN radius covers nothing.
         is_active: [N] bool, False for deleted keys.
-        norms: [N] `square_norms(keys, is_active)`, if at hand.
+        norms: [N] `square_norms(keys, is_active)`. With it, `is_active` is not read.
 
     Returns:
         The nearest key of each query, and whether it is hit.
 
     Raises:
-        ValueError: shapes or devices that do not fit.
+        ValueError: If shapes or devices do not fit.
 
-    >>> lookup_key(torch.tensor([[0.9, 0.0], [9.0, 9.0]]), torch.eye(2), torch.full((2,), 0.5)).hit
-    tensor([ True, False])
+    Example:
+        >>> query = torch.tensor([[0.9, 0.0], [9.0, 9.0]])
+        >>> lookup_key(query, torch.eye(2), torch.full((2,), 0.5)).hit
+        tensor([ True, False])
     """
     if radii.shape != keys.shape[:1]:
         custom_op.raise_if_invalid(
@@ -173,23 +181,27 @@ def lookup_key(
 def replace_hits(
     hidden_states: Tensor, lookup: KeyLookup, values: Tensor, token_mask: Tensor | None = None
 ) -> Tensor:
-    """Put the value of each hit in place of the hidden states: plain torch, differentiable.
+    """Replace the hidden states of each hit by its value: plain torch, differentiable.
 
     `out[b, l] = values[index_b] if hit_b and token_mask[b, l] else hidden_states[b, l]`
 
     Args:
         hidden_states: [B L W].
-        lookup: The hits of B queries.
+        lookup: The lookup of B queries.
         values: [N W].
-        token_mask: [B L] bool, the tokens that may be replaced. All, by default.
+        token_mask: [B L] bool, the tokens that may be replaced. All by default.
 
     Returns:
-        [B L W], of the dtype of `hidden_states`.
+        [B L W], in the dtype of `hidden_states`.
 
-    >>> found = lookup_key(torch.eye(2), torch.eye(2)[:1], torch.ones(1))
-    >>> replace_hits(torch.zeros(2, 1, 3), found, torch.ones(1, 3))[:, 0]
-    tensor([[1., 1., 1.],
-            [0., 0., 0.]])
+    Raises:
+        ValueError: If shapes do not fit.
+
+    Example:
+        >>> lookup = lookup_key(torch.eye(2), torch.eye(2)[:1], torch.ones(1))
+        >>> replace_hits(torch.zeros(2, 1, 3), lookup, torch.ones(1, 3))[:, 0]
+        tensor([[1., 1., 1.],
+                [0., 0., 0.]])
     """
     problems = (
         []

@@ -1,4 +1,4 @@
-"""The nearest key, by definition: exact, chunked, any device.
+"""The nearest key in plain torch: exact, in chunks, on any device.
 
 Legend: B queries · N keys · D width of a key · T tiles of `TILE` keys · C candidate tiles
 """
@@ -14,29 +14,29 @@ from errata.kernels import custom_op
 
 TILE = 16  # keys per tile: one fp32 minimum is kept for each
 BAND = 8.0  # rounding errors of an fp32 dot product, in units of sqrt(D) * 2^-23 * |q| |k|
-LIMIT = 1e38  # largest squared length that fp32 scores can carry; beyond it a vector is unusable
-SCORES = 1 << 22  # fp32 scores held at once
-MINIMA = 1 << 25  # fp32 tile minima held at once
+LIMIT = 1e38  # largest usable squared length; fp32 scores of a longer vector may overflow
+SCORES = 1 << 22  # fp32 scores in memory at once
+MINIMA = 1 << 25  # fp32 tile minima in memory at once
 COPIED = 1 << 21  # elements of 16-bit keys widened, and of candidates rescanned, at once
 
 
 def nearest(
     query: Tensor, keys: Tensor, norms: Tensor, max_distance: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Index and distance of the nearest usable key within reach, exact and batch-invariant.
+    """Find the nearest usable key within `max_distance`, exact and independent of the batch.
 
-    Tile minima of `|k|^2 - 2 q.k` find the tiles that can hold the minimum, given the rounding
-    error of that expansion; those are rescanned by `sum((k - q)^2)` in float64.
+    Tile minima of `|k|^2 - 2 q.k`, with a bound on their rounding error, select the tiles that can
+    hold the minimum. Those tiles are rescanned by `sum((k - q)^2)` in float64.
 
     Args:
         query: [B D], any floating dtype.
         keys: [N D], any floating dtype.
-        norms: [N] fp32, squared lengths; a key whose norm is not below `LIMIT` is never chosen.
+        norms: [N] fp32, squared lengths; a key whose norm exceeds `LIMIT` is never chosen.
         max_distance: [B] fp32; a key farther than this counts as absent.
 
     Returns:
-        index [B] int64, -1 where no key is within reach, and distance [B] fp32: +inf there, NaN
-        for a query that is not finite.
+        Index [B] int64 and distance [B] fp32. A query without a key within `max_distance` gets -1
+        and +inf, one that is not finite -1 and NaN.
     """
     step = max(1, MINIMA // max(1, -(-keys.shape[0] // TILE)))
     results = [
@@ -75,7 +75,7 @@ def _nearest_chunk(
 
 
 def _tile_minima(query: Tensor, keys: Tensor, norms: Tensor) -> Tensor:
-    """min over each tile of |k|^2 - 2 q.k; NaN where a tile holds a key that is not finite."""
+    """Minimum over each tile of |k|^2 - 2 q.k; NaN if the tile holds a key that is not finite."""
     scaled = -2 * query  # exact
     rows = SCORES // query.shape[0]
     if keys.dtype != torch.float32:
@@ -99,7 +99,7 @@ def _within_band(
     max_distance: Tensor,
     width: int,
 ) -> Tensor:
-    """Which tiles [B T] can hold the nearest key within reach, whatever the rounding."""
+    """Select the tiles [B T] that can hold the nearest key within reach, whatever the rounding."""
     lowest = torch.where(minima.isnan(), math.inf, minima).amin(1)  # [B]
     longest = torch.where(usable, norms, 0).amax()
     unit = 2 * BAND * math.sqrt(width) * _roundoff()
@@ -118,7 +118,7 @@ def _roundoff() -> float:
 def _rescan(
     query: Tensor, keys: Tensor, usable: Tensor, row: Tensor, tile: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Exact smallest squared distance in each candidate tile [C], and its lowest index [C]."""
+    """Compute the exact smallest squared distance of each candidate tile [C] and its index [C]."""
     squares, indices = [], []
     for rows, ids in _chunks(row, tile, keys.shape[0], keys.shape[1]):  # [c] [c TILE]
         inside = ids.clamp(max=keys.shape[0] - 1)

@@ -26,16 +26,31 @@ NO_KEY = tl.constexpr(2**31 - 1)
 
 
 class Blocks(NamedTuple):
-    """One fixed launch configuration: a timed choice would change bits between runs."""
+    """A fixed launch configuration. One chosen by timing would change bits between runs.
 
-    rows: int  # queries per program
-    width: int  # columns per step
+    Attributes:
+        rows: Queries per program.
+        width: Columns per step.
+        num_warps: Warps per program.
+        num_stages: Pipeline stages of the loads.
+    """
+
+    rows: int
+    width: int
     num_warps: int
     num_stages: int
 
 
 def blocks(num_rows: int, itemsize: int) -> Blocks:
-    """The configuration for a batch of `num_rows`; about 96 KB of shared memory at most."""
+    """Choose the launch configuration; it needs at most about 96 KB of shared memory.
+
+    Args:
+        num_rows: Number of queries.
+        itemsize: Bytes per element of a tile in the product, 2 or more.
+
+    Returns:
+        The configuration.
+    """
     if itemsize != 2:  # three tensor-core passes for fp32, and the registers for them
         return Blocks(16, 32, 4, 4) if num_rows <= 16 else Blocks(64, 32, 8, 3)
     if num_rows <= 16:
@@ -63,10 +78,31 @@ def tile_minima(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """minima[b, t] = min over tile t of |k|^2 - 2 q.k; longest[t] = max |k|^2. NaN never wins."""
+    """Compute the lowest score of each tile, `min |k|^2 - 2 q.k`, and its largest `|k|^2`.
+
+    A key that is not usable, NaN included, never has the lowest score. The keys take the first axis
+    of the product.
+
+    Args:
+        query: Pointer to [B D].
+        keys: Pointer to [N D].
+        norms: Pointer to [N] fp32, squared lengths.
+        minima: Pointer to the output [B T] fp32.
+        longest: Pointer to the output [T] fp32, the largest usable norm of each tile.
+        num_rows: B.
+        num_keys: N.
+        width: D.
+        num_tiles: T.
+        query_stride: Elements between two queries.
+        key_stride: Elements between two keys.
+        WIDEN: Whether to multiply in fp32.
+        KEYS: Keys per tile.
+        ROWS: Queries per program.
+        WIDTH: Columns per step.
+    """  # noqa: DOC107
     program = tl.program_id(0)
     row_tiles = tl.cdiv(num_rows, ROWS)
-    tile = program // row_tiles  # neighbours share a tile of keys: it is read once, then from L2
+    tile = program // row_tiles  # neighbors share a tile of keys: it is read once, then from L2
     row = (program % row_tiles) * ROWS + tl.arange(0, ROWS)
     key = tile * KEYS + tl.arange(0, KEYS)
     column = tl.arange(0, WIDTH)
@@ -110,7 +146,27 @@ def rescan(
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Per query, the exact nearest key among the tiles inside the rounding band."""
+    """Find the exact nearest key of each query among the tiles within the rounding error.
+
+    Args:
+        query: Pointer to [B D].
+        keys: Pointer to [N D].
+        norms: Pointer to [N] fp32, squared lengths.
+        max_distance: Pointer to [B] fp32.
+        minima: Pointer to [B T] fp32, from `tile_minima`.
+        longest: Pointer to [T] fp32, from `tile_minima`.
+        index: Pointer to the output [B] int64.
+        distance: Pointer to the output [B] fp32.
+        num_keys: N.
+        width: D.
+        num_tiles: T.
+        query_stride: Elements between two queries.
+        key_stride: Elements between two keys.
+        unit: Relative rounding error of a score.
+        KEYS: Keys per tile.
+        WIDTH: Columns per step.
+        TILES: Tile minima per step.
+    """  # noqa: DOC107
     row = tl.program_id(0)
     column = tl.arange(0, WIDTH)
     query_at = query + tl.cast(row, tl.int64) * query_stride + column
@@ -181,7 +237,19 @@ def rescan(
 def nearest(
     query: Tensor, keys: Tensor, norms: Tensor, max_distance: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The twin of `ref.nearest`: two launches per `ref.MINIMA` tile minima, no wait for either."""
+    """Find the nearest key as `ref.nearest` does, without waiting for the device.
+
+    Each slice of queries with `ref.MINIMA` tile minima takes two launches.
+
+    Args:
+        query: [B D].
+        keys: [N D].
+        norms: [N] fp32, squared lengths.
+        max_distance: [B] fp32.
+
+    Returns:
+        Index [B] int64 and distance [B] fp32, as in `ref.nearest`.
+    """
     num_rows, num_keys = query.shape[0], keys.shape[0]
     index = torch.full_like(query[:, 0], -1, dtype=torch.int64)
     distance = torch.empty_like(index, dtype=torch.float32)
@@ -218,7 +286,18 @@ def search(
     index: Tensor,
     distance: Tensor,
 ) -> None:
-    """Both passes over one slice of the queries."""
+    """Launch both passes over one slice of the queries.
+
+    Args:
+        query: [B D], contiguous in D.
+        keys: [N D], contiguous in D.
+        norms: [N] fp32, contiguous.
+        max_distance: [B] fp32, contiguous.
+        minima: [>= B, T] fp32, scratch memory.
+        longest: [T] fp32, scratch memory.
+        index: [B] int64, the output.
+        distance: [B] fp32, the output.
+    """
     num_rows, width = query.shape
     num_keys, num_tiles = keys.shape[0], longest.shape[0]
     interpreted = knobs.runtime.interpret  # it multiplies the bit patterns of bf16

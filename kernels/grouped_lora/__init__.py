@@ -1,4 +1,4 @@
-"""Many edits in one batch: each row goes through its own low-rank change of a linear.
+"""A batch whose rows run under different edits: a low-rank change of a linear per row.
 
 Legend: B rows · L tokens · I, O input and output widths · E edits · R rank
 """
@@ -32,34 +32,37 @@ def apply_grouped_lora(
     edit_index: Tensor,
     base: Tensor | None = None,
 ) -> Tensor:
-    """The low-rank change of a linear, another one for each row of the batch.
+    """Add to each row of a batch the output of its own low-rank change of a linear.
 
-    `y_b = base_b + (x_b A_e^T) B_e^T` with `e = edit_index_b`; the model's own `x W^T` is `base`
+    `y_b = base_b + (x_b A_e^T) B_e^T` with `e = edit_index_b`; `base` is the model's own `x W^T`.
 
-    In fp32, rounded once. A row whose edit is -1 gets `base` with its bits, or zero. Under
-    `torch.no_grad` the compiled op runs; where a gradient may be asked for, the same formula runs
-    in plain torch, and every transform of `torch.func` passes through.
+    Computed in fp32 and rounded once. A row with edit -1 gets the bits of `base`, or zero. Under
+    `torch.no_grad` the compiled op runs. If a gradient may be needed, the same formula runs in
+    plain torch and supports every transform of `torch.func`.
 
     Args:
         x: [B L I].
-        down: [E R I], the factors `A`, E from 0.
+        down: [E R I], the factors `A`; E may be 0.
         up: [E O R], the factors `B`.
-        edit_index: [B] int64, in -1 .. E-1 (not checked: that would wait for the device).
+        edit_index: [B] integers in -1 .. E-1. The range is not checked: that would wait for the
+            device.
         base: [B L O], what the change is added to.
 
     Returns:
-        [B L O], of the dtype of `base`, or of `x` without one.
+        [B L O], in the dtype of `base`, or of `x` without one.
 
     Raises:
-        ValueError: shapes or devices that do not fit.
+        ValueError: If shapes, devices or the dtype of `edit_index` do not fit.
 
-    The batched form of LoRA (arXiv 2106.09685), as in Punica (arXiv 2310.18547) and S-LoRA.
+    References:
+        The batched form of LoRA (arXiv 2106.09685), as in Punica (arXiv 2310.18547) and S-LoRA.
 
-    >>> import torch
-    >>> x, down, up = torch.ones(2, 1, 2), torch.ones(1, 1, 2), torch.ones(1, 3, 1)
-    >>> apply_grouped_lora(x, down, up, torch.tensor([0, -1]))[:, 0]
-    tensor([[2., 2., 2.],
-            [0., 0., 0.]])
+    Example:
+        >>> import torch
+        >>> x, down, up = torch.ones(2, 1, 2), torch.ones(1, 1, 2), torch.ones(1, 3, 1)
+        >>> apply_grouped_lora(x, down, up, torch.tensor([0, -1]))[:, 0]
+        tensor([[2., 2., 2.],
+                [0., 0., 0.]])
     """
     problems = [] if x.ndim == 3 else [f"x must be [B L I], got {list(x.shape)}"]
     if down.ndim != 3 or down.shape[-1] != x.shape[-1]:

@@ -1,4 +1,4 @@
-"""Rows of one batch under different low-rank deltas, by definition.
+"""Rows of one batch under different low-rank deltas, in plain torch.
 
 Legend: B rows · L tokens · I, O input and output widths · E edits · R rank
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 def grouped_lora_differentiable(
     x: Tensor, down: Tensor, up: Tensor, edit_index: Tensor, base: Tensor | None
 ) -> Tensor:
-    """`base + (x A_e^T) B_e^T` in fp32, rounded once; differentiable plain torch.
+    """Compute `base + (x A_e^T) B_e^T` in fp32, rounded once; differentiable.
 
     Args:
         x: [B L I].
@@ -22,7 +22,7 @@ def grouped_lora_differentiable(
         base: [B L O], or None for zero.
 
     Returns:
-        [B L O], of the dtype of `base`, or of `x` without one.
+        [B L O], in the dtype of `base`, or of `x` without one.
     """
     shape = (*x.shape[:2], up.shape[1])
     if down.shape[0] == 0:
@@ -39,7 +39,20 @@ def grouped_lora_differentiable(
 def grouped_lora(
     x: Tensor, down: Tensor, up: Tensor, edit_index: Tensor, base: Tensor | None
 ) -> Tensor:
-    """Apply without gradients: no factor is copied, adjacent rows of one edit run together."""
+    """Compute `base + (x A_e^T) B_e^T` in fp32, rounded once; without gradients.
+
+    No factor is gathered. Adjacent rows of one edit run in one product.
+
+    Args:
+        x: [B L I].
+        down: [E R I], the factors `A`.
+        up: [E O R], the factors `B`.
+        edit_index: [B] int64, -1 for a row without an edit.
+        base: [B L O], or None for zero.
+
+    Returns:
+        [B L O], in the dtype of `base`, or of `x` without one.
+    """
     like, num_tokens = x if base is None else base, x.shape[1]
     out = torch.empty((*x.shape[:2], up.shape[1]), dtype=like.dtype, device=x.device)
     x, flat = x.flatten(0, 1), out.flatten(0, 1)  # [BL I] [BL O]

@@ -1,8 +1,7 @@
-"""Low-rank products per row of a batch on a GPU: x to the ranks, the ranks to the output.
+"""Low-rank products per row of a batch on a GPU: input to ranks, ranks to output.
 
-A row has slots, each naming an expert and its weight; all tokens of the row share them. An expert
-layer has many slots per row, a batch of edits one.
-
+A row has slots, each with an expert and its weight for all tokens of the row. An expert layer has
+many slots per row, a batch of edits has one.
 Legend: B rows · L tokens · I, O input and output widths · M experts · S slots · R rank
 """
 
@@ -18,24 +17,39 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-INNER = 1 << 28  # rank activations [B, L, S R] held at once
+INNER = 1 << 28  # rank activations [B, L, S R] in memory at once
 
 
 class Blocks(NamedTuple):
-    """One fixed launch configuration, shared by the two products."""
+    """A fixed launch configuration, shared by the two products.
 
-    tokens: int  # tokens per program
-    columns: int  # (slot, rank) columns per program of `shrink`
-    depth: int  # input columns per step of `shrink`
-    step: int  # (slot, rank) columns per step of `expand`
-    outputs: int  # output columns per program of `expand`
+    Attributes:
+        tokens: Tokens per program.
+        columns: (slot, rank) columns per program of `shrink`.
+        depth: Input columns per step of `shrink`.
+        step: (slot, rank) columns per step of `expand`.
+        outputs: Output columns per program of `expand`.
+        num_warps: Warps per program.
+    """
+
+    tokens: int
+    columns: int
+    depth: int
+    step: int
+    outputs: int
     num_warps: int
 
 
 def blocks(num_tokens: int, num_columns: int, widen: bool) -> Blocks:
-    """The configuration for rows of `num_tokens` tokens and `num_columns` slots times ranks.
+    """Choose the launch configuration, with smaller steps in fp32, which needs more registers.
 
-    Products of fp32 tiles take three tensor-core passes and the registers for them: smaller steps.
+    Args:
+        num_tokens: L.
+        num_columns: Slots times ranks.
+        widen: Whether the products are in fp32.
+
+    Returns:
+        The configuration.
     """
     tokens = 64 if num_tokens >= 64 else 16
     columns = 64 if num_columns >= 64 else 16
@@ -74,7 +88,37 @@ def shrink(
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """inner[b, l, (s, r)] = w_s act(x_l . A_s,r); a column is one rank of one slot."""
+    """Compute `inner[b, l, (s, r)] = w_s act(x_l . A_s,r)`; a column is one rank of one slot.
+
+    Args:
+        x: Pointer to [B L I].
+        moments: Pointer to [B L 2] fp32, mean and reciprocal deviation of each token.
+        gamma: Pointer to [I], the weight of the layer norm.
+        beta: Pointer to [I], the bias of the layer norm.
+        down: Pointer to [M R I].
+        ids: Pointer to [B S] int64, the expert of each slot.
+        weights: Pointer to [B S] fp32.
+        count: Pointer to [B] int64, the filled slots of each row.
+        lengths: Pointer to [B] int64, the tokens of each row.
+        inner: Pointer to the output [B L (slots R)] fp32.
+        num_tokens: L.
+        width: I.
+        num_slots: S.
+        first_slot: First slot of the range computed.
+        last_slot: End of that range, exclusive.
+        x_row_stride: Elements between two rows of `x`.
+        x_token_stride: Elements between two tokens of `x`.
+        down_stride: Elements between two experts of `down`.
+        rank_stride: Elements between two ranks of `down`.
+        RANK: R.
+        NORMED: Whether to apply the layer norm.
+        SHIFTED: Whether the layer norm has a bias.
+        RELU: Whether the activation is ReLU; identity otherwise.
+        WIDEN: Whether to multiply in fp32.
+        TOKENS: Tokens per program.
+        COLUMNS: Columns per program.
+        WIDTH: Input columns per step.
+    """  # noqa: DOC107
     row = tl.cast(tl.program_id(2), tl.int64)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -150,7 +194,33 @@ def expand(
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """out[b, l] = base[b, l] + sum over slots and ranks of inner[b, l, (s, r)] B_s,r."""
+    """Compute `out[b, l] = base[b, l] + sum over (s, r) of inner[b, l, (s, r)] B_s,r`.
+
+    Args:
+        base: Pointer to [B L O].
+        inner: Pointer to [B L (slots R)] fp32, from `shrink`.
+        up: Pointer to [M R O].
+        ids: Pointer to [B S] int64, the expert of each slot.
+        count: Pointer to [B] int64, the filled slots of each row.
+        lengths: Pointer to [B] int64, the tokens of each row; later ones keep their bits.
+        out: Pointer to the output [B L O].
+        num_tokens: L.
+        width: O.
+        num_slots: S.
+        first_slot: First slot of the range computed.
+        last_slot: End of that range, exclusive.
+        base_row_stride: Elements between two rows of `base`.
+        base_token_stride: Elements between two tokens of `base`.
+        up_stride: Elements between two experts of `up`.
+        rank_stride: Elements between two ranks of `up`.
+        width_stride: Elements between two output columns of `up`.
+        RANK: R.
+        BASED: Whether there is a `base`; zero otherwise.
+        WIDEN: Whether to multiply in fp32.
+        TOKENS: Tokens per program.
+        COLUMNS: Columns per step.
+        WIDTH: Output columns per program.
+    """  # noqa: DOC107
     row = tl.cast(tl.program_id(2), tl.int64)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     at = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -203,7 +273,20 @@ def low_rank(
     norm: tuple[Tensor | None, Tensor, Tensor | None] | None,
     relu: bool,
 ) -> Tensor:
-    """base + sum_s w_s act(norm(x) A_s^T) B_s: [B L I], [M R I], [M R O] -> [B L O]."""
+    """Compute `base + sum_s w_s act(norm(x) A_s^T) B_s`, rounded once.
+
+    Args:
+        x: [B L I], contiguous in I.
+        down: [M R I], the factors `A`.
+        up: [M R O], the factors `B`.
+        routes: ids [B S], weights [B S], count [B] and lengths [B].
+        base: [B L O], or None for zero.
+        norm: Moments [B L 2], weight [I] and bias [I] or None of a layer norm; None for no norm.
+        relu: Whether the activation is ReLU; identity otherwise.
+
+    Returns:
+        [B L O], in the dtype of `base`, or of `x` without one.
+    """
     ids, weights, count, lengths = (part.contiguous() for part in routes)
     like = x if base is None else base
     num_rows, num_tokens = x.shape[:2]
@@ -220,7 +303,7 @@ def low_rank(
     inner = torch.empty(num_rows * num_tokens * rank * min(step, num_slots), device=x.device)
     for first in range(0, num_slots, step):
         last = min(first + step, num_slots)
-        # Between slices of the slots the sum stays in fp32: it is rounded once, at the end.
+        # The sum stays in fp32 between slices of the slots and is rounded once, at the end.
         target = out if last == num_slots else torch.empty_like(out, dtype=torch.float32)
         _slice(x, down, up, (ids, weights, count, lengths), base, norm, relu, inner, target, first)
         base = target
@@ -239,13 +322,13 @@ def _slice(
     out: Tensor,
     first: int,
 ) -> None:
-    """Both products over the slots from `first` on that `inner` can hold."""
+    """Launch both products over as many slots from `first` as `inner` can hold."""
     ids, weights, count, lengths = routes
     num_rows, num_tokens, width = x.shape
     rank, out_width = down.shape[1], up.shape[2]
     last = min(first + inner.numel() // (num_rows * num_tokens * rank), ids.shape[1])
     moments, gamma, beta = (None, None, None) if norm is None else norm
-    # The interpreter multiplies the bit patterns of bf16.
+    # Triton's interpreter multiplies the bit patterns of bf16.
     widen = knobs.runtime.interpret or x.dtype != down.dtype or down.dtype != up.dtype
     widen = widen or x.element_size() != 2
     block = blocks(num_tokens, (last - first) * rank, widen)
@@ -315,7 +398,18 @@ def _slice(
 def grouped_lora(
     x: Tensor, down: Tensor, up: Tensor, edit_index: Tensor, base: Tensor | None
 ) -> Tensor:
-    """The twin of `ref.grouped_lora`: two launches, no wait for either."""
+    """Apply one low-rank edit per row as `ref.grouped_lora` does, without waiting for the device.
+
+    Args:
+        x: [B L I].
+        down: [E R I], the factors `A`.
+        up: [E O R], the factors `B`.
+        edit_index: [B] int64, -1 for a row without an edit.
+        base: [B L O], or None for zero.
+
+    Returns:
+        [B L O], in the dtype of `base`, or of `x` without one.
+    """
     ids = edit_index[:, None]
     weights = torch.ones_like(ids, dtype=torch.float32)
     count = (edit_index >= 0).long()

@@ -1,4 +1,4 @@
-"""LiveEdit's lifelong experts: choose a few of many low-rank experts per sequence, apply them.
+"""LiveEdit's experts: choose a few low-rank experts per sequence and apply them.
 
 Legend: B sequences · L tokens · D hidden width · M experts in the pool · S slots (experts chosen
 for a sequence) · R rank · P, Q widths of the vision and the query keys
@@ -22,14 +22,14 @@ class Routes(NamedTuple):
     """The experts of each sequence, in ascending order.
 
     Attributes:
-        ids: [B K] int64, -1 after `count`.
-        weights: [B K] fp32, 0 after `count`.
+        ids: [B S] int64, -1 in an empty slot; empty slots come last.
+        weights: [B S] fp32, 0 in an empty slot.
         count: [B] int64, the experts of each sequence.
     """
 
-    ids: Tensor  # [B S] int64, -1 in an empty slot
-    weights: Tensor  # [B S] fp32, 0 in an empty slot
-    count: Tensor  # [B] int64
+    ids: Tensor
+    weights: Tensor
+    count: Tensor
 
 
 def _fake_route(
@@ -80,39 +80,41 @@ def route_experts(
     is_active: Tensor | None = None,
     top_k: int | None = None,
 ) -> Routes:
-    """Choose and weigh the experts of each sequence, without a host synchronisation.
+    """Choose and weight the experts of each sequence, without waiting for the device.
 
     `S = {m : scale <v, E_m> > threshold}`, `s_m = scale <g, G_m>`,
     `w_m = softmax_S(s)_m * sigmoid(s_m)`
 
     The gate is strict: an expert as similar as the threshold is not chosen. An expert whose
-    similarity or score is not finite is not chosen. Nothing is differentiated through it; to
-    train a router use `expert_weights` on plain scores.
+    similarity or score is not finite is not chosen either. No gradient flows through the op; to
+    train a router, use `expert_weights` on plain scores.
 
     Args:
         vision: [B P], the features `v` of each sequence.
         query: [B Q], the features `g`.
         threshold: [B], in the units of `scale * <v, E_m>` (LiveEdit: the similarity of `v` to its
             prototype).
-        vision_keys: [M P], `E`, M from 0.
+        vision_keys: [M P], `E`; M may be 0.
         query_keys: [M Q], `G`.
-        scale: of both products. LiveEdit: `1 / (4 * sqrt(1024))` for 4 slots of width 1024.
-        is_active: [M] bool, False for deleted experts.
-        top_k: keep the `top_k` largest weights (lowest ids on ties), as they are; the routes then
+        scale: Factor of both products. LiveEdit: `1 / (4 * sqrt(1024))` for 4 slots of width 1024.
+        is_active: [M] bool, False for deleted experts. All are active by default.
+        top_k: Keep the `top_k` largest weights (lowest ids on ties), unchanged; the routes then
             have `min(top_k, M)` slots instead of M.
 
     Returns:
         The experts of each sequence.
 
     Raises:
-        ValueError: shapes or devices that do not fit.
+        ValueError: If shapes or devices do not fit, or `top_k` is below 1.
 
-    LiveEdit, arXiv 2411.15432; qizhou000/LiveEdit `editor/vllm_editors/liveedit/liveedit.py`.
+    References:
+        LiveEdit, arXiv 2411.15432; qizhou000/LiveEdit `editor/vllm_editors/liveedit/liveedit.py`.
 
-    >>> pool = torch.eye(3)
-    >>> routes = route_experts(pool[:1], pool[:1], torch.tensor([0.5]), pool, pool)
-    >>> routes.ids, routes.weights, routes.count
-    (tensor([[ 0, -1, -1]]), tensor([[0.7311, 0.0000, 0.0000]]), tensor([1]))
+    Example:
+        >>> pool = torch.eye(3)
+        >>> routes = route_experts(pool[:1], pool[:1], torch.tensor([0.5]), pool, pool)
+        >>> routes.ids, routes.weights, routes.count
+        (tensor([[ 0, -1, -1]]), tensor([[0.7311, 0.0000, 0.0000]]), tensor([1]))
     """
     num_rows, num_experts = vision.shape[0], vision_keys.shape[0]
     expected_shapes = {
@@ -137,7 +139,7 @@ def route_experts(
 
 
 def _keep_top_k(routes: Routes, num_slots: int) -> Routes:
-    # Stable, so that equal weights keep the lower id; empty slots weigh less than any expert.
+    # Stable, so that equal weights keep the lower id. An empty slot sorts after every expert.
     slots = torch.arange(routes.ids.shape[1], device=routes.ids.device)
     is_filled = slots < routes.count[:, None]
     order = torch.where(is_filled, routes.weights, -1).sort(dim=1, descending=True, stable=True)[1]
@@ -164,33 +166,35 @@ def apply_experts(
 
     `h + sum_s w_s * act(x A_s^T) B_s`, with `x = layer_norm(h)` if `norm` is given, else `h`
 
-    In fp32, rounded once to the dtype of `hidden_states`; `[L, M, D]` is never formed. A sequence
-    without experts keeps its bits. Under `torch.no_grad` the compiled op runs and its cost follows
-    `routes.count`; where a gradient may be asked for, the same formula runs in plain torch over
-    all slots of `routes` (bound them with `route_experts(..., top_k=...)`), and every transform of
-    `torch.func` passes through.
+    Computed in fp32 and rounded once to the dtype of `hidden_states`; `[L, M, D]` is never formed.
+    A sequence without experts keeps its bits. Under `torch.no_grad` the compiled op runs, at a cost
+    proportional to `routes.count`. If a gradient may be needed, the same formula runs in plain
+    torch over all slots of `routes`; limit them with `route_experts(..., top_k=...)`. It supports
+    every transform of `torch.func`.
 
     Args:
         hidden_states: [B L D].
         down: [M R D], the experts' first factors `A`.
-        up: [M R D], the second factors `B`.
-        routes: of the B sequences.
-        norm: weight [D] and bias [D] (or None) of the layer norm.
-        eps: of the layer norm.
+        up: [M R D], the experts' second factors `B`.
+        routes: The experts of the B sequences.
+        norm: Weight [D] and bias [D] (or None) of the layer norm; None for no norm.
+        eps: Epsilon of the layer norm.
         activation: "relu" (LiveEdit) or "identity" (LoRA experts).
-        lengths: [B], tokens of each sequence; those beyond keep their bits. All, by default.
+        lengths: [B], tokens of each sequence; those after them keep their bits. All by default.
 
     Returns:
-        [B L D], of the dtype of `hidden_states`.
+        [B L D], in the dtype of `hidden_states`.
 
     Raises:
-        ValueError: shapes, devices or an activation that do not fit.
+        ValueError: If shapes, devices or the activation do not fit.
 
-    LiveEdit, arXiv 2411.15432; qizhou000/LiveEdit `editor/vllm_editors/liveedit/liveedit.py`.
+    References:
+        LiveEdit, arXiv 2411.15432; qizhou000/LiveEdit `editor/vllm_editors/liveedit/liveedit.py`.
 
-    >>> routes = Routes(torch.tensor([[0]]), torch.tensor([[0.5]]), torch.tensor([1]))
-    >>> apply_experts(torch.ones(1, 1, 2), torch.ones(1, 1, 2), torch.ones(1, 1, 2), routes)
-    tensor([[[2., 2.]]])
+    Example:
+        >>> routes = Routes(torch.tensor([[0]]), torch.tensor([[0.5]]), torch.tensor([1]))
+        >>> apply_experts(torch.ones(1, 1, 2), torch.ones(1, 1, 2), torch.ones(1, 1, 2), routes)
+        tensor([[[2., 2.]]])
     """
     gamma, beta = (None, None) if norm is None else norm
     lead, width = hidden_states.shape[:1], hidden_states.shape[-1]

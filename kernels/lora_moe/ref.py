@@ -1,4 +1,4 @@
-"""Expert routing and low-rank expert application, by definition.
+"""Expert routing and low-rank expert application in plain torch.
 
 Legend: B sequences · L tokens · D hidden width · M experts in the pool · S slots (experts chosen
 for a sequence) · R rank · P, Q widths of the vision and the query keys
@@ -13,22 +13,23 @@ from torch import Tensor
 
 from errata.kernels import custom_op
 
-WIDENED = 1 << 22  # elements of gathered or widened keys and experts held at once
-HIDDEN = 1 << 24  # expert activations [B, L, S R] held at once
+WIDENED = 1 << 22  # elements of gathered or widened keys and experts in memory at once
+HIDDEN = 1 << 24  # expert activations [B, L, S R] in memory at once
 TOKENS = 64, 256  # fewest and most tokens per step on a CPU; between them, one per column
 
 
 def expert_weights(scores: Tensor, gate: Tensor) -> Tensor:
-    """Weigh the gated experts: softmax over them, times sigmoid of their scores.
+    """Weight the gated experts: softmax over them, times the sigmoid of their scores.
 
-    Plain PyTorch, differentiable, safe for a row without a gated expert and for any ungated score.
+    Differentiable plain torch. A row without a gated expert is safe, and so is any score of an
+    expert that is not gated.
 
     Args:
         scores: [B M].
-        gate: [B M] bool.
+        gate: [B M] bool, True for the gated experts.
 
     Returns:
-        [B M], 0 where the gate is closed.
+        [B M], 0 for an expert that is not gated.
     """
     scores = torch.where(gate, scores, 0)
     top = torch.where(gate, scores, -math.inf).amax(-1, keepdim=True)
@@ -47,7 +48,20 @@ def route_experts(
     is_active: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gate by vision, weigh by query, compact: ids [B M] int64, weights [B M], count [B] int64."""
+    """Gate experts by vision, weight them by query, and move the chosen ones to the first slots.
+
+    Args:
+        vision: [B P].
+        query: [B Q].
+        threshold: [B].
+        vision_keys: [M P].
+        query_keys: [M Q].
+        is_active: [M] bool.
+        scale: Factor of both products.
+
+    Returns:
+        Ids [B M] int64, -1 in an empty slot, weights [B M] fp32, 0 there, and count [B] int64.
+    """
     num_rows, num_experts = vision.shape[0], vision_keys.shape[0]
     ids = torch.full((num_rows, num_experts), -1, dtype=torch.int64, device=vision.device)
     weights = torch.zeros((num_rows, num_experts), dtype=torch.float32, device=vision.device)
@@ -71,7 +85,7 @@ def route_experts(
 
 
 def _products(features: Tensor, keys: Tensor) -> Tensor:
-    """`features @ keys.T` in fp32: [B P], [M P] -> [B M]."""
+    """Compute `features @ keys.T` in fp32: [B P], [M P] -> [B M]."""
     features = features.float()
     if keys.dtype == torch.float32:
         return custom_op.affine(features, keys)
@@ -92,16 +106,32 @@ def apply_experts_differentiable(
     eps: float,
     activation: str,
 ) -> Tensor:
-    """`h + sum_s w_s act(x A_s^T) B_s` with `x = layer_norm(h)`, in fp32, rounded once.
+    """Compute `h + sum_s w_s act(x A_s^T) B_s` with `x = layer_norm(h)` in fp32, rounded once.
 
-    Every shape is static and every step differentiable: this is what runs under a gradient.
+    Runs if a gradient may be needed: every shape is static and every step differentiable.
+
+    Args:
+        hidden_states: [B L D].
+        down: [M R D], the factors `A`.
+        up: [M R D], the factors `B`.
+        ids: [B S] int64.
+        weights: [B S] fp32.
+        count: [B] int64, the filled slots of each sequence.
+        lengths: [B] int64, the tokens of each sequence.
+        gamma: [D], the weight of the layer norm, or None for no norm.
+        beta: [D], its bias, or None.
+        eps: Epsilon of the layer norm.
+        activation: "relu" or "identity".
+
+    Returns:
+        [B L D], in the dtype of `hidden_states`.
     """
     num_slots, rank = ids.shape[1], down.shape[1]
     if num_slots == 0 or down.shape[0] == 0:
         return hidden_states
     is_filled = torch.arange(num_slots, device=ids.device) < count[:, None]  # [B S]
-    # An empty slot repeats the sequence's first expert with weight zero: a broken expert
-    # (0 * NaN) then reaches no sequence that did not choose it.
+    # An empty slot repeats the first expert of the sequence with weight zero. An expert with NaN
+    # (0 * NaN) then affects only the sequences that chose it.
     slots = torch.where(is_filled, ids, ids[:, :1].clamp(min=0))
     weights = torch.where(is_filled, weights, 0)
 
@@ -143,14 +173,33 @@ def apply_experts(
     eps: float,
     activation: str,
 ) -> Tensor:
-    """`apply`, forward only: each sequence pays for its own tokens and experts, not for `M`."""
+    """Compute `h + sum_s w_s act(x A_s^T) B_s` with `x = layer_norm(h)`; without gradients.
+
+    Each sequence costs its own tokens and experts, not all M.
+
+    Args:
+        hidden_states: [B L D].
+        down: [M R D], the factors `A`.
+        up: [M R D], the factors `B`.
+        ids: [B S] int64.
+        weights: [B S] fp32.
+        count: [B] int64, the filled slots of each sequence.
+        lengths: [B] int64, the tokens of each sequence.
+        gamma: [D], the weight of the layer norm, or None for no norm.
+        beta: [D], its bias, or None.
+        eps: Epsilon of the layer norm.
+        activation: "relu" or "identity".
+
+    Returns:
+        [B L D], in the dtype of `hidden_states`.
+    """
     out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
     for row, (slots, length) in enumerate(zip(count.tolist(), lengths.tolist())):
         length = min(length, hidden_states.shape[1]) if slots else 0
         out[row, length:] = hidden_states[row, length:]
         if length == 0:
             continue
-        # Gathered once if they fit, else again for each block of tokens.
+        # Experts are gathered once if they fit, otherwise again for each block of tokens.
         step = max(1, WIDENED // (down.shape[1] * down.shape[2]))
         parts = list(zip(ids[row, :slots].split(step), weights[row, :slots].split(step)))
         gathered = [_gather_factors(down, up, *parts[0])] if len(parts) == 1 else None
@@ -171,7 +220,7 @@ def _add_experts(
     activation: str,
     out: Tensor,
 ) -> None:
-    """Write a block of tokens [T D] with the output of the gathered experts added, in fp32."""
+    """Write a block of tokens [T D] plus the output of the gathered experts to `out`, in fp32."""
     start = hidden_states.float()
     total = out if out.dtype == torch.float32 else torch.empty_like(start)
     for first, second, columns in experts:
@@ -185,6 +234,6 @@ def _add_experts(
 def _gather_factors(
     down: Tensor, up: Tensor, experts: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The factors of some experts as fp32 columns [SR D], [SR D] and their weights [SR]."""
+    """Gather factors of some experts as fp32 columns [SR D], [SR D] and their weights [SR]."""
     first, second = down[experts].float(), up[experts].float()
     return first.flatten(0, 1), second.flatten(0, 1), weights.repeat_interleave(down.shape[1])

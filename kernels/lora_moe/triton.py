@@ -37,10 +37,30 @@ def score_experts(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """scores[b, m] = scale <g_b, G_m> where scale <v_b, E_m> > threshold_b, else -inf.
+    """Compute `scale <g_b, G_m>` of each expert whose gate is open.
 
-    The query keys are read only for a tile of experts in which some gate is open.
-    """
+    A gate is open if `scale <v_b, E_m> > threshold_b`.
+
+    The query keys are read only for a tile of experts in which some gate is open. The experts take
+    the first axis of the products.
+
+    Args:
+        vision: Pointer to [B P].
+        query: Pointer to [B Q].
+        threshold: Pointer to [B].
+        vision_keys: Pointer to [M P].
+        query_keys: Pointer to [M Q].
+        is_active: Pointer to [M] uint8.
+        scores: Pointer to the output [B M] fp32; -inf if the gate is closed.
+        num_rows: B.
+        num_experts: M.
+        vision_width: P.
+        query_width: Q.
+        scale: Factor of both products.
+        EXPERTS: Experts per program.
+        ROWS: Sequences per program.
+        WIDTH: Columns per step.
+    """  # noqa: DOC107
     expert = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
@@ -93,7 +113,16 @@ def score_experts(
 
 @triton.jit
 def compact_routes(scores, ids, weights, count, num_experts, SPAN: tl.constexpr):
-    """softmax * sigmoid over the gated experts of a row, moved to its first slots in order."""
+    """Compute `softmax * sigmoid` over the gated experts of a row, in its first slots.
+
+    Args:
+        scores: Pointer to [B M] fp32, -inf if the gate is closed.
+        ids: Pointer to the output [B M] int64, -1 in an empty slot.
+        weights: Pointer to the output [B M] fp32, 0 in an empty slot.
+        count: Pointer to the output [B] int64.
+        num_experts: M.
+        SPAN: Experts per step.
+    """  # noqa: DOC107
     row = tl.cast(tl.program_id(0), tl.int64) * num_experts
     offset = tl.arange(0, SPAN)
     highest = tl.full([SPAN], float("-inf"), tl.float32)
@@ -139,7 +168,20 @@ def route_experts(
     is_active: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The twin of `ref.route`: two launches, no wait for either."""
+    """Choose and weight experts as `ref.route_experts` does: two launches, no wait for the device.
+
+    Args:
+        vision: [B P].
+        query: [B Q].
+        threshold: [B].
+        vision_keys: [M P].
+        query_keys: [M Q].
+        is_active: [M] bool.
+        scale: Factor of both products.
+
+    Returns:
+        Ids [B M] int64, -1 in an empty slot, weights [B M] fp32, 0 there, and count [B] int64.
+    """
     num_rows, num_experts = vision.shape[0], vision_keys.shape[0]
     if num_rows == 0 or num_experts == 0:
         return ref.route_experts(
@@ -177,7 +219,16 @@ def route_experts(
 
 @triton.jit
 def row_moments(hidden_states, moments, width, row_stride, eps, WIDTH: tl.constexpr):
-    """Mean and reciprocal deviation of each row, in two passes over registers."""
+    """Compute mean and reciprocal deviation of each row, in two passes over registers.
+
+    Args:
+        hidden_states: Pointer to [rows D].
+        moments: Pointer to the output [rows 2] fp32.
+        width: D.
+        row_stride: Elements between two rows.
+        eps: Epsilon of the layer norm.
+        WIDTH: D, rounded up to a power of 2.
+    """  # noqa: DOC107
     row = tl.cast(tl.program_id(0), tl.int64)
     column = tl.arange(0, WIDTH)
     inside = column < width
@@ -201,7 +252,27 @@ def apply_experts(
     eps: float,
     activation: str,
 ) -> Tensor:
-    """The twin of `ref.apply_experts`: up to three launches, no wait for any."""
+    """Apply experts as `ref.apply_experts` does: no wait for the device.
+
+    Takes one launch for the layer norm, if there is one, and two per slice of the slots that fits
+    in memory.
+
+    Args:
+        hidden_states: [B L D].
+        down: [M R D], the factors `A`.
+        up: [M R D], the factors `B`.
+        ids: [B S] int64.
+        weights: [B S] fp32.
+        count: [B] int64, the filled slots of each sequence.
+        lengths: [B] int64, the tokens of each sequence.
+        gamma: [D], the weight of the layer norm, or None for no norm.
+        beta: [D], its bias, or None.
+        eps: Epsilon of the layer norm.
+        activation: "relu" or "identity".
+
+    Returns:
+        [B L D], in the dtype of `hidden_states`.
+    """
     hidden_states = hidden_states if hidden_states.stride(2) == 1 else hidden_states.contiguous()
     moments = None
     if gamma is not None and hidden_states.numel():
