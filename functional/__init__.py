@@ -1,6 +1,6 @@
-"""The functional core: values, cut decoding, binding, gradients, metrics, delta files.
+"""The functional core: values, decoding from any layer, binding, gradients, metrics, delta files.
 
-Names are imported on first use, so that reading a delta's header does not import torch.
+Names are imported on first use, so that reading the header of a delta does not import torch.
 """
 
 from __future__ import annotations

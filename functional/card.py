@@ -1,6 +1,4 @@
-"""What a model is, as data: sizes, where its parts are, and a fingerprint.
-
-Where a parameter is used: its names, and whether it runs before the decoder or in it."""
+"""A model as data: sizes, module paths, parameter names, and a fingerprint."""
 
 from __future__ import annotations
 
@@ -20,33 +18,64 @@ _FUSED_PARTS = {
     "mlp.gate": "mlp.gate_up",
     "mlp.up": "mlp.gate_up",
 }
-"""Where a family fuses maps, the part that stands for each of them (as PEFT's `c_attn`)."""
+"""Part of a layer -> the part that contains it if a family fuses them (as PEFT's `c_attn`)."""
 
 
 class BaseModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The identity of a base model, as a delta records it.
 
     Attributes:
-        id: Hub id or name.
-        revision: Commit of the hub id.
+        id: Hub id or folder name.
+        revision: Commit of the hub snapshot, "" if unknown.
         family: `config.model_type`.
-        config_hash: sha256 of the config in hex.
-        parameter_hashes: Names of the parameters the delta depends on, and their sha256 in hex.
+        config_hash: sha256 of the canonical config in hex.
+        parameter_hashes: In-memory name of each parameter the delta depends on -> sha256 of its
+            bytes in hex.
     """
 
-    id: str  # hub id or folder name
-    revision: str = ""  # commit of the hub snapshot, where known
-    family: str = ""  # config.model_type
-    config_hash: str = ""  # sha256 of the canonical config
-    parameter_hashes: dict[str, str] = {}  # in-memory parameter name -> sha256 of its bytes
+    id: str
+    revision: str = ""
+    family: str = ""
+    config_hash: str = ""
+    parameter_hashes: dict[str, str] = {}
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
-    """Sizes and places of a model in functional form.
+    """Sizes of a model, and the paths of its modules.
 
     Paths are dotted in-memory names of the Hugging Face module. *Neutral* names are shared by all
-    families: `layers.3`, `layers.-1.mlp.down`, `layers.*.attn.q`, `projector`, `vision`, `head`;
-    a path below a layer may also be the family's own (`layers.3.mlp.down_proj`).
+    families: `layers.3`, `layers.-1.mlp.down`, `layers.*.attn.q`, `projector`, `vision`, `head`.
+    A path below a layer may also be the family's own (`layers.3.mlp.down_proj`).
+
+    Attributes:
+        family: `config.model_type`.
+        id: Hub id or folder name.
+        revision: Commit of the hub snapshot, "" if unknown.
+        config_hash: sha256 of the canonical config in hex.
+        num_layers: Decoder layers.
+        hidden_size: Width of the decoder.
+        vocab_size: Tokens in the vocabulary.
+        max_positions: Longest row the decoder takes, in tokens.
+        layers: Path of the decoder's list of layers.
+        head: Path of the language-model head.
+        norm: Path of the norm before the head.
+        token_embedding: Path of the token embedding.
+        vision_tower: Path of the vision tower, "" for a text-only decoder.
+        num_vision_layers: Blocks of the vision tower below its features; 0 for all.
+        projector: Path of the module that maps vision features to the decoder (projector, merger,
+            Q-Former).
+        part_names: Neutral part of a layer -> the family's, as {"mlp.down": "fc2"}.
+        linear_shapes: Path of each linear map -> (out, in).
+        transposed: Linears that store [in, out] (GPT-2's Conv1D).
+        tied: Parameter name -> the name under which `params` holds it.
+        checkpoint_names: In-memory parameter name -> checkpoint name, if they differ.
+        takes_images: Whether a row may have an image.
+        takes_several_images: Whether a row may have several images.
+        takes_videos: Whether a row may have a video.
+        stop_ids: Token ids that end an answer.
+        activation: Activation of the feed-forward parts by transformers' name, "" if the config
+            does
+            not give it.
     """
 
     family: str
@@ -56,37 +85,47 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     num_layers: int
     hidden_size: int
     vocab_size: int
-    max_positions: int  # longest row the decoder takes, in tokens
-    layers: str  # the decoder's list of layers
-    head: str  # the language-model head
-    norm: str = ""  # the norm before it
-    token_embedding: str = ""  # the token embedding
-    vision_tower: str = ""  # the vision tower; "" for a text-only decoder
-    num_vision_layers: int = 0  # blocks of it that the features are read through; 0: all
-    projector: str = ""  # what maps vision features to the decoder (projector, merger, Q-Former)
-    part_names: dict[str, str] = {}  # neutral part of a layer -> the family's: {"mlp.down": "fc2"}
-    linear_shapes: dict[str, tuple[int, int]] = {}  # path of each linear map -> (out, in)
-    transposed: frozenset[str] = frozenset()  # linears that store [in, out] (GPT-2's Conv1D)
-    tied: dict[str, str] = {}  # parameter name -> the name under which `params` holds it
-    checkpoint_names: dict[
-        str, str
-    ] = {}  # in-memory parameter name -> checkpoint name, where different
-    takes_images: bool = True  # takes images at all
-    takes_several_images: bool = True  # takes several images in one row
+    max_positions: int
+    layers: str
+    head: str
+    norm: str = ""
+    token_embedding: str = ""
+    vision_tower: str = ""
+    num_vision_layers: int = 0
+    projector: str = ""
+    part_names: dict[str, str] = {}
+    linear_shapes: dict[str, tuple[int, int]] = {}
+    transposed: frozenset[str] = frozenset()
+    tied: dict[str, str] = {}
+    checkpoint_names: dict[str, str] = {}
+    takes_images: bool = True
+    takes_several_images: bool = True
     takes_videos: bool = False
-    stop_ids: tuple[int, ...] = ()  # token ids that end an answer
-    activation: str = ""  # of its feed-forward parts, by transformers' name, where the config says
+    stop_ids: tuple[int, ...] = ()
+    activation: str = ""
 
     def resolve_site(self, name: str) -> str:
-        """The full path of one site given by neutral or family name.
+        """Resolve a neutral or family name of a site to its full path.
 
-        Raises UnknownSiteError with the nearest names that exist.
+        Args:
+            name: A neutral name, as 'layers.-1.mlp.down', or a full path, which is returned as it
+                is.
 
-        >>> card = ModelCard(family="llama", id="x", num_layers=2, hidden_size=8, vocab_size=9, max_positions=16,
-        ...     layers="model.layers", head="lm_head", part_names={"mlp.down": "mlp.down_proj"})
-        >>> card.resolve_site("layers.-1.mlp.down")
-        'model.layers.1.mlp.down_proj'
-        """  # noqa: E501
+        Returns:
+            The path. It need not exist if `name` is a path or a family's own part.
+
+        Raises:
+            UnknownSiteError: If the model has no such site or layer.
+
+        Example:
+            >>> card = ModelCard(
+            ...     family="llama", id="x", num_layers=2, hidden_size=8, vocab_size=9,
+            ...     max_positions=16, layers="model.layers", head="lm_head",
+            ...     part_names={"mlp.down": "mlp.down_proj"},
+            ... )
+            >>> card.resolve_site("layers.-1.mlp.down")
+            'model.layers.1.mlp.down_proj'
+        """
         if name in ("vision", "projector", "head", "norm", "embedding"):
             field = {"vision": "vision_tower", "embedding": "token_embedding"}.get(name, name)
             path = getattr(self, field)
@@ -112,7 +151,17 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         return name
 
     def resolve_linear(self, name: str) -> str:
-        """Like `site`, for a site that must be a linear map."""
+        """Resolve a site as `resolve_site` does, and check that it is a linear map.
+
+        Args:
+            name: A neutral name or a full path.
+
+        Returns:
+            The path of a linear map.
+
+        Raises:
+            UnknownSiteError: If the site is not a linear map of the model.
+        """
         path = self.resolve_site(name)
         if path not in self.linear_shapes:
             raise UnknownSiteError(
@@ -122,11 +171,18 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         return path
 
     def match_linears(self, patterns: Iterable[str]) -> tuple[str, ...]:
-        """Every linear map that a pattern names, in the model's order.
+        """List the linear maps that patterns match.
 
-        A pattern is a site with `*` for any layer number ('layers.*.attn.q'), a site by name, a
-        glob over full paths, or the last part of a path as PEFT has it ('q_proj'). Raises
-        UnknownSiteError listing every pattern that matches nothing.
+        Args:
+            patterns: Each is a site with `*` for any layer number ('layers.*.attn.q'), a site by
+                name, a
+                glob over full paths, or the last part of a path as in PEFT ('q_proj').
+
+        Returns:
+            The paths, in the model's order.
+
+        Raises:
+            UnknownSiteError: If a pattern matches nothing. Lists every such pattern.
         """
         matched: set[str] = set()
         missing = []
@@ -166,9 +222,10 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         return hits
 
     def _expand_part(self, name: str) -> list[str]:
-        """The parts that a name below a layer stands for, where the family has none of that name.
+        """Return the parts that a name below a layer contains, or the fused part that contains it.
 
-        `layers.3.mlp` is every `mlp.*`; `layers.3.attn.q` is the fused `attn.qkv`.
+        `layers.3.mlp` is every `mlp.*`. `layers.3.attn.q` is the fused `attn.qkv`. A part that the
+        family has by that name returns nothing.
         """
         layer, _, part = name.removeprefix("layers.").partition(".")
         if not name.startswith("layers.") or part in self.part_names:
@@ -179,21 +236,49 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         return [f"layers.{layer}.{known}" for known in part_names]
 
     def layer_of(self, path: str) -> int | None:
-        """The number of the decoder layer a module or parameter path lies in, or None."""
+        """Return the number of the decoder layer that contains a module or parameter.
+
+        Args:
+            path: Path of the module or parameter.
+
+        Returns:
+            The number from 0, or None outside the layers.
+        """
         if not path.startswith(self.layers + "."):
             return None
         return int(path[len(self.layers) + 1 :].partition(".")[0])
 
     def checkpoint_name(self, name: str) -> str:
-        """Return the name of a parameter in the checkpoint."""
+        """Return the name of a parameter in the checkpoint.
+
+        Args:
+            name: In-memory name.
+
+        Returns:
+            The checkpoint's name; the same name by default.
+        """
         return self.checkpoint_names.get(name, name)
 
     def canonical_name(self, name: str) -> str:
-        """Return the name under which `params` holds a parameter: its target if it is tied."""
+        """Return the name under which `params` holds a parameter: its target if it is tied.
+
+        Args:
+            name: In-memory name.
+
+        Returns:
+            The key in `params`.
+        """
         return self.tied.get(name, name)
 
     def all_names(self, name: str) -> list[str]:
-        """List every name of a parameter. A tied one has several."""
+        """List every name of a parameter. A tied one has several.
+
+        Args:
+            name: Any in-memory name of it.
+
+        Returns:
+            The key in `params`, then the other names.
+        """
         canonical = self.canonical_name(name)
         return [canonical, *(alias for alias, target in self.tied.items() if target == canonical)]
 
@@ -201,20 +286,39 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         """Whether a module or parameter may run in `decode`.
 
         Only the vision tower, the projector and the token embedding are known not to.
+
+        Args:
+            name: Path of the module or parameter.
+
+        Returns:
+            False if it is known not to.
         """
         return not _is_inside(name, self.vision_tower, self.projector, self.token_embedding)
 
     def before_decoder(self, name: str) -> bool:
         """Whether a module or parameter may run in `embed`, before the decoder's layers.
 
-        Only layers, final norm and head are known not to. What is unknown (a position embedding,
+        Only layers, final norm and head are known not to. An unknown module (a position embedding,
         a projection after the layers) counts as both before and in the decoder.
+
+        Args:
+            name: Path of the module or parameter.
+
+        Returns:
+            False if it is known not to.
         """
         return self.layer_of(name) is None and not _is_inside(name, self.norm, self.head)
 
 
 def module_path(name: str) -> str:
-    """The module that has a parameter."""
+    """Return the path of the module that has a parameter.
+
+    Args:
+        name: Path of the parameter.
+
+    Returns:
+        The path without its last part.
+    """
     return name.rpartition(".")[0]
 
 

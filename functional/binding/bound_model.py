@@ -1,26 +1,26 @@
-"""Bind a delta to a model: a new value that answers as edited and shares every tensor.
+"""Bind a delta to a model: a new, edited model that shares every tensor with the base.
 
 `bind` interprets kinds, never methods. A kind is one function (`KINDS`) that turns an entry into a
-`Change`: parameters to lay over the base's, and rewrites at modules for rows of a batch.
+`Patch`: parameters that replace the base's, hooks on modules, a wrapper of the model.
 
-    dense, one edit          overlay  W + d
-    dense, stacked           rewrite  y + x d_e^T  (a bias: y + d_e), e = the row's edit
-    lowrank, form "weight"   overlay  W + (B A).to(W.dtype), B A in fp32
-    lowrank, form "act"      rewrite  y + (x A^T) B^T, in the model's dtype
-    lowrank, "act_fp32"      rewrite  the product in fp32, cast once at the end (`chain`)
-    lowrank, stacked         rewrite  with A_e, B_e, as "act_fp32" whatever the form
-    codebook                 rewrite  a value in place of y where x comes near its key
-    experts                  rewrite  the chosen experts' outputs added to a layer's
-    prompt                   questions read with the facts that fit them put before
-    scope                    another answer where the prompt lies in the scope of an edit
-    masked                   rewrite  y + x D_m^T, m the side memory that the row's prompt activates
+    dense, one edit          parameter  W + d
+    dense, stacked           hook       y + x d_e^T  (a bias: y + d_e), e = the row's edit
+    lowrank, "weight"        parameter  W + (B A).to(W.dtype), B A in fp32
+    lowrank, "act"           hook       y + (x A^T) B^T, in the model's dtype
+    lowrank, "act_fp32"      hook       the product in fp32, cast once at the end
+    lowrank, stacked         hook       with A_e, B_e, as "act_fp32" whatever the arithmetic
+    codebook                 hook       a value replaces y if x is near its key
+    experts                  hook       the outputs of the chosen experts added to a layer's
+    prompt                   wrapper    facts that fit a question are put before it
+    scope                    wrapper    another answer if the prompt is in the scope of an edit
+    masked                   hook       y + x D_m^T, m the side memory that the prompt activates
 
-Stacked changes that no rewrite can express (a norm's scale, an embedding, anything in the vision
-path) run edit by edit: once per edit that the batch names, each over its own rows in the decoder.
+Stacked changes that no hook can express (the scale of a norm, an embedding, anything in the vision
+path) run edit by edit: once per edit in the batch, each over its own rows in the decoder.
 
 A *tied* parameter is one tensor with several uses, and an edit of it acts on all of them. An
-embedding has no linear output to rewrite, so a low-rank change of one is laid over it ("weight"),
-whatever the form.
+embedding has no linear output to add to. A low-rank change of one is therefore added to the
+parameter ("weight"), whatever the arithmetic.
 
 Legend: B rows · L tokens · E edits.
 """
@@ -55,9 +55,8 @@ def bind(model: Model, delta: Delta, *, check: bool = True) -> Model:
     """Bind a delta to a model.
 
     The result shares every tensor with `model`, which is unchanged. To undo the edit, drop the
-    result.
-    Deltas bind one on another (`bound.deltas`). With a stacked delta each row of a batch runs
-    under edit `batch.edit_index[b]`, -1 for the base.
+    result. A bound model can be bound to further deltas; `bound.deltas` lists them. With a stacked
+    delta each row of a batch runs under edit `batch.edit_index[b]`, -1 for the base.
 
     Args:
         model: The model, bound or not.
@@ -106,14 +105,14 @@ def bind(model: Model, delta: Delta, *, check: bool = True) -> Model:
 
 
 def _entry_tensors(model: Model, entry: Any, delta: Delta) -> dict[str, Tensor]:
-    """The tensors of an entry, on the device of the parameter they change."""
+    """Return the tensors of an entry, on the device of the parameter they change."""
     home = model.params.get(model.card.canonical_name(getattr(entry, "name", "")))
     like = next(iter(model.params.values())) if home is None else home
     return {name: delta.tensors[name].to(like.device) for name in entry.tensor_specs()}
 
 
 def _replaced_functions(model: Model, delta: Delta, patches: list[Patch]) -> dict[str, Any]:
-    """The functions that a delta replaces; none where it only lays parameters over others."""
+    """Return the functions that a delta replaces; none if it only replaces parameters."""
     hook_makers: list[Any] = []
     for entry, patch in zip(delta.header.entries, patches, strict=True):
         if patch.hooks is not None:
@@ -151,7 +150,7 @@ def _replaced_functions(model: Model, delta: Delta, patches: list[Patch]) -> dic
 
 
 def _check_fit(model: Model, delta: Delta) -> None:
-    """Refuse a delta that was made for another model, with everything that does not fit."""
+    """Reject a delta that was made for another model, listing everything that does not fit."""
     card, header = model.card, delta.header
     base_differences = _base_differences(model, header)
     unknown = [

@@ -1,8 +1,8 @@
-"""The functions of a bound model: the base's, with a delta's rewrites, each row under its edit.
+"""The functions of a bound model: the base's with a delta's hooks, each row under its edit.
 
-Where a stacked change cannot be written as a rewrite, the rows of each edit run apart, through the
-model bound to that edit alone. That reads the edit numbers, so it does not work under `vmap`; a
-caller's rewrites then see the rows of one edit at a time, edits in ascending order.
+A stacked change that no hook can express runs edit by edit: the rows of each edit go through the
+model bound to that edit alone. That reads the edit numbers, so it does not work under `vmap`. The
+caller's hooks then run once per edit, on its rows only, edits in ascending order.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class HookPlan(NamedTuple):
 
     Attributes:
         hooks: What the entries do in the decoder, in their order: a function of the batch, or a
-            table of routed hooks with the name under which their decisions are carried.
+            pair of a name and a table of routed hooks. Their decisions are stored under the name.
         embed_hooks: Hooks before the decoder.
-        per_edit: Decode edit by edit.
-        embed_per_edit: Embed edit by edit.
-        embed_next_per_edit: Embed new tokens edit by edit.
+        per_edit: Whether to decode edit by edit.
+        embed_per_edit: Whether to embed edit by edit.
+        embed_next_per_edit: Whether to embed new tokens edit by edit.
         bind_one: (params, edit) -> the model bound to that edit alone.
     """
 
@@ -166,9 +166,10 @@ def _with_routing(result: Any, decisions: Mapping[str, Tensor]) -> Any:
 def _run_per_edit(
     model: Model, plan: HookPlan, params: Params, batch: Batch, run, *, same_layout: bool = False
 ) -> Any:
-    """What each edit's rows become; with `alike` None where only some of them are thinned.
+    """Run each edit over its rows and merge the results.
 
-    Rows that keep all their tokens cannot stand in one batch with rows that do not.
+    With `same_layout`, returns None if only some of the results hold scored positions alone: rows
+    with all their tokens and rows without do not fit in one batch.
     """
     groups = _rows_by_edit(batch.edit_index)
     parts = [
@@ -210,13 +211,13 @@ def _require_edit_index(edit_index: Tensor | None) -> Tensor:
 
 
 def _rows_by_edit(edit_index: Tensor) -> list[tuple[int, Tensor]]:
-    """(edit number, its rows) for every edit that occurs, in ascending order."""
+    """List (edit number, its rows) for every edit that occurs, in ascending order."""
     numbers = sorted(set(edit_index.tolist()))
     return [(number, (edit_index == number).nonzero()[:, 0]) for number in numbers]
 
 
 def _merge_groups(parts: list[Any], groups: list[tuple[int, Tensor]]) -> Any:
-    """The results of groups of rows as one, in the order of the rows."""
+    """Merge the results of groups of rows, in the order of the rows."""
     order = torch.cat([rows for _, rows in groups]).argsort()
     sizes = [len(rows) for _, rows in groups]
     first = parts[0]
@@ -240,10 +241,10 @@ def _merge_groups(parts: list[Any], groups: list[tuple[int, Tensor]]) -> Any:
 def _merge_routing(
     parts: list[Mapping[str, Tensor]], sizes: list[int], order: Tensor
 ) -> dict[str, Tensor]:
-    """The notes of all groups; zeros for rows whose edit has none of a name, and reads none.
+    """Merge the routing decisions of all groups; zeros for rows whose edit did not take a decision.
 
-    A note may grow with its row. Rows whose edit does not know it carry it as it was: shorter than
-    the others', and zeros just as well.
+    The size of a decision may differ between groups. Rows of a group whose decision has another
+    shape than the largest get zeros, too: their edit does not use it.
     """
     merged = {}
     for name in sorted({name for part in parts for name in part}):
@@ -270,7 +271,7 @@ def _cache_rows(kv_cache: KVCache, rows: Tensor) -> KVCache:
 
 
 def _option_rows(options: dict[str, Any], rows: Tensor) -> dict[str, Any]:
-    """Options of `decode` that lead with rows, cut to those of one edit."""
+    """Select the rows of one edit from the options of `decode` that have a row axis."""
     row_options = dict(options)
     if isinstance(row_options.get("logit_positions"), Tensor):
         row_options["logit_positions"] = row_options["logit_positions"][rows]

@@ -1,4 +1,4 @@
-"""One batch whose rows carry different deltas."""
+"""One batch whose rows run under different deltas."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def bind_rows(model: Model, deltas: Sequence[Delta], rows: Sequence[int] | Tenso
     """Bind a different delta to every row of a batch.
 
     Low-rank deltas, of any ranks and parameters, run as one grouped product, in fp32 and rounded
-    once, whatever their arithmetic. With any other kind among them the rows of each delta run
+    once, whatever their arithmetic. If any delta has another kind, the rows of each delta run
     separately, each in its own arithmetic.
 
     Args:
         model: The model.
         deltas: The edits.
-        rows: For each row of a batch the index of its delta, -1 for none [B].
+        rows: [B], for each row of a batch the index of its delta, -1 for none.
 
     Returns:
         A model for batches of B rows. `generate` keeps rows in order:
@@ -42,7 +42,9 @@ def bind_rows(model: Model, deltas: Sequence[Delta], rows: Sequence[int] | Tenso
     Raises:
         InvalidInputError: If a row names no delta.
         UnsupportedKindError: If a delta is stacked already.
-        BaseMismatchError: As `bind`, and so are UnknownSiteError and ShapeError.
+        BaseMismatchError: If the deltas have different bases, or one does not fit the model.
+        UnknownSiteError: If the model lacks a parameter of a delta.
+        ShapeError: If a tensor does not fit its parameter, or a batch has other than B rows.
     """
     rows = torch.as_tensor(rows, dtype=torch.long)
     if not deltas or rows.ndim != 1 or bool(((rows < -1) | (rows >= len(deltas))).any()):
@@ -78,7 +80,20 @@ def bind_rows(model: Model, deltas: Sequence[Delta], rows: Sequence[int] | Tenso
 
 
 def stack_padded(deltas: Sequence[Delta]) -> Delta:
-    """Low-rank deltas side by side: ranks padded with zeros, absent parameters zero altogether."""
+    """Stack low-rank deltas of any ranks and parameters.
+
+    Ranks are padded with zeros. A parameter that a delta does not change gets zero factors.
+
+    Args:
+        deltas: Low-rank deltas, none of them stacked.
+
+    Returns:
+        The stacked delta, with arithmetic "act_fp32". A delta with several edits becomes one edit,
+        under the record of its last.
+
+    Raises:
+        ShapeError: If deltas give a parameter different shapes or layouts.
+    """
     delta_entries = [entries_of(delta) for delta in deltas]
     entries, tensors = [], {}
     for key in sorted({key for entries_by_key in delta_entries for key in entries_by_key}):
@@ -113,7 +128,7 @@ def stack_padded(deltas: Sequence[Delta]) -> Delta:
 
 
 def _pad_rank(part: EntryTensors | None, suffix: str, rank: int, like: EntryTensors) -> Tensor:
-    """A [rank I] or B [O rank] of one delta, zero where it has no row."""
+    """Pad A [rank I] or B [O rank] of one delta with zeros; all zeros if it has no such entry."""
     if part is None:
         return torch.zeros_like(_pad_rank(like, suffix, rank, like))
     num_new_ranks = rank - part.entry.rank

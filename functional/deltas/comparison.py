@@ -1,4 +1,4 @@
-"""Compare deltas: how far two are apart, and which edits get in each other's way."""
+"""Compare deltas: how far apart two are, and which edits conflict."""
 
 from __future__ import annotations
 
@@ -20,22 +20,31 @@ __all__ = ["Conflict", "Difference", "conflicts", "diff"]
 
 
 class Difference(NamedTuple):
-    """How two changes of one parameter differ; norms are Frobenius norms."""
+    """How two changes of one parameter differ; norms are Frobenius norms.
+
+    Attributes:
+        name: The parameter.
+        norm_a: |dW|.
+        norm_b: |dW'|.
+        distance: |dW - dW'|.
+        cosine: <dW, dW'> / |dW| |dW'|, 0 if one of them is zero.
+    """
 
     name: str
-    norm_a: float  # |dW|
-    norm_b: float  # |dW'|
-    distance: float  # |dW - dW'|
-    cosine: float  # <dW, dW'> / |dW| |dW'|, 0 where one is nothing
+    norm_a: float
+    norm_b: float
+    distance: float
+    cosine: float
 
 
 def diff(a: Delta, b: Delta) -> list[Difference]:
-    """Compare two deltas parameter by parameter, whatever their kinds.
+    """Compare two deltas parameter by parameter.
 
-    |dW - dW'|^2 = |dW|^2 - 2 <dW, dW'> + |dW'|^2, computed from the factors without forming dW.
+    |dW - dW'|^2 = |dW|^2 - 2 <dW, dW'> + |dW'|^2, computed from the factors. Two low-rank changes
+    are never multiplied out.
 
     Args:
-        a: A delta.
+        a: A delta of kinds `dense` and `lowrank`.
         b: A delta of the same base.
 
     Returns:
@@ -43,6 +52,7 @@ def diff(a: Delta, b: Delta) -> list[Difference]:
 
     Raises:
         BaseMismatchError: If the deltas have different bases.
+        UnsupportedKindError: If a delta is stacked, or a kind decides per input what to change.
     """
     for delta in (a, b):
         if delta.header.stack:
@@ -68,29 +78,38 @@ def diff(a: Delta, b: Delta) -> list[Difference]:
 
 
 class Conflict(NamedTuple):
-    """Two edits that get in each other's way; numbers count through all the deltas, in order."""
+    """Two edits that conflict. Edits are numbered through all the deltas, in order.
 
-    kind: str  # "contradicts", "repeats" or "overlaps"
+    Attributes:
+        kind: "contradiction", "duplicate" or "overlap".
+        edit_a: Number of the first edit.
+        edit_b: Number of the second edit.
+        ids: Their ids.
+        parameter: The parameter whose keys overlap, "" for the other kinds.
+        score: |cosine| of the nearest keys, 1 for the other kinds.
+    """
+
+    kind: str
     edit_a: int
     edit_b: int
     ids: tuple[str, str]
-    parameter: str = ""  # the parameter, where keys overlap
-    score: float = 1.0  # |cosine| of the nearest keys
+    parameter: str = ""
+    score: float = 1.0
 
 
 def conflicts(*deltas: Delta, overlap: float = 0.9) -> list[Conflict]:
     """List pairs of edits that address the same thing.
 
     By their records: the same prompt and images with another target ("contradiction") or the same
-    ("duplicate"). By their keys: low-rank changes of one parameter whose A rows have
+    target ("duplicate"). By their keys: low-rank changes of one parameter whose A rows have
     |cos| >= `overlap` ("overlap"), so an input that triggers one edit triggers the other.
 
     Args:
         *deltas: One or several deltas.
-        overlap: Cosine from which two edits overlap.
+        overlap: Smallest |cosine| at which two edits overlap.
 
     Returns:
-        The conflicts, in the order of the edits.
+        Contradictions and duplicates, then overlaps by parameter.
     """
     found_conflicts = []
     records = [edit for delta in deltas for edit in delta.header.edits]
@@ -119,7 +138,7 @@ def conflicts(*deltas: Delta, overlap: float = 0.9) -> list[Conflict]:
 
 
 def _lowrank_keys(deltas: Sequence[Delta]) -> dict[str, tuple[Tensor, list[int]]]:
-    """Per parameter: the A rows of all its low-rank changes, and the edit that each belongs to."""
+    """Return per parameter the A rows of all its low-rank changes, and the edit of each row."""
     key_rows: dict[str, list[Tensor]] = {}
     key_edits: dict[str, list[int]] = {}
     num_earlier = 0

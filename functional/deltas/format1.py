@@ -3,7 +3,7 @@
 A file of format 1 is checked under its own rules: canonical JSON, and a digest over the text and
 the tensor names it was written with. Then its keys and tensors are renamed. Tensors keep their
 bytes, so a converted delta gives bit-equal logits. Saved again, it is a file of format 2 with a
-new digest. This reader goes with release 1.0.
+new digest. This reader will be removed in release 1.0.
 """
 
 from __future__ import annotations
@@ -125,10 +125,15 @@ TENSORS: Mapping[str, Mapping[str, str]] = {
 
 
 class StoredNames(NamedTuple):
-    """How a file of format 1 spells what was renamed, for its digest."""
+    """The text and the tensor names in a file of format 1, for its digest.
 
-    text: str  # its description with an empty digest
-    tensors: Mapping[str, str]  # name in format 2 -> name in the file, of renamed tensors
+    Attributes:
+        text: Its description with an empty digest.
+        tensors: Name in format 2 -> name in the file, of renamed tensors.
+    """
+
+    text: str
+    tensors: Mapping[str, str]
 
 
 def convert_description(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,11 +143,11 @@ def convert_description(body: Mapping[str, Any]) -> dict[str, Any]:
         body: The parsed description, without its digest.
 
     Returns:
-        The same description with the keys of format 2. What does not belong to format 1 keeps its
+        The same description with the keys of format 2. A key that is not in format 1 keeps its
         name, so that the check against the schema reports it.
 
     Raises:
-        ValueError: If a key of format 2 is in a file of format 1, where it has no meaning.
+        ValueError: If a file of format 1 has a key of format 2.
     """
     renamed = _rename(body, DESCRIPTION, "the description")
     renamed["format"] = 2

@@ -1,4 +1,4 @@
-"""Fold a delta into a new checkpoint in Hugging Face layout, shard by shard."""
+"""Fuse a delta into a new checkpoint in Hugging Face layout, shard by shard."""
 
 from __future__ import annotations
 
@@ -60,17 +60,29 @@ def fuse(
     *,
     check: bool = True,
 ) -> Path:
-    """Write the checkpoint in `base` with the delta added, as a new folder `out`.
+    """Write a checkpoint with a delta added, as a new folder.
 
-    W' as `bind` has it for dense changes and for form "weight"; the other forms are added that
-    way, too, which moves logits by rounding. Shards keep their names, order and headers; one
-    parameter is in memory at a time. `check` first compares the base's parameters with the delta's
-    hashes.
+    Dense changes and low-rank changes of arithmetic "weight" give the W' of `bind`. Low-rank
+    changes of another arithmetic are added the same way, which moves logits by rounding. Shards
+    keep their names, order and headers. One parameter is in memory at a time.
 
-    Raises, before anything is written, UnsupportedKindError, UnknownSiteError or BaseMismatchError
-    for a delta
-    that does not fit `base`; InvalidInputError where `out` exists or cannot be written: then it is
-    not there, or is as it was.
+    Args:
+        delta: A delta of kinds `dense` and `lowrank`.
+        base: Folder of the checkpoint the delta was made for.
+        output_dir: Folder to write; must not exist and must be outside `base`.
+        check: Whether to compare the checkpoint's parameters with the delta's hashes first.
+
+    Returns:
+        `output_dir` as a path.
+
+    Raises:
+        UnsupportedKindError: If the delta is stacked, or a kind decides per input what to change.
+        UnknownSiteError: If a name, shape, dtype or the family does not fit the checkpoint.
+        BaseMismatchError: If a parameter has other values than the delta's base.
+        InvalidInputError: If `base` cannot be read, or `output_dir` exists or cannot be written.
+            Then
+            `output_dir` is unchanged.
+        DeltaFileError: If a safetensors header or the index is invalid.
     """
     _require_weight_changes(delta)
     locations = checkpoint_parameters(base)
@@ -100,9 +112,17 @@ def fuse(
 
 
 def apply_entry(base: Tensor, entry: Any, delta: Delta) -> Tensor:
-    """One parameter with one entry of a delta added, in the parameter's dtype.
+    """Add one entry of a delta to a parameter, in the parameter's dtype.
 
-    W + d for a dense change, W + (B A).to(W.dtype), B A in fp32, for a low-rank one.
+    W + d for a dense change. W + (B A).to(W.dtype) with B A in fp32 for a low-rank one.
+
+    Args:
+        base: The parameter.
+        entry: A dense or low-rank entry of `delta`.
+        delta: The delta with the tensors.
+
+    Returns:
+        The changed parameter.
     """
     if isinstance(entry, Dense):
         return (base + delta.tensors[entry.name]).to(base.dtype)
@@ -112,9 +132,16 @@ def apply_entry(base: Tensor, entry: Any, delta: Delta) -> Tensor:
 
 
 def mismatched_parameters(delta: Delta, locations: dict[str, ParameterLocation]) -> Iterable[str]:
-    """Names of touched parameters whose values in a checkpoint are not those the delta knows.
+    """Find the parameters whose values in a checkpoint are not those of the delta's base.
 
-    A hash fits if it is of the stored bytes, or of the same values in another floating dtype.
+    A hash matches if it is of the stored bytes, or of the same values in another floating dtype.
+
+    Args:
+        delta: The delta.
+        locations: The parameters of the checkpoint by name.
+
+    Yields:
+        Checkpoint names of the parameters that differ.
     """
     for entry in delta.header.entries:
         expected_hash = delta.header.base.parameter_hashes.get(entry.name)
@@ -127,7 +154,18 @@ def mismatched_parameters(delta: Delta, locations: dict[str, ParameterLocation])
 def fuse_parameter(
     memory: mmap.mmap, slot: TensorSlot, offset: int, entries: Iterable[Any], delta: Delta
 ) -> Tensor:
-    """A parameter of a mapped shard with all its entries added."""
+    """Read a parameter from a mapped shard and add its entries.
+
+    Args:
+        memory: The mapped shard.
+        slot: Dtype and shape of the parameter.
+        offset: Offset of its bytes in the shard.
+        entries: Its dense or low-rank entries.
+        delta: The delta with the tensors.
+
+    Returns:
+        The changed parameter.
+    """
     value = tensor_view(memory, slot.dtype, slot.shape, offset)
     for entry in entries:
         value = apply_entry(value, entry, delta)

@@ -1,4 +1,4 @@
-"""Read what a delta file says of itself, without torch and without touching its tensors."""
+"""Read the description of a delta file, without torch and without reading its tensors."""
 
 from __future__ import annotations
 
@@ -34,29 +34,51 @@ METADATA_KEY = "errata"
 
 
 class DeltaInfo(NamedTuple):
-    """A delta file's header and the places of its tensors."""
+    """The header of a delta file and the location of its tensors.
+
+    Attributes:
+        header: The header.
+        tensors: Name -> dtype, shape and offsets.
+        digest: sha256 of the delta's content in hex, as the file claims it.
+        data_start: Offset of the data in the file.
+        num_bytes: Size of the whole file in bytes.
+        stored: The names in a file of format 1; None for a file of the current format.
+    """
 
     header: Header
     tensors: dict[str, TensorSlot]
-    digest: str  # sha256 of the delta's content, as the file claims it
-    data_start: int  # offset of the data in the file
-    num_bytes: int  # of the whole file, in bytes
-    stored: StoredNames | None = None  # the names in a file of format 1
+    digest: str
+    data_start: int
+    num_bytes: int
+    stored: StoredNames | None = None
 
 
 class DecodedHeader(NamedTuple):
-    """A parsed description of a delta."""
+    """A parsed description of a delta.
+
+    Attributes:
+        header: The header.
+        digest: sha256 in hex, as the description claims it.
+        stored: The names in a file of format 1; None for the current format.
+    """
 
     header: Header
-    digest: str  # sha256 in hex, as the description claims it
-    stored: StoredNames | None  # the names in a file of format 1
+    digest: str
+    stored: StoredNames | None
 
 
 def inspect_delta(path: str | os.PathLike[str]) -> DeltaInfo:
-    """Read and check the header of a delta file; its tensors' values are not read.
+    """Read and check the header of a delta file, without the values of its tensors.
 
-    Raises InvalidInputError where the file cannot be opened, DeltaFileError naming the file and
-    every fault.
+    Args:
+        path: The file, of format 2 or 1.
+
+    Returns:
+        The header and the location of the tensors.
+
+    Raises:
+        InvalidInputError: If the file cannot be opened.
+        DeltaFileError: If the file breaks the format. Names the file and the violations.
     """
     file_header = read_header(path)
     if set(file_header.metadata) != {METADATA_KEY}:
@@ -82,12 +104,32 @@ def inspect_delta(path: str | os.PathLike[str]) -> DeltaInfo:
 
 
 def encode_header(header: Header, digest: str) -> str:
-    """The canonical JSON that a file holds under `KEY`. Raises ValueError for what JSON has not."""
+    """Encode a header as the canonical JSON that a file has under `METADATA_KEY`.
+
+    Args:
+        header: The header.
+        digest: sha256 in hex, or "" for the text that is hashed.
+
+    Returns:
+        The text.
+
+    Raises:
+        ValueError: If the settings hold NaN or infinity.
+        TypeError: If the settings hold a value that JSON does not have.
+    """
     return canonical_json({**msgspec.to_builtins(header), "digest": digest})
 
 
 def tensor_mismatches(header: Header, stored: dict[str, tuple[str, tuple[int, ...]]]) -> list[str]:
-    """How tensors (name -> dtype, shape) differ from what a header says they are."""
+    """Compare stored tensors with the specification in a header.
+
+    Args:
+        header: The header.
+        stored: Name -> dtype and shape.
+
+    Returns:
+        One phrase per violation, sorted; empty if all fit.
+    """
     specs = header.tensor_specs()
     mismatches = [f"tensor {name[:160]!r} is missing" for name in specs if name not in stored]
     mismatches += [

@@ -1,6 +1,6 @@
 """The algebra of deltas: merge, scale, select, remove, compress.
 
-All pure: new deltas come out, none is changed. Shape legend: E edits · r rank · O out · I in.
+All functions are pure: they return new deltas. Legend: E edits · r rank · O out · I in.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ __all__ = [
 def merge(*deltas: Delta) -> Delta:
     """Merge deltas into one that applies all of them: W + dW_1 + dW_2 + ...
 
-    Low-rank changes are concatenated, `B A + B' A' = [B B'] [A; A']`, which is exact and keeps each
-    edit's rows, so `remove` is exact too. Dense changes are summed. Entries come sorted by name.
+    Low-rank changes are concatenated, `B A + B' A' = [B B'] [A; A']`. That is exact and keeps the
+    rows of each edit, so `remove` is exact too. Dense changes are summed. Entries are sorted by
+    name.
 
     Args:
         *deltas: Deltas of one base.
@@ -52,7 +53,7 @@ def merge(*deltas: Delta) -> Delta:
 
     Raises:
         BaseMismatchError: If the deltas have different bases.
-        InvalidInputError: If dtypes, arithmetics or shapes differ.
+        InvalidInputError: If there are none, or if dtypes, arithmetics or shapes differ.
         UnsupportedKindError: If a kind cannot be merged.
 
     References:
@@ -99,7 +100,7 @@ def merge(*deltas: Delta) -> Delta:
         ),
         arithmetic=_arithmetic_of(deltas),
         edits=tuple(edit for delta in deltas for edit in delta.header.edits),
-        # one edit stands on none before it, however it was made
+        # a single edit depends on no other, however it was made
         order_dependent=any(d.header.order_dependent and len(d.header.edits) > 1 for d in deltas),
     )
     return _assemble_delta(header, merged)
@@ -134,13 +135,13 @@ def select(delta: Delta, edits: Iterable[int | str]) -> Delta:
 
     Args:
         delta: The delta.
-        edits: Numbers or ids of the edits to keep. None of them gives a delta that changes nothing.
+        edits: Numbers or ids of the edits to keep. With none, the result changes nothing.
 
     Returns:
         The delta with these edits.
 
     Raises:
-        UnsupportedKindError: If edits depend on one another or cannot be told apart.
+        UnsupportedKindError: If edits depend on one another or cannot be separated.
         InvalidInputError: If an edit is not in the delta.
     """
     numbers = _edit_numbers(delta.header, edits)
@@ -169,7 +170,7 @@ def select(delta: Delta, edits: Iterable[int | str]) -> Delta:
 
 
 def remove(delta: Delta, edits: Iterable[int | str]) -> Delta:
-    """Remove edits from a delta: `select` of the others, and as exact.
+    """Remove edits from a delta: `select` of the others, with the same guarantees.
 
     For low-rank deltas, merge(a, b, c) without b's edit is merge(a, c), bit for bit.
 
@@ -181,7 +182,7 @@ def remove(delta: Delta, edits: Iterable[int | str]) -> Delta:
         The delta without them.
 
     Raises:
-        UnsupportedKindError: If edits depend on one another or cannot be told apart.
+        UnsupportedKindError: If edits depend on one another or cannot be separated.
         InvalidInputError: If an edit is not in the delta.
     """
     removed = set(_edit_numbers(delta.header, edits))
@@ -189,20 +190,24 @@ def remove(delta: Delta, edits: Iterable[int | str]) -> Delta:
 
 
 class Compressed(NamedTuple):
-    """A smaller delta, and the share of each change's energy (squared norm) that it lost."""
+    """A delta of lower rank.
+
+    Attributes:
+        delta: The delta.
+        lost_energy: Parameter name -> lost share of the change's energy (squared norm), 0 to 1.
+    """
 
     delta: Delta
-    lost_energy: Mapping[str, float]  # parameter name -> share in [0, 1]
+    lost_energy: Mapping[str, float]
 
 
 def compress(delta: Delta, rank: int | None = None, energy: float | None = None) -> Compressed:
     """Reduce the ranks of a delta to the nearest change of lower rank, parameter by parameter.
 
     B A = Q_b R_b (Q_a R_a)^T = Q_b (U S V^T) Q_a^T: the SVD of an r x r core, truncated
-    (Eckart-Young), with sqrt(S) on either side. Computed in fp64, stored in the delta's dtype. A
-    dense
-    change becomes low-rank. Rows of several edits are mixed, so single edits cannot be removed
-    after it.
+    (Eckart-Young), with sqrt(S) in each factor. Computed in fp64, stored in the delta's dtype. A
+    dense change becomes low-rank. Rows of several edits are mixed, so single edits cannot be
+    removed afterwards.
 
     Args:
         delta: A delta of kinds `dense` and `lowrank`.
@@ -210,11 +215,11 @@ def compress(delta: Delta, rank: int | None = None, energy: float | None = None)
         energy: Fraction of sum(S^2) to keep, instead of `rank`, from 0 (excluded) to 1.
 
     Returns:
-        The compressed delta and the energy lost, which is also written to the header's settings.
+        The compressed delta and the lost energy, which is also written to the header's settings.
 
     Raises:
-        InvalidInputError: Unless rank >= 1 or 0 < energy <= 1 is given.
-        UnsupportedKindError: For stacked deltas and kinds without a matrix.
+        InvalidInputError: If not exactly one of rank >= 1 and 0 < energy <= 1 is given.
+        UnsupportedKindError: If the delta is stacked, or an entry is not a change of a matrix.
     """
     by_rank = isinstance(rank, int) and rank >= 1 and energy is None
     by_energy = energy is not None and 0 < energy <= 1 and rank is None
@@ -256,13 +261,13 @@ def compress(delta: Delta, rank: int | None = None, energy: float | None = None)
         settings={**delta.header.settings, "compressed": note},
         arithmetic="weight"
         if has_dense
-        else delta.header.arithmetic,  # a dense change was one of the weight
+        else delta.header.arithmetic,  # a dense change is added to the weight
     )
     return Compressed(_assemble_delta(header, compressed), lost_energy)
 
 
 def _svd(part: EntryTensors) -> tuple[Tensor, Tensor, Tensor]:
-    """U [O k], S [k], V [I k] of the change as a linear map, in fp64."""
+    """Compute U [O k], S [k], V [I k] of the change in fp64."""
     if isinstance(part.entry, LowRank):
         left, right = torch.linalg.qr(part.tensors[".B"].double())
         inner, outer = torch.linalg.qr(part.tensors[".A"].double().T)
@@ -277,7 +282,7 @@ def _svd(part: EntryTensors) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _edit_numbers(header: Header, edits: Iterable[int | str]) -> list[int]:
-    """Positions of edits given by number or id, in order, each once."""
+    """Return the positions of edits given by number or id, in order, each once."""
     numbers: set[int] = set()
     missing = []
     for edit in edits:
@@ -331,7 +336,14 @@ def _require_mergeable(deltas: Sequence[Delta]) -> None:
 
 
 def require_same_base(deltas: Sequence[Delta]) -> None:
-    """Raise BaseMismatchError, listing every difference, unless all were made for one base."""
+    """Check that all deltas were made for one base.
+
+    Args:
+        deltas: At least one delta.
+
+    Raises:
+        BaseMismatchError: If family, config or a shared parameter differs. Lists every difference.
+    """
     first: BaseModel = deltas[0].header.base
     differences = []
     for delta in deltas[1:]:
@@ -363,7 +375,7 @@ def _arithmetic_of(deltas: Sequence[Delta]) -> Any:
 
 
 def _assemble_delta(header: Header, entries: Iterable[EntryTensors]) -> Delta:
-    """Put entries and their tensors back together."""
+    """Make a delta of a header and entries with their tensors."""
     entries = list(entries)
     tensors = {p.entry.name + suffix: x for p in entries for suffix, x in p.tensors.items()}
     return Delta(msgspec.structs.replace(header, entries=tuple(p.entry for p in entries)), tensors)

@@ -1,6 +1,7 @@
-"""What a delta writes down about itself: the base it was made for and the edits it holds.
+"""What a delta records: the base it was made for and its edits.
 
-Contents are hashed, never stored, so that a delta can be shipped without the data behind it.
+Prompts, targets and images are hashed, never stored, so that a delta can be published without its
+data.
 """
 
 from __future__ import annotations
@@ -25,10 +26,17 @@ def _sha256(text: str) -> str:
 
 
 def edit_record(query: Query) -> EditRecord:
-    """The record of one edit; its id is a hash of prompt, target and images together.
+    """Make the record of one edit; its id is a hash of prompt, target and images.
 
-    >>> edit_record(Query("who is it?", "bo")).id
-    'c7aff5393784'
+    Args:
+        query: The edit.
+
+    Returns:
+        The record.
+
+    Example:
+        >>> edit_record(Query("who is it?", "bo")).id
+        'c7aff5393784'
     """
     images = tuple(content_id(image) for image in query.images)
     text = "\x1f".join((query.prompt, query.target, *images))
@@ -41,7 +49,15 @@ def edit_record(query: Query) -> EditRecord:
 
 
 def base_identity(model: Model, names: Iterable[str]) -> BaseModel:
-    """The identity of a model, with a fingerprint of each parameter named."""
+    """Return the identity of a model, with a hash of each named parameter.
+
+    Args:
+        model: The model.
+        names: Keys of `model.params`.
+
+    Returns:
+        The identity.
+    """
     card = model.card
     return BaseModel(
         id=card.id,
@@ -64,10 +80,25 @@ def make_header(
     stack: int = 0,
     order_dependent: bool = False,
 ) -> Header:
-    """The header of a delta that holds `earlier` edits and then `queries`."""
+    """Make the header of a delta.
+
+    Args:
+        model: The model that is edited.
+        editor: Name of the method.
+        settings: Settings of the method, encodable as JSON.
+        entries: The entries of the delta.
+        queries: The new edits.
+        earlier_edits: Records of the edits before them.
+        arithmetic: How low-rank entries are computed.
+        stack: Number of edits of a stacked delta, 0 for a plain one.
+        order_dependent: Whether each edit was computed on top of those before it.
+
+    Returns:
+        The header. Its edits are `earlier_edits`, then `queries`.
+    """
     return Header(
         editor=editor,
-        settings=msgspec.json.decode(msgspec.json.encode(settings)),  # lists as a file has them
+        settings=msgspec.json.decode(msgspec.json.encode(settings)),  # tuples become lists
         base=base_identity(model, (entry.name for entry in entries)),
         arithmetic=arithmetic,
         entries=entries,

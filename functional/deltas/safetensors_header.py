@@ -1,9 +1,11 @@
-"""Safetensors headers from hands nobody vouches for, and canonical JSON; without torch.
+"""Safetensors headers of untrusted files, and canonical JSON; without torch.
 
 A `.safetensors` file is 8 bytes N (little-endian), N bytes of JSON, then the data. Everything the
-JSON claims is checked against the file before a byte of data is touched: work and memory are
-bounded by what the file *is*, never by what it says.
-Format: https://github.com/huggingface/safetensors.
+JSON claims is checked against the file before any data is read. Work and memory are bounded by the
+size of the file, never by a claim in it.
+
+References:
+    https://github.com/huggingface/safetensors
 """
 
 from __future__ import annotations
@@ -35,10 +37,10 @@ __all__ = [
 ]
 
 MAX_HEADER = 8 << 20
-"""Most bytes of header that are read; a delta of 30,000 listed edits has about this many."""
+"""Largest header that is read, in bytes; a delta with 30,000 edits has about this size."""
 
 MAX_VALUES = 400_000
-"""Most JSON values in a header: one byte of JSON can cost a hundred of memory."""
+"""Most JSON values in a header: one byte of JSON can take a hundred bytes of memory."""
 
 MAX_RANK = 16
 
@@ -63,7 +65,13 @@ SIZES = {
 
 
 class TensorSlot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where one tensor lies: dtype, shape, and [start, stop) within the data."""
+    """The location of one tensor.
+
+    Attributes:
+        dtype: Name of the dtype in safetensors.
+        shape: Shape.
+        data_offsets: Start and end of its bytes within the data.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -71,30 +79,49 @@ class TensorSlot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def start(self) -> int:
+        """Offset of the first byte within the data."""
         return self.data_offsets[0]
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes."""
         return self.data_offsets[1] - self.data_offsets[0]
 
 
 class SafetensorsHeader(NamedTuple):
-    """A header that has been checked against its file."""
+    """A header that has been checked against its file.
+
+    Attributes:
+        metadata: The `__metadata__` of the file.
+        tensors: Name -> location.
+        data_start: Offset of the data in the file.
+        num_bytes: Size of the whole file in bytes.
+    """
 
     metadata: dict[str, str]
     tensors: dict[str, TensorSlot]
-    data_start: int  # offset of the data in the file
-    num_bytes: int  # of the whole file, in bytes
+    data_start: int
+    num_bytes: int
 
 
 def canonical_json(value: Any) -> str:
-    """The one JSON text of a value: keys sorted by code point, no blanks, non-ASCII as itself.
+    """Encode a value as canonical JSON: keys sorted by code point, no blanks, no escaped letters.
 
-    Floats are Python's `repr` (the shortest digits that read back the same). Raises ValueError for
-    NaN, infinities and what JSON does not have.
+    Floats are Python's `repr`: the shortest digits that read back the same.
 
-    >>> canonical_json({"b": 1, "a": [0.5, "é"]})
-    '{"a":[0.5,"é"],"b":1}'
+    Args:
+        value: Dicts, lists, strings, numbers, booleans and None.
+
+    Returns:
+        The text.
+
+    Raises:
+        ValueError: If the value holds NaN or infinity.
+        TypeError: If the value holds a type that JSON does not have.
+
+    Example:
+        >>> canonical_json({"b": 1, "a": [0.5, "é"]})
+        '{"a":[0.5,"é"],"b":1}'
     """
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
@@ -115,9 +142,17 @@ def _refuse_constant(text: str) -> float:
 
 
 def parse_strict_json(raw: bytes, what: str) -> Any:
-    """JSON without duplicate names, NaN, broken UTF-8, or more than `MAX_VALUES` values.
+    """Parse JSON without duplicate names, NaN, broken UTF-8, or more than `MAX_VALUES` values.
 
-    Raises ValueError that says what is wrong with `what`.
+    Args:
+        raw: The bytes.
+        what: Their name in error messages.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: If the bytes break one of these rules.
     """
     count = raw.count(b",") + raw.count(b":") + raw.count(b"[") + 2 * raw.count(b"{")
     if count > MAX_VALUES:
@@ -135,9 +170,16 @@ def parse_strict_json(raw: bytes, what: str) -> Any:
 
 
 def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a regular file for reading; folders, pipes and devices are refused before opening.
+    """Open a regular file for reading. Folders, pipes and devices are rejected before opening.
 
-    Raises InvalidInputError that names the path as the caller gave it.
+    Args:
+        path: The file.
+
+    Returns:
+        The open file.
+
+    Raises:
+        InvalidInputError: If the file is not a regular file or cannot be read.
     """
     try:
         mode = os.stat(path).st_mode
@@ -151,10 +193,17 @@ def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
-    """Read and check the header of a safetensors file; the data are not touched.
+    """Read and check the header of a safetensors file, without its data.
 
-    Raises InvalidInputError where the file cannot be opened, DeltaFileError naming the file and
-    the fault.
+    Args:
+        path: The file.
+
+    Returns:
+        The header.
+
+    Raises:
+        InvalidInputError: If the file cannot be opened.
+        DeltaFileError: If the header is invalid. Names the file and the violation.
     """
     with open_regular_file(path) as file:
         num_bytes = os.fstat(file.fileno()).st_size
@@ -179,7 +228,18 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
 
 
 def parse_header(raw: bytes, num_bytes: int) -> SafetensorsHeader:
-    """Check a header's JSON against a file of `size` bytes; ValueError with the fault."""
+    """Check a header's JSON against the size of its file.
+
+    Args:
+        raw: The JSON, without the 8 bytes of its length.
+        num_bytes: Size of the whole file in bytes.
+
+    Returns:
+        The header.
+
+    Raises:
+        ValueError: If the header is invalid or does not match the size.
+    """
     body = parse_strict_json(raw, "the header")
     if not isinstance(body, dict):
         raise ValueError("the header must be a JSON object")
@@ -218,10 +278,18 @@ def parse_header(raw: bytes, num_bytes: int) -> SafetensorsHeader:
 
 
 def printable(text: object, max_length: int = 200) -> str:
-    """Text from a stranger's file, fit for a message: printable, and not too long.
+    r"""Make text of an untrusted file safe for a message: printable, and not too long.
 
-    >>> printable("a\\x00b")
-    'a\\\\x00b'
+    Args:
+        text: Any value.
+        max_length: Characters to keep.
+
+    Returns:
+        The text.
+
+    Example:
+        >>> printable("a\x00b")
+        'a\\x00b'
     """
     text = str(text)[:max_length]
     return text if text.isprintable() else ascii(text)[1:-1]
@@ -234,10 +302,17 @@ def _bounded_int(number: int) -> str:
 def build_header(
     metadata: dict[str, str], tensors: dict[str, tuple[str, tuple[int, ...]]]
 ) -> tuple[bytes, list[str]]:
-    """The first bytes of a safetensors file, and the order in which the tensors follow.
+    """Build the first bytes of a safetensors file.
 
-    Larger elements first, then by name, the JSON padded with blanks to 8 bytes: what the
-    safetensors library writes, so that both give the same file.
+    Larger elements come first, then names in order; the JSON is padded with blanks to 8 bytes. The
+    safetensors library writes the same, so both give the same file.
+
+    Args:
+        metadata: The `__metadata__` of the file.
+        tensors: Name -> dtype and shape.
+
+    Returns:
+        The bytes up to the data, and the order in which the tensors follow.
     """
     order = sorted(tensors, key=lambda name: (-SIZES[tensors[name][0]], name.encode()))
     body: dict[str, Any] = {"__metadata__": metadata} if metadata else {}

@@ -60,8 +60,8 @@ NAME_BY_DTYPE = {dtype: name for name, dtype in DTYPE_BY_NAME.items()}
 def save_delta(path: str | os.PathLike[str], delta: Delta) -> str:
     """Write a delta to one file, completely or not at all.
 
-    The same delta gives the same bytes, whatever its tensors' device and strides. Everything
-    `load_delta` would refuse is refused before the file is touched.
+    The same delta gives the same bytes, whatever the device and strides of its tensors. A delta
+    that `load_delta` would reject is rejected before the file is opened.
 
     Args:
         path: The file to write.
@@ -151,10 +151,19 @@ def load_delta(path: str | os.PathLike[str], *, verify: bool = True) -> Delta:
 
 
 def digest(delta: Delta) -> str:
-    """sha256 of a delta's content: canonical header, then each tensor by name.
+    r"""Compute the sha256 of a delta's content: canonical header, then each tensor by name.
 
-    H(header ‖ "\\n" ‖ Σ_name canonical([name, dtype, shape]) ‖ "\\n" ‖ bytes), names in code-point
-    order; independent of how a file lays its tensors out.
+    H(header ‖ "\n" ‖ Σ_name canonical([name, dtype, shape]) ‖ "\n" ‖ bytes), names in code-point
+    order. It does not depend on how a file lays its tensors out.
+
+    Args:
+        delta: The delta.
+
+    Returns:
+        The digest in hex.
+
+    Raises:
+        ValueError: If the settings hold NaN or infinity.
     """
     return _content_digest(encode_header(delta.header, ""), delta.tensors)
 
@@ -187,7 +196,14 @@ def _content_digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def tensor_bytes(x: Tensor) -> memoryview:
-    """The raw little-endian bytes of a tensor, in row-major order."""
+    """Return the raw bytes of a tensor, in row-major order and the machine's byte order.
+
+    Args:
+        x: A tensor of any device and strides.
+
+    Returns:
+        The bytes.
+    """
     flat = x.detach().contiguous().cpu().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
@@ -195,7 +211,17 @@ def tensor_bytes(x: Tensor) -> memoryview:
 def tensor_view(
     memory: mmap.mmap | bytearray, dtype: str, shape: tuple[int, ...], offset: int
 ) -> Tensor:
-    """A tensor over bytes that stay where they are."""
+    """Make a tensor over bytes in memory, without a copy.
+
+    Args:
+        memory: The bytes.
+        dtype: Name of the dtype in safetensors.
+        shape: Shape of the tensor.
+        offset: Offset of its first byte.
+
+    Returns:
+        The tensor. An empty one does not refer to `memory`.
+    """
     count = 1
     for size in shape:
         count *= size
@@ -219,6 +245,6 @@ def _tensor_problems(header: Header, tensors: Mapping[str, Tensor]) -> list[str]
 def _nonfinite_tensors(tensors: Mapping[str, Tensor]) -> Iterator[str]:
     for name, x in tensors.items():
         if x.dtype.is_floating_point and x.numel():
-            ends = torch.stack(torch.aminmax(x.detach()))  # NaN if there is one: far the fastest
+            ends = torch.stack(torch.aminmax(x.detach()))  # NaN if there is one; fast
             if not bool(torch.isfinite(ends).all()):
                 yield f"tensor {name!r} must be finite, and holds NaN or infinite values"

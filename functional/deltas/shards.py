@@ -1,4 +1,4 @@
-"""A checkpoint folder in Hugging Face layout, by its safetensors headers; without torch."""
+"""A checkpoint folder in Hugging Face layout, read by its safetensors headers; without torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,13 @@ _MAX_JSON_BYTES = 64 << 20  # bytes of an index or a config
 
 
 class ParameterLocation(NamedTuple):
-    """Where one parameter lies: its file, what it is, and the offset of its bytes."""
+    """The location of one parameter of a checkpoint.
+
+    Attributes:
+        file: Its shard.
+        slot: Its dtype, shape and offsets within the data.
+        offset: Offset of its bytes in the file.
+    """
 
     file: Path
     slot: TensorSlot
@@ -39,10 +45,17 @@ class ParameterLocation(NamedTuple):
 
 
 def shard_files(folder: str | os.PathLike[str]) -> list[str]:
-    """The weight files of a checkpoint, by its index or the single one; names only, sorted.
+    """List the weight files of a checkpoint, from its index or the single file.
 
-    Raises InvalidInputError where there is none, DeltaFileError for an index that names what is no
-    file of it.
+    Args:
+        folder: The checkpoint.
+
+    Returns:
+        File names, sorted.
+
+    Raises:
+        InvalidInputError: If the folder has no safetensors checkpoint.
+        DeltaFileError: If the index is invalid or names a file outside the folder.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -73,7 +86,18 @@ def shard_files(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def checkpoint_parameters(folder: str | os.PathLike[str]) -> dict[str, ParameterLocation]:
-    """Every parameter of a checkpoint by its name there; only headers are read."""
+    """Locate every parameter of a checkpoint. Only headers are read.
+
+    Args:
+        folder: The checkpoint.
+
+    Returns:
+        Checkpoint name -> location.
+
+    Raises:
+        InvalidInputError: If the folder has no safetensors checkpoint or a file cannot be read.
+        DeltaFileError: If the index or a header is invalid.
+    """
     locations = {}
     for name in shard_files(folder):
         path = Path(folder) / name
@@ -84,7 +108,17 @@ def checkpoint_parameters(folder: str | os.PathLike[str]) -> dict[str, Parameter
 
 
 def checkpoint_model_type(folder: str | os.PathLike[str]) -> str:
-    """The model type that the folder's config names, "" where there is none."""
+    """Return the model type in the folder's config.
+
+    Args:
+        folder: The checkpoint.
+
+    Returns:
+        The model type, "" if there is none.
+
+    Raises:
+        DeltaFileError: If the config is not valid JSON or is too large.
+    """
     path = Path(folder) / "config.json"
     body = _read_json(path) if path.exists() else {}
     model_type = body.get("model_type", "") if isinstance(body, dict) else ""
@@ -94,7 +128,16 @@ def checkpoint_model_type(folder: str | os.PathLike[str]) -> str:
 def checkpoint_mismatches(
     header: Header, locations: dict[str, ParameterLocation], family: str = ""
 ) -> list[str]:
-    """How a delta fails to fit a checkpoint, by names, shapes and dtypes; values are not read."""
+    """Compare names, shapes and dtypes of a delta with a checkpoint. Values are not read.
+
+    Args:
+        header: Header of the delta.
+        locations: The parameters of the checkpoint by name.
+        family: The checkpoint's model type, "" if unknown.
+
+    Returns:
+        One phrase per violation; empty if the delta fits.
+    """
     mismatches = []
     if header.base.family and family and header.base.family != family:
         mismatches.append(

@@ -1,6 +1,6 @@
-"""Stacked deltas: many independent edits of one layout, side by side along a leading axis.
+"""Stacked deltas: independent edits of one layout along a leading axis.
 
-Each row of a batch names its edit (`Batch.edit`), so one decode carries many edited models.
+Each row of a batch names its edit (`Batch.edit_index`), so one decode runs many edited models.
 Legend: E edits · B rows.
 """
 
@@ -19,20 +19,29 @@ __all__ = ["select_edits", "stack", "unstack"]
 
 
 def stack(deltas: Sequence[Delta]) -> Delta:
-    """Deltas of one layout as one stacked delta, each an edit of its own.
+    """Stack deltas of one layout, each as one edit.
 
-    A delta that holds several edits becomes one, under the record of its last. Raises
-    ShapeError, listing every difference, unless base, form, entries and tensors agree.
+    A delta that holds several edits becomes one, under the record of its last.
 
-    >>> from errata.functional import BaseModel, EditRecord, Header
-    >>> from errata.functional.kinds.schema import Dense
-    >>> entry = Dense(name="w", checkpoint_name="w", shape=(2,))
-    >>> one = Delta(
-    ...     Header(base=BaseModel(id="a/model"), entries=(entry,), edits=(EditRecord(id="0"),)),
-    ...     {"w": torch.ones(2)},
-    ... )
-    >>> stack([one, one, one]).tensors["w"].shape
-    torch.Size([3, 2])
+    Args:
+        deltas: Deltas that agree in base, arithmetic, entries and tensor shapes.
+
+    Returns:
+        The stacked delta.
+
+    Raises:
+        ShapeError: If there are none, or if they differ. Lists every difference.
+
+    Example:
+        >>> from errata.functional import BaseModel, EditRecord, Header
+        >>> from errata.functional.kinds.schema import Dense
+        >>> entry = Dense(name="w", checkpoint_name="w", shape=(2,))
+        >>> one = Delta(
+        ...     Header(base=BaseModel(id="a/model"), entries=(entry,), edits=(EditRecord(id="0"),)),
+        ...     {"w": torch.ones(2)},
+        ... )
+        >>> stack([one, one, one]).tensors["w"].shape
+        torch.Size([3, 2])
     """
     if not deltas:
         raise ShapeError("stack needs at least one delta, got none.")
@@ -62,16 +71,34 @@ def stack(deltas: Sequence[Delta]) -> Delta:
 
 
 def unstack(delta: Delta) -> list[Delta]:
-    """The edits of a stacked delta, each as if made alone; its tensors are views.
+    """Split a stacked delta into its edits, each as if made alone.
 
-    Raises UnsupportedKindError for a delta that is not stacked.
+    Args:
+        delta: A stacked delta.
+
+    Returns:
+        One delta per edit; tensors are views.
+
+    Raises:
+        UnsupportedKindError: If the delta is not stacked.
     """
     _require_stacked(delta)
     return [_unstack_one(delta, number) for number in range(delta.header.stack)]
 
 
 def select_edits(delta: Delta, edits: Sequence[int]) -> Delta:
-    """Some edits of a stacked delta, in the order given, as a stacked delta."""
+    """Select edits of a stacked delta, in the order given.
+
+    Args:
+        delta: A stacked delta.
+        edits: Numbers of the edits.
+
+    Returns:
+        A stacked delta.
+
+    Raises:
+        UnsupportedKindError: If the delta is not stacked.
+    """
     _require_stacked(delta)
     index = torch.tensor(list(edits), dtype=torch.int64)
     header = msgspec.structs.replace(

@@ -1,4 +1,4 @@
-"""A dense or low-rank entry as one weight change; inner products without multiplying out."""
+"""A dense or low-rank entry as a weight change; inner products from the factors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ __all__ = ["inner_product", "to_dense"]
 
 
 def to_dense(part: EntryTensors) -> Tensor:
-    """The change of the whole parameter, in fp32 and in the parameter's layout."""
+    """Return an entry as a change of the whole parameter.
+
+    Args:
+        part: A dense or low-rank entry.
+
+    Returns:
+        The change in fp32, in the parameter's layout.
+
+    Raises:
+        UnsupportedKindError: If the kind decides per input what to change.
+    """
     if isinstance(part.entry, Dense):
         return part.tensors[""].float()
     if not isinstance(part.entry, LowRank):
@@ -26,9 +36,19 @@ def to_dense(part: EntryTensors) -> Tensor:
 
 
 def inner_product(left: EntryTensors, right: EntryTensors) -> Tensor:
-    """<dW, dW'> of two changes of one parameter, in fp64; low rank is never multiplied out.
+    """Compute <dW, dW'> of two changes of one parameter, in fp64.
 
-    trace((B A)ᵀ B' A') = sum((Bᵀ B') * (A A'ᵀ))
+    trace((B A)ᵀ B' A') = sum((Bᵀ B') * (A A'ᵀ)): two low-rank changes are never multiplied out.
+
+    Args:
+        left: A dense or low-rank entry.
+        right: Another one of the same parameter.
+
+    Returns:
+        The inner product, a scalar.
+
+    Raises:
+        UnsupportedKindError: If a kind decides per input what to change.
     """
     if isinstance(left.entry, LowRank) and isinstance(right.entry, LowRank):
         downs = left.tensors[".A"].double() @ right.tensors[".A"].double().T

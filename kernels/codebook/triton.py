@@ -146,27 +146,7 @@ def rescan(
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Find the exact nearest key of each query among the tiles within the rounding error.
-
-    Args:
-        query: Pointer to [B D].
-        keys: Pointer to [N D].
-        norms: Pointer to [N] fp32, squared lengths.
-        max_distance: Pointer to [B] fp32.
-        minima: Pointer to [B T] fp32, from `tile_minima`.
-        longest: Pointer to [T] fp32, from `tile_minima`.
-        index: Pointer to the output [B] int64.
-        distance: Pointer to the output [B] fp32.
-        num_keys: N.
-        width: D.
-        num_tiles: T.
-        query_stride: Elements between two queries.
-        key_stride: Elements between two keys.
-        unit: Relative rounding error of a score.
-        KEYS: Keys per tile.
-        WIDTH: Columns per step.
-        TILES: Tile minima per step.
-    """  # noqa: DOC107
+    """Find the exact nearest key of each query among the tiles within the rounding error."""
     row = tl.program_id(0)
     column = tl.arange(0, WIDTH)
     query_at = query + tl.cast(row, tl.int64) * query_stride + column

@@ -88,37 +88,7 @@ def shrink(
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Compute `inner[b, l, (s, r)] = w_s act(x_l . A_s,r)`; a column is one rank of one slot.
-
-    Args:
-        x: Pointer to [B L I].
-        moments: Pointer to [B L 2] fp32, mean and reciprocal deviation of each token.
-        gamma: Pointer to [I], the weight of the layer norm.
-        beta: Pointer to [I], the bias of the layer norm.
-        down: Pointer to [M R I].
-        ids: Pointer to [B S] int64, the expert of each slot.
-        weights: Pointer to [B S] fp32.
-        count: Pointer to [B] int64, the filled slots of each row.
-        lengths: Pointer to [B] int64, the tokens of each row.
-        inner: Pointer to the output [B L (slots R)] fp32.
-        num_tokens: L.
-        width: I.
-        num_slots: S.
-        first_slot: First slot of the range computed.
-        last_slot: End of that range, exclusive.
-        x_row_stride: Elements between two rows of `x`.
-        x_token_stride: Elements between two tokens of `x`.
-        down_stride: Elements between two experts of `down`.
-        rank_stride: Elements between two ranks of `down`.
-        RANK: R.
-        NORMED: Whether to apply the layer norm.
-        SHIFTED: Whether the layer norm has a bias.
-        RELU: Whether the activation is ReLU; identity otherwise.
-        WIDEN: Whether to multiply in fp32.
-        TOKENS: Tokens per program.
-        COLUMNS: Columns per program.
-        WIDTH: Input columns per step.
-    """  # noqa: DOC107
+    """Compute `inner[b, l, (s, r)] = w_s act(x_l . A_s,r)`; a column is one rank of one slot."""
     row = tl.cast(tl.program_id(2), tl.int64)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -194,33 +164,7 @@ def expand(
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Compute `out[b, l] = base[b, l] + sum over (s, r) of inner[b, l, (s, r)] B_s,r`.
-
-    Args:
-        base: Pointer to [B L O].
-        inner: Pointer to [B L (slots R)] fp32, from `shrink`.
-        up: Pointer to [M R O].
-        ids: Pointer to [B S] int64, the expert of each slot.
-        count: Pointer to [B] int64, the filled slots of each row.
-        lengths: Pointer to [B] int64, the tokens of each row; later ones keep their bits.
-        out: Pointer to the output [B L O].
-        num_tokens: L.
-        width: O.
-        num_slots: S.
-        first_slot: First slot of the range computed.
-        last_slot: End of that range, exclusive.
-        base_row_stride: Elements between two rows of `base`.
-        base_token_stride: Elements between two tokens of `base`.
-        up_stride: Elements between two experts of `up`.
-        rank_stride: Elements between two ranks of `up`.
-        width_stride: Elements between two output columns of `up`.
-        RANK: R.
-        BASED: Whether there is a `base`; zero otherwise.
-        WIDEN: Whether to multiply in fp32.
-        TOKENS: Tokens per program.
-        COLUMNS: Columns per step.
-        WIDTH: Output columns per program.
-    """  # noqa: DOC107
+    """Compute `out[b, l] = base[b, l] + sum over (s, r) of inner[b, l, (s, r)] B_s,r`."""
     row = tl.cast(tl.program_id(2), tl.int64)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     at = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
