@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,10 +17,18 @@ __all__ = ["atomic_folder", "atomic_write"]
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Write a file beside `path`, bring it to disk, then rename it over `path`.
+    """Write a temporary file next to `path`, flush it to disk, then rename it to `path`.
 
-    Whatever ends the writing early - an error, a full disk, SIGKILL - leaves the old file, or none,
-    as it was. Raises InvalidInputError naming the path and the reason.
+    If the writing ends early (an error, a full disk, SIGKILL), the old file is unchanged.
+
+    Args:
+        path: The file. It is replaced if it exists.
+
+    Yields:
+        The open temporary file.
+
+    Raises:
+        InvalidInputError: If `path` is a folder or a device, or cannot be written.
     """
     target = Path(path)
     if target.exists() and not target.is_file():
@@ -45,10 +53,16 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Fill a folder beside `path`, bring it to disk, then rename it to `path`.
+    """Fill a temporary folder next to `path`, flush it to disk, then rename it to `path`.
 
-    `path` must not exist (an empty folder may). Raises InvalidInputError naming the path and the
-    reason.
+    Args:
+        path: The folder. It must not exist, or be empty.
+
+    Yields:
+        The temporary folder.
+
+    Raises:
+        InvalidInputError: If `path` exists and is not an empty folder, or cannot be written.
     """
     target = Path(path)
     if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
@@ -71,7 +85,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _fsync(path: Path) -> None:
-    """fsync of a file or folder; systems without fsync of folders keep their own promises."""
+    """Call fsync on a file or folder; ignored if the system does not support it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -1,8 +1,8 @@
-"""Look into a decode: record what goes through sites, and add probes to read gradients there.
+"""Record activations at sites of a decode, and add perturbations to read gradients there.
 
-With u the input of a linear map y = W u and a zero probe p added to y, the gradient of a loss with
-respect to p is delta = dL/dy, and dL/dW = sum_t delta_t u_t^T (Mitchell et al., "Fast Model Editing
-at Scale", 2022, eq. 2): no weight gradient is formed and no parameter asks for one.
+With u the input of a linear map y = W u and a zero perturbation p added to y, the gradient of a
+loss with respect to p is delta = dL/dy, and dL/dW = sum_t delta_t u_t^T (Mitchell et al., "Fast
+Model Editing at Scale", 2022, eq. 2). No weight gradient is formed and no parameter needs one.
 """
 
 from __future__ import annotations
@@ -21,10 +21,15 @@ __all__ = ["Activation", "record_activations", "zero_perturbations"]
 
 
 class Activation(NamedTuple):
-    """What went through one site."""
+    """Input and output of one site.
 
-    input: Tensor  # [B L in]
-    output: Tensor  # [B L out], the probe included
+    Attributes:
+        input: [B L in].
+        output: [B L out], with the perturbation.
+    """
+
+    input: Tensor
+    output: Tensor
 
 
 def record_activations(
@@ -37,16 +42,34 @@ def record_activations(
     hooks: Hooks | None = None,
     **options: Any,
 ) -> tuple[Any, dict[str, Activation]]:
-    """Decode, recording (input, output) at `sites` and adding `perturbations` to outputs.
+    """Decode, record input and output at `sites`, and add `perturbations` to outputs.
 
-    `sites` are full paths. `hooks` run first, so a tap sees what a bound model sees; `options`
-    go to `decode`. Under `torch.func.grad` return the taps as auxiliary values:
+    Under `torch.func.grad`, return the activations as auxiliary values:
 
-        def loss(probes):
-            logits, taps = tap(model.decode, model.params, batch, sites, probes=probes)
-            return nll(logits, batch.labels).sum(), {site: taps[site].input for site in sites}
+        def loss(perturbations):
+            logits, activations = record_activations(
+                model.decode, model.params, batch, sites, perturbations=perturbations
+            )
+            inputs = {site: activations[site].input for site in sites}
+            return nll(logits, batch.labels).sum(), inputs
 
-        deltas, inputs = torch.func.grad(loss, has_aux=True)(zeros(model.card, batch, sites))
+        zeros = zero_perturbations(model.card, batch, sites)
+        output_grads, inputs = torch.func.grad(loss, has_aux=True)(zeros)
+
+    Args:
+        decode: `decode` of a model, bound or not.
+        params: Parameters of the model.
+        batch: The batch to decode.
+        sites: Full paths of modules.
+        perturbations: Full path -> tensor added to the output. These sites are recorded too.
+        hooks: Hooks that run before the recording.
+        **options: Further arguments of `decode`.
+
+    Returns:
+        The result of `decode`, and path -> activation.
+
+    Raises:
+        UnknownSiteError: If a path is not a module of the model.
     """
     perturbations = perturbations or {}
     activations: dict[str, Activation] = {}
@@ -59,7 +82,19 @@ def record_activations(
 
 
 def zero_perturbations(card: ModelCard, batch: Batch, sites: Iterable[str]) -> dict[str, Tensor]:
-    """A zero probe [B L out] for each linear site, as wide as its output, as long as the rows."""
+    """Make a zero perturbation for each linear site.
+
+    Args:
+        card: Card of the model.
+        batch: The batch that will be decoded.
+        sites: Neutral names or full paths of linear maps.
+
+    Returns:
+        Site -> zeros [B L out].
+
+    Raises:
+        UnknownSiteError: If a site is not a linear map.
+    """
     num_rows, length = batch.hidden_states.shape[:2]
     like = batch.hidden_states.detach()
     return {
@@ -80,7 +115,7 @@ def _recording_hook(
 
 
 def _reshape_like(perturbation: Tensor, output: Tensor) -> Tensor:
-    # OPT flattens rows and tokens for its feed-forward part; a probe keeps [B L out] all the same.
+    # OPT flattens rows and tokens for its feed-forward part; a perturbation is always [B L out].
     return (
         perturbation
         if perturbation.shape == output.shape

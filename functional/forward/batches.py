@@ -1,8 +1,7 @@
-"""Cut, pad and join batches: by rows, and in time.
+"""Slice, pad and concatenate batches, along rows and along tokens.
 
-The key of an extra says how it is laid out: `name@bqk_` is a tensor with rows first, then query
-tokens, key tokens, and something else. That is all that is needed to cut one without knowing what
-it means.
+The key of a layer input gives its axes: `name@bqk_` is a tensor with rows first, then query
+tokens, key tokens, and something else. It can be sliced without knowing what it means.
 """
 
 from __future__ import annotations
@@ -32,9 +31,13 @@ __all__ = [
 
 
 def prompt_end_mask(inputs: Inputs) -> Tensor:
-    """[B L] True on the last token of each prompt: the one whose logits predict the answer's first.
+    """Mask the last token of each prompt, whose logits predict the first token of the answer.
 
-    Where nothing is scored the whole row is the prompt.
+    Args:
+        inputs: Preprocessed queries.
+
+    Returns:
+        [B L] bool. In a row with nothing scored, the last token is marked.
     """
     prompt_end = inputs.attention_mask.sum(-1) - 1  # [B]
     if inputs.labels.shape[1]:
@@ -45,7 +48,15 @@ def prompt_end_mask(inputs: Inputs) -> Tensor:
 
 
 def take_rows(batch: Batch, rows: Tensor | slice) -> Batch:
-    """The rows of a batch that an index, a mask or a slice names, in that order."""
+    """Select rows of a batch.
+
+    Args:
+        batch: The batch.
+        rows: Indices, a bool mask or a slice of rows.
+
+    Returns:
+        A batch of these rows, in the order given.
+    """
     return batch._replace(
         **{name: getattr(batch, name)[rows] for name in _ROW_FIELDS},
         layer_inputs={key: value[rows] for key, value in batch.layer_inputs.items()},
@@ -54,7 +65,15 @@ def take_rows(batch: Batch, rows: Tensor | slice) -> Batch:
 
 
 def tokens_before(batch: Batch, t: int) -> Batch:
-    """Tokens before `t` of every row; what was scored after them is left out."""
+    """Keep the tokens before `t` of every row.
+
+    Args:
+        batch: The batch.
+        t: First position to drop.
+
+    Returns:
+        A batch of t tokens. Labels predicted from later positions become `IGNORE_INDEX`.
+    """
     is_kept = (batch.logit_positions < t) & (batch.labels != IGNORE_INDEX)
     return _slice_tokens(batch, slice(0, t), slice(0, t))._replace(
         labels=torch.where(is_kept, batch.labels, IGNORE_INDEX),
@@ -63,11 +82,18 @@ def tokens_before(batch: Batch, t: int) -> Batch:
 
 
 def tokens_from(batch: Batch, t: int) -> Batch:
-    """Tokens from `t` on of every row, to be decoded with `past` = keys and values of `earlier`.
+    """Keep the tokens from `t` of every row, to be decoded with the cache of `tokens_before`.
 
-    decode(later(b, t), past=p) where _, p = decode(earlier(b, t), keep=True) gives the logits of
-    decode(b) at the positions that lie from `t` on, exactly where attention is causal; labels of
-    earlier positions become IGNORE.
+    `decode(params, tokens_from(b, t), kv_cache=cache)`, with `_, cache = decode(params,
+    tokens_before(b, t), return_cache=True)`, gives the logits of `decode(params, b)` at positions
+    from `t`. This is exact if attention is causal.
+
+    Args:
+        batch: The batch.
+        t: First position to keep.
+
+    Returns:
+        A batch of L - t tokens. Labels predicted from earlier positions become `IGNORE_INDEX`.
     """
     is_kept = (batch.logit_positions >= t) & (batch.labels != IGNORE_INDEX)
     return _slice_tokens(batch, slice(t, None), slice(None))._replace(
@@ -77,7 +103,15 @@ def tokens_from(batch: Batch, t: int) -> Batch:
 
 
 def gather_tokens(batch: Batch, positions: Tensor) -> Batch:
-    """Only the tokens `at` [B T] of each row, as queries: L becomes T, keys stay as they are."""
+    """Keep some tokens of each row as queries; keys stay as they are.
+
+    Args:
+        batch: The batch.
+        positions: [B T], the tokens to keep.
+
+    Returns:
+        A batch of T tokens. Labels and logit positions are unchanged.
+    """
     layer_inputs = {
         key: _gather_axis(value, _axis(key, "q"), positions)
         for key, value in batch.layer_inputs.items()
@@ -93,9 +127,20 @@ def gather_tokens(batch: Batch, positions: Tensor) -> Batch:
 
 
 def pad_batch(batch: Batch, length: int, num_labels: int | None = None) -> Batch:
-    """The same rows made `length` tokens long (and `scored` labels wide); padding is masked out.
+    """Pad rows with tokens that are masked out.
 
     Padded tokens repeat the last one, so that every query still has a key to attend to.
+
+    Args:
+        batch: The batch.
+        length: Tokens per row in the result.
+        num_labels: Labels per row in the result; unchanged by default.
+
+    Returns:
+        The padded batch.
+
+    Raises:
+        ShapeError: If the batch is longer, in tokens or labels.
     """
     num_new_tokens = length - batch.hidden_states.shape[1]
     num_new_labels = (
@@ -127,14 +172,30 @@ def pad_batch(batch: Batch, length: int, num_labels: int | None = None) -> Batch
 
 
 def trim_batch(batch: Batch, length: int) -> Batch:
-    """The first `length` tokens of every row, for rows that were padded further than they need."""
+    """Keep the first `length` tokens of every row, for rows with more padding than they need.
+
+    Args:
+        batch: The batch.
+        length: Tokens to keep.
+
+    Returns:
+        The shorter batch. Labels and logit positions are unchanged.
+    """
     return _slice_tokens(batch, slice(0, length), slice(0, length))
 
 
 def resize_keys(batch: Batch, length: int) -> Batch:
-    """The same rows with `length` key tokens: later ones cut, missing ones closed to every query.
+    """Change the number of key tokens: later ones are cut, new ones masked for every query.
 
-    For rows of which only some tokens are left (`pick`), whose keys are not their tokens.
+    For rows of which only some tokens are left (`gather_tokens`), so that L is not the number of
+    keys.
+
+    Args:
+        batch: The batch.
+        length: Key tokens in the result.
+
+    Returns:
+        The same rows with `length` key tokens.
     """
     layer_inputs = {}
     for key, value in batch.layer_inputs.items():
@@ -147,10 +208,19 @@ def resize_keys(batch: Batch, length: int) -> Batch:
 
 
 def concat_batches(batches: Sequence[Batch]) -> Batch:
-    """One batch of all the rows, padded to the longest; all must be at the same depth.
+    """Concatenate the rows of batches at the same depth, padded to the longest.
 
-    An extra that some batches lack (features a family adds only where there are pictures) is zero
-    for their rows. Raises ShapeError for batches of different depths.
+    A layer input that some batches lack (features a family adds only with images) is zero for their
+    rows. Routing is kept only if every batch has it.
+
+    Args:
+        batches: At least one batch.
+
+    Returns:
+        One batch of all rows.
+
+    Raises:
+        ShapeError: If the batches are at different depths.
     """
     depths = sorted({batch.depth for batch in batches})
     if len(depths) != 1:
@@ -200,7 +270,7 @@ def _layer_input_or_zeros(
 
 
 def _pad_key_axis(key: str, values: list[Tensor]) -> list[Tensor]:
-    """Values with as many keys each: thinned batches keep those of all their tokens."""
+    """Pad all values to the same number of keys; a batch of scored positions keeps all its keys."""
     key_axis = _axis(key, "k")
     if key_axis is None:
         return values
@@ -254,7 +324,7 @@ def _repeat_last(value: Tensor, axis: int, count: int) -> Tensor:
 
 
 def _append_masked_keys(value: Tensor, axis: int, count: int) -> Tensor:
-    """Key tokens that no query may attend to: False, or the lowest number of an additive mask."""
+    """Append masked key tokens: False, or the lowest number in an additive mask."""
     if count == 0:
         return value
     shape = list(value.shape)
@@ -264,12 +334,20 @@ def _append_masked_keys(value: Tensor, axis: int, count: int) -> Tensor:
 
 
 def _unflatten_rows(x: Tensor, batch: Batch) -> Tensor:
-    """[B L in], also where a layer flattened rows and tokens (OPT does)."""
+    """Restore [B L in] if a layer flattened rows and tokens, as OPT does."""
     return x.reshape(batch.edit_index.shape[0], -1, x.shape[-1])
 
 
 def repeat_per_edit(batch: Batch, num_edits: int) -> Batch:
-    """Every row under every edit: E*B rows, ordered by edit."""
+    """Repeat every row under every edit.
+
+    Args:
+        batch: A batch of B rows.
+        num_edits: E.
+
+    Returns:
+        A batch of E*B rows, ordered by edit.
+    """
     index = torch.arange(batch.num_rows, device=batch.edit_index.device).repeat(num_edits)
     edit_index = torch.arange(num_edits, device=batch.edit_index.device).repeat_interleave(
         batch.num_rows
@@ -278,10 +356,19 @@ def repeat_per_edit(batch: Batch, num_edits: int) -> Batch:
 
 
 def mean_per_edit(values: Tensor, edit_index: Tensor, num_edits: int) -> Tensor:
-    """Mean of values [B] over the rows of each edit: [E]; rows of edit -1 count nowhere.
+    """Average values over the rows of each edit.
 
-    >>> mean_per_edit(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([1, 1, 0]), 2)
-    tensor([5., 2.])
+    Args:
+        values: [B].
+        edit_index: [B], the edit of each row. Rows of edit -1 are left out.
+        num_edits: E.
+
+    Returns:
+        [E]; 0 for an edit without rows.
+
+    Example:
+        >>> mean_per_edit(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([1, 1, 0]), 2)
+        tensor([5., 2.])
     """
     bucket = torch.where(edit_index < 0, num_edits, edit_index)
     total = values.new_zeros(num_edits + 1).index_add(0, bucket, values)

@@ -29,14 +29,14 @@ def generate(
         model: The model, bound or not.
         queries: One per row.
         max_new_tokens: Most tokens of an answer.
-        stop_ids: Token ids that end an answer, which are excluded. Defaults to the card's.
+        stop_ids: Token ids that end an answer and are not part of it. Defaults to the card's.
         edit_index: [B], the edit of a bound stacked delta each row runs under.
 
     Returns:
         One text per query.
 
     Raises:
-        InvalidInputError: If a row could exceed the context.
+        InvalidInputError: If `max_new_tokens` is below 1, or a row could exceed the context.
 
     Example:
         >>> from errata import adapters
@@ -68,10 +68,23 @@ def generate_ids(
     stop_ids: Sequence[int] | None = None,
     edit_index: Tensor | None = None,
 ) -> list[list[int]]:
-    """The token ids that follow each row, up to and without its stop token.
+    """Generate the token ids that follow each row by greedy decoding.
 
-    The prompt runs once and leaves its keys and values; then each step runs one token per row. One
-    number per step leaves the device: whether all rows have ended.
+    The prompt runs once and fills a key-value cache; then each step runs one token per row. Each
+    step copies one number from the device: whether all rows have ended.
+
+    Args:
+        model: The model, bound or not.
+        inputs: Rows that end with the prompt.
+        max_new_tokens: Most tokens of an answer.
+        stop_ids: Token ids that end an answer. Defaults to the card's.
+        edit_index: [B], the edit of a bound stacked delta each row runs under.
+
+    Returns:
+        Token ids per row, without the stop token.
+
+    Raises:
+        InvalidInputError: If `max_new_tokens` is below 1.
     """
     if max_new_tokens < 1:
         raise InvalidInputError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
@@ -95,14 +108,14 @@ def generate_ids(
 def _steps(
     model: Model, inputs: Inputs, new_ids: list[Tensor], edit_index: Tensor | None
 ) -> Iterator[Tensor]:
-    """The logits [B 1 V] of each next token, given what has been said since the last."""
+    """Yield the logits [B 1 V] of each next token; `new_ids` grows between steps."""
     batch = model.embed(model.params, inputs, edit_index=edit_index)
     last = inputs.attention_mask.sum(-1, keepdim=True) - 1  # [B 1]
     try:
         logits, kv_cache = model.decode(
             model.params, batch, logit_positions=last, return_cache=True
         )
-    except UnsupportedModelError:  # a family whose layers take no cache of ours
+    except UnsupportedModelError:  # a family whose layers do not take our cache
         yield from _steps_without_cache(model, inputs, new_ids, edit_index)
         return
     yield logits
@@ -124,7 +137,7 @@ def _steps(
 def _steps_without_cache(
     model: Model, inputs: Inputs, new_ids: list[Tensor], edit_index: Tensor | None
 ) -> Iterator[Tensor]:
-    """The same without a cache: every step runs the rows from their beginning."""
+    """Yield the same logits without a cache: every step runs whole rows."""
     while True:
         batch = model.embed(model.params, inputs, edit_index=edit_index)
         yield model.decode(
@@ -134,7 +147,7 @@ def _steps_without_cache(
 
 
 def _append_token(inputs: Inputs, token_ids: Tensor) -> Inputs:
-    """The rows with one more token each, right behind their last; it counts as their answer's."""
+    """Append one token to each row, directly after its last; it counts as part of the answer."""
     length = inputs.attention_mask.sum(-1, keepdim=True)  # [B 1]
     return inputs._replace(
         input_ids=F.pad(inputs.input_ids, (0, 1)).scatter(1, length, token_ids[:, None]),

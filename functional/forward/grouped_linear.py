@@ -1,11 +1,11 @@
-"""One linear map per edit: rows of a batch go through the matrix of the edit they name.
+"""One linear map per edit: each row of a batch goes through the matrix of its edit.
 
     y_b = x_b D_{e(b)}^T,   e(b) = -1: y_b = 0
 
-Rows and edits come in any order and any number. No matrix is copied per row: rows of one edit are
-multiplied together, and where every edit has as many rows, in order, the whole is one `bmm`. The
-two maps below are each other's derivatives, so gradients of any order, `vmap` and their
-compositions work. Legend: B rows · L tokens · I in · O out · E edits.
+Rows may be in any order, and an edit may have any number of them. No matrix is copied per row:
+rows of one edit are multiplied together. If every edit has as many rows, in order, the whole is
+one `bmm`. The two maps below are each other's derivatives, so gradients of any order, `vmap` and
+their compositions work. Legend: B rows · L tokens · I in · O out · E edits.
 """
 
 from __future__ import annotations
@@ -20,24 +20,42 @@ __all__ = ["FactoredGradient", "grouped_linear", "low_rank_maps"]
 
 
 def grouped_linear(x: Tensor, maps: Tensor, edit_index: Tensor) -> Tensor:
-    """y[b] = x[b] maps[edit[b]]^T: [B L I], [E O I], [B] -> [B L O]; rows of edit -1 give zeros.
+    """Multiply each row by the matrix of its edit: `y[b] = x[b] maps[edit_index[b]]^T`.
 
-    >>> maps = torch.stack([torch.eye(2), 3 * torch.eye(2)])
-    >>> grouped_linear(torch.ones(2, 1, 2), maps, torch.tensor([1, -1])).tolist()
-    [[[3.0, 3.0]], [[0.0, 0.0]]]
+    Args:
+        x: [B L I].
+        maps: [E O I].
+        edit_index: [B], -1 for a row of zeros.
+
+    Returns:
+        [B L O].
+
+    Example:
+        >>> maps = torch.stack([torch.eye(2), 3 * torch.eye(2)])
+        >>> grouped_linear(torch.ones(2, 1, 2), maps, torch.tensor([1, -1])).tolist()
+        [[[3.0, 3.0]], [[0.0, 0.0]]]
     """
     return _GroupedLinear.apply(x, maps, edit_index)
 
 
 def low_rank_maps(down: Tensor, up: Tensor, num_edits: int) -> tuple[Tensor, ...]:
-    """Maps in fp32 to be applied one after another, for x A^T B^T: (A, B), or B A where it is less.
+    """Return the fp32 maps of x A^T B^T, to be applied in order: (A, B), or B A if it is smaller.
 
-    The rows of many edits in a sequence outgrow the matrix they change at r > I O / (I + O): then
-    their product costs no more than the map itself, however many edits follow. Edits made at once
-    keep their factors, so that what PEFT computes is computed bit for bit.
+    The rows of many sequential edits outgrow the matrix they change at r > I O / (I + O). From
+    there their product costs no more than the map itself, however many edits follow. A delta of one
+    edit keeps its factors, so that its result equals PEFT's bit for bit.
 
-    >>> [len(low_rank_maps(torch.ones(9, 4), torch.ones(5, 9), edits)) for edits in (1, 3)]
-    [2, 1]
+    Args:
+        down: A [r I].
+        up: B [O r].
+        num_edits: Edits in the delta.
+
+    Returns:
+        One or two matrices, each [out in].
+
+    Example:
+        >>> [len(low_rank_maps(torch.ones(9, 4), torch.ones(5, 9), edits)) for edits in (1, 3)]
+        [2, 1]
     """
     down, up = down.float(), up.float()
     rank, inner = down.shape
@@ -53,19 +71,39 @@ _BLOCK_ELEMENTS = 1 << 20  # elements of a gradient that stay in a CPU's cache
 class FactoredGradient(NamedTuple):
     """The gradient of stacked maps as factors: G_e = sum over rows b of edit e of left_b^T right_b.
 
-    A step of an optimiser needs one G_e at a time, so the stack [E O I] is never held.
+    An optimizer step needs one G_e at a time, so the stack [E O I] is never in memory.
+
+    Attributes:
+        left: [B L O].
+        right: [B L I].
+        edit_index: [B], the edit of each row.
     """
 
-    left: Tensor  # [B L O]
-    right: Tensor  # [B L I]
-    edit_index: Tensor  # [B]
+    left: Tensor
+    right: Tensor
+    edit_index: Tensor
 
     def to_dense(self, num_edits: int) -> Tensor:
-        """All of them: [E O I]."""
+        """Compute the gradients of all edits.
+
+        Args:
+            num_edits: E.
+
+        Returns:
+            [E O I].
+        """
         return _GroupedOuter.apply(self.left, self.right, self.edit_index, num_edits)
 
     def write_edit(self, number: int, out: Tensor) -> Tensor:
-        """G of one edit, written into `out` [O I]."""
+        """Compute the gradient of one edit in place.
+
+        Args:
+            number: The edit.
+            out: [O I], overwritten.
+
+        Returns:
+            `out`.
+        """
         rows = (self.edit_index == number).nonzero()[:, 0]
         left = self.left[rows].flatten(0, 1).to(out.dtype)  # [K O]
         right = self.right[rows].flatten(0, 1).to(out.dtype)  # [K I]
@@ -164,7 +202,7 @@ class _GroupedOuter(Function):
 
 
 def _rows_by_edit(edit_index: Tensor, num_edits: int) -> tuple[dict[int, slice | list[int]], int]:
-    """The rows of each edit present; and, where all edits have n rows each, in order, that n."""
+    """Return the rows of each edit, or the number n of rows if all edits have n each, in order."""
     numbers = edit_index.tolist()
     size, rest = divmod(len(numbers), num_edits) if num_edits else (0, 0)
     if size and not rest and numbers == [e for e in range(num_edits) for _ in range(size)]:
@@ -187,6 +225,6 @@ def _batch_first(x: Tensor, dim: int | None, size: int) -> Tensor:
 
 
 def _offset_edits(edit_index: Tensor, num_edits: int) -> Tensor:
-    """Number the edits of every lane of a vmap apart: lane n has n*E .. n*E + E - 1."""
+    """Make edits distinct over the lanes of a vmap: lane n has n*E .. n*E + E - 1."""
     lane = torch.arange(edit_index.shape[0], device=edit_index.device)[:, None] * num_edits
     return torch.where(edit_index < 0, edit_index, edit_index + lane)

@@ -1,4 +1,4 @@
-"""Call a module with other parameters and with rewrites at sites, leaving nothing behind."""
+"""Call a module with other parameters and with hooks at sites; the module is unchanged afterwards."""
 
 from __future__ import annotations
 
@@ -24,15 +24,28 @@ def functional_call(
 ) -> Any:
     """Run `module` with `params` in place of its own and `hooks` at its submodules.
 
-    Parameters that `params` does not name keep their values. While it runs, the module's entries
-    are swapped, so one module object must not be called from two threads at once. Raises
-    UnknownSiteError for a rewrite at a path the module does not have.
+    Parameters that `params` does not name keep their values. The module's entries are swapped while
+    it runs, so two threads must not call one module object at once.
 
-    >>> import torch
-    >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    >>> params = {"0.weight": torch.eye(2), "0.bias": torch.zeros(2)}
-    >>> functional_call(net, params, (torch.ones(1, 2),), hooks={"1": lambda given, out: -out})
-    tensor([[-1., -1.]])
+    Args:
+        module: The module.
+        params: Dotted parameter name -> tensor.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        hooks: Dotted module path -> hook.
+
+    Returns:
+        The result of the call.
+
+    Raises:
+        UnknownSiteError: If a hook's path is not a submodule.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+        >>> params = {"0.weight": torch.eye(2), "0.bias": torch.zeros(2)}
+        >>> functional_call(net, params, (torch.ones(1, 2),), hooks={"1": lambda given, out: -out})
+        tensor([[-1., -1.]])
     """
     with forward_hooks(module, hooks or {}):
         # A fresh dict: functional_call writes into the one it is given.
@@ -41,10 +54,20 @@ def functional_call(
 
 @contextmanager
 def forward_hooks(module: nn.Module, hooks: Hooks) -> Iterator[None]:
-    """Within the block, submodules of `module` named in `hooks` give rewritten outputs.
+    """Apply hooks to submodules within a `with` block.
 
-    A rewrite sees (first positional or keyword input, first tensor of the output) and its result
-    replaces that tensor. Raises UnknownSiteError before anything runs.
+    A hook receives the module's first positional argument (or its first tensor keyword argument)
+    and the first tensor of its output. Its result replaces that tensor.
+
+    Args:
+        module: The module.
+        hooks: Dotted module path -> hook.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UnknownSiteError: If a path is not a submodule.
     """
     handles = []
     try:
@@ -64,7 +87,14 @@ def forward_hooks(module: nn.Module, hooks: Hooks) -> Iterator[None]:
 
 
 def compose_hooks(*layers: Hooks) -> dict[str, Hook]:
-    """Rewrites one after another: where several name a site, each sees its predecessor's output."""
+    """Chain hooks: at a site with several, each receives the output of the one before.
+
+    Args:
+        *layers: Hooks in the order in which they run.
+
+    Returns:
+        One hook per site.
+    """
     composed: dict[str, Hook] = {}
     for hooks in layers:
         for site, hook in hooks.items():
@@ -73,7 +103,14 @@ def compose_hooks(*layers: Hooks) -> dict[str, Hook]:
 
 
 def first_tensor(value: Any) -> Tensor:
-    """The tensor a rewrite means in a module's output: itself, or the first of a tuple."""
+    """Return the tensor of a module's output that hooks act on.
+
+    Args:
+        value: A tensor, or a tuple whose first item is one.
+
+    Returns:
+        The tensor.
+    """
     return value if isinstance(value, Tensor) else value[0]
 
 

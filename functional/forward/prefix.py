@@ -1,10 +1,11 @@
-"""Cut at the lowest edited place: what lies below it is computed once, by the base, for everyone.
+"""Run everything below the lowest edited layer once, and share it between edits.
 
-    reach = prefix.reach(model.card, names)         # where a delta of those parameters acts
-    batch = prefix.cut(model, inputs, reach)        # once per row
-    logits = prefix.finish(bound, batch)            # for every edit, step and probe
+    depth = edit_depth(model.card, names)       # where a delta of those parameters acts first
+    batch = run_prefix(model, inputs, depth)    # once per row
+    logits = run_suffix(bound, batch)           # for every edit, step and probe
 
-`finish(bound, cut(model, x, reach))` is the whole of `bound` on x for every delta within reach.
+`run_suffix(bound, run_prefix(model, x, depth))` equals the whole forward of `bound` on x if no
+change of `bound` acts below `depth`.
 """
 
 from __future__ import annotations
@@ -32,19 +33,34 @@ __all__ = [
 
 
 class EditDepth(NamedTuple):
-    """The lowest place that edits touch."""
+    """The lowest place at which edits act.
 
-    before_decoder: bool = False  # something before the decoder's layers: no prefix can be shared
-    layer: int = 0  # the lowest layer touched; the number of layers where none is
-    scored_only: bool = False  # only what acts on single positions, behind the last attention
+    Attributes:
+        before_decoder: Whether something before the decoder's layers changes. Then no prefix can be
+            shared.
+        layer: The lowest layer changed, or the number of layers if none is.
+        scored_only: Whether all changes act on single positions after the last attention. Then
+            only scored positions matter.
+    """
+
+    before_decoder: bool = False
+    layer: int = 0
+    scored_only: bool = False
 
 
 def edit_depth(card: ModelCard, names: Iterable[str]) -> EditDepth:
-    """Where changes of these parameters, or rewrites at these modules, act first.
+    """Find where changes of parameters, or hooks at modules, act first.
 
-    `scored` holds where only the feed-forward part of the last layer, the final norm or the head
-    are touched: then only scored positions matter. What cannot be told counts as touched early.
-    Nothing touched gives a reach behind the last layer.
+    `scored_only` is True if only the feed-forward part of the last layer, the final norm or the
+    head changes. A name outside the layers that is not known to run after them counts as before the
+    decoder.
+
+    Args:
+        card: Card of the model.
+        names: Paths of parameters or modules.
+
+    Returns:
+        The depth. Without names, its layer is the number of layers.
     """
     paths = [path for name in names for path in card.all_names(name)]
     if any(card.before_decoder(path) for path in paths):
@@ -61,7 +77,15 @@ def edit_depth(card: ModelCard, names: Iterable[str]) -> EditDepth:
 
 
 def lowest_depth(depths: Iterable[EditDepth]) -> EditDepth:
-    """The reach of several deltas together."""
+    """Combine the depths of several deltas.
+
+    Args:
+        depths: The depths.
+
+    Returns:
+        The lowest layer of all. `before_decoder` holds if it holds for any, `scored_only` if for
+        all.
+    """
     all_depths = list(depths)
     return EditDepth(
         before_decoder=any(depth.before_decoder for depth in all_depths),
@@ -73,12 +97,20 @@ def lowest_depth(depths: Iterable[EditDepth]) -> EditDepth:
 def run_prefix(
     model: Model, source: Inputs | Batch, depth: EditDepth, edit_index: Tensor | None = None
 ) -> Inputs | Batch:
-    """Run the model up to the lowest place within reach, without gradients.
+    """Run the model up to the lowest edited layer, without gradients.
 
-    Gives a Batch before layer `reach.layer`, thinned to scored positions where they are all that
-    matters. Where the reach begins before the decoder there is nothing to share: Inputs come back
-    as they are. `edit` [B] says which edit each row runs under (default: all run under edit 0).
-    Rows that `model.known` has are looked up there.
+    Rows that `model.prefix_cache` holds are looked up there.
+
+    Args:
+        model: The model.
+        source: Inputs, or a batch not above `depth`.
+        depth: Where the edits act first.
+        edit_index: [B], the edit each row will run under. By default all run under edit 0.
+
+    Returns:
+        A batch before layer `depth.layer`, or before the last layer if no layer is edited. It holds
+        the scored positions only if nothing else matters. If the edits act before the decoder,
+        `source` as it is.
     """
     if depth.before_decoder:
         return source
@@ -105,7 +137,16 @@ def _lookup_cached(model: Model, source: Inputs | Batch, depth: EditDepth) -> Ba
 
 
 def run_suffix(model: Model, source: Inputs | Batch, edit_index: Tensor | None = None) -> Tensor:
-    """The logits [B T V] at scored positions, from wherever the rows stand."""
+    """Run a model from the current depth of the rows to the logits.
+
+    Args:
+        model: The model, bound or not.
+        source: Inputs, or a batch at any depth.
+        edit_index: [B], the edit each row runs under; the source's own by default.
+
+    Returns:
+        [B T V], logits at the scored positions.
+    """
     if isinstance(source, Inputs):
         source = model.embed(model.params, source, edit_index=edit_index)
     elif edit_index is not None:
@@ -114,11 +155,19 @@ def run_suffix(model: Model, source: Inputs | Batch, edit_index: Tensor | None =
 
 
 def decode_scored(model: Model, batch: Batch, hooks: Hooks | None = None, **options: Any) -> Tensor:
-    """`model.decode(params, batch, rewrites)`, the last layer position-wise at scored positions.
+    """Decode to the logits, running the last feed-forward part at scored positions only.
 
-    The last layer's attention reads whole rows, its feed-forward part runs only where something is
-    scored. Right for changes and rewrites that `can_decode_scored` allows; options go to `decode`
-    and `select_scored`.
+    The attention of the last layer still runs on whole rows. Correct for the changes and hooks that
+    `can_decode_scored` allows.
+
+    Args:
+        model: The model, bound or not.
+        batch: A batch at any depth.
+        hooks: Hooks in the decoder.
+        **options: Further arguments of `decode`, and of `select_scored` if it runs.
+
+    Returns:
+        [B T V], logits at the scored positions.
     """
     given_hooks, last = hooks or {}, model.card.num_layers - 1
     if batch.depth > last or any(key.startswith("attention_output@") for key in batch.layer_inputs):
@@ -130,7 +179,15 @@ def decode_scored(model: Model, batch: Batch, hooks: Hooks | None = None, **opti
 
 
 def can_decode_scored(card: ModelCard, header: Header) -> bool:
-    """Whether a delta leaves the last layer alone, or changes it alike at every position."""
+    """Whether a delta leaves the last layer unchanged, or changes only its weights.
+
+    Args:
+        card: Card of the model.
+        header: Header of the delta.
+
+    Returns:
+        Whether `decode_scored` is correct for the delta.
+    """
     last = card.num_layers - 1
     for entry in header.entries:
         layer = card.layer_of(card.canonical_name(getattr(entry, "name", "")))
@@ -141,9 +198,9 @@ def can_decode_scored(card: ModelCard, header: Header) -> bool:
 
 
 def _is_position_wise(card: ModelCard, path: str) -> bool:
-    """Whether a place in a layer is in its feed-forward part, by the card's names.
+    """Whether a path is in the feed-forward part of a layer, by the card's names.
 
-    Never where the layer's attention has no name: then nothing can run it apart.
+    Always False if the layer's attention has no name: then it cannot run separately.
     """
     if "attn" not in card.part_names:
         return False
@@ -155,7 +212,15 @@ def _is_position_wise(card: ModelCard, path: str) -> bool:
 
 
 def delta_depth(model: Model, delta: Delta) -> EditDepth:
-    """The lowest place a delta acts on."""
+    """Find the lowest place at which a delta acts.
+
+    Args:
+        model: The model.
+        delta: The delta.
+
+    Returns:
+        The depth.
+    """
     acts_on = {entry.acts_on() for entry in delta.header.entries}
     if "prompt" in acts_on:
         return EditDepth(before_decoder=True)
