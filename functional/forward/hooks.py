@@ -1,4 +1,4 @@
-"""Call a module with other parameters and with hooks at sites; the module is unchanged afterwards."""
+"""Call a module with other parameters and with hooks at sites, without changing it."""
 
 from __future__ import annotations
 

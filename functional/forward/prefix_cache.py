@@ -1,16 +1,17 @@
-"""Rows that the base has run: where they stood at each cut, and what it answered.
+"""Cache of rows that the base has run: hidden states at some depths, and logits.
 
-    known = Known(model)
-    model = model._replace(known=known)
-    known.open([Page(0, parts)])                  # run once; `prefix.cut` and `said` are look-ups
+    cache = PrefixCache(model)
+    model = model._replace(prefix_cache=cache)
+    cache.load([CacheBlock(0, batches)])       # run once; `run_prefix` then looks up
 
-All editors, all probes and all edits of the same questions then share one pass of the base. Rows
-are run in *pages*, batches that follow from the questions alone: what is looked up has the same
-bits whoever asked first, so that a run that was killed ends with the bytes of one that was not.
+All editors, probes and edits of the same questions share one pass of the base. Rows run in
+*blocks* of batches that depend on the questions only. A result therefore has the same bits
+whichever caller needed it first, and a resumed run writes the same bytes as one that was not
+interrupted.
 
-A row is known by its tokens and the content of its pictures; a row that is the beginning of another
-(the same question without the token that ends the answer) is served by the longer one, because
-attention is causal. Legend: B rows · L tokens · T scored positions · V vocabulary.
+A row is identified by its tokens and the content of its images. A row that is the beginning of
+another (the same question without the token that ends the answer) is served from the longer one,
+because attention is causal. Legend: B rows · L tokens · T scored positions · V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,14 +32,24 @@ __all__ = ["CacheBlock", "PrefixCache", "QueryBatch", "row_keys"]
 
 
 class QueryBatch(NamedTuple):
-    """Questions that are run as one batch; those of `ended` are read with the answer's end."""
+    """Queries that run as one batch.
+
+    Attributes:
+        queries: One per row.
+        append_eos: Whether the token that ends an answer follows each target.
+    """
 
     queries: tuple[Query, ...]
     append_eos: bool = False
 
 
 class CacheBlock(NamedTuple):
-    """Parts that are run and dropped together, under a number."""
+    """Batches that are run and dropped together.
+
+    Attributes:
+        number: Identity of the block.
+        batches: The batches.
+    """
 
     number: int
     batches: tuple[QueryBatch, ...]
@@ -46,25 +57,33 @@ class CacheBlock(NamedTuple):
 
 @dataclass
 class _CachedBatch:
-    """One part that was run."""
+    """One batch that was run.
+
+    Attributes:
+        queries: One per row.
+        append_eos: Whether the token that ends an answer follows each target.
+        row_indices: Key of a row -> its number.
+        by_depth: Depth -> whole rows.
+        scored: Before the last layer, scored positions only.
+        positions: [B T], the positions in `logits` and `scored`, -1 for none.
+        logits: [B T V].
+    """
 
     queries: tuple[Query, ...]
     append_eos: bool
-    row_indices: dict[bytes, int] = field(default_factory=dict)  # key of a row -> its number
-    by_depth: dict[int, Batch] = field(default_factory=dict)  # depth -> whole rows
-    scored: Batch | None = None  # before the last layer, scored positions only
-    positions: Tensor | None = (
-        None  # [B T] the positions that `logits` and `select_scored` hold, -1: none
-    )
-    logits: Tensor | None = None  # [B T V]
+    row_indices: dict[bytes, int] = field(default_factory=dict)
+    by_depth: dict[int, Batch] = field(default_factory=dict)
+    scored: Batch | None = None
+    positions: Tensor | None = None
+    logits: Tensor | None = None
 
 
 class PrefixCache:
-    """A bounded store of rows of one base; `limit` bytes, open pages aside.
+    """A bounded cache of rows of one base.
 
-    Pages that are not open are dropped, least recently opened first, when the store outgrows
-    `limit`. Only rows of open pages are served, so what is found never hangs on what happened to
-    be left from before.
+    If the cache exceeds `max_bytes`, blocks that are not loaded are dropped, the least recently
+    loaded first; loaded blocks may exceed it. Only rows of loaded blocks are served, so a result
+    never depends on earlier blocks that happen to be in memory.
     """
 
     def __init__(self, model: Model, max_bytes: int = 1 << 30) -> None:
@@ -73,22 +92,36 @@ class PrefixCache:
         self._blocks: OrderedDict[int, list[_CachedBatch]] = OrderedDict()
         self._loaded: list[_CachedBatch] = []
         self._loaded_numbers: set[int] = set()
-        self._requested: set[tuple[int, bool]] = set()  # (depth, thinned) that someone asked for
+        self._requested: set[tuple[int, bool]] = set()  # (depth, scored_only) of earlier look-ups
         self.num_rows_run = 0  # rows run from the beginning
-        self.generations: dict[
-            Hashable, str
-        ] = {}  # what the base says when left to talk: by who asked
+        self.generations: dict[Hashable, str] = {}  # texts that the base has generated
 
     def serves(self, model: Model) -> bool:
-        """Whether a model is the base that was run: bound deltas bring parameters of their own."""
+        """Whether results of a model are cached here: it must be the base, without deltas.
+
+        Args:
+            model: The model.
+
+        Returns:
+            False if no block is loaded, too.
+        """
         return bool(self._loaded) and model.params is self._model.params and not model.deltas
 
     def request_depth(self, depth: int, scored_only: bool) -> None:
-        """Rows will be asked for at this depth: keep them there when they are run."""
+        """Request that rows are kept at a depth when they run.
+
+        Args:
+            depth: Layers that the rows have passed.
+            scored_only: Whether scored positions are enough. Used before the last layer only.
+        """
         self._requested.add((depth, scored_only))
 
     def load(self, blocks: Sequence[CacheBlock]) -> None:
-        """Serve the rows of these pages, and run those that are not here."""
+        """Serve the rows of these blocks only, and run the blocks that are not in memory.
+
+        Args:
+            blocks: The blocks.
+        """
         self._loaded, self._loaded_numbers = [], {page.number for page in blocks}
         for block in blocks:
             if block.number not in self._blocks:
@@ -103,13 +136,13 @@ class PrefixCache:
         self._evict()
 
     def clear(self) -> None:
-        """Forget every row."""
+        """Drop every row."""
         self._blocks.clear()
         self._loaded, self._loaded_numbers = [], set()
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the rows that are kept."""
+        """Bytes of the cached rows."""
         storages: dict[int, int] = {}
         for block in self._blocks.values():
             for cached in block:
@@ -119,7 +152,17 @@ class PrefixCache:
         return sum(storages.values())
 
     def lookup(self, inputs: Inputs, depth: int, scored_only: bool) -> Batch | None:
-        """The rows before layer `depth`, thinned if asked; None where one of them is not known."""
+        """Look up rows before a layer.
+
+        Args:
+            inputs: The rows.
+            depth: The layer.
+            scored_only: Whether scored positions are enough, before the last layer.
+
+        Returns:
+            The batch with the labels of `inputs`, or None if a row or a scored position is not
+            cached.
+        """
         matches = self._find_rows(inputs)
         if matches is None:
             return None
@@ -127,7 +170,7 @@ class PrefixCache:
             (part, self._at_depth(part, depth, scored_only), mine) for part, mine in matches
         ]
         if not all(part.scored is batch and scored_only for part, batch, _ in cached_batches):
-            scored_only = False  # a family whose last layer cannot be thinned: whole rows
+            scored_only = False  # a family without `select_scored` keeps whole rows
         batches = []
         for cached, batch, row_pairs in cached_batches:
             row_indices, _ = _split_pairs(row_pairs, batch.hidden_states.device)
@@ -151,7 +194,14 @@ class PrefixCache:
         return self._with_labels(joined, inputs, scored_only)
 
     def lookup_logits(self, inputs: Inputs) -> Tensor | None:
-        """The base's logits [B T V] at the rows' scored positions; None where one is not known."""
+        """Look up the base's logits at the scored positions.
+
+        Args:
+            inputs: The rows.
+
+        Returns:
+            [B T V], or None if a row or a scored position is not cached.
+        """
         matches = self._find_rows(inputs)
         if matches is None:
             return None
@@ -173,7 +223,7 @@ class PrefixCache:
         return logits
 
     def _find_rows(self, inputs: Inputs) -> list[tuple[_CachedBatch, list[tuple[int, int]]]] | None:
-        """For each part that is needed, (row of the inputs, row of the part)."""
+        """Return each cached batch needed, with (row of the inputs, row of the batch) pairs."""
         keys = row_keys(inputs)
         if keys is None:
             return None
@@ -195,7 +245,7 @@ class PrefixCache:
         cached = _CachedBatch(query_batch.queries, query_batch.append_eos)
         for number, key in enumerate(row_keys(inputs) or ()):
             cached.row_indices.setdefault(key, number)
-        if query_batch.append_eos:  # the same rows without the end are their beginnings
+        if query_batch.append_eos:  # rows without the end token are beginnings of these
             without_eos = model.preprocess(query_batch.queries)
             for number, key in enumerate(row_keys(without_eos) or ()):
                 size = int(without_eos.attention_mask[number].sum())
@@ -218,7 +268,7 @@ class PrefixCache:
         return cached
 
     def _run_last_layers(self, cached: _CachedBatch, batch: Batch) -> None:
-        """The last layers, and the answers."""
+        """Run the last layers, and keep the logits and the requested depths."""
         model, last = self._model, self._model.card.num_layers - 1
         if batch.depth < last:
             batch = model.decode(model.params, batch, stop=last)
@@ -230,7 +280,7 @@ class PrefixCache:
             cached.scored = scored
 
     def _at_depth(self, cached: _CachedBatch, depth: int, scored_only: bool) -> Batch:
-        """A part at a depth, run on from the nearest one below where nobody had asked before."""
+        """Return a batch at a depth, run from the nearest cached depth below if necessary."""
         model, last = self._model, self._model.card.num_layers - 1
         self.request_depth(depth, scored_only)
         scored_only = scored_only and depth == last
@@ -261,7 +311,7 @@ class PrefixCache:
         return scored
 
     def _with_labels(self, batch: Batch, inputs: Inputs, scored_only: bool) -> Batch:
-        """The batch with the labels of who asks, who may have read more or less of the answer."""
+        """Set the labels of `inputs`, which may be longer or shorter than the cached ones."""
         device = batch.hidden_states.device
         labels, logit_positions = inputs.labels.to(device), inputs.logit_positions.to(device)
         batch = batch._replace(labels=labels, edit_index=torch.zeros_like(labels[:, 0]))
@@ -288,9 +338,15 @@ class PrefixCache:
 
 
 def row_keys(inputs: Inputs) -> list[bytes] | None:
-    """What makes rows the same to a decoder: tokens, and pictures by content, where they stand.
+    """Return a key per row that is equal for rows the decoder cannot tell apart.
 
-    None where the pictures of a row have no names.
+    It contains the tokens, the positions of images and their content ids.
+
+    Args:
+        inputs: The rows.
+
+    Returns:
+        One key per row, or None if there are images without content ids.
     """
     if inputs.vision_inputs and not any(inputs.content_ids):
         return None
@@ -314,7 +370,7 @@ def _nonempty(query_batch: QueryBatch) -> list[QueryBatch]:
 
 
 def _split_pairs(row_pairs: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of the part, and the rows of the inputs that they are for."""
+    """Return the rows of the cached batch, and the rows of the inputs that they are for."""
     row_indices = torch.tensor([number for _, number in row_pairs], device=device)
     return row_indices, torch.tensor([row for row, _ in row_pairs], device=device)
 
@@ -322,7 +378,7 @@ def _split_pairs(row_pairs: list[tuple[int, int]], device: torch.device) -> tupl
 def _scored_index(
     cached: _CachedBatch, row_pairs: list[tuple[int, int]], inputs: Inputs
 ) -> Tensor | None:
-    """[b T] which of the part's scored positions each of the rows' is; None where one is not."""
+    """Find each scored position [b T] among those of a cached batch; None if one is missing."""
     assert cached.positions is not None
     row_indices, input_rows = _split_pairs(row_pairs, cached.positions.device)
     positions = cached.positions[row_indices]  # [b S]
@@ -337,7 +393,7 @@ def _scored_index(
 
 
 def _without_labels(batch: Batch) -> Batch:
-    """Without labels: rows of parts that score different numbers of positions can be joined."""
+    """Drop the labels, so that batches of different label counts can be concatenated."""
     return batch._replace(labels=batch.labels[:, :0], logit_positions=batch.logit_positions[:, :0])
 
 

@@ -1,14 +1,14 @@
-"""Keys by which facts are found again: of questions as words, and of pictures.
+r"""Keys for the retrieval of facts: of questions as text, and of images.
 
-    hashed:D       words and letters, hashed into D numbers: the same everywhere, knows no meaning
-    base:LAYER     what the base itself makes of the question, at its last token before that layer
+    hashed:D       words and letters, hashed to D numbers: the same everywhere, without meaning
+    base:LAYER     the base's hidden state of the question, at its last token before that layer
     sentence:NAME  a sentence-transformers model, loaded by `Model.load_text_encoder`
 
-`hashed` in full, so that another reader can make the same keys: the text in lower case; words are
-runs of letters, digits and underscores (Python's `\\w+`). A word w has the features "w " + w and
-"c " + each run of 3 and of 4 characters of "^" + w + "$"; two words in a row "b " + both with a
-space between. A feature that occurs n times adds s (1 + ln n) to number h mod D, where h is the
-crc32 (zlib's) of its UTF-8 bytes and s is +1 if h >= 2^31, else -1. Divided by the length.
+`hashed` in full, so that another program can make the same keys: the text in lower case; words are
+runs of letters, digits and underscores (Python's `\w+`). A word w has the features "w " + w and
+"c " + each run of 3 and of 4 characters of "^" + w + "$". Two adjacent words have "b " + both with
+a space between. A feature that occurs n times adds s (1 + ln n) to number h mod D, where h is the
+crc32 (zlib's) of its UTF-8 bytes and s is +1 if h >= 2^31, else -1. The key has length 1.
 
 Legend: B texts or questions · d, v widths of keys.
 """
@@ -33,14 +33,22 @@ from errata.functional.types import Model, TextEncoder
 __all__ = ["get_encoder", "hashed_ngrams", "image_keys", "resolve_encoder"]
 
 DEFAULT_KEY_DIM = 512  # of hashed keys
-BATCH_SIZE = 32  # questions that the base reads at once
+BATCH_SIZE = 32  # questions per batch of the base
 
 
 def resolve_encoder(name: str, model: Model) -> str:
-    """The full name of an encoder for this model, as a delta file holds it.
+    """Return the full name of an encoder, as a delta file stores it.
 
-    "hashed" and "base" get their number (512; the layer in the middle); a name without a scheme is
-    a sentence-transformers model. Raises InvalidSettingsError for numbers that cannot be.
+    Args:
+        name: "hashed", "hashed:D", "base", "base:LAYER", or the name of a sentence encoder with or
+            without "sentence:".
+        model: The base, whose number of layers gives the default of "base".
+
+    Returns:
+        The name with its scheme and number. The defaults are 512 and the middle layer.
+
+    Raises:
+        InvalidSettingsError: If the number is out of range.
     """
     scheme, _, rest = name.partition(":")
     if scheme not in ("hashed", "base"):
@@ -79,11 +87,19 @@ def get_encoder(name: str, model: Model) -> TextEncoder:
 
 
 def hashed_ngrams(texts: Sequence[str], dim: int = DEFAULT_KEY_DIM) -> Tensor:
-    """Keys of words and letters [B d], by the recipe above; a text without words is zero.
+    """Compute hashed keys of words and letters, by the recipe at the top of this module.
 
-    >>> one, two, other = hashed_ngrams(["who is it?", "WHO is it", "a cat sat"])
-    >>> bool(one @ two > 0.99), bool(one @ other < 0.5)
-    (True, True)
+    Args:
+        texts: The texts.
+        dim: d.
+
+    Returns:
+        Unit keys [B d] fp32; zero for a text without words.
+
+    Example:
+        >>> one, two, other = hashed_ngrams(["who is it?", "WHO is it", "a cat sat"])
+        >>> bool(one @ two > 0.99), bool(one @ other < 0.5)
+        (True, True)
     """
     keys = torch.zeros(len(texts), dim, dtype=torch.float64)
     for row, text in enumerate(texts):
@@ -105,9 +121,9 @@ def _ngram_features(text: str) -> list[str]:
 
 
 def _base_layer_keys(model: Model, texts: Sequence[str], layer: int) -> Tensor:
-    """The base's rows before a layer, at the last token of each text, asked without a picture.
+    """Compute keys from the base's hidden states before a layer, at the last token of each text.
 
-    There it has gathered what the question is about: two ways to ask the same lie close together.
+    The text is asked without an image. Two phrasings of one question have similar keys there.
     """
     parts = []
     with torch.no_grad():
@@ -123,11 +139,23 @@ def _base_layer_keys(model: Model, texts: Sequence[str], layer: int) -> Tensor:
 
 
 def image_keys(model: Model, queries: Sequence[Query]) -> Tensor:
-    """Keys of what questions show [B v]: the mean of the base's visual rows at depth 0.
+    """Compute keys of the images of questions, from the base's image tokens at depth 0.
 
-    k = normalize( mean of hidden[t] over image tokens t ),  zero for a question without pictures.
+    k = normalize( mean of hidden_states[t] over image tokens t ); zero for a question without
+    images.
 
-    They are what the projector gives the decoder, so v is its width, and no new network is needed.
+    The image tokens are the output of the projector, so v is the hidden size, and no further
+    network is needed.
+
+    Args:
+        model: The base.
+        queries: The questions.
+
+    Returns:
+        [B v] fp32.
+
+    Raises:
+        InvalidInputError: If the model's visual features are not finite.
     """
     keys = torch.zeros(len(queries), model.card.hidden_size)
     with_images = [n for n, query in enumerate(queries) if query.images]

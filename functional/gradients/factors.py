@@ -1,11 +1,13 @@
 """Per-edit gradients as factors: the input of a linear map and the gradient at its output.
 
-For y = W u and a loss L, dL/dW = sum_t delta_t u_t^T with delta = dL/dy. The two factors are read
-off a decode with zero probes (`taps.py`); no weight gradient is formed, no parameter asks for one,
-and rows keep apart, so one backward pass gives the factors of every edit in the batch.
+For y = W u and a loss L, dL/dW = sum_t delta_t u_t^T with delta = dL/dy. Both factors come from a
+decode with zero perturbations (`record_activations`). No weight gradient is formed and no parameter
+needs one. Rows stay separate, so one backward pass gives the factors of every edit in the batch.
 
-Source: Mitchell et al. 2022, "Fast Model Editing at Scale" (MEND), section 3. Legend: B rows ·
-L tokens · I in · O out.
+References:
+    Mitchell et al. 2022, "Fast Model Editing at Scale" (MEND), section 3.
+
+Legend: B rows · L tokens · I in · O out.
 """
 
 from __future__ import annotations
@@ -35,14 +37,27 @@ __all__ = [
 
 
 class GradientFactors(NamedTuple):
-    """One linear map's part of the gradient, row by row."""
+    """The factors of one linear map's gradient, row by row.
 
-    input: Tensor  # u [B L I]
-    output_grad: Tensor  # dL/dy [B L O]
+    Attributes:
+        input: u [B L I].
+        output_grad: dL/dy [B L O].
+    """
+
+    input: Tensor
+    output_grad: Tensor
 
 
 def sum_nll(logits: Tensor, batch: Batch) -> Tensor:
-    """The negative log-likelihood of each row's target, summed over rows: rows stay independent."""
+    """Sum the negative log-likelihood of targets over rows, so that rows stay independent.
+
+    Args:
+        logits: [B T V].
+        batch: The batch with the labels.
+
+    Returns:
+        A scalar, in nats.
+    """
     return nll(logits, batch.labels).sum()
 
 
@@ -54,13 +69,26 @@ def gradient_factors(
     loss: Callable[[Tensor, Batch], Tensor] = sum_nll,
     hooks: Hooks | None = None,
 ) -> dict[str, GradientFactors]:
-    """(u, delta) of each linear map at `sites` (full paths), for loss(logits, batch) -> scalar.
+    """Compute the gradient factors (u, dL/dy) of linear maps.
 
-    With a loss that sums over rows each row's factors are that row's own gradient. Sites must lie
-    at or above the batch's depth. Works under `vmap` and inside `grad` (meta-learning).
+    With a loss that sums over rows, the factors of a row are those of the row's own gradient. Works
+    under `vmap` and inside `grad` (meta-learning).
 
-        found = factors(model, batch, ["model.layers.3.mlp.down_proj"])
-        gradient(found["model.layers.3.mlp.down_proj"])      # [B O I]
+        factors = gradient_factors(model, batch, ["model.layers.3.mlp.down_proj"])
+        weight_gradient(factors["model.layers.3.mlp.down_proj"])    # [B O I]
+
+    Args:
+        model: The model, bound or not.
+        batch: A batch at any depth.
+        sites: Full paths of linear maps, none below the batch's depth.
+        loss: (logits [B T V], batch) -> scalar.
+        hooks: Hooks in the decoder.
+
+    Returns:
+        Site -> factors.
+
+    Raises:
+        UnknownSiteError: If a site is not a linear map.
     """
     sites = list(sites)
 
@@ -89,13 +117,22 @@ def factored_gradients(
     loss: Callable[[Tensor], tuple[Tensor, Any]],
     **options: Any,
 ) -> tuple[dict[str, Tensor | FactoredGradient], Any]:
-    """Gradients of loss(logits) -> (scalar, aux) for a stacked dense delta, and aux.
+    """Compute the gradients of a loss for a stacked dense delta, as factors if possible.
 
-    Those of linear weights come as factors (`FactoredGradient`), which a donating optimiser takes
-    as they
-    are: for large matrices and few scored tokens this saves most of a step's memory traffic. Other
-    parameters get plain gradients [E ...], and so do all where edits have to run apart (a norm's
-    scale is among them). `options` go to `decode`.
+    Gradients of linear weights are factors (`FactoredGradient`), which an in-place optimizer takes
+    directly. For large matrices and few scored tokens this saves most of a step's memory traffic.
+    Other parameters get plain gradients [E ...]. All gradients are plain if an entry is not dense
+    or not of a linear map in a decoder layer, or if a bound delta is stacked.
+
+    Args:
+        model: The model.
+        delta: The stacked delta.
+        batch: The batch with its `edit_index`.
+        loss: logits [B T V] -> (scalar, auxiliary value).
+        **options: Further arguments of `decode`.
+
+    Returns:
+        Tensor name -> gradient, and the auxiliary value.
     """
     card = model.card
     names = [entry.name for entry in delta.header.entries if isinstance(entry, Dense)]
@@ -140,7 +177,7 @@ def factored_gradients(
 
 
 def _is_linear(card: ModelCard, name: str) -> bool:
-    """Whether a parameter is nothing but weight or bias of one linear map in a decoder layer."""
+    """Whether a parameter is weight or bias of a linear map in a decoder layer, and not tied."""
     path = module_path(name)
     return (
         card.layer_of(path) is not None
@@ -150,9 +187,16 @@ def _is_linear(card: ModelCard, name: str) -> bool:
 
 
 def weight_gradient(factors: GradientFactors) -> Tensor:
-    """The weight gradient of each row, [B O I]: sum over tokens of delta u^T.
+    """Compute the weight gradient of each row: the sum over tokens of delta u^T.
 
-    >>> weight_gradient(GradientFactors(torch.ones(1, 2, 3), torch.ones(1, 2, 1)))
-    tensor([[[2., 2., 2.]]])
+    Args:
+        factors: The factors of one linear map.
+
+    Returns:
+        [B O I].
+
+    Example:
+        >>> weight_gradient(GradientFactors(torch.ones(1, 2, 3), torch.ones(1, 2, 1)))
+        tensor([[[2., 2., 2.]]])
     """
     return torch.einsum("bto,bti->boi", factors.output_grad, factors.input)

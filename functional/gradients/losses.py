@@ -1,8 +1,8 @@
-"""What editing minimises: losses over scored positions, in fp32, one value per row.
+"""Losses over scored positions, in fp32, one value per row.
 
-A position is scored where its label is not IGNORE. Every loss here is a mean over the scored tokens
-of a row; the mean over rows (or over the rows of each edit, `stacks.per_edit`) is the caller's. A
-row without labels gives 0, with a gradient of 0. Legend: B rows · T positions · V vocabulary.
+A position is scored if its label is not `IGNORE_INDEX`. Every loss is a mean over the scored tokens
+of a row. The caller averages over rows, or over the rows of each edit (`mean_per_edit`). A row
+without labels gives 0, with a gradient of 0. Legend: B rows · T positions · V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,22 +17,45 @@ __all__ = ["kl", "margin_loss", "mean_over_scored", "nll", "scored_mask", "token
 
 
 def scored_mask(labels: Tensor) -> Tensor:
-    """Which positions count: [B T] bool."""
+    """Return which positions are scored.
+
+    Args:
+        labels: [B T].
+
+    Returns:
+        [B T] bool.
+    """
     return labels != IGNORE_INDEX
 
 
 def mean_over_scored(values: Tensor, labels: Tensor) -> Tensor:
-    """Mean of values [B T] over the scored positions of each row: [B].
+    """Average values over the scored positions of each row.
 
-    >>> mean_over_scored(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[4, 5, IGNORE_INDEX]]))
-    tensor([2.])
+    Args:
+        values: [B T].
+        labels: [B T].
+
+    Returns:
+        [B], 0 for a row without labels.
+
+    Example:
+        >>> mean_over_scored(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[4, 5, IGNORE_INDEX]]))
+        tensor([2.])
     """
     mask = scored_mask(labels)
     return torch.where(mask, values, 0).sum(-1) / mask.sum(-1).clamp_min(1)
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log p(label) of every position, 0 where ignored: [B T V], [B T] -> [B T]."""
+    """Compute -log p(label) of every position.
+
+    Args:
+        logits: [B T V].
+        labels: [B T].
+
+    Returns:
+        [B T] in nats, 0 at ignored positions.
+    """
     flat = F.cross_entropy(
         logits.float().flatten(0, -2),
         labels.flatten(),
@@ -43,40 +66,66 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean negative log-likelihood of each row's target tokens, in nats: [B].
+    """Compute the mean negative log-likelihood of each row's target tokens.
 
         L_b = - 1/|y_b| sum_t log softmax(z_bt)[y_bt]
 
-    `logits[b, t]` predict `labels[b, t]`: the shift is the reader's (`Inputs.at`).
+    Args:
+        logits: [B T V]; `logits[b, t]` predict `labels[b, t]` (`Inputs.logit_positions`).
+        labels: [B T].
 
-    >>> nll(torch.zeros(1, 2, 4), torch.tensor([[3, IGNORE_INDEX]]))
-    tensor([1.3863])
+    Returns:
+        [B] in nats.
+
+    Example:
+        >>> nll(torch.zeros(1, 2, 4), torch.tensor([[3, IGNORE_INDEX]]))
+        tensor([1.3863])
     """
     return mean_over_scored(token_nll(logits, labels), labels)
 
 
 def kl(base: Tensor, edited: Tensor, labels: Tensor) -> Tensor:
-    """KL(base || edited) = sum_v p (log p - log q), mean over scored positions, in nats: [B].
+    """Compute KL(base || edited) = sum_v p (log p - log q), averaged over scored positions.
 
-    The locality loss of MEND (Mitchell et al. 2022) and its descendants. Gradients flow to both
-    arguments; detach `base` to hold it fixed.
+    Gradients flow to both arguments; detach `base` to keep it fixed.
 
-    >>> kl(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4), torch.tensor([[0]]))
-    tensor([0.])
+    Args:
+        base: Logits [B T V].
+        edited: Logits [B T V].
+        labels: [B T].
+
+    Returns:
+        [B] in nats.
+
+    References:
+        The locality loss of MEND (Mitchell et al. 2022) and later methods.
+
+    Example:
+        >>> kl(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4), torch.tensor([[0]]))
+        tensor([0.])
     """
     log_p, log_q = base.float().log_softmax(-1), edited.float().log_softmax(-1)
     return mean_over_scored((log_p.exp() * (log_p - log_q)).sum(-1), labels)
 
 
 def margin_loss(logits: Tensor, labels: Tensor, min_margin: float = 0.0) -> Tensor:
-    """How far each target token is from leading by `min_margin`, in logits: [B].
+    """Measure how far each target token is from leading by `min_margin`, in logits.
 
-        mean_t max(0, least + max_{v != y_t} z_tv - z_ty)
+        mean_t max(0, min_margin + max_{v != y_t} z_tv - z_ty)
 
-    0 exactly when greedy decoding gives the target with that lead at every position.
+    Exactly 0 if the target token leads by `min_margin` at every scored position.
 
-    >>> margin_loss(torch.tensor([[[2.0, 1.0, 0.0]]]), torch.tensor([[1]]), min_margin=0.5)
-    tensor([1.5000])
+    Args:
+        logits: [B T V].
+        labels: [B T].
+        min_margin: The lead, in logits.
+
+    Returns:
+        [B].
+
+    Example:
+        >>> margin_loss(torch.tensor([[[2.0, 1.0, 0.0]]]), torch.tensor([[1]]), min_margin=0.5)
+        tensor([1.5000])
     """
     gold = torch.where(scored_mask(labels), labels, 0)[..., None]  # [B T 1]
     logits = logits.float()

@@ -1,16 +1,16 @@
-"""Optimisers as pairs of pure functions over pytrees, for one edit or for many side by side.
+"""Optimizers as pairs of pure functions over pytrees, for one edit or for a stack of edits.
 
     optimizer = adamw(lr=1e-3)
     state = optimizer.init(tensors)
     tensors, state = optimizer.update(grads, state, tensors)
 
-The arithmetic is torch.optim's, to the last bit or two. Under `torch.func.vmap` each edit has its
-own step count. Without vmap, `init(tensors, num_edits=E)` gives tensors with a leading edit axis
-one step count per edit, and `update(..., mask=active)` leaves finished edits as they are.
+The arithmetic is that of torch.optim, to the last bit or two. Under `torch.func.vmap` each edit has
+its own step count. Without vmap, `init(tensors, num_edits=E)` gives tensors with a leading edit
+axis one step count per edit, and `update(..., mask=active)` leaves finished edits unchanged.
 
-With `donate=True` the tensors and the state handed to `update` are overwritten by a fused kernel
-and handed back: one pass over memory instead of about ten. Only donate what your own loop made
-(what `init` made, and the delta being trained), never a model's parameters.
+With `inplace=True`, `update` overwrites the tensors and the state in a fused kernel and returns
+them: one pass over memory instead of about ten. Use it only for tensors that your own loop made
+(the result of `init`, and the delta being trained), never for the parameters of a model.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ __all__ = ["AdamState", "Optimizer", "SGDState", "adam", "adamw", "sgd"]
 
 
 class Optimizer(NamedTuple):
-    """A way to descend, as two pure functions.
+    """An optimizer as two pure functions.
 
-    init(tensors, num_edits=0) -> state
-        With `num_edits` = E > 0 every tensor leads with an edit axis of that length.
-    update(grads, state, tensors, *, mask=None, scale=1.0, decay_reference=None) -> (tensors, state)
-        One step. `mask` [E] bool: edits that are False keep tensors and state (needs `num_edits`).
-        Gradients may come in factors (`FactoredGradient`). `scale` multiplies the learning rate.
-        `decay_reference`: what weight decay adds to the tensors before it pulls them to zero: with
-        the base's parameters there, a change d decays as W + d does.
+    Attributes:
+        init: (tensors, num_edits=0) -> state. With `num_edits` = E > 0 every tensor has a leading
+            edit axis of that length.
+        update: (grads, state, tensors, *, mask=None, scale=1.0, decay_reference=None) -> (tensors,
+            state). One step. `mask` [E] bool: edits that are False keep tensors and state (needs
+            `num_edits`). Gradients may be factors (`FactoredGradient`). `scale` multiplies the
+            learning rate. Weight decay acts on the sum of the tensors and `decay_reference`: with
+            the base's parameters there, a change d decays as W + d does.
     """
 
     init: Callable[..., Any]
@@ -46,17 +47,28 @@ class Optimizer(NamedTuple):
 
 
 class AdamState(NamedTuple):
-    """Updates done, and the running means of the gradient and of its square."""
+    """State of Adam.
 
-    step: Tensor  # [] or [E] float64
+    Attributes:
+        step: [] or [E] float64, the number of updates done.
+        mean: Running mean of the gradient.
+        square: Running mean of its square.
+    """
+
+    step: Tensor
     mean: Tree
     square: Tree
 
 
 class SGDState(NamedTuple):
-    """Updates done, and the momentum (an empty tuple where there is none)."""
+    """State of gradient descent.
 
-    step: Tensor  # [] or [E] float64
+    Attributes:
+        step: [] or [E] float64, the number of updates done.
+        momentum: The momentum; an empty tuple if there is none.
+    """
+
+    step: Tensor
     momentum: Tree
 
 
@@ -68,15 +80,29 @@ def adam(
     *,
     inplace: bool = False,
 ) -> Optimizer:
-    """Adam (Kingma and Ba 2015), weight decay added to the gradient.
+    """Make Adam, with weight decay added to the gradient.
 
         m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2,
         x = x - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-    >>> optimizer = adam(lr=0.1)
-    >>> x = {"x": torch.tensor(1.0)}
-    >>> optimizer.update({"x": torch.tensor(2.0)}, optimizer.init(x), x)[0]
-    {'x': tensor(0.9000)}
+    Args:
+        lr: Learning rate, or a schedule.
+        betas: b1 and b2.
+        eps: Added to the denominator.
+        weight_decay: Factor of x that is added to the gradient.
+        inplace: Whether `update` overwrites tensors and state.
+
+    Returns:
+        The optimizer.
+
+    References:
+        Kingma and Ba 2015, "Adam: A Method for Stochastic Optimization", arXiv:1412.6980.
+
+    Example:
+        >>> optimizer = adam(lr=0.1)
+        >>> x = {"x": torch.tensor(1.0)}
+        >>> optimizer.update({"x": torch.tensor(2.0)}, optimizer.init(x), x)[0]
+        {'x': tensor(0.9000)}
     """
     return _adam(lr, betas, eps, weight_decay, decoupled=False, inplace=inplace)
 
@@ -89,7 +115,21 @@ def adamw(
     *,
     inplace: bool = False,
 ) -> Optimizer:
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019): x = (1 - lr wd) x first."""
+    """Make Adam with decoupled weight decay: each update first scales x by 1 - lr * weight_decay.
+
+    Args:
+        lr: Learning rate, or a schedule.
+        betas: Decay of the running means of the gradient and of its square.
+        eps: Added to the denominator.
+        weight_decay: Decay of x, relative to the learning rate.
+        inplace: Whether `update` overwrites tensors and state.
+
+    Returns:
+        The optimizer.
+
+    References:
+        Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", arXiv:1711.05101.
+    """
     return _adam(lr, betas, eps, weight_decay, decoupled=True, inplace=inplace)
 
 
@@ -100,7 +140,17 @@ def sgd(
     *,
     inplace: bool = False,
 ) -> Optimizer:
-    """Gradient descent: m = momentum m + g + wd x, x = x - lr m."""
+    """Make gradient descent: m = momentum m + g + weight_decay x, x = x - lr m.
+
+    Args:
+        lr: Learning rate, or a schedule.
+        momentum: Factor of the momentum per update.
+        weight_decay: Factor of x that is added to the gradient.
+        inplace: Whether `update` overwrites tensors and state.
+
+    Returns:
+        The optimizer.
+    """
 
     def init(tensors: Tree, num_edits: int = 0) -> SGDState:
         buffers = pytree.tree_map(torch.zeros_like, tensors) if momentum else ()
@@ -165,7 +215,7 @@ def _adam(lr, betas, eps: float, weight_decay: float, *, decoupled: bool, inplac
 
     def fused(parts: list[list[Tensor]], bases, rate: float, step: Tensor) -> None:
         xs, gs, ms, vs = parts
-        # The kernel walks all four in memory order, whatever their strides say.
+        # The kernel reads all four in memory order and ignores their strides.
         gs = [
             g if g.stride() == x.stride() else torch.empty_like(x).copy_(g) for x, g in zip(xs, gs)
         ]
@@ -231,12 +281,12 @@ def _learning_rate(lr: float | Schedule, step: Tensor, scale) -> Tensor:
 
 
 def _broadcast_like(factor: Tensor, x: Tensor) -> Tensor:
-    """A number per edit (or one number) so that it multiplies x, which may lead with edits."""
+    """Reshape a number, or one per edit, so that it multiplies x, which may have an edit axis."""
     return factor.to(x.dtype).reshape(factor.shape + (1,) * (x.ndim - factor.ndim))
 
 
 def _decay_references(decay_reference: Tree | None, tensors: Tree) -> list[Tensor | None]:
-    """The decay references of the leaves, in order; a dict may lack names."""
+    """Return the decay references of the leaves, in order; a dict may lack names."""
     if decay_reference is None:
         return [None] * len(pytree.tree_leaves(tensors))
     if isinstance(decay_reference, Mapping):
@@ -257,7 +307,7 @@ def _next_step(step: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _dense_gradients(shape, grads: Tree, leaves: list[Tensor], inplace: bool) -> list[Any]:
-    """The gradients of the leaves, in order; those in factors are formed unless donated."""
+    """Return the gradients of the leaves, in order; factors are multiplied out unless in place."""
     leaf_grads = shape.flatten_up_to(grads)
     if inplace:
         return leaf_grads
@@ -270,10 +320,10 @@ def _dense_gradients(shape, grads: Tree, leaves: list[Tensor], inplace: bool) ->
 def _update_groups(
     step: Tensor, rate: Tensor, mask: Tensor | None, leaves: list[Tensor], grads: list
 ):
-    """What a donated update may run as one: (index, learning rate, gradients there) per group.
+    """Yield (index, learning rate, gradients) per group of edits that one fused update can take.
 
-    All edits at once where all are active, at one step, and have their gradients formed; else each
-    active edit by itself, its gradients formed in the same place one after another.
+    All edits are one group if all are active, at one step, with dense gradients. Otherwise each
+    active edit is a group, and its gradients are computed one after another in the same memory.
     """
     rates = torch.broadcast_to(rate, step.shape).flatten().tolist()
     steps = step.flatten().tolist()

@@ -24,22 +24,40 @@ Schedule = Callable[[Tensor], Tensor]
 
 
 def exponential_schedule(lr: float, gamma: float) -> Schedule:
-    """lr * gamma^t at the step after t updates: torch's ExponentialLR stepped with the optimiser.
+    """Make the schedule lr * gamma^t, t the number of updates done.
 
-    >>> exponential_schedule(0.1, 0.5)(torch.tensor(2.0))
-    tensor(0.0250)
+    The same as torch's ExponentialLR, stepped with the optimizer.
+
+    Args:
+        lr: Learning rate of the first update.
+        gamma: Factor per update.
+
+    Returns:
+        Number of updates done -> learning rate.
+
+    Example:
+        >>> exponential_schedule(0.1, 0.5)(torch.tensor(2.0))
+        tensor(0.0250)
     """
     return lambda step: lr * gamma**step
 
 
 def clip_grad_norm(tree: Tree, max_norm: float) -> tuple[Tree, Tensor]:
-    """Scale a pytree of gradients to a Euclidean norm of at most `max_norm`. Returns the norm too.
+    """Scale a pytree of gradients to a Euclidean norm of at most `max_norm`.
 
     g = g * min(1, max_norm / (|g| + 1e-6)), as `torch.nn.utils.clip_grad_norm_`. For stacked edits,
     each with its own norm, wrap it in `torch.func.vmap`.
 
-    >>> clip_grad_norm({"w": torch.tensor([3.0, 4.0])}, 1.0)
-    ({'w': tensor([0.6000, 0.8000])}, tensor(5.))
+    Args:
+        tree: The gradients.
+        max_norm: Largest norm.
+
+    Returns:
+        The scaled gradients, and the norm before.
+
+    Example:
+        >>> clip_grad_norm({"w": torch.tensor([3.0, 4.0])}, 1.0)
+        ({'w': tensor([0.6000, 0.8000])}, tensor(5.))
     """
     leaves = pytree.tree_leaves(tree)
     norms = [torch.linalg.vector_norm(leaf.float()) for leaf in leaves]
@@ -49,10 +67,19 @@ def clip_grad_norm(tree: Tree, max_norm: float) -> tuple[Tree, Tensor]:
 
 
 def clip_elements(tree: Tree, max_abs: float, *, inplace: bool = False) -> Tree:
-    """Project every element to [-max_abs, max_abs]: the L-infinity constraint of FT-L.
+    """Clip every element to [-max_abs, max_abs]: the L-infinity constraint of FT-L.
 
-    >>> clip_elements({"w": torch.tensor([-2.0, 0.5])}, 1.0)
-    {'w': tensor([-1.0000,  0.5000])}
+    Args:
+        tree: A pytree of tensors.
+        max_abs: Largest absolute value.
+        inplace: Whether to overwrite the tensors.
+
+    Returns:
+        The clipped tensors.
+
+    Example:
+        >>> clip_elements({"w": torch.tensor([-2.0, 0.5])}, 1.0)
+        {'w': tensor([-1.0000,  0.5000])}
     """
     if inplace:
         with torch.no_grad():
