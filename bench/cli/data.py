@@ -1,4 +1,4 @@
-"""Verbs of the command line about data and results: `data verify`, `report`, `compare`."""
+"""The commands on data and results: `data verify`, `report`, `compare`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ __all__ = ["register"]
 
 
 def register(subparsers: Any) -> None:
-    """Add the verbs to the command line's subparsers."""
+    """Add the commands to the subparsers of `errata`.
+
+    Args:
+        subparsers: What `ArgumentParser.add_subparsers` returned.
+    """
     data = subparsers.add_parser(
         "data", help="look at benchmark data", description="Benchmark data."
     )

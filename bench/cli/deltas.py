@@ -19,7 +19,11 @@ __all__ = ["register"]
 
 
 def register(subparsers: Any) -> None:
-    """Add the commands to the subparsers of `errata`."""
+    """Add the commands to the subparsers of `errata`.
+
+    Args:
+        subparsers: What `ArgumentParser.add_subparsers` returned.
+    """
     inspect = _add_command(
         subparsers, "inspect", _inspect, "print what a delta file changes, and for which edits"
     )

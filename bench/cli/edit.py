@@ -1,4 +1,4 @@
-"""`errata edit`, `generate`."""
+"""The commands on one query: `errata edit`, `errata generate`."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _open_model(options: argparse.Namespace) -> Model:
 
 
 def _make_query(options: argparse.Namespace, target: str) -> Query:
-    """The request; pictures are opened here, so that a bad one is said before a model is loaded."""
+    """Make the query of the options. Opens the images before a model is loaded, to fail early."""
     from errata.adapters.inputs.images import open_image
     from errata.functional import Query
 
@@ -105,14 +105,14 @@ def _generate_printable(model: Model, query: Query, max_new_tokens: int = 32) ->
         model.card.max_positions - model.preprocess([query._replace(target="")]).input_ids.shape[1]
     )
     text = generate(model, [query], max(1, min(max_new_tokens, max_room)))[0].strip()
-    # what a model says may hold codes that a terminal would obey
+    # generated text may contain terminal control codes
     return "".join(
         c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
     )
 
 
 def _parse_assignments(pairs: Sequence[str]) -> dict[str, Any]:
-    """`--set key=value`, the value as TOML has it; a bare word is text."""
+    """Parse `--set key=value`. Values are TOML; a value that is not TOML is text."""
     import tomllib
 
     settings: dict[str, Any] = {}

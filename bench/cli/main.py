@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(options, "command"):
         parser.print_help()
         return 0
-    # Threads that wait must sleep: beside other work, spinning costs several times the time. Both
-    # are read when torch is imported.
+    # Waiting threads must sleep: if other processes run, spinning is several times slower. torch
+    # reads both variables when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     try:

@@ -18,7 +18,11 @@ __all__ = ["register"]
 
 
 def register(subparsers: Any) -> None:
-    """Add the command to the subparsers of `errata`."""
+    """Add the command to the subparsers of `errata`.
+
+    Args:
+        subparsers: What `ArgumentParser.add_subparsers` returned.
+    """
     parser = _add_command(
         subparsers, "train", _train, "train the networks of MEND, SERAC or LiveEdit; resumes"
     )

@@ -1,4 +1,4 @@
-"""Training cases for editors that show some: what their settings name, as values."""
+"""Training cases for editors that take demonstrations, from the names in their settings."""
 
 from __future__ import annotations
 
@@ -10,20 +10,29 @@ from errata.functional.queries import Case
 
 __all__ = ["DEFAULT_WORLD_CASES", "demonstration_cases"]
 
-DEFAULT_WORLD_CASES = 64  # cases of the micro world, where the settings do not say how many
+DEFAULT_WORLD_CASES = 64  # cases of the micro world if the settings give no number
 
 
 def demonstration_cases(config: Any) -> list[Case] | None:
-    """The cases that `config.demonstration_source` names, at most `config.num_source_cases`; None
-    for no name.
+    """Load the demonstration cases that an editor's settings name.
 
-    "world": cases of the micro world's training split. Anything else is an annotation file of the
-    field's benchmarks, whose pictures are looked for only where they are shown. Raises
-    InvalidInputError for a file that is not there or holds no case.
+    "world" stands for the training split of the micro world. Anything else is the path of a
+    benchmark's annotation file. Its images must exist only if `config.include_images` is true.
 
-    >>> from errata.editors import IkeConfig
-    >>> len(demonstration_cases(IkeConfig(demonstration_source="world", num_source_cases=3)))
-    3
+    Args:
+        config: Settings of an editor. Reads `demonstration_source`, `num_source_cases` (0: 64
+            cases of the world, or all cases of a file) and `include_images`, if present.
+
+    Returns:
+        At most `num_source_cases` cases. None if `demonstration_source` is absent or empty.
+
+    Raises:
+        InvalidInputError: If the file does not exist, cannot be read or holds no case.
+
+    Example:
+        >>> from errata.editors import IkeConfig
+        >>> len(demonstration_cases(IkeConfig(demonstration_source="world", num_source_cases=3)))
+        3
     """
     source, max_cases = (
         getattr(config, "demonstration_source", ""),

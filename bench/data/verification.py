@@ -1,7 +1,7 @@
-"""What a folder of downloaded annotations holds, and everything odd or missing, in one pass.
+"""Reports on downloaded annotation files: counts, faults, anomalies and missing images.
 
-Nothing is changed and no image is decoded unless asked. Memory stays small: records are streamed,
-only names are kept.
+Files are only read. Images are decoded only with `decode=True`. Records are streamed and only names
+are kept, so memory use is small.
 """
 
 from __future__ import annotations
@@ -40,14 +40,33 @@ PUBLISHED_COUNTS: Mapping[str, tuple[int, str]] = {
     "user_train.json": (331, "as its page says"),
     "user_eval.json": (511, "as its page says"),
 }
-"""Records in the files as published, where a name says which file it is."""
+"""Name of a published file to its number of records, and a remark on that number."""
 
 MAX_LISTED = 20
 _NUM_SHOWN = 5
 
 
 class FileReport(msgspec.Struct, kw_only=True):
-    """What one annotation file holds."""
+    """The report on one annotation file.
+
+    Attributes:
+        file: The file's path.
+        benchmark: Name of the benchmark. Empty if the file is of no known benchmark.
+        title: The benchmark's name in reports.
+        records: The number of records read.
+        published: The number of records in the published file of that name, if known.
+        cases: The number of records that became cases.
+        probes: Probe name to the number of its questions.
+        skipped: Reason to the number of records skipped for it.
+        faults: The first `MAX_LISTED` faults, as sentences.
+        num_faults: The number of faults, including those not listed.
+        anomalies: Description to the number of occurrences, most frequent first. None is an error.
+        images: The number of different image names.
+        missing: The first `MAX_LISTED` names of missing images.
+        num_missing: The number of missing images.
+        broken: Errors of images that do not open. Empty without `decode`.
+        notes: Remarks on the record count and on images shared with other files.
+    """
 
     file: str
     benchmark: str = ""
@@ -68,14 +87,21 @@ class FileReport(msgspec.Struct, kw_only=True):
 
     @property
     def usable(self) -> bool:
-        """Whether every record reads and every image is there."""
+        """Whether the file is of a known benchmark, every record reads and no image is missing."""
         return bool(self.benchmark) and not (self.num_faults or self.num_missing or self.broken)
 
 
 def annotation_files(path: str | Path) -> Iterator[Path]:
-    """The annotation files at a path: itself, or every .json and .jsonl below it, in order.
+    """Find the annotation files at a path.
 
-    Raises `InvalidInputError` when there is none.
+    Args:
+        path: An annotation file, or a folder that is searched recursively.
+
+    Yields:
+        The file itself, or every .json and then every .jsonl file of the folder, in sorted order.
+
+    Raises:
+        InvalidInputError: If there is none.
     """
     path = Path(path)
     if path.is_file():
@@ -90,9 +116,21 @@ def annotation_files(path: str | Path) -> Iterator[Path]:
 
 
 def verify(path: str | Path, images: str = "", *, decode: bool = False) -> list[FileReport]:
-    """Report on every annotation file at a path; `decode` also opens every image there is.
+    """Report on every annotation file at a path.
 
-    Faults do not stop it: a file that cannot be read has its fault in its report.
+    A file that cannot be read does not stop the others. Its fault is in its report.
+
+    Args:
+        path: An annotation file, or a folder that is searched recursively.
+        images: Folder to which image names are relative. Empty: the file's folder and the two
+            folders above it are searched.
+        decode: Also decode every image that exists.
+
+    Returns:
+        One report for each file.
+
+    Raises:
+        InvalidInputError: If there is no annotation file.
     """
     checked = [_verify_file(file, images, decode) for file in annotation_files(path)]
     reports = [report for report, _ in checked]
@@ -114,7 +152,7 @@ def _verify_file(file: Path, images: str, decode: bool) -> tuple[FileReport, set
 
 
 class _FileVerification:
-    """One reading of one file: what is counted on the way, and what is known only at its end."""
+    """One pass over one file, with its counters."""
 
     def __init__(
         self, report: FileReport, benchmark: Benchmark, file: Path, images: str, decode: bool
@@ -198,7 +236,7 @@ class _FileVerification:
             try:
                 found = self.context.image_folder.path(name)
             except InvalidInputError:
-                continue  # named as a fault of its record
+                continue  # already reported as a fault of its record
             if found is None:
                 absent.append(name)
             elif self.decode:
@@ -217,7 +255,7 @@ class _FileVerification:
 
 
 def _note_shared_images(reports: list[FileReport], edits: list[set[str]]) -> None:
-    """Say which files of one benchmark edit the same images: training data seen in evaluation."""
+    """Note which files of one benchmark edit the same images, e.g. for training and evaluation."""
     for i, one in enumerate(reports):
         for j in range(i):
             both = len(edits[i] & edits[j])
@@ -226,7 +264,14 @@ def _note_shared_images(reports: list[FileReport], edits: list[set[str]]) -> Non
 
 
 def format_report(report: FileReport) -> str:
-    """A report as people read it."""
+    """Format a report as text for the terminal.
+
+    Args:
+        report: The report on one file.
+
+    Returns:
+        Several lines, without a final newline.
+    """
     if not report.benchmark:
         return f"{report.file}\n  not read: {report.faults[0]}"
     lines = [report.file, f"  {report.title}: {report.records:,} records, {report.cases:,} cases"]

@@ -1,7 +1,7 @@
-"""What training made, in a file: the tensors of a pytree under their paths, and what they fit.
+"""Files of trained weights: the tensors of a pytree under their paths, and what they must fit.
 
-A state is read back into a fresh one of the same shape, so a file holds tensors and one line of
-JSON, nothing that could run.
+A file holds tensors and one line of JSON, nothing executable. It is read into a fresh pytree of the
+same structure.
 """
 
 from __future__ import annotations
@@ -37,9 +37,17 @@ _FORMAT = 2
 
 
 def shipped_weights(editor: str, model: Model) -> Path:
-    """The trained state that comes with the package for this editor and model.
+    """Find the trained weights that the package ships for an editor and a model.
 
-    Raises InvalidInputError, naming those that there are.
+    Args:
+        editor: Name of the editor.
+        model: The model. Weights are shipped for the `micro/` models only.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        InvalidInputError: If none are shipped for this pair. Lists those that are.
     """
     owner, _, name = model.card.id.rpartition("/")
     path = WEIGHTS / f"{editor}-{name}.safetensors"
@@ -53,10 +61,17 @@ def shipped_weights(editor: str, model: Model) -> Path:
 
 
 def named_tensors(tree: Any) -> dict[str, Tensor]:
-    """The tensors of a pytree by their path: fields, keys and numbers joined by slashes.
+    """Flatten a pytree into its tensors by path: fields, keys and indices joined by slashes.
 
-    >>> named_tensors({"a": (torch.ones(1),)})
-    {'a/0': tensor([1.])}
+    Args:
+        tree: A pytree. Leaves that are not tensors are left out.
+
+    Returns:
+        The tensors by path.
+
+    Example:
+        >>> named_tensors({"a": (torch.ones(1),)})
+        {'a/0': tensor([1.])}
     """
     pairs = pytree.tree_flatten_with_path(tree)[0]
     return {
@@ -69,7 +84,14 @@ def named_tensors(tree: Any) -> dict[str, Tensor]:
 def save_checkpoint(
     path: str | Path, tree: Any, compatibility: Mapping[str, Any], dtype: torch.dtype | None = None
 ) -> None:
-    """Write the tensors of a pytree, whole or not at all; floats of 32 bits in `dtype` if given."""
+    """Write the tensors of a pytree to a file, atomically.
+
+    Args:
+        path: The file.
+        tree: The pytree. Only its tensors are written.
+        compatibility: What a reader must match, as JSON: settings, sites, hashes.
+        dtype: Type in which float32 tensors are stored. None: as they are.
+    """
     tensors = {
         name: tensor.detach()
         .to(dtype if dtype and tensor.dtype == torch.float32 else tensor.dtype)
@@ -84,10 +106,20 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: str | Path, like: Any, compatibility: Mapping[str, Any]) -> Any:
-    """Read a pytree shaped and typed as `like` back.
+    """Read a pytree from a file, in the structure, dtypes and strides of `like`.
 
-    Raises InvalidInputError, listing every difference, unless the file's `about` says the same as
-    `about` and its tensors are those of `like`.
+    Args:
+        path: The file.
+        like: A pytree whose tensors have the paths and shapes of the file's. Supplies all other
+            leaves.
+        compatibility: Values that the file must hold under the same names.
+
+    Returns:
+        A copy of `like` with the file's tensors.
+
+    Raises:
+        InvalidInputError: If the file cannot be read, or its format, `compatibility`, tensor names
+            or shapes differ. Lists all differences.
     """
     file_compatibility, tensors = open_checkpoint(path)
     required = msgspec.json.decode(msgspec.json.encode(dict(compatibility)))
@@ -114,7 +146,7 @@ def load_checkpoint(path: str | Path, like: Any, compatibility: Mapping[str, Any
     if faults:
         raise InvalidInputError(f"{path} must fit what it is read for: {join_messages(faults)}.")
     pairs, spec = pytree.tree_flatten_with_path(like)
-    # in the strides of `like`: products of other strides round otherwise
+    # Keep the strides of `like`: matrix products round differently under other strides.
     leaves = [
         torch.empty_like(leaf).copy_(tensors["/".join(map(_path_component, place))])
         if isinstance(leaf, Tensor)
@@ -125,9 +157,17 @@ def load_checkpoint(path: str | Path, like: Any, compatibility: Mapping[str, Any
 
 
 def open_checkpoint(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-    """What a file says about itself, and its tensors by name.
+    """Read the metadata and the tensors of a file.
 
-    Raises InvalidInputError where it cannot.
+    Args:
+        path: The file.
+
+    Returns:
+        The metadata that `save_checkpoint` wrote, or None if there is none, and the tensors by
+        path.
+
+    Raises:
+        InvalidInputError: If the file cannot be read, or was written by errata before 0.1.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -139,7 +179,7 @@ def open_checkpoint(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, 
                     "again."
                 )
             metadata = msgspec.json.decode(stored.get(_METADATA_KEY, "null"))
-            # cloned: memory of one's own, aligned as if it had just been computed
+            # Cloned: owned memory, aligned as freshly computed tensors are.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, msgspec.DecodeError) as fault:
         reason = f"{path} must be a state of errata and cannot be read: {fault}."

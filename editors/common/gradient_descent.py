@@ -1,7 +1,7 @@
-"""Gradient descent on a delta, many edits side by side, from a prefix computed once.
+"""Gradient descent on a delta, for many edits at once, from a prefix computed once.
 
-FT and LoRA (and, later, the values of GRACE and WISE) differ in which tensors they train; how they
-train them is here. Legend: E edits · B rows · T scored positions.
+FT and LoRA differ in the tensors they train and share the loop. GRACE trains its values with
+`run_descent`. Legend: E edits · B rows · T scored positions.
 """
 
 from __future__ import annotations
@@ -36,21 +36,34 @@ Objective = Literal["target_tokens", "last_prompt_token"]
 Tensors = Mapping[str, Tensor]
 MakeHeader = Callable[[Sequence[Query], int], Header]
 ToDeltaTensors = Callable[[Tensors], Tensors]
-Step = Callable[[Tensors], tuple[Any, Tensor]]  # tensors -> gradients, losses [E]
+Step = Callable[[Tensors], tuple[Any, Tensor]]  # tensors -> (gradients, losses [E])
 
 
 class DescentState(NamedTuple):
-    """State of a descending editor: where the next edit starts, and the edits so far."""
+    """State of FT and LoRA.
+
+    Attributes:
+        tensors: What the next edit starts from, fp32.
+        edits: The edits so far.
+    """
 
     tensors: dict[str, Tensor]
     edits: tuple[EditRecord, ...] = ()
 
 
 def require_no_edits(state: DescentState) -> DescentState:
-    """The state, if no edit has been made from it: what edits side by side must start from.
+    """Check that a state holds no edits, as independent edits require.
 
-    Raises InvalidInputError otherwise: a stacked delta lists one edit each, and could not tell of
-    earlier.
+    A stacked delta records one edit per entry of the stack, so it cannot record earlier ones.
+
+    Args:
+        state: The state.
+
+    Returns:
+        The state, unchanged.
+
+    Raises:
+        InvalidInputError: If an edit was made from the state.
     """
     if state.edits:
         raise InvalidInputError(
@@ -61,17 +74,30 @@ def require_no_edits(state: DescentState) -> DescentState:
 
 
 class DescentConfig(NamedTuple):
-    """How to descend: the settings that gradient-based editors share."""
+    """Settings that gradient-based editors share.
+
+    Attributes:
+        optimizer: Name of the optimizer.
+        lr: Learning rate of the first step.
+        num_steps: Steps, at most.
+        weight_decay: Weight decay, decoupled for adamw.
+        lr_decay: Factor of the learning rate per step: step t has lr * lr_decay**t.
+        stop_loss: Loss in nats per token at which an edit stops. 0: never.
+        norm_constraint: Bound on each trained element's absolute value. None: no bound.
+        objective: "target_tokens" scores each target token after those before it (FT-M).
+            "last_prompt_token" scores all of them at the last prompt token (FT-L).
+        append_eos: Whether the token that ends an answer is part of the target.
+    """
 
     optimizer: Literal["adamw", "adam", "sgd"]
     lr: float
     num_steps: int
     weight_decay: float = 0.0
-    lr_decay: float = 1.0  # the learning rate of step t is lr * gamma**t
+    lr_decay: float = 1.0
     stop_loss: float = 0.0
     norm_constraint: float | None = None
     objective: Objective = "target_tokens"
-    append_eos: bool = False  # the target is followed by the token that ends an answer
+    append_eos: bool = False
 
 
 def descend_each(
@@ -84,16 +110,30 @@ def descend_each(
     to_delta_tensors: ToDeltaTensors = dict,
     decay_reference: Params | None = None,
 ) -> dict[str, Tensor]:
-    """Train one independent delta per query, side by side: tensors with a leading edit axis.
+    """Train one independent delta per query, all at once.
 
-    `describe(queries, stack)` gives the header of the delta; `express` turns what is trained into
-    the tensors of the delta; `decay_reference` holds the parameters that weight decay pulls to
-    zero together with their change (AdamW acts on W + d, not on d).
+    Changes before the decoder are trained one query after another.
+
+    Args:
+        model: The base model.
+        make_header: (queries, stack) -> the header of the delta.
+        initial_tensors: Start of each edit, without an edit axis.
+        queries: The edits, E of them.
+        config: The settings.
+        to_delta_tensors: Maps the trained tensors to those of the delta.
+        decay_reference: Parameters that weight decay shrinks together with their change: AdamW acts
+            on W + d then, not on d. None: on the trained tensors alone.
+
+    Returns:
+        The trained tensors [E ...], by name.
+
+    Raises:
+        InvalidSettingsError: If the first step changes nothing.
     """
     header = make_header(queries, len(queries))
     depth = prefix.edit_depth(model.card, [entry.name for entry in header.entries])
     if depth.before_decoder:
-        # Changes below the decoder act on pixels, where rows of one image have no edit axis.
+        # Vision inputs have no edit axis, so changes before the decoder cannot be stacked.
         single_edits = [
             descend_jointly(
                 model,
@@ -129,7 +169,24 @@ def descend_jointly(
     to_delta_tensors: ToDeltaTensors = dict,
     decay_reference: Params | None = None,
 ) -> dict[str, Tensor]:
-    """Train one delta on all queries at once: the loss is the mean over queries."""
+    """Train one delta on all queries together, on the mean of their losses.
+
+    Args:
+        model: The base model.
+        make_header: (queries, stack) -> the header of the delta.
+        initial_tensors: Start of the edit.
+        queries: The edits.
+        config: The settings.
+        to_delta_tensors: Maps the trained tensors to those of the delta.
+        decay_reference: Parameters that weight decay shrinks together with their change: AdamW acts
+            on W + d then, not on d. None: on the trained tensors alone.
+
+    Returns:
+        The trained tensors, by name.
+
+    Raises:
+        InvalidSettingsError: If the first step changes nothing.
+    """
     inputs = _preprocess(model, queries, config)
     header = make_header(queries[:1], 1)
     depth = prefix.edit_depth(model.card, [entry.name for entry in header.entries])
@@ -161,16 +218,17 @@ def _make_stacked_step(
     config: DescentConfig,
     to_delta_tensors: ToDeltaTensors,
 ) -> Step:
-    """Gradients and losses [E] of a stacked delta: rows run under the edit they name."""
+    """Make the step of a stacked delta: gradients, and losses [E].
+
+    Each row runs under the edit of its `edit_index`.
+    """
     logit_positions = _select_positions(batch.logit_positions, config.objective)
 
     def loss(logits: Tensor):
         edit_losses = mean_per_edit(nll(logits, batch.labels), batch.edit_index, header.stack)
         return edit_losses.sum(), edit_losses.detach()
 
-    if (
-        to_delta_tensors is dict
-    ):  # the tensors of the delta themselves: their gradients may stay in factors
+    if to_delta_tensors is dict:  # gradients of the delta's own tensors may stay in factors
         return lambda tensors: factored_gradients(
             model, Delta(header, tensors), batch, loss, logit_positions=logit_positions
         )
@@ -189,7 +247,10 @@ def _make_embed_step(
     config: DescentConfig,
     to_delta_tensors: ToDeltaTensors,
 ) -> Step:
-    """The same, one edit, for changes below the decoder: the vision path runs in every step."""
+    """Make the step of one edit that acts before the decoder.
+
+    The vision path runs in every step.
+    """
 
     def total_loss(tensors: Tensors):
         delta_tensors = to_delta_tensors({name: tensor[0] for name, tensor in tensors.items()})
@@ -207,7 +268,11 @@ def _make_embed_step(
 
 
 def _select_positions(logit_positions: Tensor, objective: Objective) -> Tensor:
-    """FT-L reads every target token off the last prompt position, FT-M off its own."""
+    """Select the positions whose logits are scored.
+
+    FT-L predicts every target token at the last prompt position. FT-M predicts each after those
+    before.
+    """
     return (
         logit_positions[:, :1].expand_as(logit_positions)
         if objective == "last_prompt_token"
@@ -218,9 +283,23 @@ def _select_positions(logit_positions: Tensor, objective: Objective) -> Tensor:
 def run_descent(
     step: Step, initial_tensors: Tensors, config: DescentConfig, decay_reference: Params | None
 ) -> dict[str, Tensor]:
-    """Descend from `start` [E ...]; an edit whose loss is at most `stop_loss` stays as it is.
+    """Descend from `initial_tensors` for at most `config.num_steps` steps.
 
-    The optimiser overwrites tensors made here, so that a step is one pass over memory.
+    An edit keeps its tensors in each step before which its loss is at most `config.stop_loss`. The
+    optimizer overwrites tensors that are copied here, so a step is one pass over memory.
+
+    Args:
+        step: Maps tensors to their gradients and the losses [E].
+        initial_tensors: Start [E ...], by name. Not changed.
+        config: The settings.
+        decay_reference: Parameters that weight decay shrinks together with their change, by name.
+            None: it shrinks the trained tensors alone.
+
+    Returns:
+        The trained tensors [E ...] in fp32, by name.
+
+    Raises:
+        InvalidSettingsError: If the first step changes nothing.
     """
     make_optimizer = {"adamw": optimizers.adamw, "adam": optimizers.adam, "sgd": optimizers.sgd}[
         config.optimizer

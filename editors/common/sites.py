@@ -1,4 +1,4 @@
-"""Which parameters a method changes, from the names a user writes."""
+"""The parameters that the site names of a config refer to."""
 
 from __future__ import annotations
 
@@ -16,19 +16,28 @@ _VISION_LAYER = re.compile(r"^vision\.layers\.(-?\d+)(?:\.(.+))?$")
 def resolve_parameters(
     model: Model, sites: Sequence[str], *, all_parameters: bool = False
 ) -> tuple[str, ...]:
-    """Names of the parameters that `sites` mean, in the model's order.
+    """List the parameters that site names refer to, in the model's order.
 
-    A site is anything `ModelCard.match` takes, or `vision.layers.K[.part]` for block K of the
-    vision tower; -1 is the last block that the features are read from (LLaVA-1.5 has one above).
-    By default only the weights of linear maps are meant; with `everything` every parameter below
-    the site is (norms, biases, queries), as fine-tuning a whole module wants.
+    Args:
+        model: The model.
+        sites: Names that `ModelCard.resolve_linear` takes, or `vision.layers.K[.part]` for block K
+            of the vision tower. -1 is the last block whose features are used (LLaVA-1.5 has one
+            more).
+        all_parameters: Whether all parameters at or below a site are meant, norms and biases
+            included. By default only the weights of linear maps.
 
-    Raises UnknownSiteError naming every site that matches no parameter.
+    Returns:
+        Parameter names. A tied parameter has the name of the one it shares.
 
-    >>> from errata import adapters
-    >>> resolve_parameters(adapters.from_module(*adapters.tiny_model("llava")), ["layers.-1.mlp.down"])
-    ('model.language_model.layers.2.mlp.down_proj.weight',)
-    """  # noqa: E501
+    Raises:
+        UnknownSiteError: If a site matches no parameter. Lists all such sites.
+
+    Example:
+        >>> from errata import adapters
+        >>> model = adapters.from_module(*adapters.tiny_model("llava"))
+        >>> resolve_parameters(model, ["layers.-1.mlp.down"])
+        ('model.language_model.layers.2.mlp.down_proj.weight',)
+    """
     if not all_parameters:
         names = {path + ".weight" for path in resolve_linears(model, sites)}
     else:
@@ -38,14 +47,24 @@ def resolve_parameters(
 
 
 def resolve_linears(model: Model, sites: Sequence[str]) -> tuple[str, ...]:
-    """Paths of the linear maps that `sites` mean, blocks of the vision tower among them.
+    """List the paths of the linear maps that site names refer to.
 
-    Raises UnknownSiteError naming every site that matches none.
+    Args:
+        model: The model.
+        sites: Site names, as for `resolve_parameters`.
 
-    >>> from errata import adapters
-    >>> resolve_linears(adapters.from_module(*adapters.tiny_model("llava")), ["vision.layers.-1.mlp.fc1"])
-    ('model.vision_tower.encoder.layers.0.mlp.fc1',)
-    """  # noqa: E501
+    Returns:
+        Module paths.
+
+    Raises:
+        UnknownSiteError: If a site matches no linear map. Lists all such sites.
+
+    Example:
+        >>> from errata import adapters
+        >>> model = adapters.from_module(*adapters.tiny_model("llava"))
+        >>> resolve_linears(model, ["vision.layers.-1.mlp.fc1"])
+        ('model.vision_tower.encoder.layers.0.mlp.fc1',)
+    """
     paths, faults = _expand_vision_sites(model, sites)
     try:
         linear_paths = model.card.match_linears(paths)
@@ -58,7 +77,7 @@ def resolve_linears(model: Model, sites: Sequence[str]) -> tuple[str, ...]:
 
 
 def _find_parameters(model: Model, sites: Sequence[str]) -> set[str]:
-    """Every parameter at or below the sites."""
+    """Find all parameters at or below the sites."""
     card = model.card
     paths, faults = _expand_vision_sites(model, sites)
     names: set[str] = set()
@@ -84,7 +103,7 @@ def _find_parameters(model: Model, sites: Sequence[str]) -> set[str]:
 
 
 def _expand_vision_sites(model: Model, sites: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The sites with vision blocks as full paths, and what is wrong with those that are none."""
+    """Replace vision blocks by full paths. Also returns one message per invalid site."""
     paths, faults = [], []
     for site in sites:
         try:
@@ -95,7 +114,7 @@ def _expand_vision_sites(model: Model, sites: Sequence[str]) -> tuple[list[str],
 
 
 def _expand_vision_site(model: Model, site: str) -> str:
-    """`vision.layers.K.part` as a full path: the blocks are the tower's numbered modules."""
+    """Replace `vision.layers.K.part` by a full path. Blocks are the tower's numbered modules."""
     site_match = _VISION_LAYER.match(site)
     if not site_match:
         return site

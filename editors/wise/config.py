@@ -1,4 +1,4 @@
-"""`WiseConfig` and presets."""
+"""`WiseConfig` and its presets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from errata.functional.kinds.masked.entry import Activation, GateStatistic
 
 __all__ = ["PRESETS", "WiseConfig"]
 
-# EasyEdit's yaml for vision-language models: ten steps, ratio 0.4, the end of an answer untaught.
+# EasyEdit's yaml for vision-language models.
 _EASYEDIT_SETTINGS: dict[str, Any] = {
     "num_steps": 10,
     "act_ratio": 0.4,
@@ -36,7 +36,7 @@ OwnNegative = Literal["image", "question"]
 
 
 class WiseConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="wise"):
-    """Settings of WISE; the defaults are EasyEdit's where they do not depend on the model."""
+    """Settings of WISE. Defaults that do not depend on the model are EasyEdit's."""
 
     site: LinearMap = "mlp.down"
     layer: LayerChoice = 0.8
@@ -137,20 +137,20 @@ class WiseConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 PRESETS: dict[str, WiseConfig] = {
-    # Llama-2-7b, Mistral-7b, Llama-3.2-3b; the paper's settings of its text-only models.
+    # Llama-2-7b, Mistral-7b, Llama-3.2-3b: the paper's settings for text-only models.
     "easyedit-llama": WiseConfig(layer=27, num_unrelated=1, append_eos=False),
-    # `silu` there for a ReLU model: here the model's own.
+    # EasyEdit sets `silu` for this ReLU model. Here: the model's own activation.
     "easyedit-blip2": WiseConfig(site="mlp.up", mode="merge", **_EASYEDIT_SETTINGS),
     "easyedit-minigpt4": WiseConfig(mode="merge", **_EASYEDIT_SETTINGS),
     "easyedit-llava-onevision": WiseConfig(**_EASYEDIT_SETTINGS),
     "easyedit-qwen2-vl": WiseConfig(**_EASYEDIT_SETTINGS),
     "easyedit-qwen3-vl": WiseConfig(**{**_EASYEDIT_SETTINGS, "layer": 30}),
-    # As qwen2-vl, by EasyEdit's two statistics: the mean of an edit against the largest of a long
-    # prompt, so that a gate is open for nearly every picture.
+    # As qwen2-vl, with EasyEdit's two statistics: the mean in editing, the maximum over long
+    # prompts at inference. The gate is then open for nearly every image.
     "easyedit-statistic": WiseConfig(gate_statistic="easyedit", **_EASYEDIT_SETTINGS),
-    # The micro zoo's: the map that reads the normed stream, at the prompt's end. There activations
-    # tell questions and creatures apart; with mlp.down and the mean, 96 to 100 % of other questions
-    # about an edit's picture reach 0.6 to 0.8 of its activation (24 cases, LLaVA).
+    # The micro models': the first MLP map, at the prompt's last token. There activations separate
+    # questions and creatures. With mlp.down and the mean, 96 to 100 % of other questions about an
+    # edit's image reach 0.6 to 0.8 of its activation (24 cases, LLaVA).
     "micro": WiseConfig(
         site="mlp.up",
         layer=-1,
@@ -170,6 +170,6 @@ PRESETS: dict[str, WiseConfig] = {
         stop_improvement=1.0,
         num_replayed=9,
         save_freq=10,
-        merge_freq=1_000_000,  # the maps are small: memories stay apart
+        merge_freq=1_000_000,  # never: the maps are small
     ),
 }

@@ -1,38 +1,39 @@
-"""WISE: side memories of one linear map, and a gate that only the edits' own prompts open.
+"""WISE: side memories of one linear map, with a gate that only the prompts of edits open.
 
-A memory is a sparse change D of the map's weight W, zero outside a random mask. It stands beside
-the base: a row runs with W + D where the prompt's activation
+A memory is a sparse change D of the map's weight W, zero outside a random mask. A row runs with
+W + D if its prompt's activation
 
     a(x) = mean over the prompt's tokens of |phi((W + D) x_t) - phi(W x_t)|_2
 
-reaches a threshold, and with W elsewhere. An edit trains the values of D under the mask,
+reaches a threshold, and with W otherwise. An edit trains the values of D under the mask,
 
     L = mean_j -log p(x*_j | image, prompt, x*_<j ; W + D)  +  m(a(edit), a(unrelated))
     m(a, b) = [b - alpha]_+ + [beta - a]_+ + [b - a + gamma]_+
 
-and its threshold is `act_ratio` times a(edit) once it is trained. Edits in sequence share a memory:
-every `save_every` of them a new one is begun, its mask drawn anew, and every `merge_freq` the full
-ones are merged into one (`wise_merge.py`).
+and the threshold is `act_ratio` times a(edit) after training. Sequential edits share a memory.
+After `save_freq` edits a new memory begins with a new mask. Full memories are merged into one when
+they hold `merge_freq` edits (`merging.py`).
 
-Sources: Wang et al. 2024 (arXiv 2405.14768); EasyEdit `models/wise/WISE.py`. Different from it:
+Sources: Wang et al. 2024 (arXiv 2405.14768); EasyEdit `models/wise/WISE.py`. Differences from it:
 
-* Both sides of the gate are the same: the prompt's own tokens, no padding and no answer, at edit
-  and at test (theirs: the mean of all tokens at edit, the largest at test in rows over 100 tokens;
-  `statistic="easyedit"` measures so).
-* What the gate learns to stay shut for is packaged or yours (`texts`, `unrelated`), never the
-  question that locality is then measured by. Questions about the edit's own picture, and the edit's
-  question without its picture, can join (`own_negatives`).
-* Weight decay acts under the mask only (theirs moves all of W), the map keeps its bias, a mask has
-  its ratio exactly and follows from the edit's name, asking a question merges nothing, and the
-  answer's loss is a mean over the answer (theirs counts one token of the prompt more, as zero).
-* Earlier edits of a memory can be trained along (`replay`), answers and gate both; with all of them
-  at hand a memory is trained anew, so that edits one after another are as good as all at once.
-* An edit of the same question about the same pictures takes the place of the earlier one: a memory
-  that is alone with it goes, and it is not trained along any more (theirs go on answering). Only
-  what a full memory holds together with other edits cannot be taken out of it.
+* Editing and inference gate by the same statistic: over the prompt's own tokens, without padding
+  and answer. EasyEdit takes the mean over all tokens in editing, and at inference the maximum for
+  rows over 100 tokens (`gate_statistic="easyedit"`).
+* The gate is trained on packaged prompts or your own (`unrelated_texts`, `unrelated_questions`,
+  `unrelated_queries`), never on the question that measures locality. Questions about the edit's
+  image, and the edit's question without its image, can be added (`own_negatives`).
+* Weight decay acts under the mask only; EasyEdit's moves all of W. The map keeps its bias. A mask
+  has its ratio exactly and follows from the edit's id. Inference merges nothing. The loss is a mean
+  over the answer; EasyEdit's also counts one prompt token, as zero.
+* Earlier edits of a memory can be trained again with a new one (`num_replayed`), answers and gate
+  both. If all of them are replayed, the memory is trained from zero, so sequential edits are as
+  good as a batch edit.
+* An edit replaces an earlier one of the same question about the same images. A memory that holds
+  only the earlier edit is dropped, and the earlier edit is not replayed. In EasyEdit both stay. A
+  full memory keeps an edit that it shares with others.
 
-Cost of an edit: its rows and the unrelated ones once up to the site; then `num_steps` forwards and
-backwards of its own rows from the site's layer on (`wise_train.py`).
+Cost of an edit: its rows and the unrelated prompts run once up to the site. Then `num_steps`
+forward and backward passes of its own rows from the site's layer on (`training.py`).
 """
 
 from __future__ import annotations
@@ -65,33 +66,55 @@ __all__ = ["ActiveShard", "SideMemory", "WiseState", "wise_editor"]
 
 
 class SideMemory(NamedTuple):
-    """A side memory: values at the bits set in a mask of the map, and when it acts."""
+    """A side memory: values at the set bits of a mask of the map.
 
-    mask: Tensor  # [ceil(O I / 8)] bytes, as `functional.masked.pack` makes them
-    values: Tensor  # [K]
-    min_activation: Tensor  # [] the smallest activation of its edits
-    edit_numbers: tuple[int, ...] = ()  # their numbers
+    Attributes:
+        mask: Bits of the flat map [ceil(O I / 8)] uint8, as `pack_bits` makes them.
+        values: Values at the set bits [K].
+        min_activation: The smallest activation of its edits [].
+        edit_numbers: Numbers of its edits in the sequence.
+    """
+
+    mask: Tensor
+    values: Tensor
+    min_activation: Tensor
+    edit_numbers: tuple[int, ...] = ()
 
 
 class ActiveShard(NamedTuple):
-    """The memory that edits go into now."""
+    """The memory that new edits train.
+
+    Attributes:
+        memory: The memory.
+        num_free: Edits that it can still take.
+        replay_rows: Rows of its last `num_replayed` edits.
+    """
 
     memory: SideMemory
-    num_free: int  # edits that it still takes
-    replay_rows: PreparedRows | None = None  # of its last `replay` edits
+    num_free: int
+    replay_rows: PreparedRows | None = None
 
 
 class WiseState(NamedTuple):
-    """State: full memories, the one that is being filled, and the edits so far."""
+    """State of WISE.
+
+    Attributes:
+        seed: Seed of masks, unrelated prompts and merges.
+        full_memories: Memories that take no more edits, merged ones first.
+        num_merged: Number of the full memories that are results of a merge.
+        shard: The memory that new edits train. None: the next edit begins one.
+        edits: The edits so far.
+    """
 
     seed: int
     full_memories: tuple[SideMemory, ...] = ()
-    num_merged: int = 0  # how many of the full ones, from the first on, are merged already
+    num_merged: int = 0
     shard: ActiveShard | None = None
     edits: tuple[EditRecord, ...] = ()
 
     @property
     def memories(self) -> tuple[SideMemory, ...]:
+        """All memories, the active one last."""
         return (
             self.full_memories if self.shard is None else (*self.full_memories, self.shard.memory)
         )
@@ -182,7 +205,7 @@ def _train_shard(
     config: WiseConfig,
     unrelated_queries: Sequence[Query],
 ) -> WiseState:
-    """Train the current memory on a few more edits; put it aside where it is full."""
+    """Train the current memory on some more edits. A full memory is closed and may be merged."""
     site, all_records = resolve_edit_site(model, config), tuple(map(edit_record, queries))
     state = _drop_outdated(state, all_records)
     last_by_question = {
@@ -201,7 +224,7 @@ def _train_shard(
         batch=prepared.batch._replace(edit_index=torch.zeros_like(prepared.batch.edit_index))
     )
     positions = _mask_positions(shard.memory, site)[None]
-    # With all its edits at hand a memory is trained anew: one after another is all at once.
+    # If all its edits are replayed, train from zero: the result is that of a batch edit.
     num_unseen = len(shard.memory.edit_numbers) + len(edit_queries) - len(prepared.inputs)
     initial_values = shard.memory.values if num_unseen else torch.zeros_like(shard.memory.values)
     values, min_activations = train_values(
@@ -226,7 +249,7 @@ def _train_shard(
 
 
 def _drop_outdated(state: WiseState, records: Sequence[EditRecord]) -> WiseState:
-    """The state without what it was told of the same questions about the same pictures."""
+    """Drop earlier edits of the same questions about the same images, as far as possible."""
     questions = {(one.prompt, one.images) for one in records}
     outdated = {k for k, one in enumerate(state.edits) if (one.prompt, one.images) in questions}
     remaining = [
@@ -241,7 +264,7 @@ def _drop_outdated(state: WiseState, records: Sequence[EditRecord]) -> WiseState
             tuple(k for k in edit_numbers if k not in outdated),
             shard.replay_rows,
         )
-        if replay_rows is not None:  # rows of the last edits
+        if replay_rows is not None:  # the rows are those of the last edits
             row_edits = edit_numbers[len(edit_numbers) - len(replay_rows.inputs) :]
             row_indices = [row for row, k in enumerate(row_edits) if k not in outdated]
             replay_rows = (
@@ -284,7 +307,7 @@ def _make_header(
 def _init_memory(
     model: Model, site: EditSite, seed: int, record: EditRecord, config: WiseConfig
 ) -> SideMemory:
-    """A memory of zeros, under a mask that its first edit's name draws."""
+    """Make an empty memory. Its mask is seeded by the id of its first edit."""
     device = model.params[site.weight].device
     mask = sample_mask(site.size, config.mask_ratio, edit_generator(seed, record, "mask"))
     return SideMemory(
@@ -295,18 +318,18 @@ def _init_memory(
 
 
 def _mask_positions(memory: SideMemory, site: EditSite) -> Tensor:
-    """[K] int64, ascending."""
+    """List the positions of the values in the flat map [K] int64, ascending."""
     return unpack_bits(memory.mask, site.size[0] * site.size[1]).nonzero()[:, 0]
 
 
 def _merge_memories(site: EditSite, state: WiseState, config: WiseConfig) -> WiseState:
-    """Merge the full memories that are not merged yet, once enough edits have gone into them."""
+    """Merge the unmerged full memories, once they hold `merge_freq` edits."""
     unmerged = state.full_memories[state.num_merged :]
     if sum(len(side.edit_numbers) for side in unmerged) < config.merge_freq:
         return state
     merged, weights = state.full_memories[: state.num_merged], [1.0 / len(unmerged)] * len(unmerged)
     if config.mode == "merge" and merged:
-        unmerged = (*unmerged, *merged)  # as in EasyEdit, what was merged earlier counts for 0.6
+        unmerged = (*unmerged, *merged)  # as in EasyEdit, the earlier merge has weight 0.6
         weights = [0.4 * weight for weight in weights] + [0.6]
         merged = ()
     changes = torch.stack(
@@ -327,7 +350,7 @@ def _merge_memories(site: EditSite, state: WiseState, config: WiseConfig) -> Wis
 def _make_delta(
     header: Header, memories_per_edit: Sequence[Sequence[SideMemory]], config: WiseConfig
 ) -> Delta:
-    """The tensors of one delta per entry of `edits`, stacked where the header says so."""
+    """Make a delta from the memories of one edit sequence, or a stack from those of several."""
     tensors: dict[str, list[Tensor]] = {"mask": [], "values": [], "thresholds": []}
     for memories in memories_per_edit:
         tensors["mask"].append(torch.stack([side.mask for side in memories]))

@@ -1,7 +1,7 @@
-"""Merging changes of one parameter into one: TIES, DARE, SLERP, linear.
+"""Merging of changes of one parameter: TIES, DARE, SLERP, linear.
 
-Each method is a way to thin out the changes, a way to settle signs, and whether the sum is divided
-by the weights that came through:
+A method selects values of each change, may settle signs, and may divide the weighted sum by the
+weights that contributed to each value:
 
     ties            largest     by sign   divided
     sign            all         by sign   divided
@@ -12,10 +12,10 @@ by the weights that came through:
     linear          all         sum       divided
     slerp           all         along the sphere, one change after another
 
-Sources: TIES, Yadav et al. 2023 (arXiv 2306.01708); DARE, Yu et al. 2023 (arXiv 2311.03099);
-EasyEdit `models/wise/merge/`. There `slerp` and `linear` go from the base's weight to the *first*
-memory and lose the others, and `dare_linear` does not rescale what it keeps, so that its sum
-shrinks by p; here all changes count. Legend: n changes · N values of each.
+References: TIES, Yadav et al. 2023 (arXiv 2306.01708); DARE, Yu et al. 2023 (arXiv 2311.03099);
+EasyEdit `models/wise/merge/`. EasyEdit's `slerp` and `linear` interpolate between the base weight
+and the *first* memory and lose the others. Its `dare_linear` does not rescale the values it keeps,
+so its sum shrinks by p. Here all changes count. Legend: n changes · N values of each.
 """
 
 from __future__ import annotations
@@ -46,13 +46,22 @@ def merge_changes(
     density: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One change [N] in place of n weighted ones [n N], by `method`.
+    """Merge n weighted changes into one.
 
-    `density`: the share of all N values that `ties`, `magnitude*` (the largest) and `dare_*` (drawn
-    by `generator`, and divided by the density) keep of each.
+    Args:
+        changes: Changes [n N].
+        weights: Weight of each change, n of them.
+        method: The algorithm. See the table of the module.
+        density: Fraction of its N values that each change keeps: the largest for `ties` and
+            `magnitude*`, random ones divided by the density for `dare_*`. Other methods ignore it.
+        generator: Samples the values that `dare_*` keeps, on the CPU.
 
-    >>> merge_changes(torch.tensor([[1.0, 2.0], [-3.0, 4.0]]), [0.5, 0.5], "ties").tolist()
-    [-3.0, 3.0]
+    Returns:
+        The merged change [N].
+
+    Example:
+        >>> merge_changes(torch.tensor([[1.0, 2.0], [-3.0, 4.0]]), [0.5, 0.5], "ties").tolist()
+        [-3.0, 3.0]
     """
     factors = torch.tensor(list(weights), dtype=changes.dtype, device=changes.device)[:, None]
     if method == "slerp":
@@ -79,12 +88,23 @@ def merge_changes(
 
 
 def slerp(t: float, first: Tensor, second: Tensor) -> Tensor:
-    """From `first` (t=0) to `second` (t=1) along the sphere; straight where they are colinear.
+    """Interpolate between two vectors along the sphere.
 
         sin((1-t) w) / sin(w) first + sin(t w) / sin(w) second,   w = the angle between them
 
-    >>> slerp(0.5, torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
-    tensor([0.7071, 0.7071])
+    Almost collinear vectors (|cos w| > 0.9995) are interpolated linearly.
+
+    Args:
+        t: Position, from 0 (`first`) to 1 (`second`).
+        first: Vector [N].
+        second: Vector [N].
+
+    Returns:
+        The vector in between [N], in the dtype of `first`.
+
+    Example:
+        >>> slerp(0.5, torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
+        tensor([0.7071, 0.7071])
     """
     one, two = first.double(), second.double()
     dot = (one * two).sum() / (one.norm() * two.norm()).clamp_min(1e-16)
@@ -96,12 +116,21 @@ def slerp(t: float, first: Tensor, second: Tensor) -> Tensor:
 
 
 def lerp(t: float, first: Tensor, second: Tensor) -> Tensor:
-    """(1 - t) first + t second."""
+    """Interpolate linearly: (1 - t) first + t second.
+
+    Args:
+        t: Position, from 0 (`first`) to 1 (`second`).
+        first: Tensor of any shape.
+        second: Tensor of the same shape.
+
+    Returns:
+        The tensor in between.
+    """
     return (1 - t) * first + t * second
 
 
 def _keep_largest(change: Tensor, density: float) -> Tensor:
-    """The largest values of a change, as many as the share `density` of all; zeros elsewhere."""
+    """Keep the fraction `density` of a change with the largest absolute values. Zero the others."""
     count = max(1, int(density * change.numel()))
     index = change.abs().topk(count).indices
     return torch.zeros_like(change).index_copy(0, index, change[index])

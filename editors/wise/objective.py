@@ -1,4 +1,4 @@
-"""The site, prepared rows, and the editing and margin losses."""
+"""WISE's edit site, its prepared rows, and its losses."""
 
 from __future__ import annotations
 
@@ -20,50 +20,85 @@ __all__ = ["EditSite", "PreparedRows", "margin_terms", "take_prepared", "wise_lo
 
 
 class EditSite(NamedTuple):
-    """The linear map with the memories, and how its outputs are compared."""
+    """The linear map with the side memories.
+
+    Attributes:
+        path: Path of the module.
+        layer: Number of its decoder layer.
+        size: (O, I): output and input width.
+        transposed: Whether the weight is stored [I O].
+        activation: Activation function before outputs are compared.
+    """
 
     path: str
     layer: int
-    size: tuple[int, int]  # O, I
+    size: tuple[int, int]
     transposed: bool
     activation: Activation
 
     @property
     def weight(self) -> str:
+        """The name of the map's weight."""
         return f"{self.path}.weight"
 
 
 class PreparedRows(NamedTuple):
-    """The edited rows before the site's layer, and what the site is given at prompts' tokens.
+    """The edited rows before the site's layer, and the site's activations at the tokens of prompts.
 
-    Of each row's U + 1 prompts the first is its own.
+    Each row has U + 1 prompts: its own, then U unrelated ones.
+
+    Attributes:
+        batch: R rows. `edit_index` is the memory that a row trains.
+        inputs: Inputs of the map [R U+1 n I].
+        outputs: Outputs of the unedited map [R U+1 n O].
+        token_mask: Tokens that the gate counts [R U+1 n] bool.
     """
 
-    batch: Batch  # R rows; `edit`: the memory that each trains
-    inputs: Tensor  # [R U+1 n I]
-    outputs: Tensor  # [R U+1 n O] of the map as it is
-    token_mask: Tensor  # [R U+1 n] bool: those that count
+    batch: Batch
+    inputs: Tensor
+    outputs: Tensor
+    token_mask: Tensor
 
 
 def take_prepared(ready: PreparedRows, index: Tensor | slice) -> PreparedRows:
-    """Some of the rows."""
+    """Select some of the rows.
+
+    Args:
+        ready: The rows, R of them.
+        index: Indices [R'] or a slice.
+
+    Returns:
+        The selected rows.
+    """
     return PreparedRows(batches.take_rows(ready.batch, index), *(part[index] for part in ready[1:]))
 
 
 def wise_loss(
     model: Model, site: EditSite, prepared: PreparedRows, config: WiseConfig
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """maps [E O I] -> rows' losses [R], activations [R], and those of unrelated prompts [R U]."""
+    """Make the function that evaluates side memories on prepared rows.
+
+    Args:
+        model: The base model.
+        site: The map with the memories.
+        prepared: The rows, R of them with U unrelated prompts each.
+        config: The settings.
+
+    Returns:
+        A function (maps [E O I], with_answers=True) -> (NLL of each row [R], activation of its own
+        prompt [R], activations of its unrelated prompts [R U]). Without answers the first is a copy
+        of the second, and the layers after the site do not run.
+    """
     batch = prepared.batch
     count, length = batch.hidden_states.shape[:2]
-    # EasyEdit edits by the mean, and takes the largest of long prompts when it answers only.
+    # EasyEdit trains with the mean. Only its inference takes the maximum over long prompts.
     statistic = "mean" if config.gate_statistic == "easyedit" else config.gate_statistic
     own_mask, own_prompts, unrelated_prompts = (
         gated_tokens(batch, statistic),
         _pack_prompts(prepared, 0),
         _pack_prompts(prepared, 1),
     )
-    # Where the rows stand whole, their own prompts' tokens are among them: multiplied once.
+    # Whole rows contain their own prompt's tokens, so these need no second product.
     covers_own_prompt = own_mask.shape[1] == length and torch.equal(
         own_mask.sum(1), prepared.token_mask[:, 0].sum(1)
     )
@@ -116,16 +151,23 @@ def wise_loss(
 
 
 class _PackedPrompts(NamedTuple):
-    """Prompts of a row one behind the other, without the padding between them."""
+    """The prompts of each row in one sequence, without the padding between them.
 
-    inputs: Tensor  # [R T I]
-    outputs: Tensor  # [R T O]
-    token_index: Tensor  # [R T] where each token stands among the P n of `tokens`
-    token_mask: Tensor  # [R P n] bool
+    Attributes:
+        inputs: Inputs of the map [R T I].
+        outputs: Outputs of the unedited map [R T O].
+        token_index: Index of each token among the P n tokens of the row [R T].
+        token_mask: Tokens that the gate counts [R P n] bool.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    token_index: Tensor
+    token_mask: Tensor
 
 
 def _pack_prompts(prepared: PreparedRows, first: int) -> _PackedPrompts:
-    """The prompts from `first` on."""
+    """Pack the prompts from number `first` on."""
     token_mask = prepared.token_mask[:, first:]
     flat_mask = token_mask.flatten(1)
     token_index = (
@@ -143,19 +185,33 @@ def _pack_prompts(prepared: PreparedRows, first: int) -> _PackedPrompts:
 def margin_terms(
     inside: Tensor, outside: Tensor, alpha: float, beta: float, gamma: float
 ) -> Tensor:
-    """The three terms that hold edits [... P] and unrelated prompts [... U] apart: [...].
+    """Compute the loss that keeps activations of edits above those of unrelated prompts.
 
         mean [out - in + gamma]_+ + mean [out - alpha]_+ + mean [beta - in]_+
 
-    each a mean over its terms above zero, the first over all pairs (Wang et al. 2024, eq. 6).
+    Each is a mean over its positive terms, the first over all pairs.
 
-    >>> margin_terms(torch.tensor([15.0]), torch.tensor([7.0, 4.0]), 5.0, 20.0, 10.0)
-    tensor(9.)
+    Args:
+        inside: Activations of edits [... P].
+        outside: Activations of unrelated prompts [... U].
+        alpha: Activation that unrelated prompts must stay below.
+        beta: Activation that edits must exceed.
+        gamma: Margin between the two.
+
+    Returns:
+        The loss [...].
+
+    References:
+        Wang et al. 2024, eq. 6.
+
+    Example:
+        >>> margin_terms(torch.tensor([15.0]), torch.tensor([7.0, 4.0]), 5.0, 20.0, 10.0)
+        tensor(9.)
     """
     pairs = (outside[..., None] - inside[..., None, :] + gamma).flatten(-2)
     return _mean_positive(pairs) + _mean_positive(outside - alpha) + _mean_positive(beta - inside)
 
 
 def _mean_positive(values: Tensor) -> Tensor:
-    """The mean over the last axis of what lies above zero; 0 where nothing does."""
+    """Average the positive values over the last axis. 0 if there are none."""
     return values.clamp_min(0).sum(-1) / (values > 0).sum(-1).clamp_min(1)

@@ -1,7 +1,7 @@
-"""How WISE trains a side memory: rows and unrelated prompts up to the site once, then its values.
+"""Training of a side memory: rows and unrelated prompts run once up to the site, then its values.
 
-Legend: E memories trained side by side · R rows that are edited · U unrelated prompts per row · n
-tokens of a prompt · K values of a memory · O, I of the map.
+Legend: E memories trained at once · R edited rows · U unrelated prompts per row · n tokens of a
+prompt · K values of a memory · O, I output and input width of the map.
 """
 
 from __future__ import annotations
@@ -43,7 +43,19 @@ __all__ = [
 
 
 def resolve_edit_site(model: Model, config: WiseConfig) -> EditSite:
-    """The map that the settings mean."""
+    """Find the linear map that the settings name.
+
+    Args:
+        model: The model.
+        config: The settings. A fraction as `layer` counts from the first layer, rounded down.
+
+    Returns:
+        The site.
+
+    Raises:
+        UnknownSiteError: If the site is not in the model, or is no linear map of a decoder layer.
+        InvalidSettingsError: If the activation function of the model has no counterpart here.
+    """
     count, layer = model.card.num_layers, config.layer
     if isinstance(layer, float):
         layer = min(int(count * layer), count - 1)
@@ -72,7 +84,25 @@ def prepare_rows(
     config: WiseConfig,
     unrelated_queries: Sequence[Query] = (),
 ) -> PreparedRows:
-    """Read the rows and run them up to the site: what does not change is run once."""
+    """Preprocess edits and their unrelated prompts, and run them up to the site.
+
+    Unrelated prompts are sampled per edit, by a seed that depends on `seed` and the edit's id only.
+
+    Args:
+        model: The base model.
+        site: The map with the memories.
+        queries: The edits, R of them.
+        records: The record of each edit.
+        seed: Seed of the editor's state.
+        config: The settings.
+        unrelated_queries: Unrelated prompts to sample from. Empty: those of the settings.
+
+    Returns:
+        The rows. Row r trains memory r.
+
+    Raises:
+        InvalidSettingsError: If every unrelated prompt equals the edit's.
+    """
     inputs = (
         model.preprocess(queries, append_eos=True)
         if config.append_eos
@@ -84,7 +114,7 @@ def prepare_rows(
         for query, record in zip(queries, records)
     ]
     flat_negatives = [rival for row in negatives for rival in row]
-    # Rows alike in pictures are read together; a prompt that several edits share is run once.
+    # One batch per number of images and kind of vision input. Prompts that edits share run once.
     query_keys = list(dict.fromkeys(map(_query_key, flat_negatives)))
     index_by_key = {key: number for number, key in enumerate(query_keys)}
     query_by_key = {
@@ -121,7 +151,15 @@ def prepare_rows(
 
 
 def concat_rows(earlier: PreparedRows | None, later: PreparedRows) -> PreparedRows:
-    """The rows of both, prompts padded to the longest."""
+    """Concatenate prepared rows. Prompts are padded to the longest.
+
+    Args:
+        earlier: The first rows. None: none.
+        later: The rows after them.
+
+    Returns:
+        All rows.
+    """
     if earlier is None:
         return later
     longest = max(earlier.token_mask.shape[2], later.token_mask.shape[2])
@@ -135,7 +173,15 @@ def concat_rows(earlier: PreparedRows | None, later: PreparedRows) -> PreparedRo
 
 
 def last_rows(ready: PreparedRows, count: int) -> PreparedRows | None:
-    """The last rows, as many as are there; none of none."""
+    """Select the last rows.
+
+    Args:
+        ready: The rows.
+        count: Number of rows to keep. More than there are: all.
+
+    Returns:
+        The rows, or None if `count` is 0.
+    """
     if not count:
         return None
     return take_prepared(ready, slice(max(0, len(ready.inputs) - count), None))
@@ -144,7 +190,10 @@ def last_rows(ready: PreparedRows, count: int) -> PreparedRows | None:
 def _site_activations(
     model: Model, site: EditSite, inputs: Inputs, config: WiseConfig
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Batch]:
-    """What the site is given and gives at the tokens that count, and the rows before its layer."""
+    """Record inputs and outputs of the site at the tokens that the gate counts.
+
+    Also returns the mask of these tokens, and the rows before the site's layer.
+    """
     depth = prefix.edit_depth(model.card, [site.weight])
     batch_at_layer = cast(
         Batch, prefix.run_prefix(model, inputs, depth._replace(scored_only=False))
@@ -164,7 +213,7 @@ def _site_activations(
 
 
 def _pad_tokens(part: Tensor, length: int) -> Tensor:
-    """Tokens first, `length` of them: zeros (and False) behind the last."""
+    """Pad the first axis to `length`, with zeros (False) at the end."""
     return torch.cat([part, part.new_zeros(length - part.shape[0], *part.shape[1:])])
 
 
@@ -179,7 +228,7 @@ def _sample_unrelated(
     config: WiseConfig,
     unrelated_queries: Sequence[Query],
 ) -> list[Query]:
-    """The prompts one edit's gate stays shut for, drawn by the edit's name."""
+    """Sample the unrelated prompts of one edit, seeded by its id."""
     generator = edit_generator(seed, record, "unrelated")
 
     def sample(candidates: Sequence[Query]) -> list[Query]:
@@ -193,7 +242,7 @@ def _sample_unrelated(
 
     texts = unrelated_queries or [Query(text) for text in config.unrelated_texts or UNRELATED_TEXTS]
     negatives = sample(texts)
-    if "image" in config.own_negatives:  # of an edit without one: about nothing, as texts are
+    if "image" in config.own_negatives:
         questions = config.unrelated_questions or UNRELATED_QUESTIONS
         images_and_video = query.images, query.video
         negatives += sample(
@@ -202,7 +251,7 @@ def _sample_unrelated(
                 for text in questions
             ]
         )
-    if "question" in config.own_negatives:  # without its picture; where it has none, one more text
+    if "question" in config.own_negatives:  # a text if it has no image
         without_images = query._replace(target="", images=(), video=False)
         negatives.append(without_images if query.images else sample(texts)[0])
     return negatives
@@ -216,7 +265,25 @@ def train_values(
     initial_values: Tensor,
     config: WiseConfig,
 ) -> tuple[Tensor, Tensor]:
-    """The values [E K] that make each row say its target, and each memory's nearest edit [E]."""
+    """Train the values of side memories until each edited row gives its target.
+
+    A memory keeps its values once its loss is at most `stop_loss` and changes by at most
+    `stop_improvement` per step.
+
+    Args:
+        model: The base model.
+        site: The map with the memories.
+        prepared: The rows, R of them. `batch.edit_index` is the memory of each.
+        positions: Positions of the values in the flat map [E K] int64.
+        initial_values: Values to start from [E K].
+        config: The settings.
+
+    Returns:
+        The values [E K] in fp32, and the smallest activation among each memory's own edits [E].
+
+    Raises:
+        InvalidSettingsError: If the gradient of the first step is zero everywhere.
+    """
     lr, decay = config.lr, config.weight_decay
     make_optimizer = optimizers.sgd if config.optimizer == "sgd" else optimizers.adam
     optimizer = make_optimizer(lr, weight_decay=decay)
@@ -228,7 +295,7 @@ def train_values(
 
     dense = initial_values.new_zeros(
         count, out * inner, dtype=torch.float32
-    )  # zero but at `positions`
+    )  # nonzero only at `positions`
 
     def maps(values: Tensor) -> Tensor:
         return dense.scatter_(1, positions, values).view(-1, out, inner)
@@ -271,17 +338,36 @@ def train_values(
 
 
 def edit_generator(seed: int, record: EditRecord, purpose: str) -> torch.Generator:
-    """A generator named by the edit: the same in any order and in any company."""
+    """Make a generator seeded by an edit's id, so samples do not depend on the order of edits.
+
+    Args:
+        seed: Seed of the editor's state.
+        record: The edit.
+        purpose: What is sampled. Each purpose has a stream of its own.
+
+    Returns:
+        A generator on the CPU.
+    """
     name = hashlib.sha256(f"{seed} {record.id} {purpose}".encode()).digest()[:8]
     return torch.Generator().manual_seed(int.from_bytes(name, "little") >> 1)
 
 
 def sample_mask(size: tuple[int, int], ratio: float, generator: torch.Generator) -> Tensor:
-    """[O I] flat: True at round(ratio O I) positions, in each row as many as in any other or one
-    fewer.
+    """Sample round(ratio O I) elements of a map, at least one, spread evenly over its rows.
 
-    >>> sample_mask((4, 5), 0.3, torch.Generator().manual_seed(0)).view(4, 5).sum(1)
-    tensor([2, 2, 1, 1])
+    Counts of two rows differ by one at most.
+
+    Args:
+        size: (O, I).
+        ratio: Fraction of the elements.
+        generator: Source of the samples, on the CPU.
+
+    Returns:
+        The mask [O I], flat, bool.
+
+    Example:
+        >>> sample_mask((4, 5), 0.3, torch.Generator().manual_seed(0)).view(4, 5).sum(1)
+        tensor([2, 2, 1, 1])
     """
     out, inner = size
     least, more = divmod(max(1, round(ratio * out * inner)), out)

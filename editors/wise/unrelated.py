@@ -1,6 +1,7 @@
-"""What WISE learns to leave alone by default: plain texts, and questions that any picture answers.
+"""Default unrelated prompts of WISE: plain texts, and questions that fit any image.
 
-Written for errata; from no benchmark, so that no probe of one is trained on. Settings take others.
+They are written for errata and taken from no benchmark, so no probe is trained on. The settings can
+replace them.
 """
 
 __all__ = ["UNRELATED_QUESTIONS", "UNRELATED_TEXTS"]

@@ -1,9 +1,10 @@
-"""ADS-Edit (2025): driving scenes as a video, as several views, or as one picture.
+"""ADS-Edit (2025): driving scenes as a video, as several views, or as one image.
 
-`image` and `image_rephrase` change type with `image_type`: a list of frame paths (video), an object
-of camera names to paths (multi-image), or one string (single-image), which in the CODA-LM part ends
-in `.json` and stands for the picture of the same name. nuScenes frames are named `../nuscenes/...`:
-the leading `../` is dropped, so they are looked for under the image root. There is no `pred`.
+The type of `image` and `image_rephrase` depends on `image_type`: a list of frame paths (video), an
+object of camera names to paths (multi-image), or one string (single-image). In the CODA-LM part
+that string ends in `.json` and means the image of the same name. nuScenes frames are named
+`../nuscenes/...`. The leading `../` is dropped, so they are searched for under the image root.
+There is no `pred`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ ImagePaths = str | list[str] | dict[str, str]
 
 
 class Record(msgspec.Struct, frozen=True):
-    """One driving scene and its edit."""
+    """One driving scene and its edit, with the field names of the file."""
 
     image_type: str
     src: str
@@ -45,10 +46,20 @@ _IMAGE_TYPES = ("video", "multi-image", "single-image")
 
 
 def named_paths(images: ImagePaths) -> list[tuple[str, str]]:
-    """(view or frame number, path) in order, whatever type the field has.
+    """List the image paths of a field, whatever its type is.
 
-    >>> named_paths(["a.jpg", "b.jpg"]), named_paths({"CAM_FRONT": "f.jpg"}), named_paths("x.json")
-    ([('0', 'a.jpg'), ('1', 'b.jpg')], [('CAM_FRONT', 'f.jpg')], [('', 'x.json')])
+    Args:
+        images: The value of `image` or `image_rephrase`.
+
+    Returns:
+        Pairs of a name and a path, in order. The name is the camera's, the number of the video
+        frame, or "" for a single image.
+
+    Example:
+        >>> named_paths(["a.jpg", "b.jpg"])
+        [('0', 'a.jpg'), ('1', 'b.jpg')]
+        >>> named_paths({"CAM_FRONT": "f.jpg"}), named_paths("x.json")
+        ([('CAM_FRONT', 'f.jpg')], [('', 'x.json')])
     """
     if isinstance(images, str):
         return [("", images)] if images else []
@@ -58,7 +69,21 @@ def named_paths(images: ImagePaths) -> list[tuple[str, str]]:
 
 
 def case(record: Record, name: str, context: RecordContext) -> Case:
-    """A record as a case; the frames of a video are one video to the model."""
+    """Convert a record to a case. The frames of a video are one video of the query.
+
+    Args:
+        record: A record of the file.
+        name: The case's id.
+        context: How the file is read.
+
+    Returns:
+        The edit and its probes.
+
+    Raises:
+        InvalidInputError: If `image_type` is unknown, or an image name or a missing image is an
+            error.
+        SkipRecord: If the target is empty.
+    """
     if record.image_type not in _IMAGE_TYPES:
         raise InvalidInputError(
             f"image_type must be one of {_IMAGE_TYPES}; got {record.image_type!r}."
@@ -83,13 +108,27 @@ def case(record: Record, name: str, context: RecordContext) -> Case:
 
 
 def images(record: Record) -> Iterator[str]:
-    """Every image name of a record."""
+    """List the image names of a record.
+
+    Args:
+        record: A record of the file.
+
+    Yields:
+        Every name, as written in the file.
+    """
     for field in (record.image, record.image_rephrase, record.m_loc):
         yield from (path for _, path in named_paths(field))
 
 
 def anomalies(record: Record) -> Iterator[str]:
-    """What `errata data verify` counts."""
+    """List the anomalies of a record for `errata data verify`. None is an error.
+
+    Args:
+        record: A record of the file.
+
+    Yields:
+        A short description of each.
+    """
     kind = {str: "a string", list: "a list", dict: "an object"}[type(record.image)]
     yield f"{record.image_type}: image is {kind}"
     if any(path.endswith(".json") for _, path in named_paths(record.image)):

@@ -1,16 +1,17 @@
-"""ComprehendEdit: eight task categories, and what an edit does to its neighbours (KGI, KPI).
+"""ComprehendEdit: eight task categories, and the effect of an edit on its neighbors (KGI, KPI).
 
-`ComprehendEdit_{train,test}.json` and `ComprehendEdit_ori_right.json`, each one line. There is no
-second image, so image generality is absent (the authors' trainer repeats reliability there). Their
-loader also scores text locality against its own question (`ComprehendEdit.py:117`); we read
-`locality_ground_truth`. Prompts depend on the source dataset, whatever the template option says.
+`ComprehendEdit_{train,test}.json` and `ComprehendEdit_ori_right.json` have one line each. There is
+no second image, so image generality is absent (the authors' trainer repeats reliability instead).
+Their loader also scores text locality against its own question (`ComprehendEdit.py:117`). We read
+`locality_ground_truth`. The template option does not affect the edit's prompts: they depend on the
+source dataset.
 
-With `ReadOptions.num_neighbors = k` every edit of the test file is also asked its k nearest and
-farthest neighbours by image and by text, as probes `kgi_image_near`, ..., `kpi_text_far`: KGI
-over neighbours the model got wrong (gold answers), KPI over those it got right, from
-`ComprehendEdit_ori_right.json` beside the file (its own answers, in the field
-`ReadOptions.neighbor_answers`). Their `exact` under teacher forcing is what
-`metrics.neighbor_match` counts, which divides by N k.
+`ReadOptions.num_neighbors = k` adds probes of each edit's k nearest and k farthest neighbors by
+image and by text, named `kgi_image_near`, ..., `kpi_text_far`. KGI uses neighbors that the model
+answered wrongly, with the gold answers. KPI uses neighbors that it answered correctly, from
+`ComprehendEdit_ori_right.json` in the same folder, with the answers in the field
+`ReadOptions.neighbor_answers`. `metrics.neighbor_match` counts their `exact` under teacher forcing
+and divides by N k.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ PROMPTS: Mapping[str, str] = {
     "vsr": "Question: Is this description true or false? Description: {} Short answer:",
     "mathvista": "{} Short answer:",
 }
-"""What each source's question is wrapped in (ComprehendEdit README and dataset code)."""
+"""Source dataset to its prompt (from ComprehendEdit's README and dataset code)."""
 
 
 class Record(msgspec.Struct, frozen=True):
-    """One question, its answer as the edit's target, and the numbers of its neighbours."""
+    """One question, whose answer is the edit's target, and the numbers of its neighbors."""
 
     question: str
     answer: str | int | float
@@ -63,12 +64,33 @@ class Record(msgspec.Struct, frozen=True):
 
 
 def source_prompt(record: Record, question: str) -> str:
-    """A question in the words of its source; as it stands for a source we do not know."""
+    """Wrap a question in the prompt of its source dataset.
+
+    Args:
+        record: The record, whose `source` names the dataset.
+        question: The question.
+
+    Returns:
+        The prompt. The question itself if the source has no entry in `PROMPTS`.
+    """
     return PROMPTS.get(record.source.lower(), "{}").replace("{}", question)
 
 
 def case(record: Record, name: str, context: RecordContext) -> Case:
-    """A record as a case."""
+    """Convert a record to a case.
+
+    Args:
+        record: A record of the file.
+        name: The case's id.
+        context: How the file is read.
+
+    Returns:
+        The edit and its probes.
+
+    Raises:
+        InvalidInputError: If an image name or a missing image is an error.
+        SkipRecord: If the target is empty.
+    """
     answer = str(record.answer)
     if not answer.strip():
         raise SkipRecord("the target is empty")
@@ -104,7 +126,7 @@ class _Neighbor(msgspec.Struct, frozen=True):
 
 @lru_cache(maxsize=4)
 def _records_by_pid(path: Path) -> Mapping[int, _Neighbor]:
-    """Records of a file by `pid`, or by place where there is none; what neighbours are named by."""
+    """Map each record's `pid`, or its index if it has none, to the fields of a neighbor query."""
     found = {}
     for place, raw in enumerate(records(path)):
         answers = {k: str(v) for k, v in raw.items() if k == "answer" or k.startswith("ori_pred")}
@@ -151,12 +173,26 @@ def _neighbor_query(pid: int, file: Path, field: str, context: RecordContext) ->
 
 
 def images(record: Record) -> Iterator[str]:
-    """Every image name of a record."""
+    """List the image names of a record.
+
+    Args:
+        record: A record of the file.
+
+    Returns:
+        Every name that is not empty, as written in the file.
+    """
     return (one for one in (record.image, record.multimodal_locality_image) if one)
 
 
 def anomalies(record: Record) -> Iterator[str]:
-    """What `errata data verify` counts."""
+    """List the anomalies of a record for `errata data verify`. None is an error.
+
+    Args:
+        record: A record of the file.
+
+    Yields:
+        A short description of each.
+    """
     if record.source.lower() not in PROMPTS:
         yield f"source {record.source!r} has no prompt of its own"
     if not isinstance(record.answer, str):

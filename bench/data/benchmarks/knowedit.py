@@ -1,12 +1,12 @@
 """KnowEdit (text only): ZsRE, wiki_recent, wiki_counterfact, WikiBio; original schema and ICE's.
 
-Answers may be a string, a list of aliases, or a list of lists of aliases: the first that is not
-empty is scored under teacher forcing, and any of them counts as right in free generation. WikiBio
-names its fields `text`, `labels`, `concept`; ICE's files add `context`, five statements of the new
-fact, which are checked and counted but go into no case: no editor here takes any. Locality and
-portability are objects of kinds, each a list of questions; kinds become probes
-(`text_locality_forgetfulness`, `portability_reasoning`). Nothing is drawn at random: every question
-of a record is asked.
+Answers may be a string, a list of aliases, or a list of lists of aliases. The first that is not
+empty is scored under teacher forcing. Any of them counts as correct in free generation. WikiBio
+names its fields `text`, `labels`, `concept`. ICE's files add `context`, five statements of the new
+fact. They are checked and counted but are in no case, since no editor here uses them. Locality and
+portability are objects of kinds, each a list of questions. Kinds become probes
+(`text_locality_forgetfulness`, `portability_reasoning`). Every question of a record is used; none
+is sampled.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Answers = str | list[str | list[str]] | None
 
 
 class ProbeRecord(msgspec.Struct, frozen=True):
-    """One locality or portability question."""
+    """One locality or portability question, with the field names of the file."""
 
     prompt: str
     ground_truth: Answers = None
@@ -50,10 +50,17 @@ class Record(msgspec.Struct, frozen=True):
 
 
 def aliases(answers: str | Sequence[Any] | None) -> list[str]:
-    """Every answer that is not empty, in order, however deep the lists are.
+    """Flatten answers to the strings that are not empty, in order.
 
-    >>> aliases([["Paris", "City of Light"], [""]]), aliases("Rome"), aliases(None)
-    (['Paris', 'City of Light'], ['Rome'], [])
+    Args:
+        answers: A string, a list nested to any depth, or None.
+
+    Returns:
+        The strings.
+
+    Example:
+        >>> aliases([["Paris", "City of Light"], [""]]), aliases("Rome"), aliases(None)
+        (['Paris', 'City of Light'], ['Rome'], [])
     """
     if answers is None:
         return []
@@ -83,7 +90,19 @@ def _probes(
 
 
 def case(record: Record, name: str, context: RecordContext) -> Case:
-    """A record as a case without images."""
+    """Convert a record to a case without images.
+
+    Args:
+        record: A record of the file.
+        name: The case's id.
+        context: How the file is read.
+
+    Returns:
+        The edit and its probes.
+
+    Raises:
+        SkipRecord: If the target or the prompt is empty.
+    """
     prompt, target = record.prompt or record.text, record.target_new or record.labels
     if not target.strip():
         raise SkipRecord("the target is empty")
@@ -99,7 +118,14 @@ def case(record: Record, name: str, context: RecordContext) -> Case:
 
 
 def anomalies(record: Record) -> Iterator[str]:
-    """What `errata data verify` counts."""
+    """List the anomalies of a record for `errata data verify`. None is an error.
+
+    Args:
+        record: A record of the file.
+
+    Yields:
+        A short description of each.
+    """
     target = record.target_new or record.labels
     if target != target.strip():
         yield "target has white space at an end"

@@ -1,12 +1,12 @@
-"""MMEdit (EMNLP 2023): E-VQA and E-IC as EasyEdit lays them out, with their two locality files.
+"""MMEdit (EMNLP 2023): E-VQA and E-IC in EasyEdit's layout, with their two locality files.
 
 `vqa/vqa_{train,eval}.json`, `caption/caption_{train,eval}_edit.json`: a list of records with eleven
-strings. `locality/NQ dataset/*.json` is one object of two columns, `multimodal_locality/OK-VQA
-dataset/okvqa_loc.json` a list with ten answers a question. Image names start at the image root
-(`val2014/...`). VLKEB has the same eleven fields, see `vlkeb.py`.
+strings. `locality/NQ dataset/*.json` is one object of two columns. `multimodal_locality/OK-VQA
+dataset/okvqa_loc.json` is a list with ten answers for each question. Image names are relative to
+the image root (`val2014/...`). VLKEB has the same eleven fields, see `vlkeb.py`.
 
-The files as published hold 6,345 and 2,093 (E-VQA), 2,849 and 1,000 (E-IC), 4,289 (NQ validation)
-and 5,046 (OK-VQA) records; the paper counts 6,346.
+The published files hold 6,345 and 2,093 (E-VQA), 2,849 and 1,000 (E-IC), 4,289 (NQ validation) and
+5,046 (OK-VQA) records. The paper counts 6,346.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 
 
 class Record(msgspec.Struct, frozen=True):
-    """The eleven fields of MMEdit and VLKEB; only prompt, target and image are indispensable."""
+    """The eleven fields of MMEdit and VLKEB. Only prompt, target and image are required."""
 
     src: str
     alt: str
@@ -53,12 +53,38 @@ class Record(msgspec.Struct, frozen=True):
 
 
 def case(record: Record, name: str, context: RecordContext) -> Case:
-    """An E-VQA record as a case, the template's words around its prompts."""
+    """Convert an E-VQA record to a case. The template's `edit` wraps its prompts.
+
+    Args:
+        record: A record of the file.
+        name: The case's id.
+        context: How the file is read.
+
+    Returns:
+        The edit and its probes.
+
+    Raises:
+        InvalidInputError: If an image name or a missing image is an error.
+        SkipRecord: If the target is empty.
+    """
     return _make_case(record, name, context, context.template.edit)
 
 
 def caption_case(record: Record, name: str, context: RecordContext) -> Case:
-    """An E-IC record as a case; no peer wraps `a photo of`."""
+    """Convert an E-IC record to a case. Its prompt, `a photo of`, is not wrapped in any template.
+
+    Args:
+        record: A record of the file.
+        name: The case's id.
+        context: How the file is read.
+
+    Returns:
+        The edit and its probes.
+
+    Raises:
+        InvalidInputError: If an image name or a missing image is an error.
+        SkipRecord: If the target is empty.
+    """
     return _make_case(record, name, context, "{}")
 
 
@@ -71,13 +97,26 @@ def _make_case(record: Record, name: str, context: RecordContext, wrap: str) -> 
 
 
 def images(record: Record) -> Iterator[str]:
-    """Every image name of a record."""
+    """List the image names of a record.
+
+    Args:
+        record: A record of the file.
+
+    Returns:
+        Every name that is not empty, as written in the file.
+    """
     return (one for one in (record.image, record.image_rephrase, record.m_loc) if one)
 
 
 def anomalies(record: Record) -> Iterator[str]:
-    """What `errata data verify` counts: all of it is in the published files, none of it an
-    error."""
+    """List the anomalies of a record for `errata data verify`. None is an error.
+
+    Args:
+        record: A record of the file.
+
+    Yields:
+        A short description of each.
+    """
     words = record.rephrase
     if words:
         yield from _rephrase_anomalies(words, record.src)
@@ -120,7 +159,7 @@ def _rephrase_anomalies(rephrase: str, src: str) -> Iterator[str]:
 
 
 def _normalize_text(text: str) -> str:
-    """Case and punctuation aside, as the published count has it."""
+    """Remove case and punctuation, as in the published count."""
     return "".join(char for char in text.casefold() if char.isalnum() or char.isspace()).strip()
 
 
@@ -173,7 +212,7 @@ CAPTION = Benchmark(
 
 
 class Question(msgspec.Struct, frozen=True):
-    """A row of the NQ file: a question without image, and its answer."""
+    """A row of the NQ file: a question without an image, and its answer."""
 
     questions: str
     answers: str
@@ -200,7 +239,7 @@ def _nq_case(record: Question, name: str, context: RecordContext) -> Case:
 
 
 def _okvqa_case(record: Locality, name: str, context: RecordContext) -> Case:
-    """The majority answer; ties go to the answer named first."""
+    """Convert a record to a case with the majority answer. The first one wins a tie."""
     answers = [one for one in record.answer if one.strip()]
     if not answers:
         raise SkipRecord("the target is empty")

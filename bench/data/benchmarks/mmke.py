@@ -1,15 +1,16 @@
 """MMKE-Bench (ICLR 2025): visual entities, visual semantics, user-specific facts as free text.
 
-`data_json/{entity,visual,user}_{train,eval}.json` (as the code and the published folder have it) or
-`data_json/{entity,visual,user}/{train,eval}.json` (as its README says); images in `data_image/`.
-Targets are paragraphs, so reliability is asked by separate questions, with and without the image:
+The files are `data_json/{entity,visual,user}_{train,eval}.json` in the code and the published
+folder, and `data_json/{entity,visual,user}/{train,eval}.json` in its README. Images are in
+`data_image/`. Targets are paragraphs, so separate questions measure reliability, with and without
+the image:
 
     T-Rel  text_reliability    rel_1, rel_2 (visual: rel)         no image
     I-Rel  image_reliability   m_rel_1, m_rel_2 (visual: m_rel)   the edit's image
     I-Gen  image_rephrase      the same questions                 the other image
 
-(`trainer/MultimodalTrainer.py:502-582`). Every answer key has two spellings in the files.
-Portability is asked about the edit's image (entity) or `one_hop_img` (visual, user).
+(`trainer/MultimodalTrainer.py:502-582`). The files spell every answer key in two ways. Portability
+questions use the edit's image (entity) or `one_hop_img` (visual, user).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ __all__ = ["MMKE", "Record", "anomalies", "case", "images"]
 
 
 class Record(msgspec.Struct, frozen=True):
-    """One record of any of the three knowledge types; the loader reads what is there."""
+    """One record of any of the three knowledge types. Absent fields are empty."""
 
     knowledge_type: str
     src: str
@@ -69,7 +70,15 @@ class Record(msgspec.Struct, frozen=True):
 
 
 def reliability_questions(record: Record, stem: str) -> list[tuple[str, str]]:
-    """(question, answer) pairs of `rel` or `m_rel`, whichever spelling the answers have."""
+    """List a record's reliability questions and answers, in either spelling of the keys.
+
+    Args:
+        record: A record of the file.
+        stem: "rel" (without image) or "m_rel" (with image).
+
+    Returns:
+        Pairs of question and answer. Pairs with an empty part are left out.
+    """
     pairs = [(getattr(record, stem), getattr(record, f"{stem}_ans"))]
     for n in "12":
         answer = getattr(record, f"{stem}_ans_{n}") or getattr(record, f"{stem}_{n}_ans")
@@ -78,7 +87,21 @@ def reliability_questions(record: Record, stem: str) -> list[tuple[str, str]]:
 
 
 def case(record: Record, name: str, context: RecordContext) -> Case:
-    """A record as a case."""
+    """Convert a record to a case.
+
+    Args:
+        record: A record of the file.
+        name: The case's id.
+        context: How the file is read.
+
+    Returns:
+        The edit and its probes.
+
+    Raises:
+        InvalidInputError: If a portability item or an image name is invalid, or a missing image is
+            an error.
+        SkipRecord: If the target is empty, or `options.hop` is set and no question has that hop.
+    """
     if not record.alt.strip():
         raise SkipRecord("the target is empty")
     edit = Query(
@@ -87,7 +110,7 @@ def case(record: Record, name: str, context: RecordContext) -> Case:
         context.find_images(record.image),
     )
     probes = common_probes(record, edit, context)
-    probes.pop("image_rephrase", None)  # I-Gen asks the questions below, not for the paragraph
+    probes.pop("image_rephrase", None)  # I-Gen uses the questions below, not the paragraph
     image_questions = reliability_questions(record, "m_rel")
 
     def queries(pairs: list[tuple[str, str]], images: tuple[Any, ...]) -> tuple[Query, ...]:
@@ -106,13 +129,27 @@ def case(record: Record, name: str, context: RecordContext) -> Case:
 
 
 def images(record: Record) -> Iterator[str]:
-    """Every image name of a record."""
+    """List the image names of a record.
+
+    Args:
+        record: A record of the file.
+
+    Returns:
+        Every name that is not empty, as written in the file.
+    """
     named = (record.image, record.image_rephrase, record.one_hop_img, record.m_loc)
     return (one for one in named if one)
 
 
 def anomalies(record: Record) -> Iterator[str]:
-    """What `errata data verify` counts."""
+    """List the anomalies of a record for `errata data verify`. None is an error.
+
+    Args:
+        record: A record of the file.
+
+    Yields:
+        A short description of each.
+    """
     if not record.pred:
         yield "pred is empty"
     if any(getattr(record, f"{s}_{n}_ans") for s in ("rel", "m_rel") for n in "12"):

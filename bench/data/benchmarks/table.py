@@ -1,6 +1,7 @@
-"""The field's benchmarks as they lie on disk, streamed into cases.
+"""The benchmarks of the field, read from their published files as a stream of cases.
 
-`open_cases(path)` tells the benchmark by the first record; `BENCHMARKS` names them all.
+`open_cases(path)` detects the benchmark from the first record. `BENCHMARKS` has them by
+name.
 """
 
 from __future__ import annotations
@@ -38,13 +39,20 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         EDIT_ONEHOP,
     )
 }
-"""By name, and in the order in which a file is tried for them."""
+"""Name to benchmark, in the order in which `detect` tries them."""
 
 
 def detect(path: str | Path) -> Benchmark:
-    """The benchmark a file belongs to, told by its first record's fields.
+    """Detect the benchmark of a file from the fields of its first record.
 
-    Raises `InvalidInputError` for a file of no benchmark, with the fields it has.
+    Args:
+        path: An annotation file.
+
+    Returns:
+        The first benchmark of `BENCHMARKS` that matches.
+
+    Raises:
+        InvalidInputError: If the file cannot be read, is empty or matches no benchmark.
     """
     first = next(islice(records(path), 1), None)
     if first is None:
@@ -64,9 +72,20 @@ def open_cases(
     skip_counts: Counter[str] | None = None,
     benchmark: str = "",
 ) -> Iterator[Case]:
-    """Stream a file's cases; `benchmark` names it where the first record should not decide.
+    """Stream the cases of an annotation file.
 
-    Raises `InvalidInputError`: see `loading.cases`.
+    Args:
+        path: An annotation file.
+        options: How the file is read.
+        skip_counts: Updated with what was skipped or changed. Defaults to a new counter.
+        benchmark: A name of `BENCHMARKS`. Empty: detected from the first record.
+
+    Returns:
+        An iterator over the cases, in the order of the file.
+
+    Raises:
+        InvalidInputError: If `benchmark` is unknown or cannot be detected. Iteration raises the
+            errors of `reading.benchmark.cases`.
     """
     if benchmark and benchmark not in BENCHMARKS:
         raise InvalidInputError(

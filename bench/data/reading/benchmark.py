@@ -1,4 +1,4 @@
-"""What every benchmark loader shares: options, templates, faults, and the way to a `Case`."""
+"""Shared parts of the benchmark loaders: options, templates and the conversion to a `Case`."""
 
 from __future__ import annotations
 
@@ -37,10 +37,15 @@ __all__ = [
 
 
 class RecordTemplate(msgspec.Struct, frozen=True, kw_only=True):
-    """What a peer writes around the words of a record; `{}` is the field.
+    """The text that a peer adds around the fields of a record. `{}` stands for the field.
 
-    `edit` also wraps the rephrased prompt. The space between prompt and target is not said here:
-    the adapters write it."""
+    The adapters add the space between prompt and target, so it is not in a template.
+
+    Attributes:
+        edit: For the edit's prompt and the rephrased prompt.
+        text_loc: For the question of text locality.
+        image_loc: For the question of image locality.
+    """
 
     edit: str = "{}"
     text_loc: str = "{}"
@@ -48,7 +53,7 @@ class RecordTemplate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 TEMPLATES: Mapping[str, RecordTemplate] = {
-    # no peer's: the words of the file and nothing else
+    # the text of the file and nothing else; used by no peer
     "raw": RecordTemplate(),
     # easyeditor/dataset/vqa.py:72, :210-211: only the image-locality question is wrapped
     "easyedit": RecordTemplate(image_loc="Question: {} Short answer:"),
@@ -64,40 +69,48 @@ TEMPLATES: Mapping[str, RecordTemplate] = {
 
 
 class ReadOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a file is read. Every default leaves the words of the file untouched."""
+    """How a file is read. The defaults leave all text unchanged."""
 
     image_root: str = ""
-    """Folder the image names start from; empty: beside the file and above it."""
+    """Folder to which image names are relative. Empty: search the file's folder and above it."""
     missing_images: OnMissing = "error"
     invalid_records: Literal["error", "skip"] = "error"
-    """What a record of wrong type, or lacking a field, does. Skips are counted."""
+    """What to do with a record that lacks a field or has a wrong type. Skips are counted."""
     template: str = "raw"
     clean_rephrases: bool = False
-    """Strip quotes from either end of a rephrase, drop refusals of the paraphrasing model."""
+    """Strip quotes from both ends of a rephrase and drop refusals of the paraphrasing model."""
     strip_whitespace: bool = False
     """Strip white space around prompts and targets (14% of caption targets carry some)."""
     fix_encoding: bool = False
-    """Undo mojibake, UTF-8 read as Windows-1252 ("itâ€™s" becomes "it’s")."""
+    """Repair UTF-8 that was read as Windows-1252 ("itâ€™s" becomes "it’s")."""
     hop: int = 0
-    """Keep only portability questions of that many hops, and records that have one; 0: all."""
+    """Keep only portability questions with this number of hops, and records with one. 0: all."""
     num_neighbors: int = 0
-    """ComprehendEdit: ask each edit's k nearest and farthest neighbours too (KGI, KPI)."""
+    """ComprehendEdit: add probes of each edit's k nearest and farthest neighbors (KGI, KPI)."""
     neighbor_answers: str = "answer"
-    """Whose answers KPI wants: the field of the record, such as `ori_pred_blip2`."""
+    """The record's field with the answers for KPI, e.g. `ori_pred_blip2`."""
     start: int = 0
     limit: int = 0
-    """Records to read from `start` on; 0: all."""
+    """Number of records to read, beginning at `start`. 0: all."""
 
 
 DEFAULT_OPTIONS = ReadOptions()
 
 
 class SkipRecord(Exception):
-    """A record that is left out for a reason worth counting; never reaches the user."""
+    """A record that is left out and counted. The loaders catch it."""
 
 
 class RecordContext(NamedTuple):
-    """What turns one record into a case: where it stands, how it is read, what was met."""
+    """What the conversion of a record to a case needs.
+
+    Attributes:
+        options: How the file is read.
+        image_folder: Where the images are.
+        skip_counts: Counts what was skipped or changed.
+        template: The template that `options.template` names.
+        path: The annotation file.
+    """
 
     options: ReadOptions
     image_folder: ImageFolder
@@ -106,7 +119,20 @@ class RecordContext(NamedTuple):
     path: Path
 
     def find_images(self, name: str) -> tuple[ImageFile | PlaceholderImage, ...]:
-        """The images of a query, as a tuple; empty for no name or one that may be missing."""
+        """Find the image of a query.
+
+        Args:
+            name: The name in the file, or "" for a query without image.
+
+        Returns:
+            A tuple of one image. Empty for no name, and for a missing image if `missing_images` is
+            "none".
+
+        Raises:
+            InvalidInputError: If the name is not a relative path below its root.
+            MissingImageError: If the image is missing and `missing_images` is "error".
+            SkipRecord: If the image is missing and `missing_images` is "skip".
+        """
         try:
             found = self.image_folder.find(name) if name else None
         except MissingImageError as fault:
@@ -118,14 +144,28 @@ class RecordContext(NamedTuple):
         return (found,) if found else ()
 
     def clean_text(self, text: str) -> str:
-        """A field's words as the options want them."""
+        """Repair the encoding and strip white space, if the options say so.
+
+        Args:
+            text: The text of a field.
+
+        Returns:
+            The text, unchanged by default.
+        """
         if self.options.fix_encoding and (better := fix_mojibake(text)) != text:
             self.skip_counts["mojibake repaired"] += 1
             text = better
         return text.strip() if self.options.strip_whitespace else text
 
     def rephrased_prompt(self, text: str) -> str | None:
-        """A rephrased prompt, cleaned where the options ask for it; None when nothing is left."""
+        """Clean a rephrased prompt, if the options say so.
+
+        Args:
+            text: The text of the field.
+
+        Returns:
+            The prompt. None if it is empty, or if cleaning leaves nothing.
+        """
         text = self.clean_text(text)
         if not self.options.clean_rephrases:
             return text or None
@@ -135,12 +175,32 @@ class RecordContext(NamedTuple):
         return better or None
 
     def wrap_prompt(self, kind: Literal["edit", "text_loc", "image_loc"], text: str) -> str:
-        """A prompt of that kind in the template's words."""
+        """Wrap a prompt in the template.
+
+        Args:
+            kind: Which of the template's fields to use.
+            text: The text of the field. It is cleaned first.
+
+        Returns:
+            The prompt.
+        """
         return getattr(self.template, kind).replace("{}", self.clean_text(text))
 
 
 class Benchmark(NamedTuple):
-    """One benchmark: its record, how a record becomes a case, and what is odd about one."""
+    """One benchmark: its schema and how its records become cases.
+
+    Attributes:
+        name: The name in settings.
+        title: The name in reports.
+        record: The type of a record.
+        case: (record, id, context) to the case. May raise `SkipRecord`.
+        images: Record to the image names in it.
+        matches: (raw first record, file) to whether the file belongs to this benchmark.
+        anomalies: Record to descriptions of what `errata data verify` counts.
+        allow_parent_paths: Whether image names may start with `../`.
+        follow_up: (record, its case, context) to further cases, which are edited right after it.
+    """
 
     name: str
     title: str
@@ -161,13 +221,21 @@ def cases(
     options: ReadOptions = DEFAULT_OPTIONS,
     skip_counts: Counter[str] | None = None,
 ) -> Iterator[Case]:
-    """Stream the cases of one annotation file, in its order; ids are `<file stem>/<index>`.
+    """Stream the cases of one annotation file, in its order.
 
-    `skip_counts` (a Counter of yours) is told what was skipped and why, and what the options
-    changed.
+    Args:
+        benchmark: The file's benchmark.
+        path: The annotation file.
+        options: How the file is read.
+        skip_counts: Updated with what was skipped and why, and with what the options changed.
+            Defaults to a new counter.
 
-    Raises `InvalidInputError`, naming the file and the record, for broken JSON; and, with
-    `invalid_records` or `missing_images` "error", for records and images that cannot be used.
+    Yields:
+        Cases with ids `<file stem>/<index>`.
+
+    Raises:
+        InvalidInputError: If an option or the JSON is invalid. With `invalid_records="error"`, also
+            for a record that cannot be used. The message names the file and the record.
     """
     path = Path(path)
     skip_counts = Counter() if skip_counts is None else skip_counts
@@ -198,9 +266,19 @@ def cases(
 def record_context(
     benchmark: Benchmark, path: Path, options: ReadOptions, skip_counts: Counter[str]
 ) -> RecordContext:
-    """Options as a loader needs them.
+    """Make the context of a file from the options.
 
-    Raises `InvalidInputError` for an unknown template or image root.
+    Args:
+        benchmark: The file's benchmark.
+        path: The annotation file.
+        options: How the file is read.
+        skip_counts: The counter that the context updates.
+
+    Returns:
+        The context.
+
+    Raises:
+        InvalidInputError: If the template is unknown or the image root is not a folder.
     """
     if options.template not in TEMPLATES:
         raise InvalidInputError(
@@ -213,7 +291,7 @@ def record_context(
 
 
 def _error_kind(fault: Exception) -> str:
-    """A fault without its particulars, so that faults of one kind are counted together."""
+    """Name the kind of an error, so that errors of one kind are counted together."""
     if isinstance(fault, MissingImageError):
         return "an image is missing"
     if "image name" in str(fault):
@@ -225,14 +303,14 @@ def _error_kind(fault: Exception) -> str:
 
 
 class Pair(msgspec.Struct, frozen=True):
-    """A question and its answer, as VLKEB's multi-hop file and MMKE-Bench spell them."""
+    """A question and its answer, with the keys of VLKEB's multi-hop file and MMKE-Bench."""
 
     question: str = msgspec.field(name="Question", default="")
     answer: str = msgspec.field(name="Answer", default="")
 
 
 class Hop(msgspec.Struct, frozen=True):
-    """An item of `port_new`: the same key has two schemas, told apart by what is there.
+    """An item of `port_new`, which has two schemas.
 
     `{"port_type": "2-hop", "Q&A": {"Question", "Answer"}}` (VLKEB multi-hop, MMKE-Bench), or
     `{"port_q", "port_a", "port_edit_q", "port_edit_a"}` (VLKEB one-hop).
@@ -246,7 +324,14 @@ class Hop(msgspec.Struct, frozen=True):
     port_edit_a: str = ""
 
     def question_answer(self) -> tuple[str, str, str]:
-        """(hop, question, answer). Raises `InvalidInputError` for an item of neither schema."""
+        """Read the item in either schema.
+
+        Returns:
+            Hop (e.g. "2hop"), question and answer.
+
+        Raises:
+            InvalidInputError: If the item has neither schema, or its `port_type` has no number.
+        """
         if self.pair is not None:
             number = self.port_type.split("-")[0]
             if not number.isdecimal():
@@ -260,7 +345,20 @@ class Hop(msgspec.Struct, frozen=True):
 def portability(
     items: Sequence[Hop] | None, images: tuple[Any, ...], context: RecordContext
 ) -> dict[str, tuple[Query, ...]]:
-    """Portability probes by hop; with `ReadOptions.hop` that one alone, of records that have it."""
+    """Make the portability probes of a record, one probe for each number of hops.
+
+    Args:
+        items: The record's `port_new`.
+        images: The images of the queries.
+        context: How the file is read. `options.hop` keeps the questions of one number of hops.
+
+    Returns:
+        `portability_<n>hop` to its queries. Questions with an empty part are left out.
+
+    Raises:
+        InvalidInputError: If an item has neither schema.
+        SkipRecord: If `options.hop` is set and no question has that hop.
+    """
     hop_wanted = context.options.hop
     probes: dict[str, tuple[Query, ...]] = {}
     for hop, question, answer in (item.question_answer() for item in items or ()):

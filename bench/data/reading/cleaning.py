@@ -14,7 +14,14 @@ __all__ = ["clean_rephrase", "fix_mojibake", "require_valid_unicode"]
 
 
 def require_valid_unicode(raw: Mapping[str, Any]) -> None:
-    """Refuse lone surrogates: JSON can spell them, no tokenizer can read them."""
+    """Refuse lone surrogates. JSON can encode them but tokenizers cannot read them.
+
+    Args:
+        raw: A record.
+
+    Raises:
+        InvalidInputError: If a field has a lone surrogate.
+    """
     try:
         msgspec.json.encode(raw)
     except UnicodeEncodeError as fault:
@@ -30,15 +37,24 @@ _QUOTES = "\"“”'`"
 
 
 def clean_rephrase(text: str) -> str:
-    """A paraphrase without the paraphrasing model's debris; '' when it is a refusal.
+    """Remove the debris of the paraphrasing model from a paraphrase.
 
-    Quotes are stripped from either end on its own, for they are unbalanced in MMEdit; a lead-in
-    ("Rewritten question:", "... can be rewritten as") goes; of several lines the first is kept.
+    Quotes are stripped from each end independently, since they are unbalanced in MMEdit. A lead-in
+    ("Rewritten question:", "... can be rewritten as") is removed. Only the first line is kept.
 
-    >>> clean_rephrase('Rewritten question: "How many balls are there?'), clean_rephrase('"Why?"')
-    ('How many balls are there?', 'Why?')
-    >>> clean_rephrase("I'm sorry, but I cannot see the image.")
-    ''
+    Args:
+        text: The paraphrase.
+
+    Returns:
+        The clean text. Empty if the paraphrase is a refusal.
+
+    Example:
+        >>> clean_rephrase('Rewritten question: "How many balls are there?')
+        'How many balls are there?'
+        >>> clean_rephrase('"Why?"')
+        'Why?'
+        >>> clean_rephrase("I'm sorry, but I cannot see the image.")
+        ''
     """
     if _REFUSAL_PATTERN.search(text):
         return ""
@@ -48,10 +64,17 @@ def clean_rephrase(text: str) -> str:
 
 
 def fix_mojibake(text: str) -> str:
-    """Undo UTF-8 read as Windows-1252, where that is what happened.
+    """Repair UTF-8 that was read as Windows-1252.
 
-    >>> fix_mojibake("itâ€™s dusk"), fix_mojibake("café")
-    ('it’s dusk', 'café')
+    Args:
+        text: Any text.
+
+    Returns:
+        The repaired text. Unchanged if it cannot be such an error.
+
+    Example:
+        >>> fix_mojibake("itâ€™s dusk"), fix_mojibake("café")
+        ('it’s dusk', 'café')
     """
     if text.isascii():
         return text

@@ -13,10 +13,24 @@ __all__ = ["common_probes"]
 def common_probes(
     record: Any, edit: Query, context: RecordContext, wrap: str = "{}"
 ) -> dict[str, tuple[Query, ...]]:
-    """The probes that MMEdit, VLKEB, MMKE-Bench and ADS-Edit share; one without its data is absent.
+    """Make the probes that MMEdit, VLKEB, MMKE-Bench and ADS-Edit share.
 
-    Text generality: rephrased prompt (in `wrap`), same image. Image generality: same prompt, other
-    image.
+    Text generality uses the rephrased prompt with the same image. Image generality uses the same
+    prompt with the other image. A probe whose fields are empty is absent.
+
+    Args:
+        record: A record with the fields `rephrase`, `image_rephrase`, `loc`, `loc_ans`, `m_loc`,
+            `m_loc_q` and `m_loc_a`.
+        edit: The query of the edit.
+        context: How the file is read.
+        wrap: Template of the rephrased prompt. `{}` stands for the prompt.
+
+    Returns:
+        Probe name to its queries.
+
+    Raises:
+        InvalidInputError: If an image name or a missing image is an error.
+        SkipRecord: If an image is missing and `missing_images` is "skip".
     """
     probes: dict[str, tuple[Query, ...]] = {}
     if rephrased := context.rephrased_prompt(record.rephrase):

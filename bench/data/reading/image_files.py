@@ -1,4 +1,4 @@
-"""Images of a benchmark: found under a root, opened late and with care, or drawn as stand-ins."""
+"""Images of a benchmark: found under a root, decoded on demand, or replaced by drawn stand-ins."""
 
 from __future__ import annotations
 
@@ -25,20 +25,24 @@ __all__ = [
 ]
 
 OnMissing = Literal["error", "skip", "none", "placeholder"]
-"""What a missing image does: an error, the record skipped, the question asked without an image, or
-a stand-in drawn from the image's name."""
+"""What to do if an image is missing: raise an error, skip the record, evaluate the question
+without an image, or draw a stand-in from the image's name."""
 
-_MAX_PIXELS = 64_000_000  # of one picture: 192 MB decoded; COCO's have 0.3 million
+_MAX_PIXELS = 64_000_000  # of one image: 192 MB decoded; COCO's have 0.3 million
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _IMAGE_FOLDER_NAMES = ("", "images", "VLKEB_images", "mmkb_images", "data_image", "ADS-Edit")
 
 
 class MissingImageError(InvalidInputError):
-    """An image a record names is under none of the roots."""
+    """An image that a record names is under none of the roots."""
 
 
 class ImageFile:
-    """An image file: `load()` opens it as RGB, `key` is the hash of its bytes."""
+    """An image file that is decoded when it is used.
+
+    Args:
+        path: The file. It is not opened yet.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -48,13 +52,21 @@ class ImageFile:
 
     @cached_property
     def content_id(self) -> str:
+        """SHA-256 of the file's bytes, in hexadecimal."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def load(self) -> Image.Image:
-        """Decode to RGB. Raises `InvalidInputError` for what is no image, truncated, or a
-        decompression bomb (more than 64 million pixels, judged by the header before anything is
-        decoded)."""
+        """Decode the image to RGB.
+
+        Returns:
+            The image.
+
+        Raises:
+            InvalidInputError: If the file is not an image, is truncated, or has more than 64
+                million pixels. The header is checked before decoding.
+            MissingImageError: If the file does not exist.
+        """
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -79,10 +91,14 @@ class ImageFile:
 
 
 class PlaceholderImage:
-    """A stand-in for an image that is not there: drawn from its name, the same every time.
+    """A stand-in for a missing image, drawn deterministically from its name.
 
-    Different names give different colours and shapes, so that edits on them can be told apart; the
-    numbers they give say nothing about the real benchmark.
+    Different names give different colors and shapes, so that edits on them can be told apart.
+    Scores on stand-ins are not scores on the benchmark.
+
+    Args:
+        name: The name of the missing image.
+        size: Width and height in pixels.
     """
 
     def __init__(self, name: str, size: int = 224):
@@ -93,9 +109,15 @@ class PlaceholderImage:
 
     @property
     def content_id(self) -> str:
+        """SHA-256 of name and size, in hexadecimal."""
         return hashlib.sha256(f"drawn:{self.size}:{self.name}".encode()).hexdigest()
 
     def load(self) -> Image.Image:
+        """Draw the stand-in.
+
+        Returns:
+            An RGB image [size size].
+        """
         draw = random.Random(self.name)
 
         def color() -> tuple[int, int, int]:
@@ -112,16 +134,24 @@ class PlaceholderImage:
 
 
 def safe_name(name: str, allow_parent_paths: bool = False) -> str:
-    """An image name as a relative path that stays below its root.
+    """Normalize an image name to a relative path below its root.
 
-    `allow_parent_paths=True` drops leading `../` (ADS-Edit names its nuScenes frames
-    `../nuscenes/...`).
+    Args:
+        name: The name in the file.
+        allow_parent_paths: Drop leading `../`, as in ADS-Edit's `../nuscenes/...`.
 
-    >>> safe_name("m.0104lr/google_15.jpg"), safe_name("../nuscenes/a b.jpg", allow_parent_paths=True)
-    ('m.0104lr/google_15.jpg', 'nuscenes/a b.jpg')
+    Returns:
+        The path, with `/` as separator.
 
-    Raises `InvalidInputError` for absolute names, names that climb out of the root, and empty ones.
-    """  # noqa: E501
+    Raises:
+        InvalidInputError: If the name is absolute, leaves its root or is empty.
+
+    Example:
+        >>> safe_name("m.0104lr/google_15.jpg")
+        'm.0104lr/google_15.jpg'
+        >>> safe_name("../nuscenes/a b.jpg", allow_parent_paths=True)
+        'nuscenes/a b.jpg'
+    """
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     while allow_parent_paths and parts and parts[0] == "..":
         parts.pop(0)
@@ -135,7 +165,7 @@ def safe_name(name: str, allow_parent_paths: bool = False) -> str:
 
 @lru_cache(maxsize=4096)
 def _list_files(folder: str) -> frozenset[str]:
-    """The files of a folder; none of a folder that is not there."""
+    """List the files of a folder. Empty if the folder does not exist."""
     try:
         with os.scandir(folder) as entries:
             return frozenset(entry.name for entry in entries if entry.is_file())
@@ -144,7 +174,13 @@ def _list_files(folder: str) -> frozenset[str]:
 
 
 class ImageFolder(msgspec.Struct, frozen=True):
-    """Where a benchmark's images lie, and what to do about those that do not."""
+    """Where a benchmark's images are, and what to do if one is missing.
+
+    Attributes:
+        roots: The folders to search, in order.
+        missing_images: What `find` does if there is no such file.
+        allow_parent_paths: Whether leading `../` is dropped from names.
+    """
 
     roots: tuple[Path, ...]
     missing_images: OnMissing = "error"
@@ -154,11 +190,24 @@ class ImageFolder(msgspec.Struct, frozen=True):
     def around(
         cls, file: Path, root: str, missing_images: OnMissing, allow_parent_paths: bool = False
     ) -> ImageFolder:
-        """The roots to search for a file's images: the one given, or what lies around it."""
+        """Choose the roots to search for an annotation file's images.
+
+        Args:
+            file: The annotation file.
+            root: The image root. Empty: the file's folder and the two folders above it.
+            missing_images: What to do if an image is missing.
+            allow_parent_paths: Whether leading `../` is dropped from names.
+
+        Returns:
+            The bases and their subfolders with the usual names, those that exist.
+
+        Raises:
+            InvalidInputError: If `root` is not a folder.
+        """
         bases = [Path(root)] if root else [file.parent, *list(file.parents)[1:3]]
         if root and not bases[0].is_dir():
             raise InvalidInputError(f"the image root {root} must be a folder; there is none.")
-        _list_files.cache_clear()  # files may have come since the last reading
+        _list_files.cache_clear()  # files may have been added since the last call
         found = (base / alias for base in bases for alias in _IMAGE_FOLDER_NAMES)
         return cls(
             tuple(dict.fromkeys(one for one in found if one.is_dir())),
@@ -167,9 +216,18 @@ class ImageFolder(msgspec.Struct, frozen=True):
         )
 
     def path(self, name: str) -> Path | None:
-        """The file a name stands for; the picture of the same stem where it ends in .json.
+        """Find the file of an image name. A name in .json means the image of the same stem.
 
-        Folders are listed once: a benchmark names ten thousands of images in a few of them.
+        Each folder is listed only once, since benchmarks name tens of thousands of images in a few.
+
+        Args:
+            name: The name in the annotation file.
+
+        Returns:
+            The path, or None if there is no such file.
+
+        Raises:
+            InvalidInputError: If the name is not a relative path below its root.
         """
         folder, _, file = safe_name(name, self.allow_parent_paths).rpartition("/")
         stem = file.removesuffix(".json")
@@ -182,7 +240,18 @@ class ImageFolder(msgspec.Struct, frozen=True):
         return None
 
     def find(self, name: str) -> ImageFile | PlaceholderImage | None:
-        """The image of that name; None asks the question without one. Raises `Missing`."""
+        """Find the image of a name.
+
+        Args:
+            name: The name in the annotation file.
+
+        Returns:
+            The file, or what `missing_images` says: a stand-in for "placeholder", None for "none".
+
+        Raises:
+            InvalidInputError: If the name is not a relative path below its root.
+            MissingImageError: If the image is missing and `missing_images` is "error" or "skip".
+        """
         if path := self.path(name):
             return ImageFile(path)
         if self.missing_images == "placeholder":

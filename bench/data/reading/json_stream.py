@@ -1,4 +1,4 @@
-"""Records of a JSON file one by one, in bounded memory, whatever the file's outer shape is."""
+"""A reader of JSON files in any outer shape, one record at a time, in bounded memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from errata.functional.errors import InvalidInputError
 __all__ = ["columns", "records"]
 
 _CHUNK_CHARS = 1 << 20  # characters read at a time
-_MAX_RECORD_CHARS = 1 << 24  # characters of one record; a broken file is not read into memory whole
+_MAX_RECORD_CHARS = 1 << 24  # limit on one record, so that a broken file does not fill the memory
 _WHITESPACE = " \t\r\n"
 
 
 class _TextWindow:
-    """A sliding window of decoded text over an open file, with a place to name in errors."""
+    """A sliding window of decoded text over an open file, with a location for errors."""
 
     def __init__(self, file: Any, path: Path):
         self.file, self.path = file, path
@@ -35,7 +35,7 @@ class _TextWindow:
         return f"{self.path}, line {line}, record {self.num_records}"
 
     def read_more(self) -> bool:
-        """Read on, dropping what was consumed; False at the end of the file."""
+        """Read more text and drop what was consumed. Returns False at the end of the file."""
         self.first_line += self.text.count("\n", 0, self.position)
         self.text, self.position = self.text[self.position :], 0
         try:
@@ -61,7 +61,7 @@ class _TextWindow:
                 return ""
 
     def read_object(self) -> Any:
-        """Decode the object at the window's start; reads on while it is cut off."""
+        """Decode the object at the window's start. Reads more text while the object is cut off."""
         while True:
             try:
                 value, self.position = self.decoder.raw_decode(self.text, self.position)
@@ -82,14 +82,21 @@ class _TextWindow:
 
 
 def records(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSON list, of JSON Lines, or the rows of a columnar object.
+    """Stream the objects of a JSON list or of JSON Lines, or the rows of a columnar object.
 
-    A top-level list is never held whole (MMEdit, VLKEB, MMKE-Bench, ADS-Edit; ComprehendEdit on one
-    line); a byte-order mark is tolerated. A columnar object `{"questions": [...], "answers":
-    [...]}` gives rows `{"questions": q, "answers": a}` in order.
+    A top-level list is never held in memory as a whole (MMEdit, VLKEB, MMKE-Bench, ADS-Edit, and
+    ComprehendEdit on one line). A byte-order mark is ignored. A columnar object `{"questions":
+    [...], "answers": [...]}` gives rows `{"questions": q, "answers": a}` in order.
 
-    Raises `InvalidInputError`, naming file, line and record, for what is not JSON, not UTF-8, cut
-    short, or holds something other than objects.
+    Args:
+        path: The file.
+
+    Yields:
+        One record at a time, in the order of the file.
+
+    Raises:
+        InvalidInputError: If the file does not exist, is not UTF-8 or JSON, is cut short, or holds
+            anything but objects. The message names the file, and the line and record if known.
     """
     path = Path(path)
     if not path.is_file():
@@ -149,7 +156,18 @@ def _is_columnar(table: dict[str, Any]) -> bool:
 
 
 def columns(table: dict[str, list[Any]], path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a columnar object; raises `InvalidInputError` when the columns differ in length."""
+    """Stream the rows of a columnar object.
+
+    Args:
+        table: Column name to its values.
+        path: The file, for errors.
+
+    Yields:
+        One row at a time: column name to value.
+
+    Raises:
+        InvalidInputError: If the columns differ in length.
+    """
     sizes = {name: len(column) for name, column in table.items()}
     if len(set(sizes.values())) > 1:
         raise InvalidInputError(f"{path}: columns must have one length, got {sizes}.")

@@ -1,25 +1,26 @@
 """An editing benchmark made from the micro world: deterministic from a seed, drawn on demand.
 
-A case changes one fact about one creature seen in a picture ("where does this animal live?" ->
-another city) and asks around it. Targets are one to four tokens long in the zoo's tokenizer, in
-equal shares as far as a relation has such values.
+A case changes one fact about one creature in an image ("where does this animal live?" -> another
+city) and evaluates related questions. Targets are one to four tokens long in the zoo's tokenizer,
+in equal shares as far as a relation has such values.
 
-    reliability           the edit's own picture and question (the protocol asks `case.edit`)
-    rephrase              the same picture, question forms held out from the model's training
+    reliability           the edit's own image and question (the protocol evaluates `case.edit`)
+    rephrase              the same image, question forms held out from the model's training
     image_rephrase        the same question, other renderings of the creature
-    text_locality         no picture: the creature's other facts by name, the same relation of other
+    text_locality         no image: the creature's other facts by name, the same relation of other
                           names, the second hop of the new value, general knowledge
-    same_entity_locality  the same picture, other relations
-    hard_locality         the same relation of other creatures, the most alike first
+    same_entity_locality  the same image, other relations
+    hard_locality         the same relation of other creatures, including the two most similar
     image_locality        a handwritten digit, a scene of counted shapes, a photograph
-    portability           the second hop of the new value (land of the new city); absent where a
-                          relation has none. The base guesses some right: compare with its rate
+    portability           the second hop of the new value (land of the new city). Absent if a
+                          relation has none. The base model guesses some, so compare with its rate
 
-Targets of locality probes are the true answers, as the models were taught them.
+Targets of locality probes are the true answers, as in the models' training.
 
-Creatures are split: "test" edits creatures 140-199, about which no model was ever asked a second
-hop, "train" (for editors that are trained) creatures 0-139. With `subjects="new"` creatures are
-taught that no model has seen, without end: even numbers from 200 for "test", odd ones for "train".
+Creatures are split. "test" edits creatures 140-199, for which no second-hop question was in the
+training set. "train" (for editors that are trained) edits creatures 0-139. `subjects="new"` gives
+an unlimited number of creatures that are in no model's training set: even numbers from 200 for
+"test", odd ones for "train".
 """
 
 import itertools
@@ -63,13 +64,17 @@ MAX_TARGET_TOKENS = 4
 
 
 class RenderedImage(msgspec.Struct, frozen=True):
-    """A picture that is drawn when it is loaded.
+    """An image of the micro world that is drawn when it is loaded.
 
-    `subject` is a look ("round-red-plain-blue-long"), a digit's number or a photograph's label;
-    `rendering` picks pose, ground and light.
+    Attributes:
+        kind: What is drawn.
+        subject: An appearance ("round-red-plain-blue-long"), the number of a digit or the label of
+            a photograph. Empty for a scene.
+        rendering: Key of the random pose, background and light.
 
-    >>> RenderedImage("scene", "", "7").load().size
-    (64, 64)
+    Example:
+        >>> RenderedImage("scene", "", "7").load().size
+        (64, 64)
     """
 
     kind: Literal["creature", "scene", "digit", "photo"]
@@ -78,11 +83,15 @@ class RenderedImage(msgspec.Struct, frozen=True):
 
     @property
     def content_id(self) -> str:
-        """A name of the content: equal keys draw equal pixels."""
+        """An id of the content. Equal ids draw equal pixels."""
         return f"zoo/{self.kind}/{self.subject}/{self.rendering}"
 
     def load(self) -> Image:
-        """Draw it."""
+        """Draw the image.
+
+        Returns:
+            An RGB image [64 64].
+        """
         return _RENDERERS[self.kind](self.subject, self.rendering)
 
 
@@ -104,17 +113,29 @@ def cases(
     subjects: Subjects = "known",
     relations: Sequence[str] = RELATIONS,
 ) -> list[Case]:
-    """The first `count` cases of a split, the same for the same arguments.
+    """Make the first cases of a split. Equal arguments give equal cases.
 
-    No two of the first cases edit the same fact, until all facts of the split were edited once
-    (`known` x 4 relations: 240 in "test", 560 in "train"); then they come again with other targets.
+    No two cases edit the same fact until all facts of the split were edited once (`known` x 4
+    relations: 240 in "test", 560 in "train"). After that the facts repeat with other targets.
 
-    Raises `InvalidSettingsError` for an unknown split, kind of subjects or relation, or a negative
-    count.
+    Args:
+        num_cases: The number of cases.
+        seed: Seed of the order of the facts, the targets and the questions.
+        split: "test", or "train" for editors that are trained.
+        subjects: "known" for creatures of the models' training set, "new" for others.
+        relations: The relations to edit.
 
-    >>> case = cases(1)[0]
-    >>> sorted(case.probes)[0], case == cases(1)[0]
-    ('hard_locality', True)
+    Returns:
+        The cases.
+
+    Raises:
+        InvalidSettingsError: If the split, the kind of subjects or a relation is unknown, or
+            `num_cases` is negative.
+
+    Example:
+        >>> case = cases(1)[0]
+        >>> sorted(case.probes)[0], case == cases(1)[0]
+        ('hard_locality', True)
     """
     _validate(num_cases, split, subjects, relations)
     world = World()
@@ -145,7 +166,7 @@ def _validate(num_cases: int, split: str, subjects: str, relations: Sequence[str
 def _fact_order(
     turn: int, seed: int, split: str, subjects: str, relations: Sequence[str]
 ) -> list[tuple[int, str]]:
-    """Every (creature, relation) of a split once, in the order of this turn."""
+    """List every (creature, relation) of a split once, in the order of this turn."""
     if subjects == "known":
         first_held = NUM_TRAINED - NUM_HELD_OUT
         indices = range(first_held) if split == "train" else range(first_held, NUM_TRAINED)
@@ -193,7 +214,7 @@ def _image_queries(
 
 @cache
 def _values_by_length(values: tuple[str, ...]) -> dict[int, tuple[str, ...]]:
-    """Values by their number of tokens, those of more than four left out."""
+    """Group values by their number of tokens. Values of more than four tokens are left out."""
     tokenizer = Tokenizer.from_file(str(TOKENIZER))
     found: dict[int, list[str]] = {}
     for value in values:
@@ -202,7 +223,7 @@ def _values_by_length(values: tuple[str, ...]) -> dict[int, tuple[str, ...]]:
 
 
 def _choose_target(world: World, creature: Creature, relation: str, rng: random.Random) -> str:
-    """A value that is not the true one, nor (where there is a second hop) has its second hop."""
+    """Choose a value that differs from the true one, also in its second hop if there is one."""
     true = getattr(creature, relation)
     hop = {first: second for second, first in HOPS.items()}.get(relation)
     while True:
@@ -243,7 +264,7 @@ def _named_query(world: World, creature: Creature, relation: str, rng: random.Ra
 def _same_entity_locality(
     world: World, creature: Creature, relation: str, image: RenderedImage, rng: random.Random
 ) -> tuple[Query, ...]:
-    """Three other facts and an attribute; of a new creature only attributes."""
+    """Make queries of three other facts and an attribute, or four attributes for a new creature."""
     facts = [r for r in FACTS if r != relation]
     known = creature.index < NUM_TRAINED
     asked = rng.sample(facts, 3) if known else []
@@ -256,7 +277,7 @@ def _same_entity_locality(
 def _hard_locality(
     world: World, creature: Creature, relation: str, name: str, rng: random.Random
 ) -> tuple[Query, ...]:
-    """Two of the most alike creatures and two others, asked for the edited relation."""
+    """Make queries of the edited relation on the two most similar creatures and two others."""
     others = [c for c in world.trained if c.index != creature.index]
     alike = sorted(
         others, key=lambda c: (num_differences(c.appearance, creature.appearance), c.index)

@@ -1,6 +1,6 @@
-"""Pictures of the micro world, 64 x 64, drawn at three times the size and box-averaged.
+"""Images of the micro world, 64 x 64, drawn at three times the size and box-averaged.
 
-Every drawing follows from a key: the same key gives the same pixels with the same Pillow.
+Every drawing is determined by a key: the same key gives the same pixels with the same Pillow.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from errata.bench.data.world.world import COLORS, COUNTS, SCENE_COLORS, SCENE_SH
 CANVAS_SIZE = 3 * IMAGE_SIZE
 FOLDER = Path(__file__).parent
 DARK_OUTLINE, LIGHT_OUTLINE = (25, 25, 25, 255), (215, 215, 215, 255)
-BODY_SIZE = {  # half width and half height, in parts of the canvas
+BODY_SIZE = {  # half width and half height, as fractions of the canvas
     "round": (0.29, 0.29),
     "tall": (0.20, 0.34),
     "wide": (0.38, 0.21),
@@ -32,7 +32,14 @@ BODY_SIZE = {  # half width and half height, in parts of the canvas
 
 
 class Scene(NamedTuple):
-    """A picture of one to six like shapes, and what can be asked of it."""
+    """An image of one to six equal shapes, and the answers to questions about it.
+
+    Attributes:
+        image: The RGB image [64 64].
+        count: The number of shapes, as a word.
+        scene_color: The name of their color.
+        scene_shape: The name of their shape.
+    """
 
     image: Image.Image
     count: str
@@ -41,12 +48,28 @@ class Scene(NamedTuple):
 
 
 def jitter(color: tuple[int, ...], rng: random.Random, amount: int = 14) -> tuple[int, ...]:
-    """A colour moved by up to `by` in each channel."""
+    """Change a color at random.
+
+    Args:
+        color: Channels, 0 to 255.
+        rng: Source of randomness.
+        amount: Largest change of a channel.
+
+    Returns:
+        The color, clipped to 0 to 255.
+    """
     return tuple(max(0, min(255, int(c + rng.uniform(-amount, amount)))) for c in color)
 
 
 def background(rng: random.Random) -> Image.Image:
-    """A pale plain, graded or cloudy ground, at times with a floor."""
+    """Draw a plain, graded or cloudy background, in some images with a floor.
+
+    Args:
+        rng: Source of randomness.
+
+    Returns:
+        An RGB image [CANVAS_SIZE CANVAS_SIZE].
+    """
     kind = rng.random()
     base = [rng.uniform(90, 235) for _ in range(3)]
     gray = sum(base) / 3
@@ -73,7 +96,15 @@ def background(rng: random.Random) -> Image.Image:
 
 
 def downscale(image: Image.Image, rng: random.Random) -> Image.Image:
-    """Shrink to 64 x 64 and vary gain and bias a little."""
+    """Shrink to 64 x 64 and vary gain and bias slightly.
+
+    Args:
+        image: The drawing.
+        rng: Source of randomness.
+
+    Returns:
+        The image [64 64].
+    """
     pixels = np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX))
     pixels = pixels.astype(np.float32) * rng.uniform(0.88, 1.1) + rng.uniform(-8, 8)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
@@ -156,7 +187,15 @@ def _draw_face(draw: ImageDraw.ImageDraw, shape: str, box, rng: random.Random) -
 
 
 def creature(appearance: Appearance, key: str) -> Image.Image:
-    """One rendering of a look: turned, scaled, shifted, mirrored, on some ground, by `key`."""
+    """Draw a creature with a random rotation, scale, position, mirroring and background.
+
+    Args:
+        appearance: The attributes that all renderings share.
+        key: Key of the random rendering.
+
+    Returns:
+        The image [64 64].
+    """
     rng = random.Random(f"creature-{'-'.join(appearance)}-{key}")
     ground = background(rng)
     layer = Image.new("RGBA", (CANVAS_SIZE, CANVAS_SIZE), (0, 0, 0, 0))
@@ -219,7 +258,14 @@ def _draw_shape(
 
 
 def scene(key: str) -> Scene:
-    """One to six like shapes on a 3 x 3 grid, by `key`."""
+    """Draw one to six equal shapes on a 3 x 3 grid.
+
+    Args:
+        key: Key of the random drawing.
+
+    Returns:
+        The image and its answers.
+    """
     rng = random.Random(f"scene-{key}")
     image = background(rng)
     draw = ImageDraw.Draw(image)
@@ -236,13 +282,25 @@ def scene(key: str) -> Scene:
 
 @functools.cache
 def digits() -> tuple[np.ndarray, np.ndarray]:
-    """1,797 handwritten digits (uint8 0..16, [1797, 8, 8]) and their values; see LICENSES.md."""
+    """Load the handwritten digits; see LICENSES.md for their origin.
+
+    Returns:
+        Images (uint8 0..16, [1797 8 8]) and values [1797].
+    """
     arrays = load_file(FOLDER / "digits.safetensors")
     return arrays["images"], arrays["values"]
 
 
 def digit(index: int, key: str = "") -> Image.Image:
-    """Handwritten digit `index` in dark or light ink on some ground, by `key`."""
+    """Draw a handwritten digit in dark or light ink on a random background.
+
+    Args:
+        index: Index in `digits()`.
+        key: Key of the random rendering.
+
+    Returns:
+        The image [64 64].
+    """
     rng = random.Random(f"digit-{index}-{key}")
     image = background(rng)
     stroke = np.clip(digits()[0][index].astype(np.float32) / 16, 0, 1) * 255
@@ -260,13 +318,28 @@ def digit(index: int, key: str = "") -> Image.Image:
 
 @functools.cache
 def photograph(label: str) -> Image.Image:
-    """A shipped photograph, its short side 128 pixels; see LICENSES.md."""
+    """Load a shipped photograph, whose short side has 128 pixels; see LICENSES.md for its origin.
+
+    Args:
+        label: One of `PHOTOS`.
+
+    Returns:
+        The RGB image.
+    """
     with Image.open(FOLDER / "photos" / f"{label}.png") as image:
         return image.convert("RGB")
 
 
 def photo(label: str, key: str) -> Image.Image:
-    """A crop of a shipped photograph, at times mirrored, by `key`."""
+    """Crop a shipped photograph at random. Half of the crops are mirrored.
+
+    Args:
+        label: One of `PHOTOS`.
+        key: Key of the random crop.
+
+    Returns:
+        The image [64 64].
+    """
     rng = random.Random(f"photo-{label}-{key}")
     source = photograph(label)
     side = int(min(source.size) * rng.uniform(0.6, 0.98))
@@ -281,6 +354,13 @@ NUM_TEST_DIGITS = 360
 
 
 def digit_indices(split: str) -> list[int]:
-    """Which of the 1,797 handwritten digits belong to "train" (1,437) or "test" (360)."""
+    """List which of the 1,797 handwritten digits belong to a split.
+
+    Args:
+        split: "train" (1,437 digits) or "test" (360).
+
+    Returns:
+        Indices in `digits()`, in a fixed random order.
+    """
     order = random.Random("digits").sample(range(1797), 1797)
     return order[:-NUM_TEST_DIGITS] if split == "train" else order[-NUM_TEST_DIGITS:]

@@ -1,13 +1,13 @@
-"""Cases of the micro world without pictures: a fact about a creature changed by its name.
+"""Cases of the micro world whose edits have no image: a fact about a creature, changed by its name.
 
-    reliability, rephrase   the question that is edited, and other wordings of it
-    text_locality           what every case of the world has: other names, other facts, knowledge
+    reliability, rephrase   the edited question, and other wordings of it
+    image_rephrase          further wordings, for trainings that need this probe
+    text_locality           as in every case of the world: other names, other facts, knowledge
     same_entity_locality    the same name, other relations
     hard_locality           the same relation of other names
-    image_locality          questions about pictures, of this creature too
+    image_locality          questions about images, one of them about this creature
 
-A training that wants other pictures of the edit's subject ("image_rephrase") is given still other
-wordings. Creatures are split as in `world.cases`.
+Creatures are split as in `world.cases`.
 """
 
 import random
@@ -26,10 +26,19 @@ __all__ = ["text_cases"]
 
 
 def text_cases(num_cases: int, seed: int = 0, *, split: Split = "test") -> list[Case]:
-    """The first `count` cases whose edits have no picture, the same for the same arguments.
+    """Make the first cases of a split whose edits have no image. Equal arguments give equal cases.
 
-    >>> [query.images for query in text_cases(1)[0].probes["rephrase"]]
-    [(), ()]
+    Args:
+        num_cases: The number of cases.
+        seed: Seed of the order of the facts, the targets and the questions.
+        split: "test", or "train" for editors that are trained.
+
+    Returns:
+        The cases.
+
+    Example:
+        >>> [query.images for query in text_cases(1)[0].probes["rephrase"]]
+        [(), ()]
     """
     world = World()
     first_held = NUM_TRAINED - NUM_HELD_OUT

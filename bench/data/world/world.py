@@ -1,7 +1,7 @@
-"""The micro world: creatures with a stable look, facts about them, and questions about both.
+"""The micro world: creatures with a stable appearance, facts about them, and questions about both.
 
-Everything follows from a seed. The first 200 creatures are those the shipped models were trained
-on; `World.creature(i)` goes on without end, for teaching new ones and for training editors.
+Everything is determined by a seed. The first 200 creatures are in the training set of the shipped
+models. `World.creature(i)` has no upper limit, for new creatures and for training editors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 NUM_TRAINED = 200  # creatures in the training set of the shipped models
-NUM_HELD_OUT = 60  # of these, the last ones, for which no two-hop question was ever trained
+NUM_HELD_OUT = 60  # the last of these; no two-hop question about them is in the training set
 
 
 COLORS = {
@@ -52,14 +52,22 @@ PHOTOS = (
     "temple",
 )
 
-FACTS = ("name", "home", "food", "keeper", "sound")  # relations that must be remembered
-ATTRIBUTES = ("color", "accent", "shape", "pattern", "ears")  # relations that can be seen
+FACTS = ("name", "home", "food", "keeper", "sound")  # relations that an image does not show
+ATTRIBUTES = ("color", "accent", "shape", "pattern", "ears")  # relations that an image shows
 HOPS = {"land": "home", "job": "keeper", "food_kind": "food"}  # second hop -> the fact it follows
 TEXT_RELATIONS = ("home", "food", "keeper", "sound")  # asked by name, without an image
 
 
 class Appearance(NamedTuple):
-    """What a creature looks like: the five attributes that every rendering of it shares."""
+    """The five attributes that all renderings of a creature share.
+
+    Attributes:
+        shape: Of the body.
+        color: Of the body.
+        pattern: Of the coat.
+        accent: Color of the ears and the pattern.
+        ears: Shape of the ears.
+    """
 
     shape: str
     color: str
@@ -69,7 +77,17 @@ class Appearance(NamedTuple):
 
 
 class Creature(NamedTuple):
-    """A creature: its number in the world, its look and its five facts."""
+    """A creature: its number in the world, its appearance and its five facts.
+
+    Attributes:
+        index: Its number in the world.
+        appearance: The attributes that can be seen.
+        name: One word.
+        home: The city where it lives.
+        food: What it eats.
+        keeper: The name of its keeper.
+        sound: The sound it makes.
+    """
 
     index: int
     appearance: Appearance
@@ -81,7 +99,14 @@ class Creature(NamedTuple):
 
 
 class TextFact(NamedTuple):
-    """A fact asked without an image: its kind, its subject, the ways to ask it, the answer."""
+    """A fact that questions without an image ask for.
+
+    Attributes:
+        kind: The relation, e.g. "land" or "named_home".
+        subject: What the fact is about.
+        questions: All wordings of the question.
+        answer: The true answer.
+    """
 
     kind: str
     subject: str
@@ -91,17 +116,29 @@ class TextFact(NamedTuple):
 
 @functools.cache
 def load_facts() -> Mapping[str, Any]:
-    """The word lists and question forms of `facts.toml`."""
+    """Load the word lists and question forms of `facts.toml`.
+
+    Returns:
+        The tables of the file.
+    """
     return tomllib.loads((Path(__file__).parent / "facts.toml").read_text("utf-8"))
 
 
 def name_of(index: int) -> str:
-    """The name of creature `index`: one to four syllables, never the same twice.
+    """Make the name of a creature: one to four syllables, different for every index.
 
     Lengths repeat with period 20: 3 names of one syllable (while the 36 last), 9 of two (while
-    the 320 last), 4 of three (up to index 5,120), 4 of four; later ones have four.
-    >>> name_of(0) != name_of(1)
-    True
+    the 320 last), 4 of three (up to index 5,120) and 4 of four. Later names have four syllables.
+
+    Args:
+        index: The creature's number.
+
+    Returns:
+        The name.
+
+    Example:
+        >>> name_of(0) != name_of(1)
+        True
     """
     first, last = load_facts()["first_syllables"], load_facts()["last_syllables"]
     cycle, place = divmod(index, 20)
@@ -122,22 +159,41 @@ def name_of(index: int) -> str:
 
 
 def num_differences(a: Appearance, b: Appearance) -> int:
-    """How many attributes tell two looks apart."""
+    """Count the attributes in which two appearances differ.
+
+    Args:
+        a: An appearance.
+        b: Another appearance.
+
+    Returns:
+        The number of differing attributes, 0 to 5.
+    """
     return sum(x != y for x, y in zip(a, b))
 
 
 def has_clear_colors(appearance: Appearance) -> bool:
-    """Whether the body and ear colours can be told apart at 64 pixels."""
+    """Check whether the body and ear colors can be told apart at 64 pixels.
+
+    Args:
+        appearance: An appearance.
+
+    Returns:
+        False if the colors are equal or a pair of `CONFUSABLE`.
+    """
     pair = {appearance.color, appearance.accent}
     return len(pair) == 2 and pair not in CONFUSABLE
 
 
 class World:
-    """Creatures, places and people that follow from `seed`.
+    """Creatures, places and people, determined by a seed.
 
-    >>> world = World()
-    >>> world.creature(3) == World().creature(3)
-    True
+    Args:
+        seed: The shipped models are trained on seed 0.
+
+    Example:
+        >>> world = World()
+        >>> world.creature(3) == World().creature(3)
+        True
     """
 
     def __init__(self, seed: int = 0):
@@ -183,9 +239,15 @@ class World:
         return Creature(index, appearance, name_of(index), home, food, keeper, sound)
 
     def creature(self, index: int) -> Creature:
-        """Creature `index`; from 200 on one that no shipped model has seen.
+        """Look up or make a creature. From number 200 on, no shipped model was trained on it.
 
-        Its look differs from every trained one in at least two attributes.
+        Its appearance differs from every trained one in at least two attributes.
+
+        Args:
+            index: The creature's number.
+
+        Returns:
+            The creature.
         """
         if index < NUM_TRAINED:
             return self.trained[index]
@@ -194,7 +256,17 @@ class World:
     # ---- answers
 
     def possible_answers(self, relation: str) -> tuple[str, ...]:
-        """Every answer that `relation` can have among the trained creatures."""
+        """List the answers that a relation can have.
+
+        Args:
+            relation: One of `FACTS` or `ATTRIBUTES`.
+
+        Returns:
+            The answers. For "name", the names of the trained creatures.
+
+        Raises:
+            KeyError: If the relation is unknown.
+        """
         if relation == "name":
             return tuple(c.name for c in self.trained)
         named = {
@@ -211,9 +283,18 @@ class World:
         return named[relation]
 
     def second_hop(self, relation: str, bridge: str) -> str:
-        """The answer of a second hop, given the fact it follows: land of a city, job of a keeper.
+        """Look up the answer of a second hop.
 
-        `chain` says the bridge before the hop ("falmont , norland").
+        Args:
+            relation: "land" of a city, "job" of a keeper, "food_kind" of a food, or "chain": the
+                city followed by its land ("falmont , norland").
+            bridge: The answer of the first hop.
+
+        Returns:
+            The answer.
+
+        Raises:
+            KeyError: If the relation or the bridge is unknown.
         """
         if relation == "chain":
             return f"{bridge} , {self.land[bridge]}"
@@ -221,7 +302,15 @@ class World:
         return table[bridge]
 
     def answer(self, creature: Creature, relation: str) -> str:
-        """The true answer of any relation about a creature."""
+        """Look up the true answer of any relation about a creature.
+
+        Args:
+            creature: A creature of this world.
+            relation: One of `FACTS`, `ATTRIBUTES` or `HOPS`, or "chain" or "caption".
+
+        Returns:
+            The answer.
+        """
         if relation in HOPS:
             return self.second_hop(relation, getattr(creature, HOPS[relation]))
         if relation == "chain":
@@ -234,10 +323,18 @@ class World:
     # ---- questions
 
     def questions(self, relation: str, split: str = "train") -> tuple[str, ...]:
-        """The ways to ask `relation` of a picture; `split` is "train" or "held".
+        """List the questions of a relation about an image.
 
-        A question is a form x a subject phrase; the pair (i, j) is held out when
-        (i + 2 j) mod 5 = 0, so both parts of a held-out question were seen, but not together.
+        A question combines a form and a subject phrase. The pair (i, j) is held out if
+        (i + 2 j) mod 5 = 0, so the training set has both parts of a held-out question, but not
+        together.
+
+        Args:
+            relation: The relation.
+            split: "train" or "held".
+
+        Returns:
+            The questions.
         """
         return tuple(
             form.format(s=subject)
@@ -247,15 +344,36 @@ class World:
         )
 
     def named_questions(self, relation: str, name: str) -> tuple[str, ...]:
-        """The ways to ask `relation` of a creature by name, without an image."""
+        """List the questions of a relation about a named creature, without an image.
+
+        Args:
+            relation: The relation.
+            name: The creature's name.
+
+        Returns:
+            The questions.
+        """
         return tuple(form.format(s=name) for form in load_facts()["questions"][relation])
 
     def statement(self, relation: str, subject: str, value: str) -> str:
-        """A sentence that states a fact, for edits made in the context."""
+        """Make a sentence that states a fact, for edits made in the context.
+
+        Args:
+            relation: The relation.
+            subject: What the fact is about.
+            value: The answer.
+
+        Returns:
+            The sentence.
+        """
         return load_facts()["statements"][relation].format(s=subject, v=value)
 
     def text_facts(self) -> tuple[TextFact, ...]:
-        """Everything the models know as text: second hops, general knowledge, named creatures."""
+        """List all facts of the training text: second hops, general knowledge, named creatures.
+
+        Returns:
+            The facts.
+        """
         words = load_facts()
         tables = {
             **words["knowledge"],
