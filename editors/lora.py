@@ -5,10 +5,11 @@
 with the loss of FT-M. The scale alpha / r is folded into B when the delta is written.
 
 Sources: Hu et al. 2021 (arXiv 2106.09685); as an editing baseline: EasyEdit `lora_main.py`, whose
-sequential edits go on training one adapter, as here. Different from it: no dropout (its adapters
-stay in training mode and make the edited model random), adapters for one edit or many side by side.
+sequential edits continue to train one adapter, as here. Different from it: no dropout (its adapters
+stay in training mode and make the edited model random), adapters for one edit or many independent
+ones.
 
-Cost: one vision and embedding pass, then `num_steps` passes from the lowest layer adapted; memory:
+Cost: one vision and embedding pass, then `num_steps` passes from the lowest adapted layer. Memory:
 four times the adapters per edit, and the activations of the layers above for the rows in flight.
 """
 

@@ -61,6 +61,12 @@ def join_messages(violations: Iterable[str]) -> str:
 
     >>> join_messages(["a must be > 0, got -1", "b is unknown"])
     'a must be > 0, got -1; b is unknown'
+
+    Args:
+        violations: Complaints, one short sentence each.
+
+    Returns:
+        One line.
     """
     items = list(violations)
     shown = "; ".join(items[:12])
@@ -97,13 +103,28 @@ def unknown_name(what: str, name: str, known: Iterable[str], renamed: str = "") 
 
 
 def join_names(names: Iterable[str]) -> str:
-    """List names, the first twenty spelled out."""
+    """List names, the first twenty spelled out.
+
+    Args:
+        names: Names to list.
+
+    Returns:
+        The names joined by commas; `none` for no names.
+    """
     listed = list(names)
     rest = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
     return (", ".join(listed[:20]) or "none") + rest
 
 
 def nearest_names(name: str, known: Iterable[str]) -> str:
-    """Return up to three names near an unknown one, in parentheses. Empty if none is near."""
+    """Return up to three names near an unknown one, in parentheses. Empty if none is near.
+
+    Args:
+        name: The name that is not known.
+        known: The names that are.
+
+    Returns:
+        ` (near NAME: ...)`, ready to append to a message, or the empty string.
+    """
     near = difflib.get_close_matches(name, list(known), n=3)
     return f" (near {name}: {', '.join(near)})" if near else ""

@@ -33,12 +33,19 @@ _lock = threading.Lock()
 
 
 def hash_parameter(tensor: Tensor) -> str:
-    """sha256 of a tensor's bytes in row-major order, in hexadecimal.
+    """SHA-256 of a tensor's bytes in row-major order, in hexadecimal.
 
-    Device and strides do not matter, dtype does. Reading 1 GB takes about a second, once.
+    Device and strides do not matter, the dtype does. Reading 1 GB takes about a second, once: the
+    digest is kept until the tensor is written to.
 
     >>> hash_parameter(torch.zeros(2))[:16]
     'af5570f5a1810b7a'
+
+    Args:
+        tensor: Tensor of any shape and dtype.
+
+    Returns:
+        64 hexadecimal digits.
     """
     version = -1 if tensor.is_inference() else tensor._version
     with _lock:
@@ -52,7 +59,15 @@ def hash_parameter(tensor: Tensor) -> str:
 
 
 def mark_edited(tensor: Tensor, base: Tensor) -> Tensor:
-    """Remember that `tensor` is an edited form of `base`; returns `tensor`."""
+    """Remember that `tensor` is an edited form of `base`.
+
+    Args:
+        tensor: The edited parameter.
+        base: The parameter it was made from, itself edited or not.
+
+    Returns:
+        `tensor`.
+    """
     with _lock:
         unedited = _base_parameters.get(base)
         _base_parameters[tensor] = base if unedited is None else unedited
@@ -60,7 +75,14 @@ def mark_edited(tensor: Tensor, base: Tensor) -> Tensor:
 
 
 def base_parameter(tensor: Tensor) -> Tensor:
-    """The unedited parameter behind one that `bind` made; any other tensor is its own origin."""
+    """The unedited parameter from which `bind` made this one.
+
+    Args:
+        tensor: A parameter, edited or not.
+
+    Returns:
+        The unedited parameter; `tensor` itself if it was never edited.
+    """
     with _lock:
         unedited = _base_parameters.get(tensor)
     return tensor if unedited is None else unedited

@@ -3,13 +3,11 @@
 The kinds are a closed union: `bind` interprets kinds, never methods, so a delta file works without
 the editor that wrote it. Everything here is plain data and serialises to canonical JSON.
 
-A kind joins by its Struct: `name` is the parameter or site it is about, `tensors()` says which
-tensors it has, named `<name>` or `<name>.<part>` (without the edit axis of a stacked delta), and
-`faults()` what is wrong with it; then it stands in `Entry`. Files, `show` and `check` need no more
-than that; `kinds.register` gives it an algebra. `FORMAT.md` describes the file.
-
-
-What every kind of entry is: a name, the tensors it has, and how it reads side by side."""
+A kind is a Struct derived from `Entry`: `name` is its parameter or site, `tensor_specs()` lists its
+tensors, named `<name>` or `<name>.<part>` (without the edit axis of a stacked delta), and
+`validate()` reports its violations. It is listed in `functional/kinds/schema.py` and, with its
+algebra, in `functional/kinds/table.py`. `functional/deltas/FORMAT.md` describes the file.
+"""
 
 from __future__ import annotations
 
@@ -48,8 +46,8 @@ PARAMETER_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}(\.[A-Za-z0-9_-]{1,128}){0,31}
 class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An entry of a delta: what it changes, in plain data. `name` is its parameter or site.
 
-    The last five say how an entry reads when edits stand side by side; those of a kind without
-    anything per edit are these.
+    The last five methods describe the entry in a stacked delta, where edits are independent. Their
+    defaults suit a kind without data per edit.
     """
 
     name: str  # an in-memory parameter
@@ -73,7 +71,14 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         raise NotImplementedError
 
     def validate(self, header: Header) -> Iterator[str]:
-        """Everything that is wrong with the entry in itself."""
+        """Find everything that is wrong with the entry in itself.
+
+        Args:
+            header: Header that the entry belongs to.
+
+        Returns:
+            Complaints, one sentence each; none for a good entry.
+        """
         raise NotImplementedError
 
     def shared_tensors(self) -> frozenset[str]:
@@ -86,20 +91,49 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     @classmethod
     def stack(cls, entries: Sequence[Entry]) -> Entry:
-        """The same entry of several deltas as it reads in a stacked one."""
+        """Combine the same entry of several deltas into one of a stacked delta.
+
+        Args:
+            entries: The entry of each delta, in the order of the stack.
+
+        Returns:
+            The entry of the stacked delta.
+        """
         return entries[0].layout()
 
     def select(self, edits: Sequence[int]) -> Entry:
-        """An entry of a stacked delta with these edits only."""
+        """Restrict an entry of a stacked delta to some of its edits.
+
+        Args:
+            edits: Indices of the edits to keep.
+
+        Returns:
+            The entry of a stacked delta with these edits alone.
+        """
         return self
 
     def unstack(self, header: Header, edit: int) -> Entry:
-        """An entry of a stacked delta as it reads in the delta of one of its edits."""
+        """Take one edit's entry out of a stacked delta.
+
+        Args:
+            header: Header of the stacked delta.
+            edit: Index of the edit.
+
+        Returns:
+            The entry of a delta with this edit alone.
+        """
         return self.select([edit])
 
 
 def invalid_names(*names: str) -> Iterator[str]:
-    """Faults of names that are no dotted parameter names."""
+    """Find names that are not dotted parameter names.
+
+    Args:
+        *names: Names of parameters or modules.
+
+    Yields:
+        One complaint for each bad name.
+    """
     for name in names:
         if not PARAMETER_NAME.fullmatch(name):
             yield f"{name[:80]!r} must be a dotted parameter name of letters, digits, '_' and '-'"
@@ -133,7 +167,7 @@ class EditRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     id: str
     prompt: str = ""  # sha256 of the prompt
     target: str = ""
-    images: tuple[str, ...] = ()  # content names: sha256, or what a data set calls its picture
+    images: tuple[str, ...] = ()  # content names: sha256, or what a data set calls its image
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -175,12 +209,18 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def validate_header(header: Header) -> list[str]:
-    """Everything that is wrong with a header in itself; empty for a good one.
+    """Find everything that is wrong with a header in itself.
 
     >>> from errata.functional.kinds.schema import Dense
     >>> entry = Dense(name="w", checkpoint_name="w", shape=())
     >>> validate_header(Header(base=BaseModel(id="a/model"), entries=(entry,)))
     ['w: the shape must be of positive sizes, is []']
+
+    Args:
+        header: Header of a delta.
+
+    Returns:
+        Complaints, one sentence each; empty for a good header.
     """
     return list(_header_violations(header))
 

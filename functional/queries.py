@@ -61,5 +61,12 @@ class EncodedImage(NamedTuple):
 
 
 def encoded_image(data: bytes) -> EncodedImage:
-    """Name the bytes of a PNG file by their content."""
+    """Name the bytes of a PNG file by their content.
+
+    Args:
+        data: Bytes of a PNG file.
+
+    Returns:
+        The bytes with their SHA-256.
+    """
     return EncodedImage(data, hashlib.sha256(data).hexdigest())

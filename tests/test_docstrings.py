@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +88,91 @@ def test_sections_of_docstrings_are_complete():
     """Args, Returns and Raises match the signature in every file (pydoclint)."""
     found = violations(*[ROOT / floor for floor in FLOORS])
     assert found == [], "\n".join(found[:40])
+
+
+def unsectioned(tree: ast.Module, classes: dict[str, ast.ClassDef]) -> Iterator[tuple[str, bool]]:
+    """Public functions with arguments, and whether the docstring says what they take and give.
+
+    A function of one argument may leave out `Args` where its summary is about that argument; an
+    override has the docstring of the method it overrides.
+    """
+    owners: list[ast.Module | ast.ClassDef] = [tree]
+    owners += [n for n in tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_")]
+    for owner in owners:
+        for node in owner.body:
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+                continue
+            arguments = [
+                argument.arg
+                for argument in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                if argument.arg not in ("self", "cls")
+            ]
+            decorators = " ".join(map(ast.unparse, node.decorator_list))
+            if not arguments or "property" in decorators or "overload" in decorators:
+                continue
+            if isinstance(owner, ast.ClassDef) and overrides(owner, node.name, classes):
+                continue
+            text = ast.get_docstring(node) or ""
+            gives = node.returns is not None and ast.unparse(node.returns) not in (
+                "None",
+                "NoReturn",
+            )
+            says_what = "Returns:" in text or "Yields:" in text
+            takes = "Args:" in text or (len(arguments) == 1 and bool(text) and says_what == gives)
+            yield node.name, takes and says_what >= gives
+
+
+def overrides(owner: ast.ClassDef, method: str, classes: dict[str, ast.ClassDef]) -> bool:
+    for base in owner.bases:
+        name = ast.unparse(base).split("[")[0].rpartition(".")[2]
+        parent = classes.get(name)
+        if parent is None or parent is owner:
+            continue
+        defined = any(isinstance(n, ast.FunctionDef) and n.name == method for n in parent.body)
+        if defined or overrides(parent, method, classes):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_functions_say_what_they_take_and_give(floor):
+    """Nine public functions of ten have the sections that their signatures ask for."""
+    trees = {path: ast.parse(path.read_text()) for path in SOURCES}
+    classes = {
+        node.name: node
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    }
+    found = [
+        (f"{path.relative_to(ROOT)}: {name}", complete)
+        for path, tree in trees.items()
+        if path.is_relative_to(ROOT / floor)
+        and path.stem not in {"triton", "__main__"}
+        and not path.stem.startswith("bench_")
+        for name, complete in unsectioned(tree, classes)
+    ]
+    lacking = [name for name, complete in found if not complete]
+    assert len(found) >= 15
+    assert len(lacking) <= len(found) / 10, f"{len(lacking)} of {len(found)}:\n" + "\n".join(
+        lacking
+    )
+
+
+PEERS_FILES = {"editors/multimodal_editor.py", "editors/grace.py"}
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_files_that_prose_names_exist(floor):
+    named = re.compile(rf"\b(?:{'|'.join(FLOORS)}|docs|examples|tests)/[\w/]+\.(?:py|md|toml)\b")
+    missing = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in SOURCES
+        if path.is_relative_to(ROOT / floor)
+        for name in named.findall(path.read_text())
+        if name not in PEERS_FILES and not (ROOT / name).exists()
+    ]
+    assert missing == []
 
 
 def test_the_checker_sees_a_missing_argument(tmp_path):

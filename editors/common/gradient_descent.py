@@ -67,8 +67,9 @@ def require_no_edits(state: DescentState) -> DescentState:
     """
     if state.edits:
         raise InvalidInputError(
-            f"edits side by side must start from a fresh state, and this one holds "
-            f"{len(state.edits)}: take `editor.init(model, generator)`, or `editor.edit` to go on."
+            f"independent edits must start from a fresh state, and this one holds "
+            f"{len(state.edits)}: take `editor.init(model, generator)`, or call `editor.edit` to "
+            "continue."
         )
     return state
 

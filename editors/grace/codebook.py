@@ -25,7 +25,7 @@ class Codebook(NamedTuple):
 def add_key(
     codebook: Codebook, key: Tensor, value: Tensor, target: str, radius: float, noise: float = 0.0
 ) -> tuple[Codebook, int]:
-    """The book with one more edit, and the number of its key.
+    """Add an edit to a codebook.
 
     With n the nearest key and d its distance, the first that holds:
 
@@ -35,14 +35,25 @@ def add_key(
           d/2 <= noise |key|   could not be told apart                           (take over)
         else                 a new key with radius d/2, and r_n = d/2 - 1e-5     (split)
 
-    `noise`: by how much rounding may move a key, relative to its length. Raises InvalidInputError
-    for a key that is not finite.
-
     >>> codebook = Codebook(torch.zeros(0, 2), torch.zeros(0, 1), torch.zeros(0), ())
     >>> codebook, _ = add_key(codebook, torch.tensor([0.0, 0.0]), torch.ones(1), "a", 1.0)
     >>> codebook, number = add_key(codebook, torch.tensor([1.0, 0.0]), torch.ones(1), "b", 1.0)
     >>> number, codebook.radii
     (1, tensor([0.5000, 0.5000]))
+
+    Args:
+        codebook: The codebook so far.
+        key: Input of the map at the prompt's last token, [I].
+        value: Output to replace, [O].
+        target: The edit's target; edits with equal targets may share a key.
+        radius: Deferral radius of a new key, an L2 distance.
+        noise: How far rounding may move a key, relative to its length.
+
+    Returns:
+        The new codebook and the index of the edit's key.
+
+    Raises:
+        InvalidInputError: If the key is not finite.
     """
     if not bool(key.isfinite().all()):
         raise InvalidInputError("the model's activations at the codebook's site must be finite.")

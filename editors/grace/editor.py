@@ -1,25 +1,27 @@
-"""GRACE: a codebook of activations at one linear map; the weights stay as they are.
+"""GRACE: a codebook of activations at one linear map; the weights do not change.
 
 With q the map's input at the last token of the prompt, keys k_n, radii r_n and values v_n:
 
     n = argmin |k_n - q|;   the map's output there is v_n if |k_n - q| <= r_n
 
-An edit adds its q as a key, unless a key of the same target is near enough to be widened, and
-trains its value to give the target: min over v of mean_j -log p(x*_j | image, prompt, x*_<j ; v).
+An edit adds its q as a key, unless a key of the same target is near enough to be expanded, and
+trains its value to predict the target:
+
+    min over v of mean_j -log p(x*_j | image, prompt, x*_<j ; v)
 
 Sources: Hartvigsen et al. 2023 (arXiv 2211.11031), Thartvigsen/GRACE `grace/editors/grace.py`;
 EasyEdit `models/grace/GRACE.py` for its settings on vision-language models. Different from both:
 
 * Targets are compared by content. They compare the mean of the label row, padding of the prompt
-  included, so that two answers can look the same and one answer can look like two.
-* An edit whose key is the same as that of another target takes the key over. There the radii
-  become -1e-5 and 0 and the first key wins the tie: neither edit acts any more.
-* The key is read at each row's own last prompt token; EasyEdit reads it where the *last edit* had
-  its own, mostly another token.
-* A widened radius leaves room for rounding, so that another batch shape still finds the edit.
+  included, so that two answers can look equal and one answer can look like two.
+* An edit whose key equals that of another target replaces it. There the radii become -1e-5 and 0
+  and the first key wins the tie: neither edit acts any more.
+* The key is read at each row's own last prompt token; EasyEdit reads it at the position where the
+  *last edit* had its own, mostly another token.
+* An expanded radius leaves room for rounding, so that another batch shape still matches the edit.
 
-Cost of an edit: the rows once up to the site; tokens before the key once more, whose keys and
-values are kept; then `num_steps` forwards and backwards of the few tokens from the key on, through
+Cost of an edit: the rows once up to the site; tokens before the key once more, to cache their keys
+and values; then `num_steps` forward and backward passes of the few tokens from the key on, through
 the layers from the site on. Legend: B rows · E edits · N keys · I, O width of a key, of a value.
 """
 
@@ -205,11 +207,21 @@ def _make_header(
 
 
 def resolve_edit_site(model: Model, config: GraceConfig) -> EditSite:
-    """The map that the settings mean; a share of the depth leaves two layers above the site.
+    """Find the linear map that the settings name.
 
-    Later tokens of an answer see the value only through the attention of layers above, and one such
-    layer is too few for answers of several tokens (reliability 87 there, 99 with two, on the micro
-    models).
+    A fraction of the depth leaves two layers above the site: later tokens of an answer see the
+    value only through the attention of layers above, and one layer is too few for answers of
+    several tokens (reliability 87 there, 99 with two, on the micro models).
+
+    Args:
+        model: Model to edit.
+        config: Settings.
+
+    Returns:
+        Path and layer of the map.
+
+    Raises:
+        InvalidSettingsError: If `replacement="prompt"` is asked of the last layer.
     """
     count, layer = model.card.num_layers, config.layer
     if isinstance(layer, float):
@@ -220,7 +232,7 @@ def resolve_edit_site(model: Model, config: GraceConfig) -> EditSite:
     if config.replacement == "prompt" and number == count - 1:
         raise InvalidSettingsError(
             'replacement="prompt" replaces tokens before the one that predicts the answer, which see '  # noqa: E501
-            f"nothing of each other behind layer {number - 1}: choose a lower layer or another "
+            f"nothing of each other after layer {number - 1}: choose a lower layer or another "
             "`replacement`."
         )
     return EditSite(path, number)
@@ -229,7 +241,17 @@ def resolve_edit_site(model: Model, config: GraceConfig) -> EditSite:
 def prepare_rows(
     model: Model, site: EditSite, queries: Sequence[Query], config: GraceConfig
 ) -> PreparedRows:
-    """Read the rows and run them up to the site's layer: what does not change is run once."""
+    """Run the edits' rows up to the site's layer once, before the optimisation.
+
+    Args:
+        model: Model to edit.
+        site: The map to edit.
+        queries: Edits.
+        config: Settings.
+
+    Returns:
+        The batch at the site, its cached keys and values, and the map's inputs and outputs.
+    """
     inputs = (
         model.preprocess(queries, append_eos=True)
         if config.append_eos
@@ -263,7 +285,19 @@ def train_values(
     initial_values: Tensor,
     config: GraceConfig,
 ) -> Tensor:
-    """The values [S O] that make each row say its target; row b has value slots[b], -1: none."""
+    """Optimise the values until each row predicts its target.
+
+    Args:
+        model: Model to edit.
+        site: The map to edit.
+        prepared: Rows from `prepare_rows`.
+        value_slots: The value of each row, -1 for none.
+        initial_values: [S O].
+        config: Settings.
+
+    Returns:
+        [S O].
+    """
     batch = prepared.batch
     row_slots = torch.tensor(list(value_slots), device=initial_values.device)  # [B]
     replaced_mask = replaced_tokens(batch, config.replacement)

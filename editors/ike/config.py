@@ -186,7 +186,7 @@ _MICRO_STATEMENTS = {  # how the micro zoo was told new facts, and the ways to a
 
 PRESETS: dict[str, IkeConfig] = {
     # k = 32: `ike_main.py` looks demonstrations up by the fact, the nearest come first, the fact's
-    # own copy is the last of them. Pictures take no part.
+    # own copy is the last of them. Images take no part.
     "easyedit": IkeConfig(
         fact_template=_EASYEDIT_FACT + "{prompt} {target}\n\nNew Fact: {prompt} {target}\n",
         num_demonstrations=32,
@@ -215,7 +215,7 @@ PRESETS: dict[str, IkeConfig] = {
         question_template="{question}",
         match_images=False,
     ),
-    # Zheng et al. 2023: 1 copy, 3 updates, 4 retains of a fact; the nearest stand last
+    # Zheng et al. 2023: 1 copy, 3 updates, 4 retains of a fact; the nearest come last
     "zheng": IkeConfig(num_demonstrations=32, copy_update_retain=(1, 3, 4), encoder=_MINILM),
     # In the words the micro zoo was taught facts in. Demonstrations only hurt there, since it never
     # saw any (LLaVA, 60 cases, reliability 90 with none, 77, 64, 46 with 1, 4, 16); names it copies

@@ -26,10 +26,20 @@ def _template_values(config: IkeConfig, query: Query) -> dict[str, str]:
 
 
 def to_statement(statement_forms: Sequence[tuple[str, str]], prompt: str, target: str) -> str:
-    """Prompt and target as a sentence, by the first form that the prompt has.
+    """Turn a prompt and its target into a sentence, by the first form that the prompt matches.
 
-    >>> to_statement([("where does {s} live?", "{s} lives in {target}.")], "where does bo live?", "rome")
+    >>> to_statement([("where does {s} live?", "{s} lives in {target}.")], "where does bo live?",
+    "rome")
     'bo lives in rome.'
+
+    Args:
+        statement_forms: Pairs of a question form with `{s}` and a statement form with `{s}` and
+            `{target}`.
+        prompt: The edit's prompt.
+        target: The edit's target.
+
+    Returns:
+        The sentence; prompt and target joined by a space if no form matches.
     """  # noqa: E501
     for question, statement in statement_forms:
         before, _, after = question.partition("{s}")
@@ -41,7 +51,7 @@ def to_statement(statement_forms: Sequence[tuple[str, str]], prompt: str, target
 
 
 def _make_demonstrations(model: Model, config: IkeConfig, cases: list[Case]) -> dict[str, Tensor]:
-    """Copy, update and retain texts of training cases, their pictures and their keys."""
+    """Copy, update and retain texts of training cases, their images and their keys."""
     cases = cases[: config.num_source_cases or None]
     texts: list[str] = []
     image_files: list[bytes] = []
@@ -90,7 +100,7 @@ def _make_demonstrations(model: Model, config: IkeConfig, cases: list[Case]) -> 
 def _demonstration_queries(
     case: Case, copy_update_retain: Sequence[int]
 ) -> list[tuple[Query, bool]]:
-    """The questions of a case's demonstrations, and whether they are about its own picture."""
+    """The questions of a case's demonstrations, and whether they are about its own image."""
     copies, updates, retains = copy_update_retain
     edit, probes = case.edit, case.probes
     rephrases = [q for name in probes if name.startswith("rephrase") for q in probes[name]]

@@ -1,25 +1,26 @@
-"""IKE: the weights stay as they are; the new fact is said before the question.
+"""IKE: the weights do not change; the new fact is prepended to the question.
 
-    read(q) = read( d_1 ... d_k  fact  q ),   fact and demonstrations found for q in a memory
+    read(q) = read( d_1 ... d_k  fact  q ),   fact and demonstrations retrieved for q from a memory
 
-An edit adds its fact to the memory, under a key of its question and one of its picture. For each
-question the facts that fit are found by both (`functional/prompts.py` has the formula), and the
-demonstrations nearest to fact and question: a fact with its own question (copy), with the same in
-other words (update), with a question it says nothing about (retain), from training cases.
+An edit adds its fact to the memory, with a key of its question and one of its image. For each
+question the matching facts are retrieved by both (`functional/kinds/prompt/apply.py` has the
+formula), and the demonstrations nearest to fact and question: a fact with its own question (copy),
+with a rephrased one (update), or with an unrelated one (retain), from training cases.
 
 Sources: Zheng et al. 2023 (arXiv 2305.12740); EasyEdit `models/ike/ike_main.py`, `util.py` and
 `editors/multimodal_editor.py` for vision-language models. Different from both:
 
-* A sequence keeps all its facts and finds the right one for each question. They put each edit's
-  own fact before whatever is asked, so that edits made earlier are gone.
-* The target of a question takes no part. They build a prompt for one known fact, and EasyEdit looks
-  its demonstrations up with the answer in the query.
-* With `min_similarity` or `min_image_similarity` above -1 a question that no fact fits is read as
-  ever; they say the fact before every question, which is why their localities are low.
-* Where the backbone takes several pictures, demonstrations and facts may show theirs (`pictured`).
+* A sequence keeps all its facts and retrieves the right one for each question. They prepend each
+  edit's own fact to every question, so that earlier edits are lost.
+* The target of a question has no influence. They build a prompt for one known fact, and EasyEdit
+  retrieves its demonstrations with the answer in the query.
+* With `min_similarity` or `min_image_similarity` above -1 a question that matches no fact is read
+  unchanged; they prepend the fact to every question, which is why their localities are low.
+* Where the backbone takes several images, demonstrations and facts may show theirs
+  (`include_images`).
 
-Cost of an edit: its question and its picture are encoded once and added to the memory; nothing is
-trained. Cost of a question: one product with the memory's keys, and the tokens put before it.
+Cost of an edit: its question and its image are encoded once and added to the memory; nothing is
+trained. Cost of a question: one product with the memory's keys, and the prepended tokens.
 Legend: E edits · N facts · D demonstrations · d, v widths of keys.
 """
 
@@ -51,7 +52,7 @@ class IkeState(NamedTuple):
     """State: the memory, its edits, and the demonstrations that all of them share."""
 
     facts: tuple[str, ...]
-    memory: Mapping[str, Tensor]  # by suffix: .questions [N d], .pictures [N v], .shown, .sizes
+    memory: Mapping[str, Tensor]  # by suffix: .questions [N d], .images [N v], .shown, .sizes
     edits: tuple[EditRecord, ...]
     demonstrations: Mapping[str, Tensor]  # by suffix: .demos, .ends, .demo_keys, .demo_shown, ...
 
@@ -142,7 +143,19 @@ def ike_editor(config: IkeConfig = IkeConfig(), cases: Sequence[Case] | None = N
 def encode_facts(
     model: Model, config: IkeConfig, queries: Sequence[Query]
 ) -> tuple[tuple[str, ...], dict[str, Tensor]]:
-    """Facts as they stand before a question, and their keys: what an edit adds to the memory."""
+    """Format edits as facts to prepend, and compute their retrieval keys.
+
+    Args:
+        model: Model to edit.
+        config: Settings.
+        queries: Edits.
+
+    Returns:
+        The facts' texts, and the tensors of the memory.
+
+    Raises:
+        InvalidInputError: If a prompt or a target is empty.
+    """
     messages = [
         f"query {n + 1} ({query.prompt[:40]!r}): prompt and target must not be empty"
         for n, query in enumerate(queries)

@@ -78,7 +78,7 @@ class LiveEditConfig(
 
 PRESETS: dict[str, LiveEditConfig] = {
     "default": LiveEditConfig(),
-    # configs/liveedit/*.yaml: layer 21 of 32; the sentinel is as long as the backbone's picture
+    # configs/liveedit/*.yaml: layer 21 of 32; the sentinel is as long as the backbone's image
     "blip2": LiveEditConfig(layer=21, num_sentinel_tokens=32, append_eos=False),
     "llava": LiveEditConfig(layer=21, num_sentinel_tokens=576, append_eos=False),
     "minigpt4": LiveEditConfig(layer=21, num_sentinel_tokens=32, append_eos=False),

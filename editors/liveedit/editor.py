@@ -1,37 +1,38 @@
-"""LiveEdit: each edit a low-rank expert made by a trained network, chosen by picture and question.
+"""LiveEdit: each edit is a low-rank expert made by a trained network, routed by image and question.
 
-An edit is one forward up to a layer. From what the layer gives the edit's picture V, prompt Q and
-answer A, trained networks (`liveedit_net.py`) make two routing keys and the factors of an expert;
-`functional/experts.py` says how experts are chosen and applied. Nothing is optimised, earlier
-experts never change, and an edit is taken back by taking its expert out. An edit of the same
-question about the same pictures takes the place of the earlier one.
+An edit is one forward pass up to a layer. From the layer's output at the edit's image V, prompt Q
+and answer A, trained networks (`networks.py`) generate two routing keys and the factors of an
+expert; `functional/kinds/experts/apply.py` routes and applies experts. Nothing is optimised,
+earlier experts never change, and an edit is undone by removing its expert. An edit of the same
+question about the same images replaces the earlier one.
 
-Training minimises, over lessons of E edits side by side,
+Training minimises, over batches of E independent edits,
 
-    L = sum of weights * NLL(p', target)        where an edit should reach: own expert, some others
-      + sum of weights * KL(p || p')            localities: some of the lesson's experts
-      + soft + hard + apart                     routing, `liveedit_losses.py`
+    L = sum of weights * NLL(p', target)        where an edit should act: its expert, some others
+      + sum of weights * KL(p || p')            localities: some of the batch's experts
+      + soft + hard + margin                    routing, `losses.py`
 
 Source: LiveEdit (CVPR 2025, arXiv 2411.15432), qizhou000/LiveEdit. Different from the original:
 
-* Training runs the layers behind the edited one on h + residual. There the edited layer's output
+* Training runs the layers after the edited one on h + residual. There the edited layer's output
   is fed into that layer again, which no inference does.
-* Experts beside a row's own are a random subset of the lesson's, not a prefix of the batch: there
-  the first expert is a distractor in 8 of 9 steps and the last in 1 of 9.
-* Localities of every kind are learned from, text among them; there only those with a picture.
-* With `blend` "query_and_vision" chosen experts are weighed by vision too: of two alike creatures
-  asked the same, a query alone cannot tell which was edited.
-* `apart` compares each expert with the sentinel, as the gate does. The hard loss is a softmax over
-  the lesson's experts, and lets any of them pass the gate as long as it is not the largest.
-* Half of a lesson's experts are made from the answer alone, so that makers learn to read it rather
-  than to know the training's answers by heart.
-* With `sure` an edit's vision key is lengthened until its own question passes the gate by so much;
-  there nothing makes certain that an edit is heard at all.
-* With `places` makers know the order of an answer's tokens; the original's have to guess it.
-* Edits and questions without a picture work: see `functional/experts.py`.
-* Many edits are made in one forward, each as if alone.
+* Distractor experts are a random subset of the batch's, not a prefix of the batch: there the first
+  expert is a distractor in 8 of 9 steps and the last in 1 of 9.
+* All kinds of localities are trained on, text included; there only those with an image.
+* With `routing_input="query_and_vision"` the chosen experts are weighted by vision too: a query
+  alone cannot tell two similar entities with the same question apart.
+* The margin loss compares each expert with the sentinel, as the gate does. The hard loss is a
+  softmax over the batch's experts, and lets any of them pass the gate as long as it is not the
+  largest.
+* Half of a batch's experts are generated from the answer alone, so that the generator learns to
+  read it instead of memorising the training answers.
+* With `min_self_margin` an edit's vision key is scaled until its own question passes the gate by
+  that margin; there nothing ensures that an edit acts at all.
+* With `num_answer_positions` the generator sees the order of an answer's tokens; there it does not.
+* Edits and questions without an image work.
+* Many edits are generated in one forward pass, independently of each other.
 
-Legend: B rows · E edits · N experts · D width · S slots · K width of a slot · R rank.
+Legend: B rows · E edits · N experts · D width · S query tokens · K width of a feature · R rank.
 """
 
 from __future__ import annotations
@@ -167,13 +168,20 @@ def liveedit_editor(config: LiveEditConfig = LiveEditConfig()) -> Editor:
 
 
 def liveedit_trainable(config: LiveEditConfig = LiveEditConfig()) -> TrainableEditor:
-    """How LiveEdit is trained, for `fit`: the edits of a lesson are one another's distractors."""
+    """How LiveEdit is trained by `fit`: the edits of a batch are distractors of one another.
+
+    Args:
+        config: Settings.
+
+    Returns:
+        The editor with its loss and sites.
+    """
 
     def loss(model: Model, state: LiveEditState, training_batch: TrainingBatch):
         return liveedit_loss(config, model, state.networks, training_batch)
 
     def sites(model: Model):
-        # the layers behind the edited one are all that training runs
+        # training runs only the layers after the edited one
         next_layer = f"{model.card.layers}.{resolve_edit_site(model, config).layer + 1}."
         return [path for path in model.card.linear_shapes if path.startswith(next_layer)]
 
@@ -191,9 +199,19 @@ def liveedit_trainable(config: LiveEditConfig = LiveEditConfig()) -> TrainableEd
 
 
 def resolve_edit_site(model: Model, config: LiveEditConfig) -> EditSite:
-    """The layer that the settings mean; a share of the depth leaves a layer behind it.
+    """Find the decoder layer that the settings name.
 
-    Raises InvalidSettingsError for the last layer and for numbers that are no layer.
+    A fraction of the depth leaves a layer above it.
+
+    Args:
+        model: Model to edit.
+        config: Settings.
+
+    Returns:
+        Path and number of the layer.
+
+    Raises:
+        InvalidSettingsError: For the last layer and for numbers that are no layer.
     """
     card, layer = model.card, config.layer
     if isinstance(layer, float):
@@ -201,7 +219,7 @@ def resolve_edit_site(model: Model, config: LiveEditConfig) -> EditSite:
     number = layer + card.num_layers if layer < 0 else layer
     if not 0 <= number < card.num_layers - 1:
         raise InvalidSettingsError(
-            f"experts must stand at a layer of {card.id} that has one behind it, 0 to "
+            f"experts must be at a layer of {card.id} that has one after it, 0 to "
             f"{card.num_layers - 2}; got {layer}."
         )
     path = f"{card.layers}.{number}"
@@ -212,7 +230,17 @@ def resolve_edit_site(model: Model, config: LiveEditConfig) -> EditSite:
 def generate_experts(
     model: Model, networks: LiveEditNetworks, config: LiveEditConfig, queries: Sequence[Query]
 ) -> ExpertPool:
-    """The experts and keys of many edits, each as if alone, from one forward up to the layer."""
+    """Generate the experts and keys of many independent edits, in one forward pass up to the layer.
+
+    Args:
+        model: Model to edit.
+        networks: Trained networks.
+        config: Settings.
+        queries: Edits.
+
+    Returns:
+        One expert and its keys per edit.
+    """
     site = resolve_edit_site(model, config)
     inputs = (
         model.preprocess(queries, append_eos=True)

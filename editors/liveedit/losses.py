@@ -1,14 +1,14 @@
-"""How LiveEdit is trained: what its routing is held to, and its course for `fit`.
+"""Losses of LiveEdit's training: routing terms, and the total of a batch.
 
 With a_bm = scale <f_b, E_m> the similarity of question b to expert m, t_b that to the sentinel, and
 s_bm = scale <g_b, G_m>, for questions that their own edit e should reach, and for localities:
 
-    soft    -log softmax_m(s_b)_e - log sigmoid(s_be),    - mean_m log(1 - sigmoid(s_bm)) of others
-    hard    -log softmax over [a_b1 .. a_bE, t_b] at e,   at the sentinel for a locality
-    apart   REACH log(1 + e^(t_b - a_be)),                log(1 + sum_m e^(a_bm - t_b)) of others
+    soft     -log softmax_m(s_b)_e - log sigmoid(s_be),    - mean_m log(1 - sigmoid(s_bm)) of others
+    hard     -log softmax over [a_b1 .. a_bE, t_b] at e,   at the sentinel for a locality
+    margin   w log(1 + e^(t_b - a_be)),                    log(1 + sum_m e^(a_bm - t_b)) of others
 
-Source: qizhou000/LiveEdit `editor/vllm_editors/liveedit/liveedit.py`, `train_a_batch`.
-Legend: B questions · E edits of a lesson.
+with w = `IN_SCOPE_WEIGHT`. Source: qizhou000/LiveEdit `editor/vllm_editors/liveedit/liveedit.py`,
+`train_a_batch`. Legend: B questions · E edits of a batch.
 """
 
 from __future__ import annotations
@@ -71,7 +71,17 @@ class RoutingScores(NamedTuple):
 def soft_gate_loss(
     query_scores: Tensor, edit_index: Tensor, in_scope: Tensor, is_routable: Tensor
 ) -> Tensor:
-    """[B] what the weights of experts are held to; `kin` [B E]: experts a row can be routed to."""
+    """Loss of the soft router: raise the weight of the own expert, lower those of all others.
+
+    Args:
+        query_scores: Score of each expert, [B E].
+        edit_index: The edit of each row, [B].
+        in_scope: Rows that the edit should reach, [B].
+        is_routable: Experts a row can be routed to, [B E].
+
+    Returns:
+        [B].
+    """
     is_own = F.one_hot(edit_index, query_scores.shape[1]).bool() & in_scope[:, None]
     routable_scores = torch.where(is_routable, query_scores, -torch.inf)
     relative = torch.where(
@@ -86,7 +96,16 @@ def soft_gate_loss(
 
 
 def hard_gate_loss(scores: RoutingScores, edit_index: Tensor, in_scope: Tensor) -> Tensor:
-    """[B] cross-entropy of the gate's choice: the own expert, or the sentinel for localities."""
+    """Cross-entropy of the gate's choice: the own expert, or the sentinel for localities.
+
+    Args:
+        scores: Routing scores.
+        edit_index: The edit of each row, [B].
+        in_scope: Rows that the edit should reach, [B].
+
+    Returns:
+        [B].
+    """
     logits = torch.cat([scores.vision, scores.sentinel[:, None]], 1)  # [B E+1]
     return F.cross_entropy(
         logits, torch.where(in_scope, edit_index, scores.vision.shape[1]), reduction="none"
@@ -96,7 +115,17 @@ def hard_gate_loss(scores: RoutingScores, edit_index: Tensor, in_scope: Tensor) 
 def margin_loss(
     scores: RoutingScores, edit_index: Tensor, in_scope: Tensor, margin: float = 0.0
 ) -> Tensor:
-    """[B] how far the own expert is above the sentinel, and all others below it."""
+    """Margins of the own expert above the sentinel and of all others below it.
+
+    Args:
+        scores: Routing scores.
+        edit_index: The edit of each row, [B].
+        in_scope: Rows that the edit should reach, [B].
+        margin: Margin asked for, in units of the score.
+
+    Returns:
+        [B].
+    """
     above = scores.vision - scores.sentinel[:, None]  # [B E]
     is_own = F.one_hot(edit_index, above.shape[1]).bool() & in_scope[:, None]
     own_loss = F.softplus(margin - torch.where(is_own, above, 0).sum(1)) * in_scope
@@ -107,7 +136,17 @@ def margin_loss(
 def liveedit_loss(
     config: LiveEditConfig, model: Model, networks: LiveEditNetworks, training_batch: TrainingBatch
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a lesson, whose rows stand behind the edited layer, and its terms."""
+    """The loss of a training batch, whose rows are cached after the edited layer.
+
+    Args:
+        config: Settings.
+        model: Model to edit.
+        networks: Networks to train.
+        training_batch: Edits and the questions about them.
+
+    Returns:
+        The loss, and its terms by name.
+    """
     questions, num_heads = training_batch.questions, config.num_heads
     generator = torch.Generator().manual_seed(training_batch.seed)
     answer_only = torch.rand(len(training_batch.queries), generator=generator) < (
@@ -197,7 +236,16 @@ def _answer_losses(
 def routing_scores(
     config: LiveEditConfig, question_features: RoutingFeatures, pool: ExpertPool
 ) -> RoutingScores:
-    """How alike questions are to the edits of a pool; -1e28 and less where the kinds differ."""
+    """Similarity of questions and edits; -1e28 and less where their modalities differ.
+
+    Args:
+        config: Settings.
+        question_features: Features of the questions.
+        pool: Keys of the edits.
+
+    Returns:
+        Scores of every expert and of the sentinel.
+    """
     scale = score_scale(config.num_query_tokens, config.feature_dim)
     query = question_features.query
     if config.routing_input == "query_and_vision":

@@ -7,7 +7,7 @@ Each is a cross-attention from a few learned slots to tokens of the residual str
 
 with one reader for edits (their keys), one for questions, and makers of the down and up factors.
 The keys' bias of an attention moves all scores of its softmax alike and is left out. The arithmetic
-is `functional/experts.py`'s, where constant queries are absorbed into the keys.
+is `functional/kinds/experts/apply.py`'s, where constant queries are absorbed into the keys.
 
 Source: qizhou000/LiveEdit `editor/vllm_editors/liveedit/modules.py`, QVExtractor and
 LowRankGenerator. Legend: D width of the decoder · S slots · K width of a slot · H heads · R rank ·
@@ -99,8 +99,8 @@ class LiveEditNetworks(NamedTuple):
     down: FactorGenerator
     up: FactorGenerator
     input_norm: Tensor  # [2 D] of what experts are given
-    sentinel: Tensor  # [L' D] the picture that stands for "no edit"
-    sentinel_text: Tensor  # [L'' D] the same for rows without a picture
+    sentinel: Tensor  # [L' D] the image that stands for "no edit"
+    sentinel_text: Tensor  # [L'' D] the same for rows without an image
 
 
 def init_networks(
@@ -113,10 +113,24 @@ def init_networks(
     generator: torch.Generator,
     num_answer_positions: int = 0,
 ) -> LiveEditNetworks:
-    """Fresh networks: linear maps uniform in 1/sqrt(in), slots normal, as the original's.
+    """Initialise the networks as the original does.
 
-    The two readers start alike and without a bias of vision, so that from the start a question is
-    nearer to its own edit than to the sentinel; the original's are drawn apart.
+    Linear maps are uniform in 1/sqrt(in), tokens normal. The two feature networks start equal and
+    without a vision bias, so that a question is nearer to its own edit than to the sentinel from
+    the start; the original draws them independently.
+
+    Args:
+        hidden_size: D, width of the model.
+        num_query_tokens: S, query tokens of a feature.
+        feature_dim: K, width of a feature.
+        rank: R, rank of an expert.
+        num_sentinel_tokens: Sentinel tokens for rows with an image.
+        num_text_sentinel_tokens: Sentinel tokens for rows without.
+        generator: Source of the random weights.
+        num_answer_positions: Answer positions with an embedding of their own.
+
+    Returns:
+        Fresh networks.
     """
 
     def uniform(*shape: int, fan: int) -> Tensor:
@@ -172,9 +186,16 @@ def init_networks(
 
 
 def fold_queries(network: FeatureNetwork, num_heads: int) -> FeatureExtractor:
-    """The reader that a `Look` amounts to, constant queries folded into their keys.
+    """Fold a feature network's constant queries into its key projections.
 
-    row_(s,h) = W_k,h^T (W_q slot_s + b)_h / sqrt(K/H)
+    query_(s,h) = W_k,h^T (W_q token_s + b)_h / sqrt(K/H)
+
+    Args:
+        network: The feature network.
+        num_heads: H.
+
+    Returns:
+        An equivalent extractor.
     """
     return FeatureExtractor(
         prompt_norm=network.norm,
@@ -201,9 +222,19 @@ def generate_factor(
     num_heads: int,
     expert_scale: float,
 ) -> Tensor:
-    """One factor of each row's expert, from the tokens to keep [B L]: [B R D].
+    """Generate one low-rank factor of each row's expert.
 
-    `place` [B L] is 1 at the prompt's last token, 2 at the answer's first, and so on; else 0.
+    Args:
+        factor_generator: Network of the factor.
+        hidden_states: Output of the edited layer, [B L D].
+        token_mask: Tokens to read, [B L].
+        position_index: 1 at the prompt's last token, 2 at the answer's first, and so on; else 0, [B
+            L].
+        num_heads: Attention heads.
+        expert_scale: Factor on the result.
+
+    Returns:
+        [B R D].
     """
     x = hidden_states.float()
     x = F.layer_norm(x, x.shape[-1:], factor_generator.norm[0], factor_generator.norm[1], EPS)
@@ -232,10 +263,19 @@ def make_pool(
     batch: Batch,
     answer_only: Tensor | None = None,
 ) -> ExpertPool:
-    """Experts and keys from what the layer gives the rows of edits [B L D]; differentiable.
+    """Generate experts and keys from hidden states of edits; differentiable.
 
-    Keys are made from the questions alone: the answer is not seen. Factors are made from picture,
-    prompt and answer, in `blind` rows [B] from the prompt's last token and the answer.
+    Keys depend on the question alone. Factors are generated from image, prompt and answer.
+
+    Args:
+        networks: Networks.
+        config: Settings.
+        hidden_states: Output of the edited layer, [B L D].
+        batch: Rows of the edits.
+        answer_only: Rows whose factors see the prompt's last token and the answer alone, [B].
+
+    Returns:
+        One expert and its keys per row.
     """
     tokens = token_roles(batch)
     hidden_states = hidden_states.reshape(*batch.attention_mask.shape, -1)

@@ -151,7 +151,7 @@ _APPEND_LOCK = threading.Lock()  # two threads must not take the same rows
 
 
 def _pad_pool(pool: ExpertPool, length: int) -> ExpertPool:
-    """The pool with experts for nothing behind it: their columns of kinds keep out every row."""
+    """The pool with no-op experts appended: their modality columns exclude every row."""
     num_padding = length - len(pool.down)
     if not num_padding:
         return pool

@@ -1,17 +1,17 @@
 """MEND: a trained network turns the gradient of an edit into an update that generalises.
 
-The gradient of the edit's loss at a linear map is sum_t delta_t u_t^T. A network g (`mend_net.py`)
-sees each token's factors and gives
+The gradient of the edit's loss at a linear map is sum_t delta_t u_t^T. A network g (`network.py`)
+maps each token's factors:
 
     dW = alpha * sum_t delta~_t u~_t^T,    (u~_t, delta~_t) = g(u_t, delta_t),    W' = W + dW
 
 with alpha learned per map. The update is kept as its factors, A = u~ and B = alpha delta~: its rank
-is the number of tokens that carry a gradient, and no dense matrix is formed. Being added in fp32
-beside W it is not lost to rounding either, as half-precision W + dW is.
+is the number of tokens that carry a gradient, and no dense matrix is formed. The update is added to
+the output in fp32, so it is not lost to rounding as half-precision W + dW would be.
 
 Training minimises, over g and alpha, with p the base and p' the edited model,
 
-    c_edit * NLL_p'(edit, rephrased) + c_image * NLL_p'(other picture) + c_loc * KL(p || p')
+    c_edit * NLL_p'(edit, rephrased) + c_image * NLL_p'(other image) + c_loc * KL(p || p')
 
 Sources: Mitchell et al. 2022, "Fast Model Editing at Scale"; eric-mitchell/mend; EasyEdit's
 `trainer/algs/MEND.py` for the multimodal losses (whose decoder-only models were trained on logits
@@ -153,7 +153,14 @@ def mend_editor(config: MendConfig = MendConfig()) -> Editor:
 
 
 def mend_trainable(config: MendConfig = MendConfig()) -> TrainableEditor:
-    """How MEND is trained, for `fit`: every case of a lesson is edited on its own, side by side."""
+    """How MEND is trained by `fit`: every case of a batch is edited independently.
+
+    Args:
+        config: Settings.
+
+    Returns:
+        The editor with its loss and sites.
+    """
     editor = mend_editor(config)
 
     def prepare(model: Model, state: MendState, training_batch: TrainingBatch, is_training: bool):

@@ -69,7 +69,7 @@ class GradientStatistics(NamedTuple):
 
 
 class PackedFactors(NamedTuple):
-    """The tokens of each edit that carry a gradient, first; behind them zeros."""
+    """The tokens of each edit that carry a gradient, first; zeros after them."""
 
     input: Tensor  # u [E R I] float32
     output_grad: Tensor  # [E R O] float32
@@ -86,7 +86,20 @@ def init_transform(
     combine: bool = True,
     generator: torch.Generator,
 ) -> GradientTransform:
-    """An untrained network for maps of [out width]: the identity. V ~ N(0, 1), drawn on the CPU."""
+    """An untrained network for maps of one shape: the identity.
+
+    Args:
+        in_dim: I, inputs of the map.
+        out_dim: O, outputs of the map.
+        num_maps: Maps that share the network.
+        rank: Rank of its layers.
+        num_layers: Its depth.
+        combine: One network for inputs and gradients together, not one each.
+        generator: Source of V ~ N(0, 1), on the CPU.
+
+    Returns:
+        Fresh weights.
+    """
 
     def layer(size: int) -> TransformLayer:
         r = min(rank, size)
@@ -103,7 +116,15 @@ def init_transform(
 
 
 def init_statistics(in_dim: int, out_dim: int) -> GradientStatistics:
-    """Moments of nothing: until two tokens were seen, whitening is the identity."""
+    """Moments before any token: whitening is the identity until two tokens were seen.
+
+    Args:
+        in_dim: I, inputs of the map.
+        out_dim: O, outputs of the map.
+
+    Returns:
+        Empty moments.
+    """
 
     def empty(size: int) -> RunningMoments:
         zero = torch.zeros((), dtype=torch.float64)
@@ -113,7 +134,14 @@ def init_statistics(in_dim: int, out_dim: int) -> GradientStatistics:
 
 
 def pack_factors(factors: GradientFactors) -> PackedFactors:
-    """Drop tokens at which u or delta is zero throughout: the rank of an update is what is left."""
+    """Drop tokens at which u or delta is zero throughout; the rest is the rank of the update.
+
+    Args:
+        factors: Inputs u [E L I] and gradients delta [E L O] of one map.
+
+    Returns:
+        Both with R tokens each, and a mask [E R].
+    """
     u, output_grad = factors.input.float(), factors.output_grad.float()
     token_mask = (u != 0).any(-1) & (output_grad != 0).any(-1)  # [E L]
     max_tokens = max(1, int(token_mask.sum(-1).max()))
@@ -127,7 +155,15 @@ def pack_factors(factors: GradientFactors) -> PackedFactors:
 
 
 def update_statistics(statistics: GradientStatistics, packed: PackedFactors) -> GradientStatistics:
-    """Add the tokens of a batch to the running moments (Chan et al. 1979), in one pass."""
+    """Add the tokens of a batch to the running moments (Chan et al. 1979), in one pass.
+
+    Args:
+        statistics: Moments so far.
+        packed: Factors of a batch.
+
+    Returns:
+        New moments.
+    """
     return GradientStatistics(
         _update_moments(statistics.input, packed.input[packed.token_mask]),
         _update_moments(statistics.output_grad, packed.output_grad[packed.token_mask]),
@@ -156,7 +192,17 @@ def transform_factors(
     map_index: int,
     packed: PackedFactors,
 ) -> PackedFactors:
-    """(u~, delta~) of the group's map `number`; what was dropped stays zero."""
+    """Transform the gradient factors of one map; dropped tokens stay zero.
+
+    Args:
+        transform: The network.
+        statistics: Moments for whitening.
+        map_index: Index of the map among those that share the network.
+        packed: Factors of a batch.
+
+    Returns:
+        Factors (u~, delta~) of the update.
+    """
     u, output_grad = (
         _whiten(statistics.input, packed.input),
         _whiten(statistics.output_grad, packed.output_grad),

@@ -1,27 +1,28 @@
-"""SERAC: edits are remembered, not written; a classifier says which question one of them is about.
+"""SERAC: edits are stored in a memory; a classifier decides which edit a question is in scope of.
 
-Memory holds every edit in a small width. A question t is compared with each by a classifier e that
-reads its prompt and pictures, and where it is in scope a small model c, which sees the edit too,
-answers in the base's place (`functional/scope.py` has the arithmetic, `scope_net.py` the network):
+The memory holds every edit in a small width. A classifier e compares each question t with the
+edits by its prompt and images. If t is in scope, a small counterfactual model c, which sees the
+edit too, answers instead of the base (formulas: `functional/kinds/scope/apply.py`; the network:
+`functional/kinds/scope/network.py`):
 
     s = max_n exp(-|e(x_n) - e(t)|^2);   soft: (1 - s) p + s c,   hard: c if s > 1/2, else p
 
-Training minimises, over classifier and c alike, with the cases of a lesson remembered together,
+Training minimises, over classifier and c together, with the cases of a batch as one memory,
 
-    NLL_c(its own edit) - log s_own - log(1 - max of the others)      where an edit should reach
+    NLL_c(its own edit) - log s_own - log(1 - max of the others)      where an edit should act
     - log(1 - max s)  (soft: + KL(p || mixture))                      where nothing should change
 
-Both read the base's rows at depth 0 (embeddings, frozen visual features) and c is read by the
+Both read the base's rows at depth 0 (embeddings, frozen visual features), and c is decoded by the
 base's final norm and head, so there is no second tokenizer, vision tower or language model. An
-answer is kept as the residual streams that the head reads as its tokens: with J the Jacobian of the
-logits at the empty residual, centred, r_y = (J^T J / V + 3 mean I)^-1 J_y, to which c can point.
+answer is stored as the residual streams that the head reads as its tokens: with J the Jacobian of
+the logits at the zero residual, centred, r_y = (J^T J / V + 3 mean I)^-1 J_y, to which c points.
 
 Sources: Mitchell et al. 2022, "Memory-Based Model Editing at Scale" (arXiv 2206.06520),
 eric-mitchell/serac; EasyEdit `trainer/algs/SERAC.py`; LiveEdit `serac_vl.py` for a classifier of
-embeddings. Different from EasyEdit: the classifier never sees an answer, and it sees pictures (the
-same question about another picture always fired); pictures reach c by a trained map (theirs is
-random, anew in each edit); keys are computed once (theirs again in every forward), and a sequence
-keeps all edits (theirs the last).
+embeddings. Different from EasyEdit: the classifier never sees an answer, and it sees images (there
+the same question about another image always fired); images reach c by a trained map (there random,
+drawn again for each edit); keys are computed once (there again in every forward pass), and a
+sequence keeps all edits (there the last).
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def serac_editor(config: SeracConfig = SeracConfig()) -> Editor:
         for number, record in enumerate(make_header(model, "serac", config, (), queries).edits):
             slot = _slot_of_same_question(record, state.edit_slots, state.edits)
             edit_slots.append(slots.keys.shape[1] - 1 if slot is None else slot)
-            for part in slots:  # a replaced edit's slot stands twice: the first decides
+            for part in slots:  # a replaced edit's slot occurs twice: the first counts
                 part[number, edit_slots[-1]] = part[number, -1]
         next_state = state._replace(edit_slots=tuple(edit_slots))
         return _make_delta(model, config, next_state, slots, queries, stack=count)
@@ -170,12 +171,18 @@ def serac_editor(config: SeracConfig = SeracConfig()) -> Editor:
 
 
 def unembedding_map(model: Model) -> Tensor:
-    """[D D]: what turns an answer token's gradient into the residual stream read as that token.
+    """Map an answer token's gradient to the residual stream that the head reads as that token.
 
-    With J = dz/dh at h = 0 (one product with J per direction, in one batch), centred over
-    the vocabulary: (J^T J / V + 3 mean(diag) I)^-1. Unlike the head's own row, which other words of
-    a trained vocabulary outdo, the result is read as the word itself (the micro models: all 1,536
-    words of the three, own rows 37 to 80 %), whatever norm, tie or scale lies in between.
+    With J = dz/dh at h = 0 (one product with J per direction, in one batch), centred over the
+    vocabulary: (J^T J / V + 3 mean(diag) I)^-1. Unlike the head's own row, which other words of a
+    trained vocabulary outdo, the result is read as the word itself (the micro models: all 1,536
+    words of the three, own rows 37 to 80 %), for any norm, tie or scale in between.
+
+    Args:
+        model: Model to edit.
+
+    Returns:
+        [D D].
     """
     embedding = _embedding_name(model)[1]
     hidden_size = model.card.hidden_size
@@ -258,7 +265,7 @@ def _encode_edits(
 
 
 def _answer_outputs(model: Model, unembedding: Tensor, batch: Batch) -> Tensor:
-    """[B A D] residual streams that the head reads as each row's answer tokens; zeros behind."""
+    """[B A D] residual streams that the head reads as each row's answer tokens, 0 after."""
     is_scored = scored_mask(batch.labels)
     gold = torch.where(is_scored, batch.labels, 0)[..., None]
     zero = batch.hidden_states.new_zeros(*batch.labels.shape, model.card.hidden_size)
@@ -275,7 +282,7 @@ def _answer_outputs(model: Model, unembedding: Tensor, batch: Batch) -> Tensor:
 def _slot_of_same_question(
     record: EditRecord, edit_slots: Sequence[int], edits: Sequence[EditRecord]
 ) -> int | None:
-    """The slot of an edit of the same question about the same pictures, if there is one."""
+    """The slot of an edit of the same question about the same images, if there is one."""
     for slot, earlier in zip(edit_slots, edits):
         if slot >= 0 and earlier.prompt == record.prompt and earlier.images == record.images:
             return slot

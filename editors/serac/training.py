@@ -36,7 +36,14 @@ __all__ = ["scope_loss", "serac_trainable"]
 
 
 def serac_trainable(config: SeracConfig = SeracConfig()) -> TrainableEditor:
-    """How SERAC is trained, for `fit`: the cases of a lesson are one memory, asked everything."""
+    """How SERAC is trained by `fit`: the cases of a batch form one memory, which all questions see.
+
+    Args:
+        config: Settings.
+
+    Returns:
+        The editor with its loss and sites.
+    """
     editor = serac_editor(config)
 
     def prepare(model: Model, state: SeracState, training_batch: TrainingBatch, is_training: bool):
@@ -113,18 +120,27 @@ def serac_trainable(config: SeracConfig = SeracConfig()) -> TrainableEditor:
 def scope_loss(
     distances: Tensor, edit_index: Tensor, num_in_scope: int, config: SeracConfig = SeracConfig()
 ) -> tuple[Tensor, Tensor]:
-    """The classifier's loss of each question [B], and the edit that it finds most similar [B].
+    """The classifier's loss of each question, and the edit it finds most similar.
 
-    `gaps` [B E] are the squared distances, s = exp(-gap); the first `reached` questions lie in
-    the scope of their `own` edit, the others in none. With l(s) = -log s for a soft gate,
+    With s = exp(-distance) and l(s) = -log s for a soft gate,
 
         l(s_own) + l(1 - max of the others')     in scope
         l(1 - max s)                             out of it
 
     Half of the loss is of what an edit should reach, half of what it should not: balanced, as in
     serac's `losses.py`. A hard gate asks on which side of its threshold t a similarity lies, and
-    -log s goes on pulling where that is settled, so l(s) = log(1 + exp(8 (gap + log t))) there and
-    l(1 - s) = log(1 + exp(-8 (gap + log t))).
+    -log s still pulls where that is settled, so l(s) = log(1 + exp(8 (distance + log t))) there and
+    l(1 - s) = log(1 + exp(-8 (distance + log t))).
+
+    Args:
+        distances: Squared distances of questions and edits, [B E].
+        edit_index: The edit of each question, [B].
+        num_in_scope: The first so many questions are in the scope of their edit, the others of
+            none.
+        config: Settings.
+
+    Returns:
+        Losses [B] and the most similar edit of each question [B].
     """
     edits = torch.arange(distances.shape[1], device=distances.device)
     in_scope = torch.arange(len(distances), device=distances.device) < num_in_scope

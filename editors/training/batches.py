@@ -82,7 +82,15 @@ class PrefixDataset:
             )
 
     def batch(self, cases: Sequence[Case], generator: torch.Generator | None) -> TrainingBatch:
-        """Cases side by side; `draws` chooses among a probe's questions (None: the first)."""
+        """Build the training batch of some cases from their cached prefixes.
+
+        Args:
+            cases: Cases of the batch.
+            generator: Chooses among a probe's questions. None: the first ones.
+
+        Returns:
+            Edits, questions and what the loss needs.
+        """
         cached_rows = [self._get_case_rows(case) for case in cases]
         edits, probe_batches, probe_indices, base_logits = (
             [],

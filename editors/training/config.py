@@ -16,7 +16,7 @@ MEND_LOSS_WEIGHTS = {
     "text_locality": 1.0,
     "image_locality": 1.0,
 }
-"""MEND's weights, as EasyEdit has them for pictures."""
+"""MEND's weights, as EasyEdit has them for images."""
 
 
 class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,18 +1,18 @@
-"""One training loop for every editor that learns to edit.
+"""One training loop for every editor that is trained.
 
-A lesson is a handful of cases, each edited on its own, side by side; the edited models answer the
+A training batch is a handful of cases, each edited independently. The edited models answer the
 cases' other questions, and the loss is
 
-    L = sum over probes of weight * mean( NLL(p', target) )        where the edit should reach
+    L = sum over probes of weight * mean( NLL(p', target) )        where the edit should act
       + sum over localities of weight * mean( KL(p || p') )        where nothing should change
 
 The base never changes in training, so everything below the lowest edited layer, vision included,
-is computed once per question, ever, and kept (in memory, then on disk, both bounded). Each case is
-computed alone: what it gives does not depend on who shared its batch, so a training that was
-killed goes on to the same bits.
+is computed once per question and kept (in memory, then on disk, both bounded). Each case is
+computed alone: its result does not depend on the other cases of its batch, so an interrupted
+training resumes to the same bits.
 
 Weights and losses: Mitchell et al. 2022 (c_edit 0.1, c_loc 1); EasyEdit `MultimodalTrainer.py`
-(0.1 for rephrased pictures). Its early stopping never stops and its resumed normaliser starts over;
+(0.1 for rephrased images). Its early stopping never stops and its resumed normaliser starts over;
 here both are part of the checkpoint.
 """
 
@@ -83,11 +83,24 @@ def train(
     checkpoint_dir: str | Path | None = None,
     progress: Callable[[TrainingProgress], None] | None = None,
 ) -> TrainingResult:
-    """Train an editor on cases; with a `folder`, go on from the checkpoint there.
+    """Train an editor on cases; resumes from the checkpoint in `checkpoint_dir`, if there is one.
 
-    The last `config.held` cases are validated on, never trained on. A checkpoint is written whole
-    or not at all and resumes to the same bits. Raises InvalidInputError for a checkpoint of another
-    training, too few cases, or cases that lack a probe that has a weight.
+    A checkpoint is written whole or not at all and resumes to the same bits.
+
+    Args:
+        model: Model to train for; unchanged.
+        trainable: The editor with its loss.
+        cases: Cases; the last `config.num_validation_cases` are validated on, never trained on.
+        config: Training settings.
+        checkpoint_dir: Folder of the checkpoint and of cached prefixes. None keeps nothing.
+        progress: Called after every step.
+
+    Returns:
+        The trained state and the validation's history.
+
+    Raises:
+        InvalidInputError: For a checkpoint of another training, too few cases, or cases that lack a
+            probe that has a weight.
     """
     training_cases, validation_cases = _split_cases(cases, config)
     dataset = PrefixDataset(
@@ -158,7 +171,7 @@ def _split_cases(cases: Sequence[Case], config: TrainingConfig) -> tuple[list[Ca
     if len(cases) - config.num_validation_cases < config.batch_size:
         faults.append(
             f"{len(cases)} cases with {config.num_validation_cases} held out leave fewer than the "
-            f"{config.batch_size} of a lesson"
+            f"{config.batch_size} of a batch"
         )
     for name in config.loss_weights:
         lacking = [case.id for case in cases if name != "edit" and not case.probes.get(name)]
@@ -248,7 +261,7 @@ def _train_step(
     parameters = trainable.parameters(state)
     grads, grad_norm = schedules.clip_grad_norm(total_grads, config.max_grad_norm)
     optimizer_state = training_state.optimizer_state
-    if bool(torch.isfinite(grad_norm)):  # a lesson whose gradient is not a number teaches nothing
+    if bool(torch.isfinite(grad_norm)):  # skip a batch whose gradient is not finite
         updated, optimizer_state = {}, {}
         for name in parameters._fields:
             updated[name], optimizer_state[name] = field_optimizers[name].update(

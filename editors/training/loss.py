@@ -14,7 +14,15 @@ __all__ = ["batch_loss", "combine_losses"]
 
 
 def batch_loss(edited: Model, training_batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a lesson under a model that carries its edits, and each probe's own part."""
+    """The loss of a training batch under a model that carries its edits.
+
+    Args:
+        edited: Model with the edits bound.
+        training_batch: Questions and what the loss needs.
+
+    Returns:
+        The loss, and each probe's mean by name.
+    """
     if all(prefix.can_decode_scored(edited.card, delta.header) for delta in edited.deltas):
         logits = prefix.decode_scored(edited, training_batch.questions)
     else:
@@ -37,7 +45,15 @@ def batch_loss(edited: Model, training_batch: TrainingBatch) -> tuple[Tensor, di
 def combine_losses(
     values: Tensor, training_batch: TrainingBatch
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a lesson from its rows' own [B], and each probe's mean."""
+    """Combine the losses of rows into that of the batch.
+
+    Args:
+        values: One per row, [B].
+        training_batch: Says each row's probe, and each probe's weight.
+
+    Returns:
+        The loss, and each probe's mean by name.
+    """
     terms = {}
     total = values.new_zeros(())
     for number, (name, weight) in enumerate(training_batch.loss_weights.items()):

@@ -1,4 +1,7 @@
-"""Save and load a delta as one safetensors file (`FORMAT.md`): checked, reproducible, atomic."""
+"""Save and load a delta as one safetensors file: checked, reproducible, atomic.
+
+`functional/deltas/FORMAT.md` describes the file.
+"""
 
 from __future__ import annotations
 

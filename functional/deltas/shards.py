@@ -80,7 +80,8 @@ def shard_files(folder: str | os.PathLike[str]) -> list[str]:
     for name in files:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise DeltaFileError(
-                f"{path / INDEX_FILE}: {printable(name, 80)!r} is no safetensors file beside it."
+                f"{path / INDEX_FILE}: {printable(name, 80)!r} is no safetensors file in the "
+                "same folder."
             )
     return files
 

@@ -6,12 +6,11 @@
 
 All editors, probes and edits of the same questions share one pass of the base. Rows run in
 *blocks* of batches that depend on the questions only. A result therefore has the same bits
-whichever caller needed it first, and a resumed run writes the same bytes as one that was not
-interrupted.
+for every caller, and a resumed run writes the same bytes as one that was not interrupted.
 
-A row is identified by its tokens and the content of its images. A row that is the beginning of
-another (the same question without the token that ends the answer) is served from the longer one,
-because attention is causal. Legend: B rows · L tokens · T scored positions · V vocabulary.
+A row is identified by its tokens and the content of its images. A row that is a prefix of another
+(the same question without the final answer token) is served from the longer one, because attention
+is causal. Legend: B rows · L tokens · T scored positions · V vocabulary.
 """
 
 from __future__ import annotations

@@ -66,6 +66,15 @@ def bootstrap_interval(
 
     >>> bootstrap_interval(torch.tensor([1.0, 1.0, 1.0]))
     Interval(mean=1.0, low=1.0, high=1.0, count=3)
+
+    Args:
+        values: One value per case, [N].
+        level: Coverage of the interval.
+        draws: Resamples.
+        seed: Seed of the resampling.
+
+    Returns:
+        Mean, bounds and the number of values.
     """
     values = values.double().flatten()
     values = values[~values.isnan()]
@@ -87,6 +96,16 @@ def paired_test(
 
     >>> paired_test(torch.zeros(8), torch.ones(8)).difference
     1.0
+
+    Args:
+        one: Values of the first run, one per case, [N].
+        two: Values of the second run on the same cases, [N].
+        level: Coverage of the interval.
+        draws: Random sign flips.
+        seed: Seed.
+
+    Returns:
+        Mean difference, interval, p value and the number of cases.
     """
     differences = (two - one).double().flatten()
     differences = differences[~differences.isnan()]

@@ -14,7 +14,7 @@ __all__ = ["PROBES", "SCORERS", "Agreement", "Probe", "Scorer", "get_probe", "ge
 
 
 class Probe(msgspec.Struct, frozen=True):
-    """What a probe key stands for: its name in prose and in tables, and how it is scored."""
+    """What a probe key means: its name in prose and in tables, and how it is scored."""
 
     title: str
     column: str
@@ -44,6 +44,12 @@ def get_probe(name: str) -> Probe:
 
     >>> get_probe("portability_2hop").column, get_probe("image_locality").kind, get_probe("humour").kind
     ('Port 2hop', 'locality', 'success')
+
+    Args:
+        name: Key of a probe in results.
+
+    Returns:
+        Title, column heading and kind.
     """  # noqa: E501
     if name in PROBES:
         return PROBES[name]
@@ -132,7 +138,14 @@ def get_scorer(name: str) -> Scorer:
     >>> get_scorer("liveedit").image
     Agreement(k=1, ordered=True, positions='answer')
 
-    Raises `InvalidSettingsError` for an unknown name.
+    Args:
+        name: Name in `SCORERS`.
+
+    Returns:
+        The scorer.
+
+    Raises:
+        InvalidSettingsError: For an unknown name.
     """
     if name not in SCORERS:
         raise InvalidSettingsError(f"scorer must be one of {', '.join(SCORERS)}; got {name!r}.")

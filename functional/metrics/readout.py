@@ -78,7 +78,14 @@ def read_out(
 
 
 def concat_readouts(readouts: Sequence[Readout]) -> Readout:
-    """Readings of one kind, row after row."""
+    """Concatenate readouts along the batch.
+
+    Args:
+        readouts: Readouts of equal fields.
+
+    Returns:
+        One readout of all rows.
+    """
     fields = zip(*readouts)
     return Readout(*(None if f[0] is None else torch.cat(f) for f in fields))  # type: ignore[misc]
 
@@ -130,7 +137,7 @@ class Readout(NamedTuple):
     labels: Tensor  # [B T] int64, IGNORE where nothing is scored
     top_ids: Tensor  # [B T K] int64, likeliest tokens first
     nll: Tensor  # [B T] -log p(label), 0 where ignored
-    all_top_ids: Tensor | None = None  # [B L K] the same at every position, -1 behind a row's end
+    all_top_ids: Tensor | None = None  # [B L K] the same at every position, -1 after a row's end
     kl: Tensor | None = None  # [B] KL(base || this model), where the base's logits were at hand
     logits: Tensor | None = None  # [B T V], where they were asked for
 
@@ -140,12 +147,20 @@ def make_readout(
 ) -> Readout:
     """Reduce logits [B T V] that predict labels [B T] to what scorers need.
 
-    Position t of `logits` predicts position t of `labels` (shift before the call). K is
-    min(k, V). `whole` [B L K] is passed through, see `Readout`.
+    Position t of `logits` predicts position t of `labels` (shift before the call).
 
     >>> out = make_readout(torch.tensor([[[0.0, 2.0, 1.0]]]), torch.tensor([[2]]), k=2)
     >>> out.top_ids.tolist(), round(float(out.nll), 3)
     ([[[1, 2]]], 1.408)
+
+    Args:
+        logits: [B T V].
+        labels: Target ids, -100 where a position does not count, [B T].
+        k: Ranks to keep; at most V.
+        all_top_ids: Ids at every position [B L K], passed through; see `Readout`.
+
+    Returns:
+        Labels, top ids and negative log-likelihoods.
     """
     scored = labels != IGNORE_INDEX
     log_p = torch.log_softmax(logits.float(), dim=-1)
@@ -164,8 +179,15 @@ def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 def mean_kl(base: Tensor, edited: Tensor, mask: Tensor) -> Tensor:
     """KL(base || edited) = sum_v p (log p - log q), mean over kept positions, in nats.
 
-    base, edited: logits [B T V]; keep [B T] bool -> [B]. The locality loss of MEND, EasyEdit and
-    LiveEdit, there pooled over all kept tokens of a batch.
+    The locality loss of MEND, EasyEdit and LiveEdit, there pooled over all kept tokens of a batch.
+
+    Args:
+        base: Logits before the edit, [B T V].
+        edited: Logits after it, [B T V].
+        mask: Positions to keep, [B T].
+
+    Returns:
+        [B].
     """
     p, q = torch.log_softmax(base.float(), -1), torch.log_softmax(edited.float(), -1)
     return _masked_mean((p.exp() * (p - q)).sum(-1), mask)

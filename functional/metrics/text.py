@@ -29,6 +29,12 @@ def normalize_answer(text: str) -> str:
 
     >>> normalize_answer('  "The  Dark_Knight". '), normalize_answer("1:50"), normalize_answer("An apple!")
     ('dark knight', '1:50', 'apple')
+
+    Args:
+        text: An answer.
+
+    Returns:
+        The normalised answer.
     """  # noqa: E501
     folded = unicodedata.normalize("NFKC", text).casefold().replace("_", " ")
     words = (_strip_punctuation(word) for word in folded.split())
@@ -50,10 +56,16 @@ def _is_punctuation(char: str) -> bool:
 
 
 def first_line(text: str) -> str:
-    """The first non-empty line: what a short-answer generation is judged by.
+    r"""The first non-empty line: what a short-answer generation is judged by.
 
-    >>> first_line("\\n 2 \\nQuestion: what else?")
+    >>> first_line("\n 2 \nQuestion: what else?")
     '2'
+
+    Args:
+        text: A generation.
+
+    Returns:
+        The line, stripped; empty if there is none.
     """
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
@@ -61,11 +73,15 @@ def first_line(text: str) -> str:
 def matches_answer(generation: str, targets: str | Sequence[str]) -> bool:
     """Normalised exact match of a free generation with a target, or with any of its aliases.
 
-    The first line of `said` counts (teacher forcing never sees how a model goes on or stops).
+    Only the first line of the generation counts.
 
-    >>> matches_answer("Paris.", "paris"), matches_answer("Paris, France", "Paris"), matches_answer("2", ["two", "2"])
-    (True, False, True)
-    """  # noqa: E501
+    Args:
+        generation: What the model generated.
+        targets: The target, or its aliases.
+
+    Returns:
+        Whether one matches.
+    """
     answer = normalize_answer(first_line(generation))
     return any(answer == normalize_answer(one) for one in _as_list(targets))
 
@@ -75,6 +91,13 @@ def contains_answer(generation: str, targets: str | Sequence[str]) -> bool:
 
     >>> contains_answer("it is in Paris, France", "paris"), contains_answer("Parisian", "paris")
     (True, False)
+
+    Args:
+        generation: What the model generated.
+        targets: The target, or its aliases.
+
+    Returns:
+        Whether one occurs.
     """
     answer = f" {normalize_answer(first_line(generation))} "
     return any(f" {one} " in answer for one in map(normalize_answer, _as_list(targets)) if one)
@@ -131,6 +154,12 @@ def tokenize_words(text: str) -> list[str]:
 
     >>> tokenize_words("It isn't 3.5, is it?")
     ['It', 'is', "n't", '3.5', ',', 'is', 'it', '?']
+
+    Args:
+        text: A sentence.
+
+    Returns:
+        Words and punctuation marks.
     """
     for pattern, change in _RULES:
         text = pattern.sub(change, text)
@@ -155,6 +184,12 @@ def ngram_entropy(text: str | Sequence[str]) -> float:
 
     >>> round(ngram_entropy("a b a b a b a b"), 6)
     0.995076
+
+    Args:
+        text: A text, or its tokens.
+
+    Returns:
+        Bits.
     """
     words = tokenize_words(text) if isinstance(text, str) else text
     return (2 / 3 * _entropy(words, 2) + 4 / 3 * _entropy(words, 3)) / 2

@@ -25,18 +25,27 @@ __all__ = ["apply_codebook", "codebook_hook", "last_prompt_input", "replace_at",
 def codebook_hook(
     entry: Codebook, tensors: Mapping[str, Tensor], *, stacked: bool
 ) -> Callable[[Batch, Tensor, Tensor], Tensor]:
-    """What a codebook does to the output y of its map, given the map's input x.
+    """Make the hook by which a codebook changes the outputs of its linear map.
+
+    With x the map's inputs and y its outputs:
 
         q_b = x[b, t_b],  t_b the last prompt token of row b
         n_b = argmin_n |keys_n - q_b|
         y'[b, l] = values[n_b]  if |keys_(n_b) - q_b| <= radii_(n_b) and l is one of `where`
                    y[b, l]      otherwise
 
-    A batch that does not hold a row's last prompt token (tokens generated behind it) leaves the row
-    as it is: the change of the prompt is in its keys and values. With `stacked` tensors lead with
-    E, and each row looks into the book of its own edit, none into that of edit -1.
+    A batch without a row's last prompt token (tokens generated after it) leaves the row unchanged:
+    the prompt's change is in its cached keys and values. After GRACE (Hartvigsen et al. 2023, arXiv
+    2211.11031), `GRACEAdapter.forward`.
 
-    After GRACE (Hartvigsen et al. 2023, arXiv 2211.11031), `GRACEAdapter.forward`.
+    Args:
+        entry: Entry of the delta.
+        tensors: `NAME.keys` [N I], `NAME.values` [N O] and `NAME.radii` [N]; with a leading E if
+            `stacked`.
+        stacked: Whether each row uses the codebook of its own edit, and rows of edit -1 none.
+
+    Returns:
+        `hook(batch, x, y)`, which returns the new output.
     """
     keys, values, radii = (tensors[f"{entry.name}.{part}"] for part in ("keys", "values", "radii"))
     keys = keys.float()
@@ -65,9 +74,14 @@ def codebook_hook(
 
 
 def last_prompt_input(batch: Batch, x: Tensor) -> Tensor:
-    """[B I] what a map was given at each row's last prompt token; the first, where there is none.
+    """The input of a map at each row's last prompt token, or at its first token if it has none.
 
-    `x` is [B L I], or [B*L I] where a layer flattened rows and tokens (OPT does).
+    Args:
+        batch: The rows that are run.
+        x: Inputs of the map, [B L I], or [B*L I] where a layer flattens rows and tokens (OPT does).
+
+    Returns:
+        [B I], detached.
     """
     prompt_end = batch.prompt_end.int().argmax(1)[:, None, None]  # [B 1 1]
     x = x.reshape(*batch.prompt_end.shape, -1)
@@ -75,7 +89,16 @@ def last_prompt_input(batch: Batch, x: Tensor) -> Tensor:
 
 
 def replaced_tokens(batch: Batch, replacement: Replacement) -> Tensor:
-    """[B L] the tokens that a value replaces: `last` of the prompt, those before it, or `all`."""
+    """The tokens whose output a value replaces.
+
+    Args:
+        batch: The rows that are run.
+        replacement: `last` token of the prompt, the `prompt` tokens before it, or `all` of the
+            prompt.
+
+    Returns:
+        Mask [B L].
+    """
     if replacement == "last":
         return batch.prompt_end
     in_prompt = batch.prompt_end.int().flip(1).cumsum(1).flip(1) > 0
@@ -83,7 +106,16 @@ def replaced_tokens(batch: Batch, replacement: Replacement) -> Tensor:
 
 
 def replace_at(y: Tensor, values: Tensor, token_mask: Tensor) -> Tensor:
-    """y with values [B O] at the tokens where [B L]; differentiable in both."""
+    """Put values in the place of outputs at some tokens; differentiable in both.
+
+    Args:
+        y: Outputs, [B L O] or [B*L O].
+        values: One value per row, [B O].
+        token_mask: Which tokens to replace, [B L].
+
+    Returns:
+        Outputs of the shape of `y`.
+    """
     rows = y.reshape(*token_mask.shape, -1)
     return torch.where(token_mask[..., None], values[:, None].to(y.dtype), rows).view(y.shape)
 
@@ -91,7 +123,20 @@ def replace_at(y: Tensor, values: Tensor, token_mask: Tensor) -> Tensor:
 def apply_codebook(
     model: Model, header: Header, entry: Codebook, tensors: Mapping[str, Tensor]
 ) -> Patch:
-    """A value in place of the output where the prompt's last input lies in its key's ball."""
+    """Build a codebook's patch: a value replaces the output where the key of the prompt is matched.
+
+    Args:
+        model: Model to bind to.
+        header: Header of the delta.
+        entry: Entry of the delta.
+        tensors: Tensors of the delta.
+
+    Returns:
+        A patch with one hook.
+
+    Raises:
+        UnknownSiteError: If the site is not a linear map of the decoder.
+    """
     path = module_path(model.card.canonical_name(entry.name))
     if path not in model.card.linear_shapes or model.card.before_decoder(path):
         raise UnknownSiteError(

@@ -22,11 +22,12 @@ Tokens of the answer are never replaced: what is generated token by token is wha
 
 
 class Codebook(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="codebook"):
-    """Values that take the place of a linear map's output where its input comes near a key.
+    """Values that replace a linear map's output where its input is near a key.
 
     Tensors `<name>.keys` [N in], `<name>.values` [N out], `<name>.radii` [N]. With q the map's
     input at the row's last prompt token and n the nearest key, the output there is values[n] if
-    |keys[n] - q| <= radii[n]. `owners[k]` is the key of edit k, -1 where a later edit took it over.
+    |keys[n] - q| <= radii[n]. `edit_slots[k]` is the key of edit k, -1 where a later edit
+    replaced it.
     """
 
     name: str  # the map's weight

@@ -1,7 +1,7 @@
-"""What each kind of entry can do in the algebra of deltas: join, keep some edits, scale, measure.
+"""The operations that each kind of entry offers to the algebra of deltas: merge, select, scale.
 
-`merge.py` works on whole deltas and knows no kind; a kind joins by one `register`. Shape legend:
-E edits · r rank · O out · I in.
+`functional/deltas/merging.py` works on whole deltas and knows no kind; it finds the operations in
+`functional/kinds/table.py`. Shape legend: E edits · r rank · O out · I in.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ class EntryTensors(NamedTuple):
 
 
 class Algebra(NamedTuple):
-    """The operations of one kind; each raises UnsupportedKindError with the reason where it
-    cannot."""
+    """The operations of one kind. Each raises UnsupportedKindError where it cannot, and says why."""
 
     merge: Callable[
         [Sequence[EntryTensors | int]], EntryTensors
@@ -36,7 +35,14 @@ class Algebra(NamedTuple):
 
 
 def entries_of(delta: Any) -> dict[tuple[str, str], EntryTensors]:
-    """A delta's entries with their tensors, by (name, kind)."""
+    """Group a delta's tensors by the entry they belong to.
+
+    Args:
+        delta: A delta.
+
+    Returns:
+        Entries with their tensors, by (name, kind).
+    """
     entries = {}
     for entry in delta.header.entries:
         entry_tensors = {
@@ -51,10 +57,14 @@ def entries_of(delta: Any) -> dict[tuple[str, str], EntryTensors]:
 def concat_slots(
     parts: Sequence[EntryTensors | int], count_slots: Callable[[Any], int]
 ) -> tuple[tuple[int, ...], int]:
-    """The owners of slots that are put one behind the other, and how many slots there are.
+    """Renumber the owners of slots when several entries are concatenated.
 
-    `count(entry)` says how many slots (keys, facts, experts, memories) an entry has; the edits of a
-    delta without the entry own none: -1.
+    Args:
+        parts: The entry of each delta; a number stands for so many edits that own no slot.
+        count_slots: Counts the slots (keys, facts, experts, memories) of an entry.
+
+    Returns:
+        The slot of each edit, -1 for none, and the number of slots.
     """
     edit_slots: list[int] = []
     offset = 0
@@ -70,10 +80,17 @@ def concat_slots(
 def select_slots(
     edit_slots: Sequence[int], edits: Sequence[int]
 ) -> tuple[list[int], tuple[int, ...]]:
-    """The slots that some edits own, ascending, and the edits' owners among these alone.
+    """Find the slots that some edits own.
 
     >>> select_slots((2, -1, 0), (0, 1))
     ([2], (0, -1))
+
+    Args:
+        edit_slots: The slot of every edit, -1 for none.
+        edits: Indices of the edits to keep.
+
+    Returns:
+        The kept slots, ascending, and the slot of each kept edit among these.
     """
     slots = sorted({edit_slots[k] for k in edits} - {-1})
     new_index = {slot: index for index, slot in enumerate(slots)} | {-1: -1}

@@ -21,7 +21,17 @@ __all__ = ["apply_dense"]
 
 
 def apply_dense(model: Model, header: Header, entry: Dense, tensors: Mapping[str, Tensor]) -> Patch:
-    """W' = W + d, in the wider dtype of the two, then in W's."""
+    """Build a dense patch: W' = W + d in the wider dtype of the two, then in that of W.
+
+    Args:
+        model: Model to bind to.
+        header: Header of the delta.
+        entry: Entry of the delta.
+        tensors: `NAME` of the shape of W; [E, ...] in a stacked delta.
+
+    Returns:
+        A patch of the parameter; of the outputs of its maps, row by row, in a stacked delta.
+    """
     card, parameter, change = (
         model.card,
         model.card.canonical_name(entry.name),

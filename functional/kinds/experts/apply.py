@@ -1,30 +1,30 @@
-"""LiveEdit's experts at a decoder layer's output: features of a row, the gate, the residual.
+"""LiveEdit's experts at a decoder layer's output: routing features, the gate, the residual.
 
-With h what the layer gives a row, V its picture's tokens and Q its prompt's behind the picture
-(never the answer's), f = vision features of V as asked by Q, g = query features of Q, and f' =
-those of the sentinel picture as asked by Q:
+With h the output of the layer, V its image tokens, Q its prompt tokens after the image (never the
+answer's), f = vision features of V conditioned on Q, g = query features of Q, and f' the vision
+features of the sentinel image conditioned on Q:
 
-    S   = { m : <f, E_m> > <f, f'> }                                  the hard gate
-    w_m = softmax_S(s)_m * sigmoid(s_m),    s_m = scale * <g, G_m>    the soft one
+    S   = { m : <f, E_m> > <f, f'> }                                  hard gate
+    w_m = softmax_S(s)_m * sigmoid(s_m),    s_m = scale * <g, G_m>    soft weights
     h'  = h + sum_{m in S} w_m relu(LN(h) A_m^T) B_m                  at every token
 
-Features are cross-attentions from S_q learned slots: slots look at Q, what they found looks at V. A
-row decides once, at its prompt; later tokens take the decision from `Batch.routing`.
+Features are cross-attentions from S_q learned query tokens: these attend to Q, and the result
+attends to V. A row is routed once, at its prompt; later tokens reuse `Batch.routing`.
 
-Rows without a picture take their prompt in place of V, and have a sentinel of their own. The last
-two columns of the keys say what an expert is for: (1, 0) pictures, (0, 1) text, (1, 1) nothing; a
-row's features hold -1e30 in the other kind's column, so no expert of that kind comes near.
+Rows without an image use their prompt as V, and have a sentinel of their own. The last two columns
+of the keys hold an expert's modality: (1, 0) image, (0, 1) text, (1, 1) neither. A row's features
+hold -1e30 in the column of the other modality, which excludes the experts of that modality.
 
-Because attention has few queries here, keys are never formed: q . (W_k x) = (W_k^T q) . x, and
-sum p (W_v x) = W_v (sum p x): 2 L d rows instead of 2 L d k multiplications each. The bias of W_k
-moves all scores of a softmax alike and is no part of this.
+Attention has few queries here, so keys are never formed: q . (W_k x) = (W_k^T q) . x and
+sum p (W_v x) = W_v (sum p x). This costs 2 L d S instead of 2 L d k multiplications. The bias of
+W_k shifts all scores of a softmax equally and is left out.
 
 Source: LiveEdit (arXiv 2411.15432), qizhou000/LiveEdit `editor/vllm_editors/liveedit/`. Different:
-answer tokens never enter the gate (there, unless the caller says how long the answer is, they do);
-rows without a picture can be edited (there, never); a pool may hold deleted experts.
+answer tokens never enter the gate (there they do, unless the caller passes the answer's length);
+rows without an image can be edited (there, never); a pool may hold deleted experts.
 
-Legend: B rows · L tokens · D width of the decoder · M experts · S slots · K width of a slot ·
-H heads · R rank · E edits of a stack.
+Legend: B rows · L tokens · D width of the decoder · M experts · S query tokens · K width of a
+feature · H heads · R rank · E edits of a stack.
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ class FeatureExtractor(NamedTuple):
 
 
 class TokenRoles(NamedTuple):
-    """Which tokens of a row are what; a row without a picture sees its prompt."""
+    """Which tokens of a row are what; a row without an image sees its prompt."""
 
     vision: Tensor  # [B L] bool
     prompt: Tensor  # [B L] bool
-    answer: Tensor  # [B L] bool, behind the prompt's last
+    answer: Tensor  # [B L] bool, after the prompt's last
     has_image: Tensor  # [B] bool
 
 
@@ -102,14 +102,28 @@ class RoutingFeatures(NamedTuple):
 
 
 def score_scale(num_query_tokens: int, feature_dim: int) -> float:
-    """1 / (S sqrt(K)): the mean over slots of scaled products."""
+    """Factor 1 / (S sqrt(K)) that turns products of features into a mean of scaled products.
+
+    Args:
+        num_query_tokens: S, query tokens of the extractor.
+        feature_dim: K, width of one feature.
+
+    Returns:
+        The factor.
+    """
     return 1 / (num_query_tokens * math.sqrt(feature_dim))
 
 
 def token_roles(batch: Batch) -> TokenRoles:
-    """Picture, prompt and answer of each row.
+    """Split each row's tokens into image, prompt and answer.
 
-    The prompt counts from behind the first token of the picture on, unless nothing stands there.
+    The prompt counts from after the first image token, unless nothing follows the image.
+
+    Args:
+        batch: The rows that are run.
+
+    Returns:
+        Masks [B L], and which rows have an image.
     """
     in_prompt = (
         batch.prompt_end.int().flip(1).cumsum(1).flip(1) > 0
@@ -130,9 +144,20 @@ def token_roles(batch: Batch) -> TokenRoles:
 def cross_attention(
     queries: Tensor, x: Tensor, mask: Tensor, value: Tensor, bias: Tensor, num_heads: int
 ) -> Tensor:
-    """Cross-attention with absorbed queries: rows [SH D] or [B SH D], x [B L D] -> [B S K].
+    """Cross-attention whose queries already hold the key projection.
 
-    p = softmax over kept tokens of x . row;  out_h = W_v,h (sum p x) + b_v,h;  0 without tokens.
+    p = softmax over kept tokens of x . query;  out_h = W_v,h (sum p x) + b_v,h;  0 without tokens.
+
+    Args:
+        queries: Folded queries, [SH D] or [B SH D].
+        x: Hidden states, [B L D].
+        mask: Tokens to attend to, [B L].
+        value: W_v, [K D].
+        bias: b_v, [K].
+        num_heads: H.
+
+    Returns:
+        [B S K].
     """
     scores = x @ queries.mT  # [B L SH]
     scores = torch.where(mask[..., None], scores, -torch.inf)
@@ -150,10 +175,20 @@ def routing_features(
     num_heads: int,
     sentinels: tuple[Tensor, Tensor] | None = None,
 ) -> RoutingFeatures:
-    """Features of rows with what a layer gave them [B L D], and of the sentinels for these rows.
+    """Compute the routing features of rows, and of the sentinels for these rows, in fp32.
 
-    `sentinels` are [L' D] for rows with a picture and [L'' D] for those without; None: zeros.
-    Differentiable in everything; fp32.
+    Differentiable in everything.
+
+    Args:
+        extractor: Weights of the feature extractor.
+        hidden_states: Output of the edited layer, [B L D].
+        roles: Which tokens are image, prompt and answer.
+        num_heads: Attention heads.
+        sentinels: Sentinel tokens [L' D] for rows with an image and [L'' D] for rows without. None:
+            zeros.
+
+    Returns:
+        Features of the query, the image and the sentinel, [B SK] each.
     """
     hidden_states = hidden_states.float()
     normed = _layer_norm(hidden_states, extractor.prompt_norm)
@@ -205,7 +240,15 @@ def _layer_norm(x: Tensor, norm: Tensor) -> Tensor:
 
 
 def with_modality_columns(vision: Tensor, has_image: Tensor) -> Tensor:
-    """Vision features [B SK] with the two columns that keep out experts of the other kind."""
+    """Append two columns that exclude experts of the other modality.
+
+    Args:
+        vision: Vision features, [B SK].
+        has_image: Which rows have an image, [B].
+
+    Returns:
+        [B SK+2].
+    """
     excluded = torch.full_like(vision[:, 0], -EXCLUDED)
     columns = torch.stack(
         [torch.where(has_image, 0, excluded), torch.where(has_image, excluded, 0)], 1
@@ -214,7 +257,15 @@ def with_modality_columns(vision: Tensor, has_image: Tensor) -> Tensor:
 
 
 def load_extractor(entry: Experts, tensors: Mapping[str, Tensor]) -> FeatureExtractor:
-    """The reader that an entry's tensors hold, in fp32."""
+    """Read the feature extractor out of an entry's tensors, in fp32.
+
+    Args:
+        entry: Entry of the delta.
+        tensors: Tensors of the delta.
+
+    Returns:
+        The extractor's weights.
+    """
     names = (field.replace("_", ".", 1) for field in FeatureExtractor._fields)
     return FeatureExtractor(*(tensors[f"{entry.name}.{name}"].float() for name in names))
 
@@ -222,12 +273,24 @@ def load_extractor(entry: Experts, tensors: Mapping[str, Tensor]) -> FeatureExtr
 def apply_experts(
     model: Model, header: Header, entry: Experts, tensors: Mapping[str, Tensor]
 ) -> Patch:
-    """What a pool of experts does to a model: a rewrite of its layer's output."""
+    """Build the patch of a pool of experts: it changes the output of one decoder layer.
+
+    Args:
+        model: Model to bind to.
+        header: Header of the delta.
+        entry: Entry of the delta.
+        tensors: Tensors of the delta.
+
+    Returns:
+        A patch with one routed hook.
+
+    Raises:
+        UnknownSiteError: If the site is not a decoder layer.
+    """
     layer = model.card.layer_of(model.card.canonical_name(entry.name))
     if layer is None:
         raise UnknownSiteError(
-            f"experts must stand at a decoder layer of {model.card.id}, and {entry.name!r} is in "
-            "none."
+            f"experts must be at a decoder layer of {model.card.id}, and {entry.name!r} is in none."
         )
     expert_tensors = {
         part: tensors[f"{entry.name}.{part}"] for part in ("down", "up", "input_norm")
@@ -303,7 +366,7 @@ def _make_router(
             query_keys[edit_rows],
         )
         ids, weights, counts = (part[:, 0] for part in routes)
-        # the experts of all edits stand in one row
+        # the experts of all edits are concatenated
         return Routes(
             torch.where(ids < 0, ids, ids + edit_rows[:, None] * num_experts), weights, counts
         )

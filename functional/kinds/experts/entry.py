@@ -19,12 +19,13 @@ RoutingInput = Literal["query", "query_and_vision"]
 
 
 class Experts(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="experts"):
-    """Experts added to what a decoder layer gives, chosen by a row's prompt and picture.
+    """Low-rank experts added to a decoder layer's output, routed by a row's prompt and image.
 
     Each of the N experts has keys `vision_keys` [N SK+2] and `query_keys` [N SK] ([N 2SK] with
-    `blend` "query_and_vision"), and factors `down`, `up` [N R D]; all else reads the features of
-    a row (S slots of width K each) and is shared by all edits. `owners[k]` is the expert of edit
-    k, -1 where a later edit took its place. `functional/experts.py` has the arithmetic.
+    `routing_input` "query_and_vision"), and factors `down`, `up` [N R D]. All other tensors compute
+    the features of a row (S query tokens of width K each) and are shared by all edits.
+    `edit_slots[k]` is the expert of edit k, -1 where a later edit replaced it. The formulas are in
+    `apply.py`.
     """
 
     name: str  # a weight of the layer
@@ -36,8 +37,8 @@ class Experts(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     num_query_tokens: int  # S
     feature_dim: int  # K
     num_heads: int  # H, of the cross-attentions that read features
-    num_sentinel_tokens: int  # tokens of the sentinel picture
-    num_text_sentinel_tokens: int  # tokens of the sentinel of rows without a picture
+    num_sentinel_tokens: int  # tokens of the sentinel image
+    num_text_sentinel_tokens: int  # tokens of the sentinel of rows without an image
     edit_slots: tuple[int, ...] = ()
     routing_input: RoutingInput = "query"
     top_k: int = 0  # experts of one row, the heaviest; 0: all that are chosen

@@ -14,7 +14,14 @@ __all__ = ["LOWRANK_ALGEBRA", "ranks_per_edit"]
 
 
 def ranks_per_edit(part: EntryTensors) -> tuple[int, ...]:
-    """How many rows of a low-rank entry belong to each edit; () where nobody can tell."""
+    """The rank of each edit in a low-rank entry.
+
+    Args:
+        part: Entry with its tensors.
+
+    Returns:
+        One rank per edit; () if the entry does not say.
+    """
     if part.entry.edit_ranks:
         return part.entry.edit_ranks
     return (part.entry.rank,) if part.num_edits == 1 else ()

@@ -25,7 +25,17 @@ __all__ = ["apply_lowrank"]
 def apply_lowrank(
     model: Model, header: Header, entry: LowRank, tensors: Mapping[str, Tensor]
 ) -> Patch:
-    """dW = B A, added as `header.form` says."""
+    """Build a low-rank patch: dW = B A, added to the weight or to the output as the header says.
+
+    Args:
+        model: Model to bind to.
+        header: Header of the delta; `arithmetic` is `weight` or `output`.
+        entry: Entry of the delta.
+        tensors: `NAME.A` [r I] and `NAME.B` [O r]; [E, ...] in a stacked delta.
+
+    Returns:
+        A patch of the parameter, or of the outputs of its maps.
+    """
     card, parameter = model.card, model.card.canonical_name(entry.name)
     down, up = tensors[f"{entry.name}.A"], tensors[f"{entry.name}.B"]
     if header.stack:

@@ -18,8 +18,8 @@ __all__ = ["LowRank"]
 class LowRank(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="lowrank"):
     """Low-rank change of a linear map: dW = B A, dW [out in].
 
-    Tensors `<name>.A` [r in] and `<name>.B` [out r]; any scale is folded into B. `rows[k]` of the r
-    rows belong to edit k, in order (sum == r); empty where the rank is shared by all edits.
+    Tensors `<name>.A` [r in] and `<name>.B` [out r]; any scale is folded into B. `edit_ranks[k]` of
+    the r rows belong to edit k, in order (sum == r); empty where the rank is shared by all edits.
     `transposed`: the parameter is stored [in out].
     """
 

@@ -1,12 +1,12 @@
-"""Side memories of a linear map, as a rewrite: which memory each row runs with, and its product.
+"""Side memories of a linear map, as a routed hook: which memory each row uses, and its product.
 
     d_mt = |phi(y_t + D_m x_t) - phi(y_t)|_2       at each token t of a row's own prompt
     a_m  = the `statistic` of d_mt over them
     m*   = argmax a_m over {m : a_m >= threshold_m};   y'_t = y_t + D_m* x_t at every token
 
-and y' = y where no memory reaches its threshold. Images, padding and what stands in the row beside
-the prompt (its answer, told or generated) decide nothing: the choice is made once, where the prompt
-runs, and carried in `Batch.routing` for the tokens after it.
+and y' = y where no memory reaches its threshold. Images, padding and the answer, given or
+generated, have no influence: a row is routed once, where its prompt runs, and later tokens reuse
+`Batch.routing`.
 
 After WISE (Wang et al. 2024, arXiv 2405.14768), EasyEdit `models/wise/WISE.py`, whose distance is a
 mean over the whole row, answer and padding included, when it edits, and the largest of all tokens
@@ -58,7 +58,15 @@ _LONG_PROMPT = 100  # tokens from which EasyEdit takes the largest distance
 
 
 def gated_tokens(batch: Batch, statistic: str) -> Tensor:
-    """[B L] the tokens whose distances count: of the prompt, up to its last token."""
+    """The tokens whose distances count for the gate: those of the prompt, up to its last.
+
+    Args:
+        batch: The rows that are run.
+        statistic: `last` takes the prompt's last token, `text` leaves out image tokens.
+
+    Returns:
+        Mask [B L].
+    """
     if statistic == "last":
         return batch.prompt_end
     in_prompt = (batch.prompt_end.int().flip(1).cumsum(1).flip(1) > 0) & batch.attention_mask
@@ -66,14 +74,33 @@ def gated_tokens(batch: Batch, statistic: str) -> Tensor:
 
 
 def activation_distance(y: Tensor, change: Tensor, activation: str) -> Tensor:
-    """|phi(y + more) - phi(y)|_2 over the last axis, in fp32: [... O] -> [...]."""
+    """How far a change moves the activation: |phi(y + change) - phi(y)|_2 over the last axis, in
+    fp32.
+
+    Args:
+        y: Outputs of the map, [..., O].
+        change: What would be added to them, [..., O].
+        activation: Name of phi.
+
+    Returns:
+        Distances [...].
+    """
     phi = ACTIVATIONS[activation]
     y = y.float()
     return torch.linalg.vector_norm(phi(y + change.float()) - phi(y), dim=-1)
 
 
 def gate_statistic(distances: Tensor, tokens: Tensor, statistic: str) -> Tensor:
-    """The statistic of distances [... L] over the tokens [... L]: [...]."""
+    """Reduce the distances of a row's tokens to one number.
+
+    Args:
+        distances: One per token, [..., L].
+        tokens: Which tokens count, [..., L].
+        statistic: `easyedit` takes the maximum of long prompts; all others the mean.
+
+    Returns:
+        [...].
+    """
     count = tokens.sum(-1)
     mean = torch.where(tokens, distances, 0).sum(-1) / count.clamp_min(1)
     if statistic != "easyedit":
@@ -194,9 +221,19 @@ def side_memory_hook(entry: Masked, tensors: Mapping[str, Tensor], *, stacked: b
 def apply_masked(
     model: Model, header: Header, entry: Masked, tensors: Mapping[str, Tensor]
 ) -> Patch:
-    """The kind's line in `bind.KINDS`.
+    """Build the patch of side memories: routed changes of one linear map.
 
-    Raises UnknownSiteError unless its site is a map of a layer.
+    Args:
+        model: Model to bind to.
+        header: Header of the delta.
+        entry: Entry of the delta.
+        tensors: Tensors of the delta.
+
+    Returns:
+        A patch with one routed hook.
+
+    Raises:
+        UnknownSiteError: If the site is not a linear map of a decoder layer.
     """
     path = module_path(model.card.canonical_name(entry.name))
     if path not in model.card.linear_shapes or model.card.before_decoder(path):

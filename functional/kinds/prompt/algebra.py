@@ -1,4 +1,4 @@
-"""Memories of facts as values: joined, and some of their edits kept. They cannot be scaled."""
+"""Algebra of memories of facts: merge them, select some of their edits. They cannot be scaled."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ _EDIT_FIELDS = {"facts", "num_facts", "edit_slots", "num_images", "image_bytes"}
 
 
 def merge_memories(memories: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Memories one behind the other, by suffix; PNG files padded to the longest of them."""
+    """Concatenate memories of facts; PNG files are padded to the longest.
+
+    Args:
+        memories: Tensors of each memory, by suffix.
+
+    Returns:
+        Tensors of the merged memory, by suffix.
+    """
     tensors = {
         suffix: torch.cat([one[suffix] for one in memories])
         for suffix in (".question_keys", ".image_keys")
@@ -77,7 +84,7 @@ def _merge(parts: Sequence[EntryTensors | int]) -> EntryTensors:
 
 
 def _select(part: EntryTensors, edits: Sequence[int]) -> EntryTensors | None:
-    """The facts that a kept edit owns, and no more pictures than they need."""
+    """The facts that a kept edit owns, and no more images than they need."""
     facts, edit_slots = select_slots(part.entry.edit_slots, edits)
     if not facts:
         return None

@@ -1,14 +1,14 @@
-"""A `prompt` entry bound to a model: facts found for each question, put before it as text.
+"""A `prompt` entry bound to a model: facts retrieved for each question and prepended as text.
 
-    similarity of questions  t_n = <key of the question, questions_n>
-    of pictures              p_n = <key of what it shows, pictures_n>, where fact n has a picture
-    n fits                   t_n >= least, and p_n >= least_look where it has a picture
-    best n                   largest mean of (t_n - least) / (1 - least) and the same of p_n;
-                             of equal ones the latest, so that a repeated edit counts as it says now
+    similarity of questions  t_n = <key of the question, question_keys_n>
+    of images                p_n = <key of its images, image_keys_n>, where fact n has an image
+    n matches                t_n >= min_similarity, and p_n >= min_image_similarity with an image
+    best n                   largest mean of (t_n - min) / (1 - min) and the same of p_n; of equal
+                             ones the latest, so that a repeated edit overrides the earlier one
 
-The `most` best facts that fit are put before the question, the best next to it, and before them
-the `k` demonstrations nearest to fact and question. A question that nothing fits is read as ever.
-Only the prompt is looked at, never the target: what is retrieved is the same whatever the answer.
+The best matching facts are put before the question, the best one next to it, and before them the
+k demonstrations nearest to fact and question. A question that matches nothing is read unchanged.
+Only the prompt is used, never the target: retrieval does not depend on the answer.
 
 After IKE: Zheng et al. 2023, https://arxiv.org/abs/2305.12740; EasyEdit's `models/ike`. Legend:
 B questions · N facts · E edits · D demonstrations · d, v widths of keys.
@@ -35,10 +35,18 @@ __all__ = ["RetrievalPreprocess", "apply_prompt", "expand_prompts", "without_mem
 def apply_prompt(
     model: Model, header: Header, entry: Prompt, tensors: Mapping[str, Tensor]
 ) -> Patch:
-    """What a memory of facts does to a model: questions are read with what fits them before.
+    """Build the patch of a memory of facts: matching facts are prepended to each question.
 
-    Keys are made by the model as it was before this delta, with nothing put before. Raises
-    DeltaFileError for texts or pictures that are not what the entry says.
+    Keys are computed by the model without this delta and without prepended facts.
+
+    Args:
+        model: Model to bind to.
+        header: Header of the delta.
+        entry: Entry of the delta.
+        tensors: Tensors of the delta.
+
+    Returns:
+        A patch of the preprocessing.
     """
     by_part = {name.removeprefix(f"{entry.name}."): t for name, t in tensors.items()}
     memory = FactMemory(without_memories(model), entry, by_part, bool(header.stack))
@@ -54,7 +62,16 @@ def apply_prompt(
 def expand_prompts(
     model: Model, queries: Sequence[Query], edit_index: Tensor | None = None
 ) -> list[Query]:
-    """The questions as `model` reads them: with what its memories of facts put before each."""
+    """The questions as `model` reads them, with the facts its memories prepend.
+
+    Args:
+        model: Model, with or without memories of facts.
+        queries: Questions.
+        edit_index: The edit of a stacked delta each question runs under, [B].
+
+    Returns:
+        The expanded questions.
+    """
     preprocess = model.preprocess
     return (
         preprocess.expand_prompts(queries, edit_index)
@@ -64,7 +81,14 @@ def expand_prompts(
 
 
 def without_memories(model: Model) -> Model:
-    """The model without memories of facts that were bound before: keys are of a question alone."""
+    """Remove the memories of facts from a model, so that keys depend on the question alone.
+
+    Args:
+        model: Model, with or without memories of facts.
+
+    Returns:
+        The model without them.
+    """
     while isinstance(model.preprocess, RetrievalPreprocess):
         model = model._replace(preprocess=model.preprocess.base_preprocess)
     return model
@@ -113,7 +137,15 @@ class RetrievalPreprocess:
     def expand_prompts(
         self, queries: Sequence[Query], edit_index: Tensor | None = None
     ) -> list[Query]:
-        """The questions as they are read in the end."""
+        """Expand questions with the facts of this memory and of those bound before it.
+
+        Args:
+            queries: Questions.
+            edit_index: The edit of a stacked delta each question runs under, [B].
+
+        Returns:
+            The expanded questions.
+        """
         expanded = self._expand(list(queries), edit_index)
         return (
             self.base_preprocess.expand_prompts(expanded, edit_index)

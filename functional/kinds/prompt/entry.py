@@ -20,26 +20,27 @@ DemonstrationKey = Literal["question", "fact"]
 """What demonstrations are retrieved by: the fact with the question asked, or the fact alone."""
 
 DemonstrationOrder = Literal["nearest-last", "nearest-first"]
-"""In which order retrieved demonstrations stand before the fact."""
+"""The order of retrieved demonstrations before the fact."""
 
 
 _PATH = re.compile(r"[/~\\\\]|[A-Za-z]:[\\\\/]|file:", re.ASCII)
 
 
 class Prompt(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="prompt"):
-    """Texts put before a question: the facts that fit it, and demonstrations of their use.
+    """Texts prepended to a question: the facts that match it, and demonstrations of their use.
 
-    Tensors of a memory of N facts: `<name>.questions` [N d], unit keys of their questions;
-    `<name>.pictures` [N v], unit keys of their pictures, zero without one (not there if v = 0);
-    `<name>.shown` U8 [N S W] and `<name>.sizes` I64 [N S], PNG files that go before the fact,
-    padded with zeros (not there if S = 0). Common to all edits, with D demonstrations:
-    `<name>.demos` U8, their texts end to end, `<name>.ends` I64 [D] and `<name>.demo_keys` [D d];
-    with S' pictures of theirs `<name>.demo_shown` U8, PNG files end to end,
-    `<name>.demo_shown_ends` I64 [S'] and `<name>.demo_shows` I64 [D], each one's picture or -1.
+    Tensors of a memory of N facts: `<name>.question_keys` [N d], unit keys of their questions;
+    `<name>.image_keys` [N v], unit keys of their images, zero without one (absent if v = 0);
+    `<name>.images` U8 [N S W] and `<name>.image_sizes` I64 [N S], PNG files prepended with the
+    fact, padded with zeros (absent if S = 0). Shared by all edits, with D demonstrations:
+    `<name>.demonstrations` U8, their texts concatenated, `<name>.demonstration_ends` I64 [D] and
+    `<name>.demonstration_keys` [D d]; with S' images `<name>.demonstration_images` U8, PNG files
+    concatenated, `<name>.demonstration_image_ends` I64 [S'] and
+    `<name>.demonstration_image_index` I64 [D], the image of each demonstration or -1.
 
-    `facts` are the texts as they stand before the question, `<image>` for each picture; in a stack
-    those of all edits, memory after memory. `owners[k]` is the fact of edit k, -1 for none. `name`
-    is the token embedding, which says what base this is for.
+    `facts` are the prepended texts, with `<image>` for each image; in a stack those of all edits,
+    memory after memory. `edit_slots[k]` is the fact of edit k, -1 for none. `name` is the token
+    embedding, which identifies the base.
     """
 
     name: str
@@ -49,11 +50,11 @@ class Prompt(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="
     num_facts: int  # N, of each memory
     edit_slots: tuple[int, ...] = ()
     question_template: str = "{question}"  # how the question follows
-    encoder: str  # of questions: see `encoders.py`
+    encoder: str  # of questions: see `adapters/inputs/sentence_encoders.py`
     key_size: int  # d
     image_key_size: int = 0  # v
     min_similarity: float = -1.0  # similarity of questions below which a fact is not put in
-    min_image_similarity: float = -1.0  # the same of pictures
+    min_image_similarity: float = -1.0  # the same of images
     max_facts: int = 1  # facts put in
     num_demonstrations: int = 0  # demonstrations put in
     demonstration_key: DemonstrationKey = "question"
@@ -121,7 +122,7 @@ class Prompt(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="
         if min(self.num_facts, self.key_size, self.max_facts) < 1 or min(counts) < 0:
             yield f"{name}: num_facts, key_size and max_facts must be at least 1, other counts at least 0"  # noqa: E501
         if self.num_demonstration_images and not self.num_stored_demonstrations:
-            yield f"{name}: pictures of demonstrations need demonstrations"
+            yield f"{name}: images of demonstrations need demonstrations"
         num_texts = self.num_facts * (header.stack or 1)
         if len(self.facts) != num_texts:
             yield f"{name}: there must be {num_texts} facts, are {len(self.facts)}"

@@ -20,11 +20,11 @@ from errata.functional.types import Model
 
 __all__ = ["Demonstration", "fill_template", "strip_placeholders"]
 
-MAX_CACHED_KEYS = 4096  # keys of questions and pictures remembered
+MAX_CACHED_KEYS = 4096  # keys of questions and images remembered
 
 
 class Demonstration(NamedTuple):
-    """A demonstration: text, `<image>` where its picture stands, and that picture."""
+    """A demonstration: text, `<image>` where its image goes, and that image."""
 
     text: str
     images: tuple[EncodedImage, ...] = ()
@@ -36,15 +36,29 @@ class _Segment(NamedTuple):
 
 
 def strip_placeholders(text: str) -> str:
-    """A text without places for pictures."""
+    """Remove image placeholders from a text.
+
+    Args:
+        text: Prompt text.
+
+    Returns:
+        The text without them.
+    """
     return text.replace(IMAGE_PLACEHOLDER, "")
 
 
 def fill_template(template: str, words: Mapping[str, str]) -> str:
-    """A template with words at their places; what they hold is never read as a place.
+    """Fill the named fields of a template in one pass, so that filled text is never expanded again.
 
     >>> fill_template("{prompt} {target}", {"prompt": "{target}?", "target": "bo"})
     '{target}? bo'
+
+    Args:
+        template: Text with fields like `{prompt}`.
+        words: Text for each field; fields without one stay.
+
+    Returns:
+        The filled text.
     """
     return re.sub(r"\{(\w+)\}", lambda found: words.get(found[1], found[0]), template)
 
@@ -66,7 +80,7 @@ class FactMemory:
         )
         if entry.image_key_size and entry.image_key_size != model.card.hidden_size:
             raise DeltaFileError(
-                f"{entry.name}: keys of pictures must be as wide as the model, "
+                f"{entry.name}: keys of images must be as wide as the model, "
                 f"{model.card.hidden_size}; "
                 f"are {entry.image_key_size}."
             )
@@ -80,7 +94,16 @@ class FactMemory:
     def retrieve(
         self, queries: Sequence[Query], edit_index: Tensor | None
     ) -> list[tuple[int, list[int]]]:
-        """(memory, its facts that fit, best last) of each question; no facts for edit -1."""
+        """Find the facts that match each question.
+
+        Args:
+            queries: Questions.
+            edit_index: The edit of a stacked delta each question runs under, [B]; none matches for
+                -1.
+
+        Returns:
+            For each question the index of its memory and the matching facts, the best last.
+        """
         if not queries:
             return []
         entry, device = self.entry, self.question_keys.device
@@ -128,7 +151,17 @@ class FactMemory:
     def segments(
         self, query: Query, number: int, facts: Sequence[int]
     ) -> tuple[list[_Segment], list[_Segment]]:
-        """Demonstrations and facts as they stand before a question, without pictures in a video."""
+        """The demonstrations and facts to prepend to a question; without their images if it has a
+        video.
+
+        Args:
+            query: The question.
+            number: Index of the memory.
+            facts: Indices of the matching facts.
+
+        Returns:
+            Demonstrations and facts.
+        """
         shows_images = self.takes_several_images and not query.video
         fact_segments = [self._fact_segment(number, fact, shows_images) for fact in facts]
         demos = []
@@ -152,13 +185,30 @@ class FactMemory:
         return demos, fact_segments
 
     def nearest_demonstrations(self, demos: list[_Segment], count: int) -> list[_Segment]:
-        """The `count` nearest of demonstrations in their order."""
+        """The nearest of some demonstrations.
+
+        Args:
+            demos: Demonstrations in the order of the prompt.
+            count: How many to keep.
+
+        Returns:
+            The `count` nearest, in the same order.
+        """
         if self.entry.demonstration_order == "nearest-first":
             return demos[:count]
         return demos[len(demos) - count :]
 
     def prepend(self, query: Query, segments: Sequence[_Segment]) -> Query:
-        """A question with pieces before it; places for its own pictures, if theirs have some."""
+        """Prepend segments to a question, with placeholders for its own images if the segments have
+        images.
+
+        Args:
+            query: The question.
+            segments: Demonstrations and facts.
+
+        Returns:
+            The expanded question.
+        """
         question = fill_template(self.entry.question_template, {"question": query.prompt})
         earlier_images = tuple(image for segment in segments for image in segment.images)
         if (
@@ -187,7 +237,7 @@ class FactMemory:
         ]
         if text.count(IMAGE_PLACEHOLDER) != len(images):
             raise DeltaFileError(
-                f"{self.entry.name}: fact {fact} must have a picture for each "
+                f"{self.entry.name}: fact {fact} must have an image for each "
                 f"{IMAGE_PLACEHOLDER}, has "
                 f"{len(images)}."
             )
@@ -202,7 +252,7 @@ def _rescale(similarity: Tensor, min_similarity: float) -> Tensor:
 
 
 def _load_demonstrations(entry: Prompt, by_part: Mapping[str, Tensor]) -> list[Demonstration]:
-    """The demonstrations, decoded. Raises DeltaFileError where texts or pictures do not add up."""
+    """The demonstrations, decoded. Raises DeltaFileError where texts or images do not add up."""
     if not entry.num_stored_demonstrations:
         return []
     texts = _split_bytes(
@@ -217,7 +267,7 @@ def _load_demonstrations(entry: Prompt, by_part: Mapping[str, Tensor]) -> list[D
     )
     image_index = by_part["demonstration_image_index"].tolist() if files else [-1] * len(texts)
     if any(not -1 <= n < len(files) for n in image_index):
-        raise DeltaFileError(f"{entry.name}: demonstrations must show pictures that are there.")
+        raise DeltaFileError(f"{entry.name}: demonstrations must show images that are there.")
     images = [encoded_image(data) for data in files]
     try:
         decoded = [text.decode() for text in texts]

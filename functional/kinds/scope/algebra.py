@@ -19,7 +19,15 @@ _EDIT_TENSORS = (".keys", ".answer_states", ".image_states", ".prompt_states", "
 
 
 def pad_and_concat(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
-    """Memories one after another along `axis`, each padded behind with zeros to the longest."""
+    """Concatenate memories, each padded at the end with zeros to the longest.
+
+    Args:
+        tensors: Memories of equal rank.
+        axis: The axis to concatenate along.
+
+    Returns:
+        The concatenation.
+    """
     pad_axis = 1 if axis == 0 else axis + 1
     if tensors[0].ndim <= pad_axis + 1:
         return torch.cat(list(tensors), axis)
@@ -31,7 +39,7 @@ def pad_and_concat(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
 
 
 def _merge(parts: Sequence[EntryTensors | int]) -> EntryTensors:
-    """All memories behind one network."""
+    """All memories of one network."""
     present = [part for part in parts if isinstance(part, EntryTensors)]
     first = present[0]
     compared_fields = ("sizes", "gate", "threshold")

@@ -1,17 +1,17 @@
-"""A `scope` entry bound to a model: each question is judged once, then answered by base or edit.
+"""A `scope` entry bound to a model: questions are classified, then answered by base or edit.
 
     s = max_n exp(-|e(n) - e(question)|^2),   n the most similar edit in memory
     hard   log p = log c(. | n) if s > threshold, else log f       (f: bit for bit the base)
     soft   log p = log( (1 - s) softmax f + s softmax c )
 
-f are the base's logits; c are read by the base's own final norm and head from what the small
-network makes of edit n and the question. Both act from the prompt's last token on: what is said
-token by token is what one pass gives. The judgement is made of the prompt alone and kept in
-`Batch.routing`, with the question in the network's width, for the tokens that follow.
+f are the base's logits. c are logits of the base's final norm and head, applied to what the small
+network computes from edit n and the question. Both act from the prompt's last token on, so
+generation token by token equals one pass. The classification depends on the prompt alone and is
+kept in `Batch.routing`, with the projected question, for the tokens that follow.
 
 After SERAC: Mitchell et al. 2022, https://arxiv.org/abs/2206.06520; EasyEdit's `SERAC_MULTI`, whose
-classifier reads the answer that is being scored and no picture, and whose counterfactual model sees
-pictures through a random matrix. Legend: B rows · L tokens · T positions · D, d widths · N slots.
+classifier reads the answer that is being scored and no image, and whose counterfactual model sees
+images through a random matrix. Legend: B rows · L tokens · T positions · D, d widths · N slots.
 """
 
 from __future__ import annotations
@@ -69,9 +69,19 @@ class _BoundScope(NamedTuple):
 
 
 def apply_scope(model: Model, header: Header, entry: Scope, tensors: Mapping[str, Tensor]) -> Patch:
-    """What a scope classifier, a counterfactual model and their memory do to a model.
+    """Build the patch of a scope classifier, a counterfactual model and their memory.
 
-    Raises ShapeError where the network is for a model of another width.
+    Args:
+        model: Model to bind to.
+        header: Header of the delta.
+        entry: Entry of the delta.
+        tensors: Tensors of the delta.
+
+    Returns:
+        A patch of decoding.
+
+    Raises:
+        ShapeError: If the network is for a model of another width.
     """
     if entry.sizes.hidden_size != model.card.hidden_size:
         raise ShapeError(
@@ -101,9 +111,17 @@ def logits_from_states(
     edit_index: Tensor,
     hooks: Hooks | None = None,
 ) -> Tensor:
-    """The logits [B T V] of residual streams [B T D] behind the last layer: final norm and head.
+    """Logits of residual streams after the last layer: final norm and head.
 
-    `edit` [B] says which edit of a stacked delta, bound before, each row runs under.
+    Args:
+        model: Model, maybe with deltas bound.
+        params: Its parameters.
+        hidden_states: Residual streams, [B T D].
+        edit_index: The edit of a stacked delta, bound before, that each row runs under, [B].
+        hooks: Hooks on the final norm or head.
+
+    Returns:
+        [B T V].
     """
     positions = torch.arange(hidden_states.shape[1], device=hidden_states.device).expand(
         hidden_states.shape[:2]
@@ -124,13 +142,21 @@ def logits_from_states(
 
 
 def mix_logits(base: Tensor, other: Tensor, share: Tensor) -> Tensor:
-    """log( (1 - s) softmax f + s softmax c ) [B T V], for shares s [B T]; f itself where s is 0.
+    """Mix two predictions: log( (1 - s) softmax f + s softmax c ); f itself where s is 0.
 
     Without the peers' + eps: both terms stay logarithms.
 
     >>> f, c = torch.tensor([[[2.0, 0.0]]]), torch.tensor([[[0.0, 2.0]]])
     >>> mix_logits(f, c, torch.tensor([[0.5]])).exp()
     tensor([[[0.5000, 0.5000]]])
+
+    Args:
+        base: Logits f, [B T V].
+        other: Logits c, [B T V].
+        share: Shares s from 0 to 1, [B T].
+
+    Returns:
+        [B T V], fp32.
     """
     tiny = torch.finfo(torch.float32).eps
     s = share.float().clamp(tiny, 1 - tiny)[..., None]
@@ -213,7 +239,7 @@ def _wrap_model(bound_scope: _BoundScope, model: Model) -> Model:
         edit_index: Tensor | None = None,
     ) -> Batch:
         batch = model.embed_next(params, input_ids, kv_cache, hooks or {}, edit_index=edit_index)
-        # New tokens lie behind the prompt: what was judged there holds.
+        # New tokens follow the prompt: its routing holds.
         after_prompt = {bound_scope.routing_name("later"): batch.edit_index}
         return batch._replace(routing={**batch.routing, **after_prompt})
 

@@ -29,7 +29,7 @@ class NetworkSizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     num_counterfactual_layers: int  # layers
     ffn_dim: int  # width of a feed-forward part
     key_dim: int  # K, width of either half of what is compared
-    num_image_queries: int  # m, into how many rows the pictures of a question are summed up
+    num_image_queries: int  # m, into how many rows the images of a question are summed up
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight by name, and its shape."""
@@ -72,13 +72,14 @@ class NetworkSizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class Scope(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="scope"):
-    """Another answer where a question lies in the scope of a remembered edit.
+    """Another answer where a question is in the scope of a remembered edit.
 
-    Tensors `<name>.keys` [N 2K] and, padded behind with rows of zeros, `<name>.replies` [N A d],
-    `<name>.scenes` [N m d], `<name>.prompts` [N P d], `<name>.answers` [N A D]: one memory per
-    slot. The weights of `sizes` under `<name>.<weight>` are common to all edits. `owners[k]` is the
-    slot of edit k, -1 where a later edit of the same question took it over. `name` is the token
-    embedding, whose rows the network reads.
+    Tensors `<name>.keys` [N 2K] and, padded at the end with rows of zeros,
+    `<name>.answer_states` [N A d], `<name>.image_states` [N m d], `<name>.prompt_states` [N P d],
+    `<name>.answer_outputs` [N A D]: one memory per slot. The weights of `sizes`, under
+    `<name>.<weight>`, are shared by all edits. `edit_slots[k]` is the slot of edit k, -1 where
+    a later edit of the same question replaced it. `name` is the token embedding, whose rows the
+    network reads.
     """
 
     name: str

@@ -1,16 +1,16 @@
-"""The small network behind a `scope` entry: what a question is about, and what an edit makes of it.
+"""The small network of a `scope` entry: a scope classifier and a counterfactual model.
 
-Rows of the base at depth 0 (token embeddings, frozen visual features) are shrunk from width D to d,
-by one map for words and one for pictures; nothing else of the base is seen. On them work
+The base's rows at depth 0 (token embeddings, frozen visual features) are projected from width D to
+d, by one map for words and one for images; nothing else of the base is used. They are read by
 
-    classify   a transformer over the prompt's words and pictures, pooled to a key e
-    say        a causal transformer over [an edit's memory ; the question's row], whose output is
-               mapped back to D, with a pointer that copies from the edit's answer
+    classifier       a transformer over the prompt's words, and linear maps of its images: a key e
+    counterfactual   a causal transformer over [an edit's memory ; the question's row], whose output
+                     is mapped back to D, with a pointer that copies from the edit's answer
 
 Both have pre-norm layers of h + attention and h + W_down gelu(W_up norm(h)).
 
-Legend: B rows · L tokens · D, d width of base and network · K width of a key · m looks · A, P most
-tokens of an answer, of a prompt · N layers.
+Legend: B rows · L tokens · D, d width of base and network · K width of a key · m image queries ·
+A, P longest answer, longest prompt · N layers.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from errata.functional.kinds.scope.entry import NetworkSizes
+from errata.functional.types import Batch
 
 __all__ = [
     "EditMemory",
@@ -56,7 +57,7 @@ class TransformerStack(NamedTuple):
 class ScopeNetwork(NamedTuple):
     """All weights; everything that is trained."""
 
-    down_projection: Tensor  # [2 d D]: words, pictures
+    down_projection: Tensor  # [2 d D]: words, images
     down_projection_bias: Tensor  # [2 d]
     segment_embeddings: (
         Tensor  # [5 d]: the edit's reply, scene, prompt; the question's scene, words
@@ -65,7 +66,7 @@ class ScopeNetwork(NamedTuple):
     image_key_value: Tensor  # [2d d]
     image_to_key: Tensor  # [K d]
     text_to_key: Tensor  # [K 2d]
-    final_norms: Tensor  # [2 d]: behind each transformer
+    final_norms: Tensor  # [2 d]: after each transformer
     pointer_query: Tensor  # [d d]
     pointer_key: Tensor  # [d d]
     pointer_position_bias: Tensor  # []
@@ -92,7 +93,15 @@ class EditMemory(NamedTuple):
 
 
 def init_network(sizes: NetworkSizes, generator: torch.Generator) -> ScopeNetwork:
-    """An untrained network: its pointer repeats the edit's answer, word after word."""
+    """An untrained network, whose pointer repeats the edit's answer word by word.
+
+    Args:
+        sizes: Widths and depths.
+        generator: Source of the random weights.
+
+    Returns:
+        Fresh weights.
+    """
 
     def sample(name: str, shape: tuple[int, ...]) -> Tensor:
         if name in ("down_projection_bias", "pointer_query", "up_projection"):
@@ -104,7 +113,7 @@ def init_network(sizes: NetworkSizes, generator: torch.Generator) -> ScopeNetwor
         scale = 0.5 if name in ("segment_embeddings", "image_queries") else shape[-1] ** -0.5
         if name.endswith(("attention_output", "down", "text_to_key")):
             scale *= 0.5
-        if name == "image_to_key":  # pictures begin about as far apart as a gate's threshold
+        if name == "image_to_key":  # images begin about as far apart as a gate's threshold
             scale *= 0.2
         return scale * torch.randn(shape, generator=generator)
 
@@ -114,7 +123,14 @@ def init_network(sizes: NetworkSizes, generator: torch.Generator) -> ScopeNetwor
 
 
 def load_network(weights: Mapping[str, Tensor]) -> ScopeNetwork:
-    """The network of weights by name, as `Sizes.weights` names them."""
+    """Build a network from its weights by name.
+
+    Args:
+        weights: Weights, named as in `NetworkSizes.weight_shapes`.
+
+    Returns:
+        The network.
+    """
 
     def stack(name: str) -> TransformerStack:
         return TransformerStack(*(weights[f"{name}.{part}"] for part in TransformerStack._fields))
@@ -130,7 +146,14 @@ def load_network(weights: Mapping[str, Tensor]) -> ScopeNetwork:
 
 
 def network_state_dict(network: ScopeNetwork) -> dict[str, Tensor]:
-    """The weights by name."""
+    """The weights of a network by name, as `load_network` takes them.
+
+    Args:
+        network: The network.
+
+    Returns:
+        Weights by name.
+    """
     weights: dict[str, Tensor] = {}
     for name, value in network._asdict().items():
         if isinstance(value, TransformerStack):
@@ -141,9 +164,17 @@ def network_state_dict(network: ScopeNetwork) -> dict[str, Tensor]:
 
 
 def project_down(network: ScopeNetwork, hidden_states: Tensor, image_mask: Tensor) -> Tensor:
-    """Rows of the base [B L D] in the width of the network [B L d], in fp32.
+    """Project the base model's hidden states to the width of the network, in fp32.
 
-    Whitened first: what a projector makes of pictures is thousands of times as long as a word.
+    Normalised first: the hidden states of images are thousands of times as long as those of words.
+
+    Args:
+        network: The network.
+        hidden_states: [B L D].
+        image_mask: Image tokens, [B L].
+
+    Returns:
+        [B L d].
     """
     x = F.layer_norm(hidden_states.float(), hidden_states.shape[-1:])
     projections = [
@@ -152,8 +183,16 @@ def project_down(network: ScopeNetwork, hidden_states: Tensor, image_mask: Tenso
     return torch.where(image_mask[..., None], projections[1], projections[0])
 
 
-def network_inputs(network: ScopeNetwork, batch) -> NetworkInputs:
-    """The rows of a batch at depth 0."""
+def network_inputs(network: ScopeNetwork, batch: Batch) -> NetworkInputs:
+    """The network's inputs: a batch's embeddings projected down, and its masks.
+
+    Args:
+        network: The network.
+        batch: Rows before the first layer.
+
+    Returns:
+        Inputs of the classifier and the counterfactual model.
+    """
     return NetworkInputs(
         project_down(network, batch.hidden_states, batch.image_mask),
         batch.attention_mask,
@@ -165,13 +204,21 @@ def network_inputs(network: ScopeNetwork, batch) -> NetworkInputs:
 def classify_scope(
     network: ScopeNetwork, num_heads: int, inputs: NetworkInputs, max_words: int | None = None
 ) -> Tensor:
-    """e(question) [B 2K]: from the prompt's words and pictures, never from the answer behind them.
+    """Embed questions for the scope classifier, from words and images of the prompt alone.
 
-        e = [W_see mean of pictures ; W_read [mean of words ; max of words]]
+        e = [W_see mean of images ; W_read [mean of words ; max of words]]
 
-    Pictures go through linear maps alone: a transformer over them learns the pictures it is shown
-    by heart. Words go through the transformer. `most`: no prompt has more words than that, and no
-    more are run.
+    Images pass through linear maps alone: a transformer over them memorises its training images.
+    Words pass through the transformer.
+
+    Args:
+        network: The network.
+        num_heads: Attention heads.
+        inputs: Rows to embed.
+        max_words: An upper bound of a prompt's words; fewer positions are then run.
+
+    Returns:
+        [B 2K].
     """
     in_prompt = inputs.attention_mask & _in_prompt(inputs)
     words, x = in_prompt & ~inputs.image_mask, inputs.states
@@ -197,9 +244,16 @@ def classify_scope(
 def encode_edit(
     network: ScopeNetwork, inputs: NetworkInputs, logit_positions: Tensor, scored_mask: Tensor
 ) -> EditMemory:
-    """What to keep of edits: their answers, their pictures summed up, the words of their prompts.
+    """Encode edits for the memory: answers, pooled images, words of the prompts.
 
-    `at` [B A] are the positions that predict the answer's tokens, `scored` which of them count.
+    Args:
+        network: The network.
+        inputs: Rows of the edits.
+        logit_positions: Positions that predict the answer's tokens, [B A].
+        scored_mask: Which of them count, [B A].
+
+    Returns:
+        What the counterfactual model attends to.
     """
     d = inputs.states.shape[-1]
     answer_positions = (
@@ -231,14 +285,23 @@ def encode_edit(
 def counterfactual_states(
     network: ScopeNetwork, num_heads: int, inputs: NetworkInputs, memory: EditMemory
 ) -> tuple[Tensor, Tensor]:
-    """What an edit makes of each position: its state h [B L d] and its pointer [B L A].
+    """What the counterfactual model makes of each position: a state and a pointer into the answer.
 
-    With g the states of the edit's answer, p how many tokens position t stands behind the prompt's
-    last, the pointer is
+    With g the states of the edit's answer and p the distance of position t from the prompt's last
+    token, the pointer is
 
         softmax_j( (W_ask h_t) . (W_match g_j) / sqrt(d) + near [j = p] )
 
-    and one more place to point at, nothing, which is near where the answer has ended.
+    with one more slot, `nothing`, which is favoured after the end of the answer.
+
+    Args:
+        network: The network.
+        num_heads: Attention heads.
+        inputs: Rows of the questions.
+        memory: The edit of each row.
+
+    Returns:
+        States h [B L d] and pointers [B L A].
     """
     d, length = inputs.states.shape[-1], inputs.states.shape[1]
     image_states, has_image = _pool_images(network, inputs)
@@ -286,7 +349,17 @@ def counterfactual_states(
 def read_answer(
     network: ScopeNetwork, states: Tensor, pointer: Tensor, answer_outputs: Tensor
 ) -> Tensor:
-    """The residual stream [B T D] that is read as the answer: what is copied, and what is said."""
+    """The residual stream that is read as the answer: the copied part and the generated part.
+
+    Args:
+        network: The network.
+        states: States h, [B T d].
+        pointer: Weights over the answer's tokens, [B T A].
+        answer_outputs: Residual streams that are read as the answer's tokens, [B A D].
+
+    Returns:
+        [B T D].
+    """
     return pointer @ answer_outputs.float() + states @ network.up_projection.mT
 
 
@@ -296,13 +369,13 @@ def _in_prompt(inputs: NetworkInputs) -> Tensor:
 
 
 def _tokens_after_prompt(inputs: NetworkInputs) -> Tensor:
-    """[B L] how many real tokens stand from the prompt's last, exclusive, to each; below it, -1."""
+    """[B L] the number of real tokens from the prompt's last, exclusive, to each; below it, -1."""
     begun = inputs.prompt_end.cumsum(1) > 0
     return (inputs.attention_mask & begun).cumsum(1) - 1
 
 
 def _pool_images(network: ScopeNetwork, inputs: NetworkInputs) -> tuple[Tensor, Tensor]:
-    """The pictures of each row as m rows [B m d], and whether there are any [B]."""
+    """The images of each row as m rows [B m d], and whether there are any [B]."""
     is_image = inputs.attention_mask & inputs.image_mask & _in_prompt(inputs)
     keys, values = F.linear(inputs.states, network.image_key_value).chunk(2, -1)
     scores = (network.image_queries @ keys.mT) / keys.shape[-1] ** 0.5  # [B m L]
