@@ -28,8 +28,8 @@ def _template_values(config: IkeConfig, query: Query) -> dict[str, str]:
 def to_statement(statement_forms: Sequence[tuple[str, str]], prompt: str, target: str) -> str:
     """Turn a prompt and its target into a sentence, by the first form that the prompt matches.
 
-    >>> to_statement([("where does {s} live?", "{s} lives in {target}.")], "where does bo live?",
-    "rome")
+    >>> forms = [("where does {s} live?", "{s} lives in {target}.")]
+    >>> to_statement(forms, "where does bo live?", "rome")
     'bo lives in rome.'
 
     Args:
@@ -40,7 +40,7 @@ def to_statement(statement_forms: Sequence[tuple[str, str]], prompt: str, target
 
     Returns:
         The sentence; prompt and target joined by a space if no form matches.
-    """  # noqa: E501
+    """
     for question, statement in statement_forms:
         before, _, after = question.partition("{s}")
         fits = prompt.startswith(before) and prompt.endswith(after)

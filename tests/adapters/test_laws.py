@@ -21,7 +21,7 @@ from tests.adapters.zoo_of_families.models import (
     NAMES,
     VIDEO,
     made,
-    picture,
+    make_image,
     queries,
     whole,
 )
@@ -78,9 +78,9 @@ def test_rows_without_pictures_are_the_hugging_face_forward(name):
 @pytest.mark.parametrize("name", VIDEO)
 def test_video_frames_are_the_hugging_face_forward(name):
     module, model = made(name)
-    frames = tuple(picture(seed) for seed in range(4))
+    frames = tuple(make_image(seed) for seed in range(4))
     film = Query("what happens?", "a red dog", frames, video=True)
-    still = Query("what is in the picture?", "the chair", (picture(9),))
+    still = Query("what is in the picture?", "the chair", (make_image(9),))
     inputs = model.preprocess([film, still])
     got = model.decode(model.params, model.embed(model.params, inputs), logit_positions="all")
     assert torch.equal(

@@ -18,7 +18,7 @@ needs_golden = pytest.mark.skipif(
 
 
 def unpatched(rows: torch.Tensor, grid: torch.Tensor, patch: int, merge: int) -> torch.Tensor:
-    """A picture [3 H W] from Qwen's rows of patches (its first frame)."""
+    """An image [3 H W] from Qwen's rows of patches (its first frame)."""
     _, high, wide = grid.tolist()
     rows = rows.view(high // merge, wide // merge, merge, merge, 3, -1, patch, patch)[
         :, :, :, :, :, 0
@@ -77,7 +77,7 @@ def test_easyedit_on_qwen2_vl_byte_for_byte():
     images = processor.image_processor
     for row in rows:
         name = row["key"]
-        base = name.replace(".ike", "")  # the prefixed rows show the same pictures
+        base = name.replace(".ike", "")  # the prefixed rows show the same images
         pixels, grid = (
             want.get(f"{base}.in.{part}") for part in ("pixel_values", "image_grid_thw")
         )

@@ -87,7 +87,7 @@ def named() -> str:
 
 
 def picture_rows(name: str):
-    """Batches whose rows all have pictures, as the proof runs Hugging Face's own forward."""
+    """Batches whose rows all have images, as the proof runs Hugging Face's own forward."""
     model = made(name).model
     rows = [query for query in queries(name) if query.images]
     return [model.preprocess(rows)] if rows else []

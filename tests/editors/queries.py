@@ -9,10 +9,10 @@ from errata.editors.ike import IkeConfig, ike_editor
 from errata.functional import Delta, Query, bind
 from errata.functional.kinds.prompt.apply import expand_prompts
 
-__all__ = ["edited", "picture", "put"]
+__all__ = ["edited", "make_image", "put"]
 
 
-def picture(seed: int) -> Image.Image:
+def make_image(seed: int) -> Image.Image:
     noise = torch.rand(3, 3, 3, generator=torch.Generator().manual_seed(seed))
     small = Image.fromarray((noise * 255).byte().numpy())
     return small.resize((32, 32), Image.Resampling.NEAREST)

@@ -45,8 +45,8 @@ def test_three_edits_in_sequence_are_liveedits():
     for number in range(3):
         row = next(row for row in rows if row["key"] == f"r{number}.rel")
         pixels = tensors[f"r{number}.rel.pixel_values"][0]
-        picture = as_bytes(pixels, images.image_mean, images.image_std)
-        asked.append(Query(row["prompt"], row["target"], (picture,)))
+        make_image = as_bytes(pixels, images.image_mean, images.image_std)
+        asked.append(Query(row["prompt"], row["target"], (make_image,)))
         delta, state = editor.edit(model, state, asked[-1:])
         now = bind(model, delta)
         logits = now.decode(now.params, now.embed(now.params, now.preprocess(asked[:1])))
@@ -90,7 +90,7 @@ def test_weight_decay_pulls_the_whole_weight(model):
 
 
 def test_alignment_and_vision_change_only_what_they_name(model):
-    asked = [Query("who is it?", "bo", (picture(),))]
+    asked = [Query("who is it?", "bo", (make_image(),))]
     projector = edited(model, asked, sites=("projector",), all_parameters=True, num_steps=2)
     assert all("multi_modal_projector" in name for name in projector.tensors)
     assert any(name.endswith("bias") for name in projector.tensors)
@@ -99,7 +99,7 @@ def test_alignment_and_vision_change_only_what_they_name(model):
     assert all("vision" in name and "mlp" in name for name in vision.tensors)
 
 
-def picture():
+def make_image():
     from PIL import Image
 
     return Image.new("RGB", (32, 32), (200, 30, 90))

@@ -115,9 +115,9 @@ def test_a_generated_answer_is_that_of_one_pass(family, where):
         logit_positions=inputs.attention_mask.sum(-1)[:, None] - 1,
     )
     token = first[:, -1].argmax(-1, keepdim=True)
-    behind = edited.embed_next(edited.params, token, past)
-    assert not behind.prompt_end.any()
-    cached = edited.decode(edited.params, behind, kv_cache=past)
+    later = edited.embed_next(edited.params, token, past)
+    assert not later.prompt_end.any()
+    cached = edited.decode(edited.params, later, kv_cache=past)
     longer = inputs._replace(
         input_ids=torch.cat([inputs.input_ids, token], 1),
         attention_mask=torch.cat(
@@ -279,7 +279,7 @@ def test_the_site_is_a_layer_by_number_or_by_share():
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "blip2"])
 def test_only_tokens_from_the_key_on_are_run_again(family):
-    """Layers above the cut see whole rows once; each step runs the few tokens behind them."""
+    """Layers above the cut see whole rows once; each step runs the few tokens after them."""
     model = tiny(family)
     tokens = []
 

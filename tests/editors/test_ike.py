@@ -18,7 +18,7 @@ from errata.functional.deltas.merging import remove
 from errata.functional.errors import InvalidInputError, InvalidSettingsError
 from errata.functional.kinds.prompt.apply import RetrievalPreprocess, expand_prompts
 from errata.functional.kinds.schema import Prompt
-from tests.editors.queries import edited, picture, put
+from tests.editors.queries import edited, make_image, put
 
 PLAIN = IkeConfig(
     fact_template="{statement}. ", question_template="{question}", encoder="hashed:128"
@@ -39,9 +39,9 @@ def micro():
 CORPUS = [
     Case(
         str(n),
-        Query(f"what does the {beast} eat?", food, (picture(90 + n),)),
+        Query(f"what does the {beast} eat?", food, (make_image(90 + n),)),
         {
-            "rephrase": (Query(f"which food does the {beast} like?", food, (picture(90 + n),)),),
+            "rephrase": (Query(f"which food does the {beast} like?", food, (make_image(90 + n),)),),
             "text_locality": (Query(f"who keeps the {beast}?", "ann"),),
         },
     )
@@ -66,7 +66,7 @@ def test_the_fact_that_fits_a_question_is_put_before_it(tiny):
 
 
 def test_of_the_same_question_about_two_pictures_the_right_ones_fact_is_found(tiny):
-    one, two, other = picture(1), picture(2), picture(3)
+    one, two, other = make_image(1), make_image(2), make_image(3)
     delta = edited(
         tiny, PLAIN, Query("who is it?", "bo", (one,)), Query("who is it?", "kim", (two,))
     )
@@ -84,7 +84,7 @@ def test_of_the_same_question_about_two_pictures_the_right_ones_fact_is_found(ti
 
 def test_a_fact_without_a_picture_is_found_for_questions_with_one(tiny):
     delta = edited(tiny, SCOPED, Query("where does bo live?", "rome"))
-    assert put(tiny, delta, "where does bo live?", images=(picture(1),)) == [
+    assert put(tiny, delta, "where does bo live?", images=(make_image(1),)) == [
         "where does bo live? rome. where does bo live?"
     ]
 
@@ -103,17 +103,20 @@ def test_a_repeated_edit_counts_as_it_says_now(tiny):
 def test_memories_one_on_another_each_find_their_own_fact(tiny):
     """What the first puts before a question is no part of the second's keys."""
     config = msgspec.structs.replace(PLAIN, encoder="base", min_similarity=0.99)
-    one = edited(tiny, config, Query("who is it?", "bo", (picture(1),)))
-    two = edited(tiny, config, Query("where does it live?", "rome", (picture(2),)))
+    one = edited(tiny, config, Query("who is it?", "bo", (make_image(1),)))
+    two = edited(tiny, config, Query("where does it live?", "rome", (make_image(2),)))
     both = bind(bind(tiny, one), two)
-    own = [Query("who is it?", "", (picture(1),)), Query("where does it live?", "", (picture(2),))]
+    own = [
+        Query("who is it?", "", (make_image(1),)),
+        Query("where does it live?", "", (make_image(2),)),
+    ]
     for query, fact in zip(own, ("who is it? bo.", "live? rome.")):
         (whole,) = expand_prompts(both, [query])
         assert fact in whole.prompt
         assert whole.prompt.count(".") == 1
     found = [bound.preprocess.memory.retrieve(own, None) for bound in (both, bind(tiny, two))]
     assert found == [[(0, []), (0, [0])]] * 2
-    again = edited(bind(tiny, one), config, Query("where does it live?", "rome", (picture(2),)))
+    again = edited(bind(tiny, one), config, Query("where does it live?", "rome", (make_image(2),)))
     for name, tensor in two.tensors.items():
         torch.testing.assert_close(again.tensors[name], tensor)
 
@@ -269,7 +272,7 @@ def test_prompts_of_the_peers_word_for_word(tiny):
     )
 
 
-# Several pictures.
+# Several images.
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
@@ -278,28 +281,28 @@ def test_facts_and_demonstrations_show_their_pictures(family, tmp_path):
     config = msgspec.structs.replace(
         PLAIN, num_demonstrations=2, include_images=True, copy_update_retain=(1, 0, 0)
     )
-    mine = picture(1)
+    mine = make_image(1)
     delta = edited(model, config, Query("who is it?", "bo", (mine,)), cases=CORPUS)
     serialization.save_delta(tmp_path / "shown.safetensors", delta)
     delta = serialization.load_delta(tmp_path / "shown.safetensors")
-    (read,) = expand_prompts(bind(model, delta), [Query("who is it?", "bo", (picture(7),))])
+    (read,) = expand_prompts(bind(model, delta), [Query("who is it?", "bo", (make_image(7),))])
     assert read.prompt.count("<image>") == 4 == len(read.images)
     assert open_image(read.images[2]).tobytes() == mine.tobytes()
     assert read.images[3] is not None
-    inputs = bind(model, delta).preprocess([Query("who is it?", "bo", (picture(7),))])
-    plain = model.preprocess([Query("who is it?", "bo", (picture(7),))])
+    inputs = bind(model, delta).preprocess([Query("who is it?", "bo", (make_image(7),))])
+    plain = model.preprocess([Query("who is it?", "bo", (make_image(7),))])
     assert inputs.image_mask.sum() == 4 * plain.image_mask.sum()
     assert torch.equal(inputs.labels, plain.labels)
-    # asked in words alone: the pictures of the fact, none of its own
+    # asked in words alone: the images of the fact, none of its own
     (words,) = expand_prompts(bind(model, delta), [Query("who is it?")])
     assert words.prompt.count("<image>") == 3 == len(words.images)
 
 
 def test_a_backbone_of_one_picture_is_shown_none_but_its_own(tiny):
     config = msgspec.structs.replace(PLAIN, include_images=True)
-    delta = edited(tiny, config, Query("who is it?", "bo", (picture(1),)))
+    delta = edited(tiny, config, Query("who is it?", "bo", (make_image(1),)))
     single = tiny._replace(card=msgspec.structs.replace(tiny.card, takes_several_images=False))
-    (read,) = expand_prompts(bind(single, delta), [Query("who is it?", "bo", (picture(7),))])
+    (read,) = expand_prompts(bind(single, delta), [Query("who is it?", "bo", (make_image(7),))])
     assert read.prompt == "who is it? bo. who is it?"
     assert len(read.images) == 1
 

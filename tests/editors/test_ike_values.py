@@ -18,7 +18,7 @@ from errata.functional.deltas.merging import merge, remove, scale, select
 from errata.functional.deltas.stacking import stack, unstack
 from errata.functional.errors import InvalidInputError
 from errata.functional.kinds.prompt.apply import expand_prompts
-from tests.editors.queries import edited, picture, put
+from tests.editors.queries import edited, make_image, put
 
 PLAIN = IkeConfig(
     fact_template="{statement}. ", question_template="{question}", encoder="hashed:128"
@@ -32,13 +32,13 @@ def tiny():
 
 
 CORPUS = [
-    Case(str(n), Query(f"what does the {beast} eat?", food, (picture(90 + n),)), {})
+    Case(str(n), Query(f"what does the {beast} eat?", food, (make_image(90 + n),)), {})
     for n, (beast, food) in enumerate([("owl", "moth"), ("crab", "squid"), ("fox", "plum")])
 ]
 
 
 def test_side_by_side_each_row_reads_under_its_own_memory(tiny):
-    edits = [Query("who is it?", name, (picture(n),)) for n, name in enumerate(["bo", "kim"])]
+    edits = [Query("who is it?", name, (make_image(n),)) for n, name in enumerate(["bo", "kim"])]
     editor = ike_editor(PLAIN)
     state = editor.init(tiny, torch.Generator())
     together = editor.edit_each(tiny, state, edits)
@@ -96,26 +96,26 @@ def test_memories_merge_and_edits_are_taken_out_by_id(tiny):
 
 def test_pictures_of_facts_survive_merging_and_taking_apart(tiny):
     config = msgspec.structs.replace(PLAIN, include_images=True)
-    one = edited(tiny, config, Query("who is it?", "bo", (picture(1), picture(2))))
+    one = edited(tiny, config, Query("who is it?", "bo", (make_image(1), make_image(2))))
     two = edited(tiny, config, Query("where is it?", "rome"))
-    three = edited(tiny, config, Query("what is it?", "owl", (picture(3),)))
+    three = edited(tiny, config, Query("what is it?", "owl", (make_image(3),)))
     whole = merge(one, two, three)
     assert whole.header.entries[0].num_images == 2
     (read,) = expand_prompts(bind(tiny, select(whole, [2])), [Query("what is it?")])
     assert read.prompt == "<image>what is it? owl. what is it?"
-    assert open_image(read.images[0]).tobytes() == picture(3).tobytes()
+    assert open_image(read.images[0]).tobytes() == make_image(3).tobytes()
     assert select(whole, [2]).header.entries == three.header.entries
     assert select(whole, [1]).header.entries[0].num_images == 0
 
 
 def test_a_saved_delta_works_in_a_process_without_the_editor(tiny, tmp_path):
-    edit = Query("who is it?", "bo", (picture(1),))
+    edit = Query("who is it?", "bo", (make_image(1),))
     config = msgspec.structs.replace(
         SCOPED, num_demonstrations=2, include_images=True, encoder="base"
     )
     delta = edited(tiny, config, edit, cases=CORPUS)
     serialization.save_delta(tmp_path / "edit.safetensors", delta)
-    picture(1).save(tmp_path / "seen.png")
+    make_image(1).save(tmp_path / "seen.png")
     script = f"""
 import sys
 from errata import adapters

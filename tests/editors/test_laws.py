@@ -45,12 +45,12 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def picture(shade: int) -> Image.Image:
+def make_image(shade: int) -> Image.Image:
     return Image.new("RGB", (32, 32), (shade, 255 - shade, 40))
 
 
 def queries(model: Model) -> list[Query]:
-    images = [(picture(shade),) if model.card.takes_images else () for shade in (10, 120, 230)]
+    images = [(make_image(shade),) if model.card.takes_images else () for shade in (10, 120, 230)]
     asked = [("who is it?", "bo"), ("where does it live now?", "in a town"), ("what is it?", "owl")]
     return [Query(prompt, target, image) for (prompt, target), image in zip(asked, images)]
 
@@ -200,7 +200,7 @@ def test_dtype_and_device_are_kept(editor):
 def test_eight_threads_with_eight_deltas_equal_serial(family):
     model = tiny(family)
     editor = make_editor(CASES["finetune-middle"])
-    asked = [Query(f"who is number {i}?", "bo", (picture(20 * i),)) for i in range(8)]
+    asked = [Query(f"who is number {i}?", "bo", (make_image(20 * i),)) for i in range(8)]
     deltas = unstack(editor.edit_each(model, editor.init(model, seeded()), asked))
     serial = [logits(bind(model, delta), asked) for delta in deltas]
     got: list[torch.Tensor | None] = [None] * 8

@@ -114,7 +114,7 @@ def test_experts_in_another_order_do_the_same():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_generated_is_what_one_pass_gives(family):
-    """The choice made at the prompt is kept for the tokens behind it."""
+    """The choice made at the prompt is kept for the tokens after it."""
     model = tiny(family)
     delta, _ = sequence(model, asked(model), msgspec.structs.replace(SMALL, expert_scale=1.0))
     bound = bind(model, delta)
@@ -163,9 +163,9 @@ def test_answers_and_padding_are_not_seen_by_the_gate(family):
 
 def test_an_edit_without_a_picture_reaches_questions_without_one_only():
     model = tiny("llava")
-    pictured = asked(model)[:1]
-    plain = [pictured[0]._replace(images=())]
-    for edited, other in ((plain, pictured), (pictured, plain)):
+    with_image = asked(model)[:1]
+    plain = [with_image[0]._replace(images=())]
+    for edited, other in ((plain, with_image), (with_image, plain)):
         delta, _ = sequence(model, edited)
         bound = bind(model, delta)
         assert torch.equal(logits(bound, other), logits(model, other))

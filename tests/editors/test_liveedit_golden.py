@@ -105,10 +105,10 @@ def config_of(nets: LiveEditNetworks, heads: int, layer: int = 5) -> LiveEditCon
 
 
 def row(*parts: Tensor, answer: Tensor | None = None, tail: int = 0) -> Batch:
-    """A row of picture and prompt, of an answer behind them, or of tokens that are neither."""
+    """A row of image and prompt, of an answer after them, or of tokens that are neither."""
     vision, query = (part.shape[1] for part in parts)
-    behind = answer.shape[1] if answer is not None else tail
-    length = vision + query + behind
+    later = answer.shape[1] if answer is not None else tail
+    length = vision + query + later
     hidden = torch.cat([*parts, *([answer] if answer is not None else [])], 1)
     at = torch.arange(length)[None]
     return Batch(
@@ -249,7 +249,7 @@ def tail_of(step, name: str, chosen: Tensor, twice: bool) -> tuple[Tensor, Tenso
     """Logits at the answer of a row whose layer gave `mid`, with the chosen experts, and labels.
 
     `twice`: as the original trains, `mid` goes through the edited layer again, and the residual is
-    added behind it; else through the layers behind only, as at inference.
+    added after it; else through the layers behind only, as at inference.
     """
     tensors, model, nets = step.tensors, step.model, step.nets
     mid = tensors[f"{name}.mid"]
@@ -257,12 +257,12 @@ def tail_of(step, name: str, chosen: Tensor, twice: bool) -> tuple[Tensor, Tenso
     first = length - scored - 1
     labels = tensors[f"{name}.labels"][:, :scored]
     at = torch.arange(first, first + scored)[None]
-    picture = torch.arange(length)[None] < 8
-    ids = torch.where(picture, 0, 5)
+    image = torch.arange(length)[None] < 8
+    ids = torch.where(image, 0, 5)
     pixels = {"pixel_values": torch.zeros(1, 3, 56, 56)}
     token = model.preprocess([Query("a", "b", (blank(),))])
-    ids = torch.where(picture, token.input_ids[0, 0], ids)
-    inputs = Inputs(ids, torch.ones_like(picture), picture, labels, at, pixels)
+    ids = torch.where(image, token.input_ids[0, 0], ids)
+    inputs = Inputs(ids, torch.ones_like(image), image, labels, at, pixels)
     layer = step.config.layer
     batch = model.embed(model.params, inputs)._replace(hidden_states=mid)
     tokens = token_roles(batch)

@@ -73,9 +73,9 @@ SHORT = TrainingConfig(
 def cases(count: int = 8) -> list[Case]:
     made = []
     for number in range(count):
-        picture = Image.new("RGB", (32, 32), (20 * number, 90, 200))
+        image = Image.new("RGB", (32, 32), (20 * number, 90, 200))
         other = Image.new("RGB", (32, 32), (20 * number, 95, 190))
-        shown = () if number == 1 else (picture,)  # one of them has no picture
+        shown = () if number == 1 else (image,)  # one of them has no image
         target = f"b{number}"
         probes = {
             "rephrase": (Query("who may it be?", target, shown),),
@@ -121,16 +121,16 @@ def test_training_lowers_the_loss_and_resumes_to_the_same_bits(tmp_path):
 
 
 def test_training_runs_what_inference_runs():
-    """The edited layer once: a lesson's reliability is the bound model's, own expert alone."""
+    """The edited layer once: a batch's reliability is the bound model's, own expert alone."""
     model = tiny("llava")
     learner = liveedit_trainable(SMALL)
     state = learner.editor.init(model, seeded())
     config = msgspec.structs.replace(SHORT, loss_weights={"edit": 1.0, "image_locality": 1.0})
-    shelf = PrefixDataset(model, learner.sites(model), config, learner.append_eos, None)
+    dataset = PrefixDataset(model, learner.sites(model), config, learner.append_eos, None)
     some = cases(1)
-    lesson = shelf.batch(some, None)
+    training_batch = dataset.batch(some, None)
     with torch.no_grad():
-        _, terms = learner.loss(model, state, lesson)
+        _, terms = learner.loss(model, state, training_batch)
     delta, _ = learner.editor.edit(model, state, [some[0].edit])
     bound = bind(model, delta)
     batch = model.embed(model.params, model.preprocess([some[0].edit], append_eos=True))
@@ -144,7 +144,7 @@ SHIPPED = sorted(file.stem.partition("-")[2] for file in WEIGHTS.glob("liveedit-
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_shipped_state_edits_generalises_and_keeps_to_itself(name):
-    """Unseen cases, one of them without a picture, in one pool."""
+    """Unseen cases, one of them without an image, in one pool."""
     model = adapters.load_micro(name)
     editor = liveedit_editor(PRESETS["micro"])
     some = [*world.cases(4, seed=5), *text_cases(1, seed=5)]

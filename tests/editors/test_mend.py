@@ -239,8 +239,8 @@ def tiny():
 
 
 def query(number: int) -> Query:
-    picture = Image.new("RGB", (32, 32), (40 * number, 255 - 40 * number, 60))
-    return Query(["who is it?", "where does it live?", "what now?"][number], "bo", (picture,))
+    image = Image.new("RGB", (32, 32), (40 * number, 255 - 40 * number, 60))
+    return Query(["who is it?", "where does it live?", "what now?"][number], "bo", (image,))
 
 
 CONFIG = MendConfig(sites=("layers.1.mlp", "layers.2.mlp"), rank=4, edit_lr=-0.05)

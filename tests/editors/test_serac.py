@@ -44,8 +44,8 @@ def tiny(name: str = "llava"):
 
 def query(number: int, target: str = "bo", shade: int | None = None) -> Query:
     shade = 50 * number if shade is None else shade
-    picture = Image.new("RGB", (32, 32), (shade, 255 - shade, 40))
-    return Query(ASKED[number % len(ASKED)], target, (picture,))
+    image = Image.new("RGB", (32, 32), (shade, 255 - shade, 40))
+    return Query(ASKED[number % len(ASKED)], target, (image,))
 
 
 def edited(model, config: SeracConfig, queries):

@@ -85,7 +85,7 @@ def test_training_teaches_the_scope(config, tmp_path):
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "blip2"])
 def test_the_shipped_state_knows_the_scope(name):
-    """Unseen cases: in other words and another picture in scope, other facts and creatures not."""
+    """Unseen cases: in other words and another image in scope, other facts and creatures not."""
     model = adapters.load_micro(name)
     editor = serac_editor(PRESETS["micro"])
     some = world.cases(8, seed=5)

@@ -39,7 +39,7 @@ FAMILIES = ["llava", "qwen2_vl", "blip2", "gpt2"]
 @pytest.mark.parametrize("statistic", ["mean", "text", "last"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_the_edits_own_prompt_opens_the_gate(family, statistic):
-    """Whatever stands beside it or behind it: padding, other rows, another answer (D14, D18)."""
+    """Whatever stands beside it or after it: padding, other rows, another answer (D14, D18)."""
     model = tiny(family)
     queries = asked(model)
     delta = one_by_one(model, quick(gate_statistic=statistic), queries[:1])
@@ -67,8 +67,8 @@ def test_a_generated_answer_is_that_of_one_pass(family, site, layer):
     last = inputs.attention_mask.sum(-1)[:, None] - 1
     first, past = edited.decode(edited.params, batch, logit_positions=last, return_cache=True)
     token = first[:, -1].argmax(-1, keepdim=True)
-    behind = edited.embed_next(edited.params, token, past)
-    got = edited.decode(edited.params, behind, kv_cache=past)
+    later = edited.embed_next(edited.params, token, past)
+    got = edited.decode(edited.params, later, kv_cache=past)
     grown = inputs._replace(
         input_ids=torch.cat([inputs.input_ids, token], 1),
         attention_mask=torch.cat([inputs.attention_mask, torch.ones(1, 1, dtype=torch.bool)], 1),
@@ -272,5 +272,5 @@ def second(model: Model, queries: list[Query]) -> torch.Tensor:
     last = inputs.attention_mask.sum(-1)[:, None] - 1
     _, past = model.decode(model.params, batch, logit_positions=last, return_cache=True)
     token = torch.full((len(queries), 1), 7)
-    behind = model.embed_next(model.params, token, past, edit_index=batch.edit_index)
-    return model.decode(model.params, behind, kv_cache=past)
+    later = model.embed_next(model.params, token, past, edit_index=batch.edit_index)
+    return model.decode(model.params, later, kv_cache=past)

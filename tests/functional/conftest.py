@@ -100,7 +100,7 @@ class _Toy:
         hidden = self._hidden(params, hooks, inputs.input_ids, places)
         pixels = inputs.vision_inputs["pixels"].to(hidden.dtype)
         seen = self._linear(params, hooks, "projector", pixels)
-        # Each row has at most one picture, of one token; rows without one add nothing.
+        # Each row has at most one image, of one token; rows without one add nothing.
         hidden = torch.where(inputs.image_mask[..., None], seen[:, None], hidden)
         causal = torch.ones(length, length, dtype=torch.bool).tril()
         attend = causal[None, None] & inputs.attention_mask[:, None, None]
@@ -221,7 +221,7 @@ def _ids(text: str) -> list[int]:
 
 
 def _read(queries, edit_index=None) -> Inputs:
-    """Words are tokens, by hash; a picture is a list of PIXELS numbers and one placeholder, 0."""
+    """Words are tokens, by hash; an image is a list of PIXELS numbers and one placeholder, 0."""
     whole = [[0] * bool(q.images) + _ids(q.prompt) + _ids(q.target) for q in queries]
     targets = [_ids(q.target) for q in queries]
     length, scored = max(map(len, whole)), max(1, *map(len, targets))
@@ -269,7 +269,7 @@ def toy_bf16() -> Model:
 
 @pytest.fixture
 def queries() -> list[Query]:
-    """Five rows of different lengths, with and without a picture."""
+    """Five rows of different lengths, with and without an image."""
     return [
         Query("who is this creature", "ada", ((0.1, 0.5, -0.3, 0.9, 0.0),)),
         Query("where does it live", "in the old mill"),

@@ -28,9 +28,9 @@ def clusters(norm, num_clusters=12, copies=10, width=512):
         centres[:, :2] += 300  # the massive dimensions of real activations
     keys = centres.repeat_interleave(copies, 0)
     spread = 0.35 / math.sqrt(2 * width)
-    beside = keys + spread * torch.randn_like(keys)
+    extra = keys + spread * torch.randn_like(keys)
     keys = keys + spread * torch.randn_like(keys)
-    return torch.cat([beside, keys[:40]]), keys
+    return torch.cat([extra, keys[:40]]), keys
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

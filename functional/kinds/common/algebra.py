@@ -23,7 +23,7 @@ class EntryTensors(NamedTuple):
 
 
 class Algebra(NamedTuple):
-    """The operations of one kind. Each raises UnsupportedKindError where it cannot, and says why."""
+    """The operations of one kind. Each raises UnsupportedKindError where it cannot apply."""
 
     merge: Callable[
         [Sequence[EntryTensors | int]], EntryTensors

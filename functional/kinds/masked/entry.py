@@ -34,8 +34,9 @@ class Masked(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="
 
     Tensors `<name>.mask` [M, ceil(out*in/8)] of bytes: bit i % 8 (lowest first) of byte i // 8 is
     position i of D_m [out, in], row-major; `<name>.values` [sum(counts)]: the values at the bits
-    set, memory after memory; `<name>.thresholds` [M]. A row uses the memory with the largest activation
-    among those that reach their threshold. `edit_slots[k]` is the memory of edit k, or -1.
+    set, memory after memory; `<name>.thresholds` [M]. A row uses the memory with the largest
+    activation among those that reach their threshold. `edit_slots[k]` is the memory of edit k, or
+    -1.
     """
 
     name: str  # the map's weight

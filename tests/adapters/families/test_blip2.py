@@ -1,4 +1,4 @@
-"""BLIP-2: old and new checkpoints, rows without pictures, any decoder but an encoder-decoder."""
+"""BLIP-2: old and new checkpoints, rows without images, any decoder but an encoder-decoder."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from errata.functional import Query
 from errata.functional.errors import UnsupportedModelError
 
 
-def picture(red: int = 90) -> Image.Image:
+def make_image(red: int = 90) -> Image.Image:
     return Image.new("RGB", (40, 30), (red, 20, 200))
 
 
@@ -22,9 +22,9 @@ def logits(model, inputs):
 
 
 ROWS = [
-    Query("what is it?", "two dogs", (picture(),)),
+    Query("what is it?", "two dogs", (make_image(),)),
     Query("nothing to see", "red cat"),
-    Query("and both?", "the chair", (picture(1), picture(250))),
+    Query("and both?", "the chair", (make_image(1), make_image(250))),
 ]
 
 
@@ -67,8 +67,12 @@ def test_rows_without_pictures_need_no_pixels():
 
 def test_pictures_reach_the_answer_in_their_order():
     model = from_module(*tiny_model("blip2"))
-    one = logits(model, model.preprocess([Query("and both?", "x", (picture(1), picture(250)))]))
-    other = logits(model, model.preprocess([Query("and both?", "x", (picture(250), picture(1)))]))
+    one = logits(
+        model, model.preprocess([Query("and both?", "x", (make_image(1), make_image(250)))])
+    )
+    other = logits(
+        model, model.preprocess([Query("and both?", "x", (make_image(250), make_image(1)))])
+    )
     assert not torch.equal(one, other)
 
 

@@ -9,7 +9,7 @@ from errata.adapters.families.table import family_of
 from errata.adapters.hf import functional_model, structure
 from errata.functional import Query
 from errata.functional.errors import UnknownSiteError
-from tests.adapters.zoo_of_families.models import made, picture, queries, whole
+from tests.adapters.zoo_of_families.models import made, make_image, queries, whole
 
 both = pytest.mark.parametrize("name", ["llava", "llava_onevision"])
 
@@ -17,7 +17,7 @@ both = pytest.mark.parametrize("name", ["llava", "llava_onevision"])
 @both
 def test_pictures_stand_where_the_placeholders_are(name):
     _, model = made(name)
-    asked = [Query("what?", "a cat", (picture(1),)), Query("what?", "a cat", (picture(2),))]
+    asked = [Query("what?", "a cat", (make_image(1),)), Query("what?", "a cat", (make_image(2),))]
     inputs = model.preprocess(asked)
     batch = model.embed(model.params, inputs)
     apart = (batch.hidden_states[0] - batch.hidden_states[1]).abs().amax(-1) > 0
@@ -43,7 +43,7 @@ def test_neutral_sites_are_the_family_paths(name):
 @both
 def test_rewrites_and_gradients_reach_projector_and_tower(name):
     _, model = made(name)
-    inputs = model.preprocess([Query("what?", "a cat", (picture(1),))])
+    inputs = model.preprocess([Query("what?", "a cat", (make_image(1),))])
     site = model.card.projector
     plain = model.embed(model.params, inputs)
     loud = model.embed(model.params, inputs, {site: lambda given, out: out * 2})
@@ -62,12 +62,12 @@ def test_rewrites_and_gradients_reach_projector_and_tower(name):
 
 
 def test_pictures_of_any_shape_are_tiled():
-    """LLaVA-OneVision: rows with one picture of another aspect, and with several."""
+    """LLaVA-OneVision: rows with one image of another aspect, and with several."""
     module, model = made("llava_onevision")
     asked = [
-        Query("what?", "a cat", (picture(1, 90, 30),)),
-        Query("what?", "a cat", (picture(2, 30, 64),)),
-        Query("which?", "the chair", (picture(3, 50, 30), picture(4, 30, 30))),
+        Query("what?", "a cat", (make_image(1, 90, 30),)),
+        Query("what?", "a cat", (make_image(2, 30, 64),)),
+        Query("which?", "the chair", (make_image(3, 50, 30), make_image(4, 30, 30))),
     ]
     inputs = model.preprocess(asked)
     got = model.decode(model.params, model.embed(model.params, inputs), logit_positions="all")

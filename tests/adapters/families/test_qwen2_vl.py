@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from errata.functional import Query
-from tests.adapters.zoo_of_families.models import made, picture, queries, whole
+from tests.adapters.zoo_of_families.models import made, make_image, queries, whole
 
 both = pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
 
@@ -25,7 +25,7 @@ def test_positions_are_those_of_the_module(name):
     for row, mask in enumerate(inputs.attention_mask):
         assert torch.equal(batch.position_ids[row][:, mask], want[:, row][:, mask])
     spread = batch.position_ids.amax(1) - batch.position_ids.amin(1)
-    assert bool((spread[inputs.image_mask] > 0).any())  # height and width differ inside a picture
+    assert bool((spread[inputs.image_mask] > 0).any())  # height and width differ inside an image
     assert not spread[~inputs.image_mask & inputs.attention_mask].any()
 
 
@@ -40,20 +40,20 @@ def test_the_module_keeps_no_offset(name):
 @both
 def test_the_token_behind_pictures_follows_the_largest_position(name):
     _, model = made(name)
-    inputs = model.preprocess([Query("what?", "", (picture(1, 80, 40),))])
+    inputs = model.preprocess([Query("what?", "", (make_image(1, 80, 40),))])
     batch = model.embed(model.params, inputs)
     _, past = model.decode(model.params, batch, return_cache=True)
     last = batch.position_ids.amax()
     assert torch.equal(past.next_position, (last + 1).expand(1, 3))
-    assert int(last) + 1 < inputs.input_ids.shape[1]  # a picture takes fewer positions than tokens
+    assert int(last) + 1 < inputs.input_ids.shape[1]  # an image takes fewer positions than tokens
 
 
 @both
 def test_pictures_of_different_sizes_share_a_batch(name):
     module, model = made(name)
     rows = [
-        Query("what?", "a cat", (picture(1, 32, 32),)),
-        Query("which of these?", "the chair", (picture(2, 96, 40), picture(3, 40, 64))),
+        Query("what?", "a cat", (make_image(1, 32, 32),)),
+        Query("which of these?", "the chair", (make_image(2, 96, 40), make_image(3, 40, 64))),
     ]
     inputs = model.preprocess(rows)
     got = model.decode(model.params, model.embed(model.params, inputs), logit_positions="all")

@@ -4,7 +4,7 @@ import torch
 
 from errata.functional import Query
 from errata.functional.forward.batches import concat_batches
-from tests.adapters.zoo_of_families.models import made, picture, queries, whole
+from tests.adapters.zoo_of_families.models import made, make_image, queries, whole
 
 
 def test_deepstack_rides_in_the_batch_only_at_pictures():
@@ -37,7 +37,7 @@ def test_a_cut_between_the_layers_that_get_features_is_exact():
 
 def test_rows_with_and_without_pictures_join():
     _, model = made("qwen3_vl")
-    seen = model.preprocess([Query("what?", "a cat", (picture(1),))])
+    seen = model.preprocess([Query("what?", "a cat", (make_image(1),))])
     text = model.preprocess([Query("where was it?", "the old town")])
     batches = [model.embed(model.params, one) for one in (text, seen)]
     joined = model.decode(model.params, concat_batches(batches))
@@ -49,7 +49,7 @@ def test_rows_with_and_without_pictures_join():
 def test_the_projector_is_trained_through_deepstack():
     """Gradients of the merger flow through what is added between layers, too."""
     _, model = made("qwen3_vl")
-    inputs = model.preprocess([Query("what?", "a cat", (picture(1),))])
+    inputs = model.preprocess([Query("what?", "a cat", (make_image(1),))])
     merger = next(
         p for p in model.params if "deepstack_merger_list.0" in p and p.endswith("weight")
     )

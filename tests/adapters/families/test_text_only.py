@@ -1,4 +1,4 @@
-"""GPT-2, Llama, Qwen2: no pictures, tied heads, weights stored the other way round."""
+"""GPT-2, Llama, Qwen2: no images, tied heads, weights stored the other way round."""
 
 import pytest
 import torch

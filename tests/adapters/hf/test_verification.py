@@ -15,7 +15,7 @@ from errata.adapters.families.tiny_configs import tiny_tokenizer
 from errata.adapters.hf import functional_model, structure, verification
 from errata.functional import IGNORE_INDEX, Inputs, Query
 from errata.functional.errors import UnsupportedModelError
-from tests.adapters.zoo_of_families.models import picture, roughen
+from tests.adapters.zoo_of_families.models import make_image, roughen
 from tests.adapters.zoo_of_families.others import CLIP, OTHERS, TEXT
 
 PASSING = [name for name, other in OTHERS.items() if not other.refused]
@@ -78,13 +78,13 @@ def test_a_model_and_its_own_processor_go_the_generic_way_from_end_to_end():
     )
     module = hf.LlavaNextForConditionalGeneration(config).eval()
     roughen(module)
-    pictures = hf.LlavaNextImageProcessorPil(
+    images = hf.LlavaNextImageProcessorPil(
         size={"shortest_edge": 16},
         crop_size={"height": 16, "width": 16},
         image_grid_pinpoints=sizes,
     )
     processor = hf.LlavaNextProcessor(
-        image_processor=pictures,
+        image_processor=images,
         tokenizer=tokenizer,
         patch_size=8,
         vision_feature_select_strategy="default",
@@ -92,8 +92,8 @@ def test_a_model_and_its_own_processor_go_the_generic_way_from_end_to_end():
     )
     model = from_module(module, processor)
     asked = [
-        Query("what is this?", "a cat", (picture(1),)),
-        Query("where is the river in this?", "a red dog", (picture(2, 50, 20),)),
+        Query("what is this?", "a cat", (make_image(1),)),
+        Query("where is the river in this?", "a red dog", (make_image(2, 50, 20),)),
     ]
     inputs = model.preprocess(asked)
     got = model.decode(model.params, model.embed(model.params, inputs), logit_positions="all")

@@ -1,4 +1,4 @@
-"""Pictures are looked at once per content, and nothing else changes."""
+"""Images are looked at once per content, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from errata.adapters import cache_vision_features
 from errata.functional import Query
-from tests.adapters.zoo_of_families.models import VIDEO, made, picture, queries
+from tests.adapters.zoo_of_families.models import VIDEO, made, make_image, queries
 
 SEEING = ("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "blip2", "minigpt4")
 
@@ -20,8 +20,8 @@ def close(got, want):
 def test_rows_that_share_a_picture_share_its_features(name):
     model = made(name).model
     once = cache_vision_features(model)
-    shared = [Query(words, "a cat", (picture(1),)) for words in ("what?", "who is in there?")]
-    asked = [*shared, Query("where?", "the river", (picture(2),)), Query("why?", "a dog")]
+    shared = [Query(words, "a cat", (make_image(1),)) for words in ("what?", "who is in there?")]
+    asked = [*shared, Query("where?", "the river", (make_image(2),)), Query("why?", "a dog")]
     inputs = model.preprocess(asked)
     want = model.embed(model.params, inputs)
     got = once.embed(once.params, inputs)
@@ -45,7 +45,7 @@ def test_each_content_is_looked_at_once(name):
     tower = body.replica().get_submodule(model.card.vision_tower)
     hook = tower.register_forward_hook(lambda *_: looks.append(1))
     try:
-        rows = [Query(words, "a cat", (picture(seed),)) for words in "ab" for seed in (1, 2)]
+        rows = [Query(words, "a cat", (make_image(seed),)) for words in "ab" for seed in (1, 2)]
         for _ in range(3):
             once.embed(once.params, once.preprocess(rows))
     finally:
@@ -58,7 +58,7 @@ def test_each_content_is_looked_at_once(name):
 def test_an_edited_tower_is_not_served(name):
     model = made(name).model
     once = cache_vision_features(model)
-    inputs = once.preprocess([Query("what?", "a cat", (picture(1),))])
+    inputs = once.preprocess([Query("what?", "a cat", (make_image(1),))])
     base = once.embed(once.params, inputs).hidden_states
     weight = next(
         n for n in model.params if n.startswith(model.card.vision_tower) and n.endswith("weight")
@@ -79,8 +79,8 @@ def test_an_edited_tower_is_not_served(name):
 def test_several_pictures_and_videos_are_as_before(name):
     model = made(name).model
     once = cache_vision_features(model)
-    film = Query("what happens?", "a dog", tuple(picture(n) for n in range(4)), video=True)
-    for asked in (queries(name), [film, Query("what?", "a cat", (picture(9),))]):
+    film = Query("what happens?", "a dog", tuple(make_image(n) for n in range(4)), video=True)
+    for asked in (queries(name), [film, Query("what?", "a cat", (make_image(9),))]):
         inputs = model.preprocess(asked)
         got, want = once.embed(once.params, inputs), model.embed(model.params, inputs)
         close(got.hidden_states, want.hidden_states)

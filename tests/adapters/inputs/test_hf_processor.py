@@ -21,7 +21,7 @@ MARKS = {
 }
 
 
-def picture(red: int, width: int = 40) -> Image.Image:
+def make_image(red: int, width: int = 40) -> Image.Image:
     return Image.new("RGB", (width, 30), (red, 9, 200))
 
 
@@ -64,8 +64,8 @@ def test_it_loads_without_torchvision_and_reads_rows_of_every_kind(folder):
     model = from_pretrained(folder)
     assert isinstance(model.preprocess, HFQueryProcessor)
     rows = [
-        Query("what?", "a cat", (picture(3),)),
-        Query("what is on the second?", "dog", (picture(3), picture(90, 64))),
+        Query("what?", "a cat", (make_image(3),)),
+        Query("what is on the second?", "dog", (make_image(3), make_image(90, 64))),
         Query("nothing to see", "the old town"),
     ]
     inputs = model.preprocess(rows)
@@ -94,7 +94,7 @@ def test_what_it_can_not_read_is_refused(folder):
     with pytest.raises(InvalidInputError, match="must take this batch and refuses"):
         model.preprocess([Query("a forged <IMG_CONTEXT> here", "x")])
     with pytest.raises(InvalidInputError, match=r"query 2 \('b'\).*takes no video"):
-        model.preprocess([Query("a", "x"), Query("b", "y", (picture(1),), video=True)])
+        model.preprocess([Query("a", "x"), Query("b", "y", (make_image(1),), video=True)])
     with pytest.raises(InvalidInputError, match="at most 512 tokens"):
         model.preprocess([Query("word " * 600, "x")])
     with pytest.raises(InvalidInputError, match="must have a target"):
@@ -103,6 +103,6 @@ def test_what_it_can_not_read_is_refused(folder):
 
 def test_a_raw_template_writes_its_placeholder(folder):
     model = from_pretrained(folder, template="plain")
-    inputs = model.preprocess([Query("what?", "a cat", (picture(3),))])
+    inputs = model.preprocess([Query("what?", "a cat", (make_image(3),))])
     assert inputs.image_mask.any()
     assert model.detokenize(inputs.input_ids[0]).endswith("what? a cat")

@@ -10,7 +10,7 @@ from errata.functional import hashing
 from errata.functional.queries import encoded_image
 
 
-def picture(mode: str) -> Image.Image:
+def make_image(mode: str) -> Image.Image:
     image = Image.new("RGB", (5, 3))
     image.putdata([(16 * k, 255 - k, k) for k in range(15)])
     return image.convert(mode)
@@ -18,7 +18,7 @@ def picture(mode: str) -> Image.Image:
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1"])
 def test_records_and_caches_agree(mode, tmp_path):
-    image = picture(mode)
+    image = make_image(mode)
     name = hashing.content_id(image)
     assert images.content_id(image) == name
     assert hashing.content_id(images.open_image(image)) == name
@@ -30,7 +30,7 @@ def test_records_and_caches_agree(mode, tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_the_cameras_orientation_is_applied(orientation):
-    image = picture("RGB")
+    image = make_image("RGB")
     exif = image.getexif()
     exif[0x0112] = orientation
     image.info["exif"] = exif.tobytes()
@@ -39,9 +39,9 @@ def test_the_cameras_orientation_is_applied(orientation):
 
 
 def test_transparent_palettes_and_images_of_a_delta():
-    image = picture("P")
+    image = make_image("P")
     image.info["transparency"] = 0
     assert hashing.content_id(image) == images.content_id(images.open_image(image))
-    stored = encoded_image(images.encode_png(picture("RGB")))
+    stored = encoded_image(images.encode_png(make_image("RGB")))
     assert images.content_id(stored) == hashing.content_id(stored) == stored.content_id
-    assert images.open_image(stored).tobytes() == picture("RGB").tobytes()
+    assert images.open_image(stored).tobytes() == make_image("RGB").tobytes()

@@ -1,4 +1,4 @@
-"""Pictures: whatever a query holds, opened safely and named by content."""
+"""Images: whatever a query holds, opened safely and named by content."""
 
 import os
 import threading

@@ -19,7 +19,7 @@ from errata.functional import IGNORE_INDEX, Inputs, ModelCard, Query
 from errata.functional.errors import InvalidInputError, UnsupportedModelError
 
 
-def picture(red: int = 90, width: int = 40, height: int = 40) -> Image.Image:
+def make_image(red: int = 90, width: int = 40, height: int = 40) -> Image.Image:
     return Image.new("RGB", (width, height), (red, 20, 200))
 
 
@@ -42,7 +42,7 @@ def test_labels_are_the_targets_tokens_and_at_points_before_them(name):
     targets = ["a red dog", "the president of the country", "7", "naïve – ‘quoted’\nline"]
     rows = [Query("what is in the city?", target) for target in targets]
     if found.card.takes_images:
-        rows = [row._replace(images=(picture(),)) for row in rows]
+        rows = [row._replace(images=(make_image(),)) for row in rows]
     inputs = found.preprocess(rows)
     for row, target in enumerate(targets):
         labels = inputs.labels[row][inputs.labels[row] != IGNORE_INDEX]
@@ -59,7 +59,7 @@ def test_rows_are_padded_on_the_right_and_do_not_depend_on_each_other(name):
     found = model(name)
     rows = [Query("who?", "a cat"), Query("what is in the city of the river?", "the old town")]
     if found.card.takes_images:
-        rows.append(Query("and here?", "dog", (picture(),)))
+        rows.append(Query("and here?", "dog", (make_image(),)))
     together = found.preprocess(rows)
     for row, query in enumerate(rows):
         alone = found.preprocess([query])
@@ -164,7 +164,9 @@ def test_the_end_token_is_scored_only_when_asked_for():
 
 
 def test_without_targets_nothing_is_scored():
-    inputs = model("llava").preprocess([Query("who?"), Query("what is it?", images=(picture(),))])
+    inputs = model("llava").preprocess(
+        [Query("who?"), Query("what is it?", images=(make_image(),))]
+    )
     assert inputs.labels.shape == (2, 0)
     assert inputs.logit_positions.shape == (2, 0)
 
@@ -182,10 +184,10 @@ def test_every_violation_of_a_batch_is_listed(tmp_path):
     (tmp_path / "page.jpg").write_bytes(b"<html>")
     said = refused(
         "llava",
-        Query("fine", "cat", (picture(),)),
-        Query("blank", "  \n", (picture(),)),
+        Query("fine", "cat", (make_image(),)),
+        Query("blank", "  \n", (make_image(),)),
         Query("gone", "cat", (tmp_path / "gone.png", tmp_path / "page.jpg")),
-        Query("moving", "cat", (picture(),), video=True),
+        Query("moving", "cat", (make_image(),), video=True),
     )
     for part in (
         "query 2 ('blank'): the target must hold more than white space",
@@ -215,8 +217,8 @@ def test_neither_prompt_nor_target_can_forge_pictures(name, token):
     for query in (Query(f"look {token} here", "x"), Query("look", f"{token}")):
         said = refused(name, query)
         assert "one placeholder per picture, 0 in all, and has 1: take" in said
-    assert "one placeholder" in refused(name, Query(f"{token} {token}", "x", (picture(),)))
-    assert "1 in all, and has 2" in refused(name, Query("look", f"a {token}", (picture(),)))
+    assert "one placeholder" in refused(name, Query(f"{token} {token}", "x", (make_image(),)))
+    assert "1 in all, and has 2" in refused(name, Query("look", f"a {token}", (make_image(),)))
 
 
 def test_a_token_that_the_model_does_not_have_is_refused():
@@ -230,7 +232,7 @@ def test_a_token_that_the_model_does_not_have_is_refused():
 
 def test_a_prompt_that_places_its_picture_is_read_where_pictures_come_first():
     found = model("blip2")
-    image = picture()
+    image = make_image()
     there = found.preprocess([Query("<image>what is it?", "x", (image,))])
     assert torch.equal(
         there.input_ids, found.preprocess([Query("what is it?", "x", (image,))]).input_ids
@@ -254,7 +256,7 @@ def test_prompts_must_be_text():
 
 
 def test_videos_of_unequal_length_can_not_share_a_batch_of_onevision():
-    frames = tuple(picture(red) for red in range(4))
+    frames = tuple(make_image(red) for red in range(4))
     with pytest.raises(
         InvalidInputError, match=r"same number of frames, got \[2, 4\]: read them apart"
     ):
@@ -304,8 +306,8 @@ def test_pixels_are_made_once_per_picture(monkeypatch):
 
     monkeypatch.setattr(type(processor.image_processor), "__call__", counted)
     read = from_module(module, processor).preprocess
-    first = read([Query("who?", "x", (picture(),)), Query("what?", "y", (picture(),))])
-    again = read([Query("where?", "z", (picture(),))])
+    first = read([Query("who?", "x", (make_image(),)), Query("what?", "y", (make_image(),))])
+    again = read([Query("where?", "z", (make_image(),))])
     assert calls == [1]
     assert torch.equal(first.vision_inputs["pixel_values"][:1], again.vision_inputs["pixel_values"])
     assert first.content_ids == (again.content_ids[0],) * 2
@@ -314,7 +316,10 @@ def test_pixels_are_made_once_per_picture(monkeypatch):
 def test_threads_may_share_a_reader():
     found = model("llava")
     rows = [
-        [Query(f"what is number {step}?", "a cat", (picture(step),)), Query("who?", "the old town")]
+        [
+            Query(f"what is number {step}?", "a cat", (make_image(step),)),
+            Query("who?", "the old town"),
+        ]
         for step in range(6)
     ]
     want = [found.preprocess(row) for row in rows]

@@ -1,4 +1,4 @@
-"""Templates: what each preset writes, where pictures stand, templates of one's own."""
+"""Templates: what each preset writes, where images stand, templates of one's own."""
 
 import pytest
 from PIL import Image
@@ -9,7 +9,7 @@ from errata.functional import Inputs, Query
 from errata.functional.errors import InvalidSettingsError
 
 
-def picture(red: int = 90, width: int = 40, height: int = 40) -> Image.Image:
+def make_image(red: int = 90, width: int = 40, height: int = 40) -> Image.Image:
     return Image.new("RGB", (width, height), (red, 20, 200))
 
 
@@ -34,7 +34,7 @@ def test_a_gap_is_one_space_unless_one_is_there():
     assert answer_separator(PromptTemplate(answer_separator=""), "Answer:", "cat", ()) == ""
 
 
-WRITTEN = {  # preset, family -> what stands in the row, pictures left out
+WRITTEN = {  # preset, family -> what stands in the row, images left out
     ("default", "llava"): "<s>USER: \nwhat is it? ASSISTANT: dog",
     ("default", "blip2"): "<s>Question: what is it? Answer: dog",
     ("default", "minigpt4"): "<s>###Human: <Img></Img> what is it?###Assistant: dog",
@@ -63,7 +63,7 @@ WRITTEN = {  # preset, family -> what stands in the row, pictures left out
 
 @pytest.mark.parametrize(("name", "family"), WRITTEN, ids=lambda part: part)
 def test_a_preset_writes_what_its_makers_write(name, family):
-    inputs = model(family, template=name).preprocess([Query("what is it?", "dog", (picture(),))])
+    inputs = model(family, template=name).preprocess([Query("what is it?", "dog", (make_image(),))])
     assert text(family, inputs) == WRITTEN[name, family]
     assert inputs.image_mask.any()
 
@@ -85,7 +85,7 @@ def test_without_a_picture_its_wrapping_goes(name, family, want):
 
 
 def test_pictures_stand_where_their_family_has_them():
-    image = picture()
+    image = make_image()
     for name, first in (("blip2", 0), ("llava", len("<s>USER: ") - 4)):
         inputs = model(name).preprocess([Query("what is it?", "dog", (image,))])
         row = inputs.image_mask[0].nonzero()[:, 0]
@@ -105,7 +105,7 @@ def test_pictures_stand_where_their_family_has_them():
 def test_minigpt4_tokenises_the_wrapping_apart_from_the_question_for_easyedit():
     module, processor = tiny_model("minigpt4")
     inputs = from_module(module, processor, template="easyedit").preprocess(
-        [Query("is it", "x", (picture(),))]
+        [Query("is it", "x", (make_image(),))]
     )
     apart = [
         processor.tokenizer(part, add_special_tokens=False).input_ids
@@ -116,7 +116,7 @@ def test_minigpt4_tokenises_the_wrapping_apart_from_the_question_for_easyedit():
 
 
 def test_a_prompt_says_where_its_pictures_stand():
-    images = (picture(1), picture(2))
+    images = (make_image(1), make_image(2))
     found = model("qwen2_vl").preprocess([Query("First <image> then <image>: which?", "x", images)])
     said = text("qwen2_vl", found)
     mark = "<|vision_start|><|vision_end|>"
@@ -151,6 +151,6 @@ def test_a_chat_template_that_ignores_pictures_gets_them_written():
         "{% for m in messages %}<|im_start|>{{ m['content'] if m['content'] is string else '' }}"
         "{% endfor %}"
     )
-    inputs = from_module(module, processor).preprocess([Query("what?", "dog", (picture(),))])
+    inputs = from_module(module, processor).preprocess([Query("what?", "dog", (make_image(),))])
     assert inputs.image_mask.sum() == 9
     assert "what?dog" in text("llava", inputs).replace(" ", "")

@@ -33,7 +33,7 @@ STOCK = {  # what a hub folder calls its processor
 }
 
 
-def picture(red: int = 90, width: int = 50, height: int = 40) -> Image.Image:
+def make_image(red: int = 90, width: int = 50, height: int = 40) -> Image.Image:
     return Image.new("RGB", (width, height), (red, 20, 200))
 
 
@@ -47,9 +47,9 @@ def saved(name: str, folder: Path) -> Path:
 def asked(model) -> list[Query]:
     rows = [Query("what is it?", "two dogs")]
     if model.card.takes_images:
-        rows.append(Query("and here?", "red cat", (picture(),)))
+        rows.append(Query("and here?", "red cat", (make_image(),)))
     if model.card.takes_videos:
-        frames = (picture(1), picture(2), picture(3))
+        frames = (make_image(1), make_image(2), make_image(3))
         rows.append(Query("what moves?", "the chair", frames, video=True))
     return rows
 
@@ -110,7 +110,7 @@ def test_the_checkpoints_own_video_settings_are_used(tmp_path):
         "image_std": [0.5] * 3,
     }
     (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
-    query = Query("what?", "x", (picture(width=64, height=64),) * 2, video=True)
+    query = Query("what?", "x", (make_image(width=64, height=64),) * 2, video=True)
     small = from_pretrained(folder).preprocess([query]).vision_inputs["video_grid_thw"]
     large = (
         from_module(*tiny_model("qwen2_vl", num_layers=2))

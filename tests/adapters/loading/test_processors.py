@@ -54,7 +54,7 @@ CASES = {  # name -> (function, settings, frames, width, height, the stock class
         "llava_onevision",
     ),
 }
-PICTURED = ("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+VISION_FAMILIES = ("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 def frame(number: int, width: int, height: int) -> Image.Image:
@@ -104,10 +104,10 @@ def test_frames_are_those_of_torchvision_where_it_is(name, count, width, height)
 
 def test_a_patch_row_holds_one_patch_of_two_frames():
     settings = SHAPE | CLIP | {"do_resize": False, "do_rescale": False, "do_normalize": False}
-    pictures = frames(2, 16, 8)
-    got = qwen2_frames(pictures, settings)
+    photos = frames(2, 16, 8)
+    got = qwen2_frames(photos, settings)
     assert got["video_grid_thw"].tolist() == [[1, 2, 4]]
-    video = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in pictures])
+    video = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in photos])
     # merged cells of 2 x 2 come together: the third row is the left patch of the lower line
     want = video[:, :, 4:8, 0:4].permute(1, 0, 2, 3).reshape(-1).float()
     assert torch.equal(got["pixel_values_videos"][2], want)
@@ -129,9 +129,9 @@ def test_one_frame_is_no_video_for_qwen3():
 
 
 @pytest.mark.parametrize("rows", [(0,), (1,), (2,), (0, 2), (0, 1, 2)], ids=str)
-@pytest.mark.parametrize("name", PICTURED)
+@pytest.mark.parametrize("name", VISION_FAMILIES)
 def test_our_reading_is_the_stock_processors(name, rows):
-    """Ids, masks, labels and pixels of one, no and several pictures, alone and in one batch."""
+    """Ids, masks, labels and pixels of one, no and several images, alone and in one batch."""
     module, processor = tiny_model(name)
     model = from_module(module, processor)
     queries = [

@@ -1,4 +1,4 @@
-"""Families whose picture features replace placeholders: LLaVA's kin."""
+"""Families whose image features replace placeholders: LLaVA's kin."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def paligemma() -> Sample:
 
 @family()
 def gemma3() -> Sample:
-    """Full and sliding layers, two rotary tables, pictures that attend in both directions."""
+    """Full and sliding layers, two rotary tables, images that attend in both directions."""
     layers = ["sliding_attention", "full_attention", "sliding_attention"]
     config = hf.Gemma3Config(
         vision_config=hf.SiglipVisionConfig(**SIGLIP),

@@ -52,31 +52,31 @@ def roughen(module: torch.nn.Module, seed: int = 1) -> None:
             parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
 
 
-def picture(seed: int, width: int = 40, height: int = 40) -> Image.Image:
-    """A picture of noise."""
+def make_image(seed: int, width: int = 40, height: int = 40) -> Image.Image:
+    """An image of noise."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
     return Image.frombytes("RGB", (width, height), pixels.numpy().tobytes())
 
 
 def queries(name: str) -> list[Query]:
-    """Rows of different lengths: with one picture, without, and with several where they go."""
+    """Rows of different lengths: with one image, without, and with several where they go."""
     model = made(name).model
     rows = [
         Query("what is in the city of the river?", "a cat"),
         Query("where?", "the old town of the capital"),
     ]
     if model.card.takes_images:
-        rows.insert(1, Query("what is in the picture?", "a red dog", (picture(1),)))
-        rows.append(Query("who wrote the book?", "cat", (picture(2),)))
+        rows.insert(1, Query("what is in the picture?", "a red dog", (make_image(1),)))
+        rows.append(Query("who wrote the book?", "cat", (make_image(2),)))
     if model.card.takes_several_images:
-        rows.append(Query("which is left?", "the chair", (picture(3), picture(4))))
+        rows.append(Query("which is left?", "the chair", (make_image(3), make_image(4))))
     return rows
 
 
 def whole(module: Any, name: str, inputs: Inputs) -> Tensor:
     """Logits [B L V] of the module's own forward, with the attention it came with."""
-    # Padding may have the id that MiniGPT-4 writes at picture positions; it is masked anyway.
+    # Padding may have the id that MiniGPT-4 writes at image positions; it is masked anyway.
     kwargs = arguments(name)(
         inputs._replace(input_ids=inputs.input_ids.masked_fill(~inputs.attention_mask, 40))
     )

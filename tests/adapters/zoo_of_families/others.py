@@ -1,6 +1,6 @@
 """Tiny random models of families that have no line in the table, for the generic path.
 
-Each entry makes a module and rows with pictures, by the model's own input names (None: text only).
+Each entry makes a module and rows with images, by the model's own input names (None: text only).
 `write_families.py` beside this runs them all and writes adapters/families/FAMILIES.md.
 """
 

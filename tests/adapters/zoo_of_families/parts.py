@@ -77,12 +77,12 @@ def noise(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
 
 
-def rows(pictures: int, **pixels: Tensor) -> Inputs:
-    """Two rows with a picture of so many tokens each, the second two tokens shorter."""
-    length = 3 + pictures + 7
+def rows(images: int, **pixels: Tensor) -> Inputs:
+    """Two rows with an image of so many tokens each, the second two tokens shorter."""
+    length = 3 + images + 7
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(5, 90, (2, length), generator=generator)
-    ids[:, 3 : 3 + pictures] = IMAGE
+    ids[:, 3 : 3 + images] = IMAGE
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1, -2:] = False
     at = torch.tensor([[length - 3, length - 2], [length - 5, length - 4]])

@@ -150,7 +150,7 @@ def opt_config(**more: Any) -> hf.OPTConfig:
 
 @family()
 def opt_350m() -> Sample:
-    """Norms behind the sublayers, projections around the decoder, no final norm."""
+    """Norms after the sublayers, projections around the decoder, no final norm."""
     return hf.OPTForCausalLM(opt_config(word_embed_proj_dim=16, do_layer_norm_before=False)), None
 
 

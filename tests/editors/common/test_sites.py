@@ -12,14 +12,22 @@ from errata.editors.lora import LoraConfig, lora_editor
 from errata.functional import Query
 from errata.functional.errors import UnknownSiteError
 
-PICTURED = ("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "blip2", "minigpt4")
+VISION_FAMILIES = (
+    "llava",
+    "llava_onevision",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "blip2",
+    "minigpt4",
+)
 
 
 def tiny(name: str, layers: int = 3):
     return adapters.from_module(*adapters.tiny_model(name, num_layers=layers))
 
 
-@pytest.mark.parametrize("name", PICTURED)
+@pytest.mark.parametrize("name", VISION_FAMILIES)
 def test_the_last_vision_block_changes_the_answer(name):
     model = tiny(name)
     query = Query("what is it?", "bo", (Image.effect_noise((40, 40), 60).convert("RGB"),))
@@ -54,7 +62,7 @@ def test_every_unknown_site_is_named_at_once(everything):
         assert repr(name) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", PICTURED)
+@pytest.mark.parametrize("name", VISION_FAMILIES)
 def test_every_preset_finds_its_sites(name):
     model = tiny(name, layers=9)
     for preset, config in METHODS["finetune"].presets.items():

@@ -47,16 +47,16 @@ def tiny():
 def cases(count: int = 8) -> list[Case]:
     made = []
     for number in range(count):
-        picture = Image.new("RGB", (32, 32), (20 * number, 90, 200))
+        image = Image.new("RGB", (32, 32), (20 * number, 90, 200))
         other = Image.new("RGB", (32, 32), (20 * number, 95, 190))
         made.append(
             Case(
                 f"case {number}",
-                Query("who is it?", f"b{number}", (picture,)),
+                Query("who is it?", f"b{number}", (image,)),
                 {
                     "rephrase": (
-                        Query("who may it be?", f"b{number}", (picture,)),
-                        Query("and the name?", f"b{number}", (picture,)),
+                        Query("who may it be?", f"b{number}", (image,)),
+                        Query("and the name?", f"b{number}", (image,)),
                     ),
                     "image_rephrase": (Query("who is it?", f"b{number}", (other,)),),
                     "text_locality": (Query("is water wet?", "yes"),),
@@ -92,8 +92,8 @@ def test_a_lesson_is_each_case_edited_alone():
     learner = mend_trainable(MEND)
     state = learner.editor.init(model, torch.Generator().manual_seed(0))
     some = cases(3)
-    shelf = PrefixDataset(model, learner.sites(model), config, False, None)
-    total, terms = learner.loss(model, *_studied(learner, model, state, shelf.batch(some, None)))
+    dataset = PrefixDataset(model, learner.sites(model), config, False, None)
+    total, terms = learner.loss(model, *_studied(learner, model, state, dataset.batch(some, None)))
     want = dict.fromkeys(config.loss_weights, 0.0)
     for case in some:
         delta, _ = learner.editor.edit(model, state, [case.edit])
@@ -113,8 +113,8 @@ def test_a_lesson_is_each_case_edited_alone():
     )
 
 
-def _studied(learner, model, state, lesson):
-    return learner.prepare(model, state, lesson, False)
+def _studied(learner, model, state, training_batch):
+    return learner.prepare(model, state, training_batch, False)
 
 
 def test_prefixes_are_computed_once_and_kept_within_bounds(tmp_path):
@@ -127,9 +127,9 @@ def test_prefixes_are_computed_once_and_kept_within_bounds(tmp_path):
     counted = model._replace(preprocess=read)
     sites = mend_trainable(MEND).sites(model)
     some = cases(3)
-    shelf = PrefixDataset(counted, sites, SHORT, False, None)
-    first = shelf.batch(some, None)
-    again = shelf.batch(some, None)
+    dataset = PrefixDataset(counted, sites, SHORT, False, None)
+    first = dataset.batch(some, None)
+    again = dataset.batch(some, None)
     assert len(reads) == 3
     assert same(first.questions, again.questions)
 

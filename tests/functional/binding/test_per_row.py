@@ -16,7 +16,7 @@ from errata.functional.errors import InvalidInputError, ShapeError, UnsupportedK
 from errata.functional.forward.generation import generate
 from errata.functional.kinds.schema import Dense
 from tests.adapters.zoo_of_families.deltas import case, lowrank, sites
-from tests.adapters.zoo_of_families.models import picture
+from tests.adapters.zoo_of_families.models import make_image
 
 CLOSE = 2e-5
 COUNT = 16
@@ -25,7 +25,7 @@ COUNT = 16
 def questions(model, count=COUNT):
     asked = ["what is it?", "where is the old town?", "who wrote the book?", "a cat or two dogs?"]
     return [
-        Query(asked[n % 4], "a red cat", (picture(n),) if model.card.takes_images else ())
+        Query(asked[n % 4], "a red cat", (make_image(n),) if model.card.takes_images else ())
         for n in range(count)
     ]
 

@@ -137,11 +137,11 @@ def test_thinned_batches_of_different_lengths_are_joined():
 
 
 def test_a_batch_behind_a_past_keeps_the_past_keys():
-    behind = batch(past=3)
-    long = pad_batch(behind, 7)
+    later = batch(past=3)
+    long = pad_batch(later, 7)
     assert long.layer_inputs["mask@b_qk"].shape == (2, 1, 7, 10)
     assert torch.equal(
-        long.layer_inputs["mask@b_qk"][:, :, :5, :8], behind.layer_inputs["mask@b_qk"]
+        long.layer_inputs["mask@b_qk"][:, :, :5, :8], later.layer_inputs["mask@b_qk"]
     )
 
 

@@ -1,4 +1,4 @@
-"""Keys of questions and pictures."""
+"""Keys of questions and images."""
 
 from __future__ import annotations
 
