@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from errata.bench.cli.inspect import _file_size, _format_size, _inspect, _verify
-from errata.bench.cli.options import _add_command
+from errata.bench.cli.inspect import _inspect, _verify
+from errata.bench.cli.options import _add_command, _format_file_size
 from errata.functional.errors import InvalidInputError, join_messages
 
 __all__ = ["register"]
@@ -130,7 +130,7 @@ def _merge(options: argparse.Namespace) -> None:
     save_delta(options.output, delta)
     print(
         f"{options.output}: {len(delta.header.edits)} edit(s), "
-        f"{_format_size(_file_size(options.output))}"
+        f"{_format_file_size(options.output)}"
     )
 
 
@@ -148,7 +148,7 @@ def _remove(options: argparse.Namespace) -> None:
     save_delta(options.output, delta)
     print(
         f"{options.output}: {len(delta.header.edits)} edit(s), "
-        f"{_format_size(_file_size(options.output))}"
+        f"{_format_file_size(options.output)}"
     )
 
 
@@ -183,7 +183,7 @@ def _import(options: argparse.Namespace) -> None:
     save_delta(options.output, delta)
     print(
         f"{options.output}: {len(delta.header.entries)} parameter(s), "
-        f"{_format_size(_file_size(options.output))}"
+        f"{_format_file_size(options.output)}"
     )
 
 

@@ -7,12 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from errata.bench.cli.options import _format_size
 from errata.functional.deltas.inspection import DeltaInfo, inspect_delta
 from errata.functional.errors import BaseMismatchError, InvalidInputError, join_messages
 from errata.functional.kinds.lowrank.entry import LowRank
-
-# Looking.
-
 
 def _inspect(options: argparse.Namespace) -> None:
     info = inspect_delta(options.file)
@@ -81,7 +79,10 @@ def _describe(path: Path, info: DeltaInfo, norms: dict[str, float]) -> dict[str,
 
 def _format_description(description: dict[str, Any]) -> str:
     base = description["base"]
-    arithmetic_notes = {"act": "beside the linear maps", "act_fp32": "beside them, in fp32"}
+    arithmetic_notes = {
+        "act": "added to the outputs of the linear maps",
+        "act_fp32": "added to the outputs of the linear maps, in fp32",
+    }
     lines = [
         f"{description['file']}  {_format_size(description['bytes'])}  sha256 "
         f"{description['digest'][:16]}",
@@ -89,7 +90,7 @@ def _format_description(description: dict[str, Any]) -> str:
         + (f" @ {base['revision'][:12]}" if base["revision"] else "")
         + (f" ({base['family']})" if base["family"] else ""),
         f"editor  {description['editor'] or 'not named'}"
-        + (f", {description['stack']} edits side by side" if description["stack"] else ""),
+        + (f", {description['stack']} independent edits" if description["stack"] else ""),
         f"arithmetic  {description['arithmetic']}: "
         f"{arithmetic_notes.get(description['arithmetic'], 'added to the weights')}",
     ]
@@ -114,7 +115,7 @@ def _format_description(description: dict[str, Any]) -> str:
     separability_note = ", single ones cannot be removed" if is_inseparable else ""
     lines.append(f"\n{len(description['edits'])} edit(s){separability_note}")
     for edit in description["edits"][:20]:
-        num_images_note = f", {len(edit['images'])} picture(s)" if edit["images"] else ""
+        num_images_note = f", {len(edit['images'])} image(s)" if edit["images"] else ""
         lines.append(
             f"  {edit['id'] or '(no id)'}  prompt {edit['prompt'][:12] or '-'}{num_images_note}"
         )
@@ -168,30 +169,19 @@ def _verify_values(options: argparse.Namespace, parameters: Any) -> list[str]:
     from errata.functional.deltas.fusing import mismatched_parameters
 
     delta = load_delta(options.file)
-    findings = ["digest right, all values finite"]
+    findings = ["digest correct, all values finite"]
     if options.base:
         mismatches = list(mismatched_parameters(delta, parameters))
         if mismatches:
             raise BaseMismatchError(
-                f"{options.file} was made for {delta.header.base.id}; in {options.base} other "
-                f"values are held by {join_messages(mismatches)}."
+                f"{options.file} was made for {delta.header.base.id}; {options.base} has other "
+                f"values in {join_messages(mismatches)}."
             )
         known = sum(e.name in delta.header.base.parameter_hashes for e in delta.header.entries)
         findings.append(
-            f"the base's values are those it was made for ({known} parameter(s) hashed)"
+            f"the base has the values it was made for ({known} parameter(s) hashed)"
         )
     return findings
-
-
-def _file_size(path: Path) -> int:
-    return path.stat().st_size
-
-
-def _format_size(num_bytes: int) -> str:
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if num_bytes >= scale:
-            return f"{num_bytes / scale:.1f} {unit}"
-    return f"{num_bytes} bytes"
 
 
 def _shorten(value: Any) -> str:

@@ -23,10 +23,12 @@ def _add_command(
     return parser
 
 
+def _format_size(num_bytes: int) -> str:
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.1f} {unit}"
+    return f"{num_bytes} bytes"
+
+
 def _format_file_size(path: Path) -> str:
-    size = float(path.stat().st_size)
-    for unit in ("B", "KB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB"
+    return _format_size(path.stat().st_size)
