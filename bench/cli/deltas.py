@@ -129,8 +129,7 @@ def _merge(options: argparse.Namespace) -> None:
     delta = merge(*(load_delta(path) for path in options.files))
     save_delta(options.output, delta)
     print(
-        f"{options.output}: {len(delta.header.edits)} edit(s), "
-        f"{_format_file_size(options.output)}"
+        f"{options.output}: {len(delta.header.edits)} edit(s), {_format_file_size(options.output)}"
     )
 
 
@@ -147,8 +146,7 @@ def _remove(options: argparse.Namespace) -> None:
     )
     save_delta(options.output, delta)
     print(
-        f"{options.output}: {len(delta.header.edits)} edit(s), "
-        f"{_format_file_size(options.output)}"
+        f"{options.output}: {len(delta.header.edits)} edit(s), {_format_file_size(options.output)}"
     )
 
 

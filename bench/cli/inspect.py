@@ -12,6 +12,7 @@ from errata.functional.deltas.inspection import DeltaInfo, inspect_delta
 from errata.functional.errors import BaseMismatchError, InvalidInputError, join_messages
 from errata.functional.kinds.lowrank.entry import LowRank
 
+
 def _inspect(options: argparse.Namespace) -> None:
     info = inspect_delta(options.file)
     facts = _describe(options.file, info, _norms(options.file) if options.norms else {})
@@ -178,9 +179,7 @@ def _verify_values(options: argparse.Namespace, parameters: Any) -> list[str]:
                 f"values in {join_messages(mismatches)}."
             )
         known = sum(e.name in delta.header.base.parameter_hashes for e in delta.header.entries)
-        findings.append(
-            f"the base has the values it was made for ({known} parameter(s) hashed)"
-        )
+        findings.append(f"the base has the values it was made for ({known} parameter(s) hashed)")
     return findings
 
 
