@@ -1,1 +1,1 @@
-"""Benchmark data, protocols, the ledger of a run, reports and the command line."""
+"""Benchmark data, protocols, results logs, reports and the command line."""

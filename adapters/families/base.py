@@ -17,7 +17,15 @@ __all__ = ["Family", "enter", "forward_arguments", "mask_positions", "sequential
 
 
 def forward_arguments(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """What the Hugging Face forward of most families is called with, positions aside."""
+    """The keyword arguments that most families' Hugging Face forward takes, without positions.
+
+    Args:
+        module: The model.
+        inputs: Preprocessed rows.
+
+    Returns:
+        Keyword arguments.
+    """
     del module
     return {
         "input_ids": inputs.input_ids,
@@ -27,19 +35,43 @@ def forward_arguments(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
 
 
 def enter(module: nn.Module, kwargs: Mapping[str, Any]) -> Any:
-    """Run the module's own forward; a family that must enter elsewhere has its own."""
+    """Run the module's own forward; a family that enters elsewhere has its own function.
+
+    Args:
+        module: The model.
+        kwargs: Keyword arguments of the forward.
+
+    Returns:
+        Hugging Face's output, with logits.
+    """
     return module(**kwargs, use_cache=False, return_dict=True)
 
 
 def sequential_positions(module: nn.Module, inputs: Inputs) -> Tensor:
-    """Positions 0, 1, 2, ... of every row [B 1 L], as most decoders count."""
+    """Positions 0, 1, 2, ... of every row, as most decoders count.
+
+    Args:
+        module: The model.
+        inputs: Preprocessed rows.
+
+    Returns:
+        [B 1 L].
+    """
     del module
     num_rows, length = inputs.input_ids.shape
     return torch.arange(length, device=inputs.input_ids.device).expand(num_rows, 1, length)
 
 
 def mask_positions(module: nn.Module, inputs: Inputs) -> Tensor:
-    """Positions that count real tokens [B 1 L], as OPT has it; padding repeats the last."""
+    """Positions that count real tokens, as in OPT; padding repeats the last.
+
+    Args:
+        module: The model.
+        inputs: Preprocessed rows.
+
+    Returns:
+        [B 1 L].
+    """
     del module
     return (inputs.attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, None]
 
@@ -95,14 +127,37 @@ class Family(NamedTuple):
 
 
 def image_token(parts: ProcessorParts) -> str:
+    """The text that stands for one image in a prompt.
+
+    Args:
+        parts: Parts of the processor.
+
+    Returns:
+        The placeholder token.
+    """
     return parts.processor.image_token
 
 
 def video_token(parts: ProcessorParts) -> str:
+    """The text that stands for one video in a prompt.
+
+    Args:
+        parts: Parts of the processor.
+
+    Returns:
+        The placeholder token.
+    """
     return parts.processor.video_token
 
 
 def set_special_tokens(processor: Any, tokenizer: Any, **default: str) -> None:
+    """Give a processor its special tokens and their ids.
+
+    Args:
+        processor: Processor to complete.
+        tokenizer: Tokenizer whose own token of that name takes precedence.
+        **default: Token text by attribute name.
+    """
     for name, token in default.items():
         token = getattr(tokenizer, name, None) or token
         setattr(processor, name, token)

@@ -1,10 +1,10 @@
 """BLIP-2 and MiniGPT-4: a ViT, a Q-Former of a few queries, one linear map, a decoder.
 
 Li et al., "BLIP-2", 2023; Zhu et al., "MiniGPT-4", 2023. The forward is entered below Hugging
-Face's own: that one demands pixels even of a row without pictures, and finds image positions by
-`image_token_index`, which older checkpoints lack. The reader says where pictures stand.
+Face's own: that one demands pixels even of a row without images, and finds image positions by
+`image_token_index`, which older checkpoints lack. The reader says where images stand.
 
-B rows · L tokens · D width · n pictures · Q queries of a picture
+B rows · L tokens · D width · n images · Q queries of an image
 """
 
 from __future__ import annotations
@@ -37,7 +37,15 @@ __all__ = ["enter", "family", "forward_arguments"]
 
 
 def forward_arguments(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """Ids, masks and pixels."""
+    """Keyword arguments of `enter`: ids, masks and pixels.
+
+    Args:
+        module: The model.
+        inputs: Preprocessed rows.
+
+    Returns:
+        Keyword arguments.
+    """
     del module
     kwargs = {
         "input_ids": inputs.input_ids,
@@ -48,7 +56,15 @@ def forward_arguments(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
 
 
 def enter(module: Any, kwargs: Mapping[str, Any]) -> Any:
-    """Write the pictures' features over the embeddings where they stand, and run the decoder."""
+    """Write image features over the embeddings of image tokens, and run the decoder.
+
+    Args:
+        module: The model.
+        kwargs: From `forward_arguments`.
+
+    Returns:
+        Hugging Face's output, with logits.
+    """
     rest = dict(kwargs)
     input_ids, image_mask, pixels = (
         rest.pop("input_ids"),
@@ -78,18 +94,35 @@ _KNOWN_ATTRIBUTES = frozenset(
         "projection_dim",
     }
 )
-"""What checkpoints from before transformers 5 say beside what the classes read; all constants."""
+"""Keys of checkpoints from before transformers 5 that the classes do not read; all constants."""
 
 
 # ---- BLIP-2 and MiniGPT-4: as many tokens as queries
 
 
 def encode_qformer_images(parts: ProcessorParts, images: Sequence[PILImage.Image]) -> VisionInputs:
+    """Encode images for a model with a Q-Former.
+
+    Args:
+        parts: Parts of the processor.
+        images: The images of one row.
+
+    Returns:
+        Pixels, and the number of query tokens per image.
+    """
     tensors = to_tensors(parts.image_processor(list(images)), ["pixel_values"])
     return VisionInputs(tensors, [parts.config.num_query_tokens] * len(images))
 
 
 def qformer_config(size: TinySize) -> dict[str, Any]:
+    """Config of a tiny Q-Former, for tests.
+
+    Args:
+        size: Sizes of the tiny model.
+
+    Returns:
+        Config values.
+    """
     return {
         "vocab_size": len(size.tokenizer),
         "hidden_size": VISION_DIM,
@@ -144,7 +177,15 @@ def _processor_class() -> type:
 
 
 def make_family(model_type: str, **fields: Any) -> Family:
-    """Return the record of a family with BLIP-2's vision tower and Q-Former."""
+    """Return the record of a family with BLIP-2's vision tower and Q-Former.
+
+    Args:
+        model_type: `model_type` of the config.
+        **fields: Other fields of the record.
+
+    Returns:
+        The record.
+    """
     return Family(
         model_type,
         forward_arguments=forward_arguments,

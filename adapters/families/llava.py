@@ -31,10 +31,19 @@ from errata.adapters.inputs.vision_inputs import (
 __all__ = ["family"]
 
 
-# ---- LLaVA: one fixed number of tokens per picture
+# ---- LLaVA: one fixed number of tokens per image
 
 
 def encode_llava_images(parts: ProcessorParts, images: Sequence[PILImage.Image]) -> VisionInputs:
+    """Encode images for LLaVA: a fixed number of tokens each.
+
+    Args:
+        parts: Parts of the processor.
+        images: The images of one row.
+
+    Returns:
+        Pixels, and the placeholder text of each image.
+    """
     tensors = to_tensors(parts.image_processor(list(images)), ["pixel_values"])
     tower = parts.config.vision_config
     patch = getattr(parts.processor, "patch_size", None) or tower.patch_size

@@ -39,7 +39,15 @@ __all__ = ["LlavaOnevisionImageTextProcessor", "family", "onevision_frames"]
 def onevision_frames(
     frames: Sequence[PILImage.Image], settings: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """LLaVA-OneVision: every frame squeezed to the tower's own size [1 F C H W]."""
+    """Prepare frames for LLaVA-OneVision: each is resized to the vision tower's size.
+
+    Args:
+        frames: F frames of one size.
+        settings: Settings of the video processor.
+
+    Returns:
+        `pixel_values_videos` [1 F C H W].
+    """
     video = stack_frames(frames)
     if settings.get("do_resize", True):
         size = settings["size"]
@@ -55,6 +63,15 @@ def onevision_frames(
 def encode_onevision_images(
     parts: ProcessorParts, images: Sequence[PILImage.Image]
 ) -> VisionInputs:
+    """Encode images for LLaVA-OneVision: a single image is tiled, several get one view each.
+
+    Args:
+        parts: Parts of the processor.
+        images: The images of one row.
+
+    Returns:
+        Pixels, and the placeholder text of each image.
+    """
     names = ["pixel_values", "image_sizes", "batch_num_images"]
     tensors = to_tensors(parts.image_processor([list(images)]), names)
     processor = parts.processor
@@ -62,7 +79,7 @@ def encode_onevision_images(
         (parts.config.vision_config.image_size // parts.config.vision_config.patch_size) ** 2
     )
     less = int(find_setting(parts, "vision_feature_select_strategy") == "default")
-    if len(images) > 1:  # several pictures are not tiled: one view each, and a newline
+    if len(images) > 1:  # several images are not tiled: one view each, and a newline
         counts = [square + 1 - less] * len(images)
     else:
         height, width = tensors["pixel_values"].shape[-2:]
@@ -72,6 +89,15 @@ def encode_onevision_images(
 
 
 def encode_onevision_video(parts: ProcessorParts, images: Sequence[PILImage.Image]) -> VisionInputs:
+    """Encode a video for LLaVA-OneVision.
+
+    Args:
+        parts: Parts of the processor.
+        images: Frames.
+
+    Returns:
+        Pixels, and the placeholder text.
+    """
     tensors = onevision_frames(images, parts.video_settings)
     tower = parts.config.vision_config
     square = parts.processor.num_image_tokens or (tower.image_size // tower.patch_size) ** 2
@@ -80,7 +106,7 @@ def encode_onevision_video(parts: ProcessorParts, images: Sequence[PILImage.Imag
 
 
 class LlavaOnevisionImageTextProcessor(LlavaOnevisionProcessor):
-    """`LlavaOnevisionProcessor` for pictures and text."""
+    """`LlavaOnevisionProcessor` for images and text."""
 
     def __init__(
         self,

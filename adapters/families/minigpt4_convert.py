@@ -69,6 +69,13 @@ def rename_state_dict(
 
     >>> list(rename_state_dict({"ln_vision.weight": torch.ones(2), "t5_proj.bias": torch.ones(2)}, 39))
     ['vision_model.post_layernorm.weight']
+
+    Args:
+        state_dict: Weights under their original names.
+        num_vision_layers: Blocks of the vision tower to keep.
+
+    Returns:
+        Weights under the new names.
     """  # noqa: E501
     named: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
@@ -132,13 +139,27 @@ def convert_minigpt4(
     qformer_config: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> Path:
-    """Write a folder that `adapters.from_pretrained` reads; returns it.
+    """Convert the released MiniGPT-4 files to a folder that `adapters.from_pretrained` reads.
 
     The default configs are those of the released model: EVA-CLIP-g of 39 blocks at 224 pixels and a
-    BERT-base Q-Former of 32 queries, both sizes Hugging Face's own defaults. Q-Former and queries
+    BERT-base Q-Former of 32 queries, both with Hugging Face's default sizes. Q-Former and queries
     stay in fp32, as Hugging Face keeps them; the rest becomes `dtype`.
 
-    Raises InvalidInputError with every name that does not fit; nothing is left behind then.
+    Args:
+        vision: EVA-CLIP-g weights, a `.pth` file.
+        qformer: BLIP-2's Q-Former weights, a `.pth` file.
+        minigpt4: MiniGPT-4's projection weights, a `.pth` file.
+        llama: Folder of the language model.
+        output_dir: Folder to write.
+        vision_config: Overrides of the vision config.
+        qformer_config: Overrides of the Q-Former's config.
+        dtype: Dtype of the written weights.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        InvalidInputError: With every name that does not fit; nothing is written then.
     """
     import transformers as hf
 

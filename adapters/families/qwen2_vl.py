@@ -54,7 +54,15 @@ _POSITION_INPUTS = ("mm_token_type_ids",)
 
 
 def forward_arguments(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """Ids, mask and pixels; token types serve the positions only."""
+    """Ids, mask and pixels; token types are used for positions only.
+
+    Args:
+        module: The model.
+        inputs: Preprocessed rows.
+
+    Returns:
+        Keyword arguments.
+    """
     del module
     vision_inputs = {
         name: value for name, value in inputs.vision_inputs.items() if name not in _POSITION_INPUTS
@@ -67,7 +75,15 @@ def forward_arguments(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
 
 
 def mrope_positions(module: Any, inputs: Inputs) -> Tensor:
-    """Positions in time, height and width [B 3 L], from the module's own `get_rope_index`."""
+    """Positions in time, height and width, from the module's own `get_rope_index`.
+
+    Args:
+        module: The model.
+        inputs: Preprocessed rows.
+
+    Returns:
+        [B 3 L].
+    """
     config = module.config
     token_types = torch.zeros_like(inputs.input_ids)
     token_types = token_types.masked_fill(inputs.input_ids == config.image_token_id, 1)
@@ -87,6 +103,14 @@ def mrope_positions(module: Any, inputs: Inputs) -> Tensor:
 
 
 def pixel_limits(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """The smallest and largest number of pixels that an image may be resized to.
+
+    Args:
+        settings: Settings of the image or video processor.
+
+    Returns:
+        (min_pixels, max_pixels).
+    """
     size = settings["size"]
     min_pixels = settings.get("min_pixels") or size["shortest_edge"]
     return min_pixels, settings.get("max_pixels") or size["longest_edge"]
@@ -97,6 +121,16 @@ def encode_qwen_video(
     settings: Mapping[str, Any],
     fit_size: Callable[[int, int, int], tuple[int, int]],
 ) -> dict[str, Tensor]:
+    """Resize, normalise and patchify frames for the Qwen families.
+
+    Args:
+        frames: Frames of one size.
+        settings: Settings of the video processor.
+        fit_size: Maps (frames, height, width) to the new (height, width).
+
+    Returns:
+        `pixel_values_videos` [N, C * temporal * patch * patch] and `video_grid_thw` [1 3].
+    """
     video = stack_frames(frames)
     if settings.get("do_resize", True):
         new_height, new_width = fit_size(len(video), video.shape[2], video.shape[3])
@@ -113,7 +147,15 @@ def encode_qwen_video(
 def qwen2_frames(
     frames: Sequence[PILImage.Image], settings: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Qwen2-VL and Qwen2.5-VL: each frame fitted by itself into the range of pixels."""
+    """Prepare frames for Qwen2-VL and Qwen2.5-VL: each frame is within the range of pixels.
+
+    Args:
+        frames: Frames of one size.
+        settings: Settings of the video processor.
+
+    Returns:
+        Pixels and grid.
+    """
     factor = settings["patch_size"] * settings["merge_size"]
     min_pixels, max_pixels = pixel_limits(settings)
 
@@ -132,6 +174,15 @@ def qwen2_frames(
 
 
 def encode_qwen_images(parts: ProcessorParts, images: Sequence[PILImage.Image]) -> VisionInputs:
+    """Encode images for the Qwen families: one token per merged patch.
+
+    Args:
+        parts: Parts of the processor.
+        images: The images of one row.
+
+    Returns:
+        Pixels and grids, and the placeholder text of each image.
+    """
     tensors = to_tensors(parts.image_processor(list(images)), ["pixel_values", "image_grid_thw"])
     merged = parts.image_processor.merge_size**2
     counts = (tensors["image_grid_thw"].prod(-1) // merged).tolist()
@@ -139,6 +190,15 @@ def encode_qwen_images(parts: ProcessorParts, images: Sequence[PILImage.Image]) 
 
 
 def encode_qwen2_video(parts: ProcessorParts, images: Sequence[PILImage.Image]) -> VisionInputs:
+    """Encode a video for Qwen2-VL and Qwen2.5-VL.
+
+    Args:
+        parts: Parts of the processor.
+        images: Frames.
+
+    Returns:
+        Pixels and grid, and the placeholder text.
+    """
     tensors = qwen2_frames(images, parts.video_settings)
     merged = parts.video_settings["merge_size"] ** 2
     count = int(tensors["video_grid_thw"].prod()) // merged
@@ -149,7 +209,7 @@ VISION_MARKERS = "<|vision_start|>{}<|vision_end|>"
 
 
 class Qwen2VLImageTextProcessor(Qwen2VLProcessor):
-    """`Qwen2VLProcessor` for pictures and text."""
+    """`Qwen2VLProcessor` for images and text."""
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **_: Any):
         set_special_tokens(

@@ -47,13 +47,24 @@ __all__ = ["Qwen3VLImageTextProcessor", "family", "qwen3_frames"]
 def qwen3_frames(
     frames: Sequence[PILImage.Image], settings: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Qwen3-VL: the whole video fitted into the range of pixels; two frames at least."""
+    """Prepare frames for Qwen3-VL: the whole video is within the range of pixels.
+
+    Args:
+        frames: At least two frames of one size.
+        settings: Settings of the video processor.
+
+    Returns:
+        Pixels and grid.
+
+    Raises:
+        InvalidInputError: For fewer frames than a temporal patch.
+    """
     factor = settings["patch_size"] * settings["merge_size"]
     min_pixels, max_pixels = pixel_limits(settings)
     if len(frames) < settings["temporal_patch_size"]:
         raise InvalidInputError(
             f"a video for Qwen3-VL must have at least {settings['temporal_patch_size']} frames, "
-            f"got {len(frames)}: pass a single frame as a picture."
+            f"got {len(frames)}: pass a single frame as an image."
         )
 
     def fit_size(num_frames: int, height: int, width: int) -> tuple[int, int]:
@@ -73,7 +84,15 @@ def qwen3_frames(
 
 
 def encode_qwen3_video(parts: ProcessorParts, images: Sequence[PILImage.Image]) -> VisionInputs:
-    """Each pair of frames is told its time; frames that come without times run at 24 a second."""
+    """Encode a video for Qwen3-VL: each temporal patch follows its time, at 24 frames a second.
+
+    Args:
+        parts: Parts of the processor.
+        images: Frames.
+
+    Returns:
+        Pixels and grid, and the placeholder text.
+    """
     tensors = qwen3_frames(images, parts.video_settings)
     step, rate = parts.video_settings["temporal_patch_size"], 24
     steps, high, wide = tensors["video_grid_thw"][0].tolist()
@@ -89,12 +108,20 @@ def encode_qwen3_video(parts: ProcessorParts, images: Sequence[PILImage.Image]) 
 
 def qwen3_video_token(parts: ProcessorParts) -> str:
     # the times stand outside the markers, so the markers are written anew with each step
+    """The text that stands for one video in a prompt, markers included.
+
+    Args:
+        parts: Parts of the processor.
+
+    Returns:
+        The placeholder text.
+    """
     processor = parts.processor
     return f"{processor.vision_start_token}{processor.video_token}{processor.vision_end_token}"
 
 
 class Qwen3VLImageTextProcessor(Qwen3VLProcessor):
-    """`Qwen3VLProcessor` for pictures and text."""
+    """`Qwen3VLProcessor` for images and text."""
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **_: Any):
         set_special_tokens(

@@ -38,30 +38,37 @@ FAMILIES: Mapping[str, Family] = {
     )
 }
 
-_ENCODER_DECODER = "it is an encoder-decoder: its layers read an encoder's states beside the stream"
+_ENCODER_DECODER = "it is an encoder-decoder: its layers attend to an encoder's states"
 
 REFUSED: Mapping[str, str] = {
     "t5": _ENCODER_DECODER,
     "bart": _ENCODER_DECODER,
     "florence2": _ENCODER_DECODER,
-    "mllama": "its cross-attention layers read vision states beside the stream, and are skipped "
-    "where there is no picture",
+    "mllama": "its cross-attention layers read vision states, and are skipped "
+    "where there is no image",
     "gemma3n": "its layers hand on four streams, mixed between layers, not one",
     "gemma3n_text": "its layers hand on four streams, mixed between layers, not one",
-    "kosmos-2": "its forward cannot run without a picture",
-    "instructblip": "its forward cannot run without a picture, and its Q-Former reads the prompt",
+    "kosmos-2": "its forward cannot run without an image",
+    "instructblip": "its forward cannot run without an image, and its Q-Former reads the prompt",
     "paligemma": "its processor marks prompt and answer as one block that attends in both "
     "directions: answers would leak into their own prediction",
-    "chameleon": "it blocks some logits outright, behind its head",
+    "chameleon": "it masks some logits after its head",
     "bloom": "its ALiBi table joins rows and heads in one dimension",
 }
 """Model types that cannot be cut, with the reason."""
 
 
 def family_of(model_type: str) -> Family:
-    """The family of a model type; one without a line here is found by structure.
+    """The family of a model type; one that is not listed is analysed by structure.
 
-    Raises UnsupportedModelError with the reason for a type that is known not to work.
+    Args:
+        model_type: `model_type` of the config.
+
+    Returns:
+        The family's record.
+
+    Raises:
+        UnsupportedModelError: For a type that is known not to work, with the reason.
     """
     if model_type in REFUSED:
         raise UnsupportedModelError(

@@ -68,6 +68,14 @@ class TinySize(NamedTuple):
     tokenizer: Any
 
     def token_id(self, text: str) -> int:
+        """The id of a token.
+
+        Args:
+            text: The token.
+
+        Returns:
+            Its id.
+        """
         return self.tokenizer.convert_tokens_to_ids(text)
 
 
@@ -104,7 +112,14 @@ def _train_bpe(add_bos: bool) -> str:
 
 
 def tiny_tokenizer(add_bos: bool = False) -> Any:
-    """A byte-level BPE tokenizer of some 350 tokens; with `bos` it puts `<s>` before a text."""
+    """A byte-level BPE tokenizer of about 350 tokens.
+
+    Args:
+        add_bos: Whether `<s>` is put before a text.
+
+    Returns:
+        A fast tokenizer.
+    """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -122,6 +137,15 @@ def tiny_tokenizer(add_bos: bool = False) -> Any:
 
 
 def decoder_config(size: TinySize, **overrides: Any) -> dict[str, Any]:
+    """Config of a tiny decoder.
+
+    Args:
+        size: Sizes.
+        **overrides: Values that replace the defaults.
+
+    Returns:
+        Config values.
+    """
     num_heads = size.hidden_size // HEAD_DIM
     rope = {"rope_type": "default", "rope_theta": 10_000.0, **overrides.pop("rope", {})}
     return {
@@ -143,6 +167,15 @@ def decoder_config(size: TinySize, **overrides: Any) -> dict[str, Any]:
 
 
 def tower_config(patch_size: int, image_size: int) -> dict[str, Any]:
+    """Config of a tiny vision tower.
+
+    Args:
+        patch_size: In pixels.
+        image_size: In pixels.
+
+    Returns:
+        Config values.
+    """
     return {
         "hidden_size": VISION_DIM,
         "intermediate_size": 2 * VISION_DIM,
@@ -155,6 +188,14 @@ def tower_config(patch_size: int, image_size: int) -> dict[str, Any]:
 
 
 def vision_token_ids(size: TinySize) -> dict[str, Any]:
+    """Ids of the vision tokens, as Qwen configs name them.
+
+    Args:
+        size: Sizes, with the tokenizer.
+
+    Returns:
+        Config values.
+    """
     return {
         "image_token_id": size.token_id("<|image_pad|>"),
         "video_token_id": size.token_id("<|video_pad|>"),

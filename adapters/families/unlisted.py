@@ -14,7 +14,15 @@ __all__ = ["forward_arguments", "generic"]
 
 
 def forward_arguments(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """Ids, mask and pixels; token types where the forward takes them and nobody gave any."""
+    """Ids, mask and pixels; token types where the forward takes them and the processor gave none.
+
+    Args:
+        module: The model.
+        inputs: Preprocessed rows.
+
+    Returns:
+        Keyword arguments.
+    """
     kwargs: dict[str, Any] = {
         "input_ids": inputs.input_ids,
         "attention_mask": inputs.attention_mask.long(),
@@ -34,7 +42,14 @@ def forward_arguments(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
 
 
 def generic(model_type: str) -> Family:
-    """The family of a model type that has no line of its own."""
+    """The record of a model type that is not listed.
+
+    Args:
+        model_type: `model_type` of the config.
+
+    Returns:
+        The record.
+    """
     return Family(
         model_type, forward_arguments=forward_arguments, position_ids=None, verified=False
     )

@@ -29,7 +29,7 @@ def _explicit_mask(
 def _by_token_position(attention_mask: Tensor, mask_function: Callable) -> Callable:
     """Let a mask pattern count real tokens instead of cache slots.
 
-    Rows of different lengths are right-padded, so behind a padded past the slot of a token is not
+    Rows of different lengths are right-padded, so after a padded cache the slot of a token is not
     its place in the row; sliding windows and chunks are patterns over places.
     """
     token_positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -90,7 +90,12 @@ def _is_vmapped(tensor: Tensor | None) -> bool:
 
 
 def set_attention(decoder: nn.Module, attention: str) -> None:
-    """Choose the attention of every config below a decoder, without touching its parents."""
+    """Set the attention implementation of every config in a decoder, without touching its parents.
+
+    Args:
+        decoder: The decoder.
+        attention: `sdpa` or `eager`.
+    """
     for part in decoder.modules():
         config = getattr(part, "config", None)
         if hasattr(config, "_attn_implementation_internal"):

@@ -25,7 +25,7 @@ __all__ = [
 
 
 class LayerCall(NamedTuple):
-    """What a layer is called with, beside the hidden states."""
+    """The arguments of a layer other than the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -47,10 +47,26 @@ class OutputFormat(NamedTuple):
     tuple_size: int = 0
 
     def wrap(self, value: Tensor) -> Any:
+        """Wrap hidden states as the layer would return them.
+
+        Args:
+            value: Hidden states.
+
+        Returns:
+            The tensor, or a tuple that starts with it.
+        """
         return value if not self.tuple_size else (value, *(None,) * (self.tuple_size - 1))
 
     @classmethod
     def from_output(cls, output: Any) -> OutputFormat:
+        """Read the format off an output.
+
+        Args:
+            output: What a layer returned.
+
+        Returns:
+            Its format.
+        """
         return cls(0 if isinstance(output, Tensor) else len(output))
 
 
@@ -83,7 +99,16 @@ class _CallInside(nn.Module):
 def with_parameters(
     module: nn.Module, params: Mapping[str, Tensor], run: Callable[[nn.Module], Any]
 ):
-    """`run(module)` while the module's parameters are `params`."""
+    """Call a function while a module's parameters are replaced.
+
+    Args:
+        module: The module; unchanged afterwards.
+        params: Parameters by name.
+        run: Called with the module.
+
+    Returns:
+        What `run` returns.
+    """
     named = {f"inner.{name}": tensor for name, tensor in params.items()}
     return functional_call(_CallInside(module), named, (run,), tie_weights=False)
 
@@ -96,9 +121,20 @@ def capture_forward(
     decoder: nn.Module,
     run: Callable[[], Any],
 ) -> CapturedForward:
-    """Run until the module `after` the layers is called; every layer gives zeros instead.
+    """Run a forward whose layers return zeros, up to the module after the layers.
 
-    So what arrives at the next layer is exactly what the model adds in between.
+    The input of each next layer is then exactly what the model adds in between.
+
+    Args:
+        replica: A copy of the module that shares its parameters.
+        layers: Decoder layers.
+        after: The module called after the layers.
+        layer_formats: Output format of each layer.
+        decoder: The decoder.
+        run: Runs the forward.
+
+    Returns:
+        Arguments of every layer, and what is added between them.
     """
     layer_calls: list[LayerCall] = []
     added: dict[int, Tensor] = {}
@@ -154,7 +190,15 @@ def capture_forward(
 
 
 def run_until(module: nn.Module, run: Callable[[], Any]) -> Tensor:
-    """Run until `module` has given its output, and return that; nothing behind it runs."""
+    """Run a forward until a module has returned; nothing after it runs.
+
+    Args:
+        module: The module to stop at.
+        run: Runs the forward.
+
+    Returns:
+        The module's output.
+    """
     outputs: list[Tensor] = []
 
     def record_and_stop(module: nn.Module, args: tuple, output: Any) -> None:
@@ -178,9 +222,20 @@ def trace_forward(
     head: nn.Module,
     run: Callable[[], Any],
 ) -> ForwardTrace:
-    """One free forward in which layers give noise; one layer of each class runs for its shape.
+    """Trace one forward whose layers return noise; one layer of each class runs, for its format.
 
-    Raises UnsupportedModelError where the head is not what ends the forward.
+    Args:
+        replica: A copy of the module that shares its parameters.
+        layers: Decoder layers.
+        attentions: Self-attention of each layer, or None.
+        head: The output head.
+        run: Runs the forward.
+
+    Returns:
+        Formats, and the modules between the last layer and the head.
+
+    Raises:
+        UnsupportedModelError: If the forward does not end with the head.
     """
     formats_by_class: dict[type, OutputFormat] = {}
     attention_formats_by_class: dict[type, OutputFormat] = {}

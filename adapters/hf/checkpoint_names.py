@@ -21,10 +21,16 @@ __all__ = ["map_checkpoint_names"]
 
 
 def map_checkpoint_names(module: Any) -> dict[str, str]:
-    """In-memory parameter name -> checkpoint name, where they differ.
+    """Map in-memory parameter names to checkpoint names, where they differ.
 
     Follows what `save_pretrained` does (`revert_weight_conversion`). A parameter that is made of
     several checkpoint tensors (merged experts) has no single name and is left out.
+
+    Args:
+        module: The model.
+
+    Returns:
+        Checkpoint name by parameter name.
     """
     transforms = getattr(module, "_weight_conversions", None)
     if transforms is None:

@@ -53,7 +53,15 @@ _REQUIRED = {
 
 
 def check_config(config: PreTrainedConfig, family: Family) -> None:
-    """Raise UnsupportedModelError, naming every attribute and value the family does not handle."""
+    """Check that a family handles every attribute and value of a config.
+
+    Args:
+        config: The model's config.
+        family: The family's record.
+
+    Raises:
+        UnsupportedModelError: Names every attribute and value that is not handled.
+    """
     wrong = []
     text = config.get_text_config()
     for path, part in _nested_configs(config, ""):

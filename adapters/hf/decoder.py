@@ -2,7 +2,7 @@
 
 embed runs the module's own forward with the decoder's layers intercepted: nothing of them runs,
 but what they are handed is recorded. decode then calls the layers itself, with the parameters it
-is given. No family has code here: what differs is data (`family.py`) and what the probe finds.
+is given. No family has code here: what differs is data (`adapters/families/table.py`) and what the probe finds.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class FunctionalDecoder:
 
     # The four functions of a model.
 
-    @spanned("pictures and embedding")
+    @spanned("images and embedding")
     def embed(
         self,
         params: Params,
@@ -61,7 +61,18 @@ class FunctionalDecoder:
         *,
         vision_cache: VisionFeatureCache | None = None,
     ) -> Batch:
-        """Vision tower, projector and token embeddings: the batch at depth 0."""
+        """Run vision tower, projector and token embeddings.
+
+        Args:
+            params: Parameters by name.
+            inputs: Preprocessed rows.
+            hooks: Hooks on outputs of modules, by path.
+            edit_index: The edit of a stacked delta each row runs under, [B].
+            vision_cache: Cache of image features.
+
+        Returns:
+            The batch at depth 0.
+        """
         replica = self.runner.replica()
         captured, position_ids, inputs = self.runner.capture_inputs(
             replica, params, inputs, hooks, vision_cache
@@ -92,16 +103,30 @@ class FunctionalDecoder:
         kv_cache: KVCache | None = None,
         return_cache: bool = False,
     ) -> Any:
-        """Layers `batch.depth` up to `stop`; see `Model`. `at="all"` gives every position's logits.
+        """Run layers from `batch.depth` up to `stop`; see `Model`.
 
-        `past` holds the layers that are run, or all of the model's. Raises ShapeError where
-        `start` is not the batch's depth or `past` holds other layers.
+        Args:
+            params: Parameters by name.
+            batch: Rows at some depth.
+            hooks: Hooks on outputs of modules, by path.
+            start: The batch's depth, if it is to be checked.
+            stop: First layer not to run. None: run to the logits.
+            logit_positions: Positions [B T] to give logits at; "all" for every position. None: the
+                batch's.
+            kv_cache: Cached keys and values of the layers that are run, or of all.
+            return_cache: Whether to return the keys and values of the layers that were run.
+
+        Returns:
+            The batch at depth `stop`, or logits [B T V]; with the cache if asked for.
+
+        Raises:
+            ShapeError: If `start` is not the batch's depth, or the cache holds other layers.
         """
         card = self.card
         stop = card.num_layers if stop is None else stop
         if start not in (None, batch.depth) or not batch.depth <= stop <= card.num_layers:
             raise ShapeError(
-                f"decode goes on from the batch's depth {batch.depth} to at most layer "
+                f"decode continues from the batch's depth {batch.depth} to at most layer "
                 f"{card.num_layers}; asked for start={start}, stop={stop}."
             )
         scored_only = ATTENTION_OUTPUT in batch.layer_inputs
@@ -144,10 +169,22 @@ class FunctionalDecoder:
         *,
         kv_cache: KVCache | None = None,
     ) -> Batch:
-        """Run the last layer's attention on whole rows, keep the scored positions; see `Model`.
+        """Run the last layer's attention on whole rows and keep the scored positions; see `Model`.
 
-        A model whose last layer cannot run that way (`select_refusal` says why) gives the batch as
-        it is. Raises ShapeError for a batch that is not before the last layer.
+        A model whose last layer cannot run that way returns the batch unchanged; `select_refusal`
+        says why.
+
+        Args:
+            params: Parameters by name.
+            batch: Rows before the last layer.
+            hooks: Hooks on outputs of modules, by path.
+            kv_cache: Cached keys and values.
+
+        Returns:
+            The batch at scored positions.
+
+        Raises:
+            ShapeError: If the batch is not before the last layer.
         """
         last = self.card.num_layers - 1
         if batch.depth != last or ATTENTION_OUTPUT in batch.layer_inputs:
@@ -197,10 +234,24 @@ class FunctionalDecoder:
         hooks: Hooks | None = None,
         edit_index: Tensor | None = None,
     ) -> Batch:
-        """The batch at depth 0 of new token ids [B n] behind `past`; `at` is the last of them."""
+        """Embed new tokens that follow cached ones.
+
+        Args:
+            params: Parameters by name.
+            input_ids: New token ids, [B n].
+            kv_cache: Keys and values of the earlier tokens.
+            hooks: Hooks on outputs of modules, by path.
+            edit_index: The edit of a stacked delta each row runs under, [B].
+
+        Returns:
+            The batch at depth 0, scored at its last token.
+
+        Raises:
+            UnsupportedModelError: If the model cannot continue from cached keys and values.
+        """
         if self.runner.layout.cached_templates is None:
             raise UnsupportedModelError(
-                f"{self.card.id} cannot go on from keys and values: "
+                f"{self.card.id} cannot continue from cached keys and values: "
                 f"{self.runner.layout.cache_refusal}."
             )
         replica = self.runner.replica()
@@ -226,7 +277,7 @@ class FunctionalDecoder:
         self.select_refusal = reason
 
     def disable_cache(self, reason: str) -> None:
-        """Refuse to keep and to go on from keys and values from now on."""
+        """Refuse caches of keys and values from now on."""
         self.runner.layout = self.runner.layout._replace(
             cached_templates=None, cache_refusal=reason
         )
@@ -239,7 +290,7 @@ class FunctionalDecoder:
                 f"{self.card.id} keeps no keys and values: {self.runner.layout.cache_refusal}."
             )
         if ATTENTION_OUTPUT in batch.layer_inputs:
-            raise ShapeError("a thinned batch has no keys and values to keep or to go on from.")
+            raise ShapeError("a batch of scored positions has no keys and values to cache.")
         if kv_cache is None:
             return FunctionalKVCache(self.card.num_layers)
         accepted_lengths = {

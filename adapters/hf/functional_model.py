@@ -26,12 +26,25 @@ def functionalize(
     family: Family | None = None,
     verification_inputs: Sequence[Inputs] = (),
 ) -> Model:
-    """A Hugging Face module as pure functions of its parameters.
+    """Turn a Hugging Face module into pure functions of its parameters.
 
-    The module is never written to, and its parameters are shared, not copied. What its layers are
-    handed is found by two probes of a few tokens, in which no layer runs but one of each class.
-    A family found by structure is then proven on real input: `given`, or what `samples` makes.
-    Raises UnsupportedModelError with the reason where the module does something a cut cannot carry.
+    The module is never written to, and its parameters are shared, not copied. The arguments of its
+    layers are found by two probes of a few tokens, in which one layer of each class runs. A family
+    that is analysed by structure is then verified on real inputs.
+
+    Args:
+        card: The model's card.
+        module: The module, in eval mode.
+        preprocess: Turns queries into inputs.
+        detokenize: Turns ids into text.
+        family: The family's record. None: that of `card.family`.
+        verification_inputs: Inputs to verify on. None: synthetic ones.
+
+    Returns:
+        The model.
+
+    Raises:
+        UnsupportedModelError: If the module does something that a cut between layers cannot carry.
     """
     family = family or family_of(card.family)
     if family.verified:

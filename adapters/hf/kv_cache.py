@@ -24,6 +24,18 @@ class FunctionalKVCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        """Append the keys and values of one layer.
+
+        Args:
+            key_states: New keys.
+            value_states: New values.
+            layer_idx: Number of the layer.
+            *args: Ignored.
+            **kwargs: Ignored.
+
+        Returns:
+            All keys and values of the layer.
+        """
         states = (key_states, value_states)
         if self.past_states is not None:
             keys, values = self.past_states
@@ -32,15 +44,48 @@ class FunctionalKVCache(Cache):
         return states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of cached tokens.
+
+        Args:
+            layer_idx: Number of the layer.
+
+        Returns:
+            Tokens.
+        """
         return self.past_length
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Position of the first new token.
+
+        Args:
+            layer_idx: Number of the layer.
+
+        Returns:
+            Tokens before it.
+        """
         return self.past_length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the keys that a mask covers.
+
+        Args:
+            query_length: New tokens.
+            layer_idx: Number of the layer.
+
+        Returns:
+            (length, offset).
+        """
         return self.past_length + query_length, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Largest number of tokens; -1 for no limit.
+
+        Args:
+            layer_idx: Number of the layer.
+
+        Returns:
+            -1.
+        """
         return -1
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
 """How what Hugging Face hands its layers becomes `Batch.layer_inputs`, and back.
 
 Two captures of different sizes show which dimension of each tensor is rows, query tokens or key
-tokens. The key of an extra carries that layout (`functional/rows.py`), so that batches can be cut,
+tokens. The key of an extra carries that layout (`functional/forward/batches.py`), so that batches can be cut,
 padded and joined without knowing the model.
 """
 
@@ -60,6 +60,16 @@ class CallTemplate(NamedTuple):
         layer_inputs: Mapping[str, Tensor],
         hf_cache: FunctionalKVCache | None,
     ) -> LayerCall:
+        """Fill in the arguments of a layer's call.
+
+        Args:
+            layout: Layout of the inputs.
+            layer_inputs: Tensors of a batch, rows first.
+            hf_cache: Cache to pass on, or None.
+
+        Returns:
+            The call.
+        """
         leaves = [
             layout.restore(leaf.key, layer_inputs[leaf.key])
             if leaf.key in layer_inputs
@@ -82,7 +92,14 @@ class LayerInputLayout(NamedTuple):
     cache_refusal: str = ""  # why there is no cache
 
     def pack(self, captured: CapturedForward) -> dict[str, Tensor]:
-        """The extras of a batch, from what its layers were handed."""
+        """Collect the layers' inputs of a captured forward, rows first.
+
+        Args:
+            captured: Arguments of every layer.
+
+        Returns:
+            Tensors by key.
+        """
         num_rows = captured.hidden_states.shape[0]
         layer_inputs: dict[str, Tensor] = {}
         source: dict[str, Tensor] = {}
@@ -109,12 +126,28 @@ class LayerInputLayout(NamedTuple):
         return layer_inputs
 
     def restore(self, key: str, value: Tensor) -> Tensor:
+        """Move the rows of a tensor back to where the layer expects them.
+
+        Args:
+            key: Key of the input.
+            value: Tensor, rows first.
+
+        Returns:
+            The tensor as the layer takes it.
+        """
         row_dim = self.row_dims[key]
         return value[0] if row_dim < 0 else value.movedim(0, row_dim)
 
 
 def added_input_key(number: int) -> str:
-    """The extra that the model adds to the residual stream after layer `number`."""
+    """Key of what the model adds to the residual stream after a layer.
+
+    Args:
+        number: Number of the layer.
+
+    Returns:
+        The key.
+    """
     return f"added.{number}@bq_"
 
 
@@ -125,9 +158,20 @@ def infer_layout(
     second_shape: ProbeShape,
     cache_refusal: str = "",
 ) -> LayerInputLayout:
-    """Compare two captures of different sizes; the second has a past unless `refusal` says why not.
+    """Infer the layout of layer inputs by comparing two captures of different sizes.
 
-    Raises UnsupportedModelError for arguments whose layout cannot be told.
+    Args:
+        first: Capture of the first probe.
+        first_shape: Its sizes.
+        second: Capture of the second, with cached tokens unless `cache_refusal` says why not.
+        second_shape: Its sizes.
+        cache_refusal: Why the model cannot use a cache.
+
+    Returns:
+        The layout.
+
+    Raises:
+        UnsupportedModelError: For arguments whose layout cannot be inferred.
     """
     input_keys: dict[tuple[int, str], str] = {}
     row_dims: dict[str, int] = {}

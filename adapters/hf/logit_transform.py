@@ -1,4 +1,4 @@
-"""What a model does to logits behind its head: nothing, a scale, or a soft cap."""
+"""What a model does to logits after its head: nothing, a scale, or a soft cap."""
 
 from __future__ import annotations
 
@@ -23,9 +23,19 @@ _LOGIT_TRANSFORMS: dict[str, Callable[[Tensor, float], Tensor]] = {
 def find_logit_transform(
     configs: list[Any], head_output: Tensor, expected: Tensor, name: str
 ) -> Callable[[Tensor], Tensor]:
-    """The function that takes the head's output to the model's logits, tried on one forward.
+    """Find the function that takes the head's output to the model's logits, tried on one forward.
 
-    Raises UnsupportedModelError where none does.
+    Args:
+        configs: Configs that may hold a scale or a soft cap.
+        head_output: Output of the head.
+        expected: Logits of the model.
+        name: Name of the model, for the message.
+
+    Returns:
+        The function.
+
+    Raises:
+        UnsupportedModelError: If no known function does.
     """
     candidates: list[Callable[[Tensor], Tensor]] = [lambda logits: logits]
     for attribute, apply in _LOGIT_TRANSFORMS.items():

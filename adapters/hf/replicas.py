@@ -54,7 +54,15 @@ class ThreadReplicas:
 
 @contextmanager
 def replaced_forwards(modules: Sequence[nn.Module], forwards: Sequence[Callable]) -> Iterator[None]:
-    """Within the block, each module runs the forward given for it instead of its own."""
+    """Replace the forwards of modules within a `with` block.
+
+    Args:
+        modules: Modules.
+        forwards: The forward of each.
+
+    Yields:
+        Nothing.
+    """
     originals = [
         vars(module).get("forward") for module in modules
     ]  # accelerate keeps its own there

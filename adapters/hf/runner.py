@@ -1,7 +1,7 @@
 """What is known about one module, and how its parts are run with other parameters.
 
 The parts are: everything before the layers (run by the module's own forward, intercepted), each
-layer, and the tail behind them. All run on the calling thread's skeleton.
+layer, and the modules after them. All run on the calling thread's replica.
 """
 
 from __future__ import annotations
@@ -99,7 +99,15 @@ class ModuleRunner:
         return self._replicas.get()
 
     def forward_arguments(self, replica: nn.Module, inputs: Inputs) -> tuple[dict, Tensor | None]:
-        """What to enter the module's forward with, and positions [B P L] where they are ours."""
+        """Keyword arguments of the module's forward.
+
+        Args:
+            replica: A copy of the module that shares its parameters.
+            inputs: Preprocessed rows.
+
+        Returns:
+            Keyword arguments, and positions [B P L] where the family computes them.
+        """
         kwargs = self.family.forward_arguments(replica, inputs)
         if self.family.position_ids is None:
             return kwargs, None
@@ -114,9 +122,17 @@ class ModuleRunner:
         hooks: Hooks | None = None,
         vision_cache: VisionFeatureCache | None = None,
     ) -> tuple[CapturedForward, Tensor, Inputs]:
-        """What the layers are handed, the positions [B P L], and the inputs where they now lie.
+        """Capture what the layers are called with.
 
-        With a `sight` that serves these parameters, pictures are looked up there.
+        Args:
+            replica: A copy of the module that shares its parameters.
+            params: Parameters by name.
+            inputs: Preprocessed rows.
+            hooks: Hooks on outputs of modules, by path.
+            vision_cache: Cache of image features, used if it serves these parameters.
+
+        Returns:
+            The captured calls, positions [B P L], and the inputs on the model's device.
         """
         inputs = self._to_device(params, inputs)
         kwargs, position_ids = self.forward_arguments(replica, inputs)
@@ -144,7 +160,15 @@ class ModuleRunner:
         return captured, position_ids, inputs
 
     def make_vision_cache(self, params: Params, max_bytes: int) -> VisionFeatureCache | None:
-        """A store of picture features; None for a family whose vision path has no one door."""
+        """Make a cache of image features.
+
+        Args:
+            params: The base's parameters.
+            max_bytes: Largest size in bytes.
+
+        Returns:
+            The cache; None for a family without a single entry to its vision path.
+        """
         if self.family.vision_features_path is None:
             return None
         inside = (f"{self.decoder}.", f"{self.card.head}.")
@@ -183,7 +207,18 @@ class ModuleRunner:
         ]
 
     def decoder_hooks(self, hooks: Hooks, scored_only: bool) -> Hooks:
-        """Rewrites that act in decode: in the layers and behind them, not in a saved attention."""
+        """Select the hooks that act in decode: in the layers and after them.
+
+        Args:
+            hooks: Hooks by path.
+            scored_only: Whether the last attention has run already.
+
+        Returns:
+            The selected hooks.
+
+        Raises:
+            UnknownSiteError: For paths that are no module.
+        """
         inside = [f"{self.card.layers}.", *(f"{path}." for path in self.tail)]
         last = self.card.num_layers - 1
         saved = f"{self.card.layers}.{last}.{self.attention_paths[last]}."
@@ -234,7 +269,18 @@ class ModuleRunner:
         kv_cache: KVCache,
         hooks: Hooks | None = None,
     ) -> tuple[CapturedForward, Tensor, Tensor]:
-        """The same for new tokens [B n] behind a past, and their mask [B n]."""
+        """Capture what the layers are called with for new tokens after cached ones.
+
+        Args:
+            replica: A copy of the module that shares its parameters.
+            params: Parameters by name.
+            input_ids: New token ids, [B n].
+            kv_cache: Keys and values of the earlier tokens.
+            hooks: Hooks on outputs of modules, by path.
+
+        Returns:
+            The captured calls, positions [B P n], and the new tokens' mask [B n].
+        """
         attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
         position_ids = kv_cache.next_position[:, :, None] + torch.arange(
             input_ids.shape[1], device=input_ids.device
@@ -263,7 +309,19 @@ class ModuleRunner:
         layer_inputs: Mapping[str, Tensor],
         hf_cache: FunctionalKVCache | None,
     ) -> Tensor:
-        """One layer, and what the model adds behind it: [B L D]."""
+        """Run one layer, and add what the model adds after it.
+
+        Args:
+            replica: A copy of the module that shares its parameters.
+            params: Parameters by name.
+            number: Number of the layer.
+            hidden_states: [B L D].
+            layer_inputs: The layer's other inputs, rows first.
+            hf_cache: Cache to pass to the layer, or None.
+
+        Returns:
+            [B L D].
+        """
         templates = self.layout.templates if hf_cache is None else self.layout.cached_templates
         call = templates[number].fill(self.layout, layer_inputs, hf_cache)  # type: ignore[index]
         layer = replica.get_submodule(f"{self.card.layers}.{number}")
@@ -287,7 +345,16 @@ class ModuleRunner:
 
     @spanned("head")
     def run_head(self, replica: nn.Module, params: Params, hidden_states: Tensor) -> Tensor:
-        """Final norm, head and what the model does to its logits: [B T V]."""
+        """Run final norm, head and logit transform.
+
+        Args:
+            replica: A copy of the module that shares its parameters.
+            params: Parameters by name.
+            hidden_states: [B T D].
+
+        Returns:
+            [B T V].
+        """
         for path, names in zip(self.tail, self._tail_params):
             part_params = {local: params[held] for local, held in names}
             part = replica.get_submodule(path)
@@ -338,5 +405,5 @@ class ModuleRunner:
             second = self.capture_inputs(
                 replica, params, synthetic_tokens(card, module, LONG_SHAPE)
             )[0]
-            refusal = f"its decoder does not go on from keys and values it is given ({error})"
+            refusal = f"its decoder does not continue from given keys and values ({error})"
             self.layout = infer_layout(first, FIRST_SHAPE, second, LONG_SHAPE, refusal)

@@ -81,7 +81,18 @@ _PROJECTOR_NAMES = (
 
 
 def module_path(module: nn.Module, part: nn.Module) -> str:
-    """The dotted path of a submodule, "" for the module itself."""
+    """The dotted path of a submodule, "" for the module itself.
+
+    Args:
+        module: The model.
+        part: The submodule.
+
+    Returns:
+        Its path.
+
+    Raises:
+        UnsupportedModelError: If it is no part of the module.
+    """
     for path, other in module.named_modules():
         if other is part:
             return path
@@ -89,13 +100,27 @@ def module_path(module: nn.Module, part: nn.Module) -> str:
 
 
 def text_config(config: Any) -> Any:
-    """The config of the decoder: the model's own, or its text part."""
+    """The config of the decoder: the model's own, or its text part.
+
+    Args:
+        config: The model's config.
+
+    Returns:
+        The text config.
+    """
     getter = getattr(config, "get_text_config", None)
     return getter(decoder=True) if getter else config
 
 
 def decoder_path(module: Any) -> str:
-    """The innermost text decoder: what holds the layers and takes token ids or embeddings."""
+    """The path of the innermost text decoder, which holds the layers and takes ids or embeddings.
+
+    Args:
+        module: The model.
+
+    Returns:
+        Its path.
+    """
     part: Any = module
     for _ in range(8):
         inner = part.get_decoder() if hasattr(part, "get_decoder") else part
@@ -106,9 +131,17 @@ def decoder_path(module: Any) -> str:
 
 
 def layers_path(module: Any, decoder: str) -> str:
-    """The decoder's list of layers: the longest list of modules that lies in no other list.
+    """The path of the decoder's list of layers: the longest list of modules inside no other list.
 
-    Raises UnsupportedModelError where there is none.
+    Args:
+        module: The model.
+        decoder: Path of the decoder.
+
+    Returns:
+        Its path.
+
+    Raises:
+        UnsupportedModelError: If there is none.
     """
     best, size = "", 0
     lists = []
@@ -127,12 +160,19 @@ def layers_path(module: Any, decoder: str) -> str:
 
 
 def attention_path(layer: nn.Module) -> str:
-    """The path of a layer's one self-attention inside the layer, "" where there is not just one."""
+    """The path of a layer's one self-attention inside the layer.
+
+    Args:
+        layer: A decoder layer.
+
+    Returns:
+        The path; "" unless there is exactly one.
+    """
     paths = [
         name
         for name, part in layer.named_children()
         if "attn" in name.lower() or "attention" in name.lower()
-        if any(True for _ in part.children())  # a norm beside it has no parts
+        if any(True for _ in part.children())  # a norm of its own has no parts
     ]
     return paths[0] if len(paths) == 1 else ""
 
@@ -144,9 +184,19 @@ def describe_module(
     id: str = "",
     revision: str = "",
 ) -> ModelCard:
-    """The card of a module: sizes, places, names, a fingerprint of its config.
+    """Describe a module: sizes, paths, names and a hash of its config.
 
-    Raises UnsupportedModelError, saying which part is missing.
+    Args:
+        module: The model.
+        family: The family's record.
+        id: Hub id or folder.
+        revision: Commit.
+
+    Returns:
+        The card.
+
+    Raises:
+        UnsupportedModelError: Says which part is missing.
     """
     config = module.config
     text = text_config(config)
@@ -154,7 +204,7 @@ def describe_module(
         raise UnsupportedModelError(
             "a model must be a decoder that can be cut between layers; the text model of "
             f"{type(module).__name__} ({text.model_type}) is an encoder-decoder, whose layers read "
-            "an encoder's states beside the stream. Take a decoder-only text model."
+            "an encoder's states. Take a decoder-only text model."
         )
     decoder = decoder_path(module)
     layers = layers_path(module, decoder)
@@ -209,7 +259,14 @@ def _model_id(config: Any) -> str:
 
 
 def config_hash(config: Any) -> str:
-    """sha256 of a config's canonical JSON, without entries that say nothing about the weights."""
+    """SHA-256 of a config's canonical JSON, without entries that do not affect the weights.
+
+    Args:
+        config: The model's config.
+
+    Returns:
+        64 hexadecimal digits.
+    """
     plain = _drop_ignored_keys(config.to_dict())
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()

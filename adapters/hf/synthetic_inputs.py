@@ -20,12 +20,21 @@ __all__ = [
 ]
 
 FIRST_SHAPE = ProbeShape(num_rows=2, query_length=5, key_length=5)
-SECOND_SHAPE = ProbeShape(num_rows=3, query_length=3, key_length=7)  # behind a past of four tokens
+SECOND_SHAPE = ProbeShape(num_rows=3, query_length=3, key_length=7)  # after four cached tokens
 LONG_SHAPE = ProbeShape(num_rows=3, query_length=7, key_length=7)  # where no past can be had
 
 
 def synthetic_tokens(card: ModelCard, module: nn.Module, shape: ProbeShape) -> Inputs:
-    """Token rows clear of special ones, nothing scored; the last row is one token shorter."""
+    """Rows of ordinary tokens, nothing scored; the last row is one token shorter.
+
+    Args:
+        card: The model's card.
+        module: The model.
+        shape: Rows and tokens.
+
+    Returns:
+        Inputs.
+    """
     special_ids = {
         value
         for config in (module.config, text_config(module.config))
@@ -51,7 +60,15 @@ def synthetic_tokens(card: ModelCard, module: nn.Module, shape: ProbeShape) -> I
 
 
 def empty_cache(like: Tensor, num_axes: int) -> KVCache:
-    """A past of the grown probe's length with no keys in it: enough to make masks and positions."""
+    """A cache without keys, of the second probe's length: enough to make masks and positions.
+
+    Args:
+        like: A tensor on the right device.
+        num_axes: P, axes of a position.
+
+    Returns:
+        The cache.
+    """
     length = SECOND_SHAPE.key_length - SECOND_SHAPE.query_length
     attention_mask = torch.ones(SECOND_SHAPE.num_rows, length, dtype=torch.bool, device=like.device)
     return KVCache(
@@ -63,12 +80,27 @@ def empty_cache(like: Tensor, num_axes: int) -> KVCache:
 
 
 def hf_position_ids(position_ids: Tensor) -> Tensor:
-    """[B P L] as Hugging Face has it: [B L], or [P B L] for several axes."""
+    """Positions as Hugging Face takes them.
+
+    Args:
+        position_ids: [B P L].
+
+    Returns:
+        [B L] for one axis, [P B L] for several.
+    """
     return position_ids[:, 0] if position_ids.shape[1] == 1 else position_ids.transpose(0, 1)
 
 
 def observed_positions(position_ids: Tensor | None, inputs: Inputs) -> Tensor:
-    """[B P L] from what the decoder was given, or counted where it was given nothing."""
+    """Positions as the decoder was given them, or 0, 1, 2, ... if it was given none.
+
+    Args:
+        position_ids: What the decoder was given.
+        inputs: Preprocessed rows.
+
+    Returns:
+        [B P L].
+    """
     num_rows, length = inputs.input_ids.shape
     if position_ids is None:
         return torch.arange(length, device=inputs.input_ids.device).expand(num_rows, 1, length)

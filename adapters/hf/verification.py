@@ -56,9 +56,19 @@ def first_verified(
     inputs: Sequence[Inputs],
     make_decoder: Callable[[str], Any],
 ) -> Any:
-    """The first of `make(attention)` that proves itself on every sample.
+    """The first decoder, over attention implementations, that is verified on every input.
 
-    Raises UnsupportedModelError with what each attempt came to.
+    Args:
+        module: The model.
+        decoder_path: Path of its decoder.
+        inputs: Inputs to verify on.
+        make_decoder: Makes a decoder with a given attention implementation.
+
+    Returns:
+        The decoder.
+
+    Raises:
+        UnsupportedModelError: With the reason of each attempt.
     """
     reasons = []
     for attention in ATTENTIONS:
@@ -80,7 +90,16 @@ def _first_line(error: Exception) -> str:
 
 
 def sample_inputs(card: Any, module: nn.Module, preprocess: Callable | None) -> list[Inputs]:
-    """What to prove a model on: synthetic text, and a picture read by its processor if there is."""
+    """Inputs to verify a model on: synthetic text, and an image if the model has a processor.
+
+    Args:
+        card: The model's card.
+        module: The model.
+        preprocess: Turns queries into inputs, or None.
+
+    Returns:
+        Inputs.
+    """
     text = synthetic_tokens(card, module, _SAMPLE_SHAPE)
     inputs = [text._replace(attention_mask=_vary_lengths(text.attention_mask))]
     if preprocess is not None and card.takes_images:
@@ -92,8 +111,20 @@ def sample_inputs(card: Any, module: nn.Module, preprocess: Callable | None) -> 
 def verify(
     module: nn.Module, decoder_path: str, decoder: Any, inputs: Inputs
 ) -> VerificationReport:
-    """Measure a decoder against its module on one input; raise UnsupportedModelError if it is
-    wrong."""
+    """Compare a decoder with its module on one input.
+
+    Args:
+        module: The model.
+        decoder_path: Path of its decoder.
+        decoder: The functional decoder.
+        inputs: The input.
+
+    Returns:
+        Largest differences of each comparison.
+
+    Raises:
+        UnsupportedModelError: If one is too large.
+    """
     params = {name: tensor.detach() for name, tensor in module.named_parameters()}
     with torch.no_grad():
         replica = ThreadReplicas(module, decoder_path, None).get()
@@ -240,7 +271,7 @@ def _measure_scored_only(
     difference = comparison.difference(actual, expected, all_positions)
     if not difference <= comparison.tolerance():
         decoder.disable_select_scored(
-            f"its last layer is not position-wise behind attention ({difference:.1e})"
+            f"its last layer is not position-wise after attention ({difference:.1e})"
         )
         return None
     return difference
@@ -283,7 +314,7 @@ def _measure_kv_cache(
     )
     if not difference <= comparison.tolerance():
         decoder.disable_cache(
-            f"its layers do not go on exactly from keys and values ({difference:.1e})"
+            f"its layers do not continue exactly from cached keys and values ({difference:.1e})"
         )
         return None
     return difference

@@ -1,10 +1,10 @@
-"""What the vision path makes of a picture, computed once per content.
+"""What the vision path makes of an image, computed once per content.
 
-Rows that share a picture share its features, within a batch and from call to call. Each picture is
+Rows that share an image share its features, within a batch and from call to call. Each image is
 looked at alone, so what is found does not depend on who shared its batch: it equals the family's
 own batched tower up to the rounding of another batch size.
 
-n pictures · Q tokens of one · D width
+n images · Q tokens of one · D width
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FEATURE_FIELDS = ("pooler_output", "deepstack_features")  # what the forwards r
 
 
 class VisionFeatureCache:
-    """Features by content of the picture, for one set of vision parameters.
+    """Features by content of the image, for one set of vision parameters.
 
     `names` are the parameters that features are made with; a model in which one of them is another
     tensor than in `base` is not served. `limit` bounds the features that are kept, in bytes.
@@ -39,7 +39,15 @@ class VisionFeatureCache:
         self._cache = LRUCache(max_bytes)
 
     def serves(self, params: Params, inputs: Inputs) -> bool:
-        """Whether these rows' features can be had here: base parameters, still pictures, named."""
+        """Whether the cache serves these rows: base parameters, no video, images with content ids.
+
+        Args:
+            params: Parameters by name.
+            inputs: Preprocessed rows.
+
+        Returns:
+            True or False.
+        """
         return (
             any(inputs.content_ids)
             and not any("video" in name for name in inputs.vision_inputs)
@@ -48,7 +56,15 @@ class VisionFeatureCache:
 
     @contextmanager
     def use_cached_features(self, owner: nn.Module, inputs: Inputs) -> Iterator[None]:
-        """Within the block, `owner` finds the features of the rows' pictures here."""
+        """Serve a module's image features from the cache within a `with` block.
+
+        Args:
+            owner: The module that computes image features.
+            inputs: Preprocessed rows.
+
+        Yields:
+            Nothing.
+        """
         original = getattr(owner, _FEATURE_METHOD)
         content_ids = [name for row in inputs.content_ids for name in row]
 
@@ -79,9 +95,9 @@ def _bind_arguments(call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> d
 
 
 def _split_per_image(arguments: Mapping[str, Any], num_images: int) -> list[dict[str, Any]] | None:
-    """The arguments of each picture alone; None where they do not fall into pictures.
+    """The arguments of each image alone; None where they do not fall into images.
 
-    Native resolution packs the patches of all pictures in one row, as many as the grid says.
+    Native resolution packs the patches of all images in one row, as many as the grid says.
     """
     grid = arguments.get("image_grid_thw")
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
@@ -98,7 +114,7 @@ def _split_per_image(arguments: Mapping[str, Any], num_images: int) -> list[dict
 
 
 def _compute_features(call: Callable, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The features of one picture: [1 Q D], or lists of one [Q D]."""
+    """The features of one image: [1 Q D], or lists of one [Q D]."""
     with torch.no_grad():
         output = call(**arguments)
     return {
@@ -113,7 +129,7 @@ def _concat_features(parts: list[dict[str, Any]]) -> SimpleNamespace:
 
 
 def _concat_values(values: list[Any]) -> Any:
-    """Features of several pictures as the family has them of a batch."""
+    """Features of several images as the family has them of a batch."""
     if isinstance(values[0], Tensor):
         return torch.cat(values)
     if values[0] and not isinstance(values[0][0], Tensor):  # a list per level

@@ -1,4 +1,4 @@
-"""Rows of token ids and pictures as one batch of tensors.
+"""Rows of token ids and images as one batch of tensors.
 
 B rows · L tokens · T scored positions
 """
@@ -31,7 +31,17 @@ def collate(
     content_ids: tuple[tuple[str, ...], ...],
     vision_inputs: dict[str, Any],
 ) -> Inputs:
-    """Rows of ids as right-padded tensors, with the labels read from the rows."""
+    """Collate rows of ids into right-padded tensors.
+
+    Args:
+        token_rows: Ids, image mask and scored tokens of each row.
+        pad_id: Id of padding.
+        content_ids: Content ids of each row's images.
+        vision_inputs: Pixels and grids by name.
+
+    Returns:
+        Inputs.
+    """
     num_rows = len(token_rows)
     length = max((len(row.input_ids) for row in token_rows), default=0)
     num_targets = max((len(row.scored_tokens) for row in token_rows), default=0)
@@ -53,10 +63,18 @@ def collate(
 
 
 def concat_pixels(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Pixels of all rows, by name, one after another; a shorter second axis is filled with zeros.
+    """Concatenate the pixels of rows by name; a shorter second axis is padded with zeros.
 
-    That axis is the tiles of LLaVA-OneVision. Videos of unequal length cannot share a batch there:
-    raises InvalidInputError.
+    That axis holds the tiles of LLaVA-OneVision.
+
+    Args:
+        rows: Pixels and grids of each row.
+
+    Returns:
+        Tensors by name.
+
+    Raises:
+        InvalidInputError: For videos of unequal length, which cannot share a batch.
     """
     batch = {}
     for name in dict.fromkeys(name for row in rows for name in row):

@@ -1,7 +1,7 @@
 """Reading through a model's own processor: the way for families without a line in `FAMILIES`.
 
-The processor gets the whole batch, text with the answer appended and pictures, and is asked for
-character offsets and padding on the right. Whatever it answers beside ids and mask is handed to the
+The processor gets the whole batch, text with the answer appended and images, and is asked for
+character offsets and padding on the right. Its other outputs are handed to the
 model by the same names. What the offsets say is checked: the labels must spell the answers.
 """
 
@@ -109,7 +109,7 @@ class HFQueryProcessor:
         if length > self.card.max_positions:
             raise InvalidInputError(
                 f"a row must have at most {self.card.max_positions} tokens, and this has {length}: "
-                "shorten the prompt or use fewer pictures"
+                "shorten the prompt or use fewer images"
             )
 
     # ---- text
@@ -194,7 +194,7 @@ class HFQueryProcessor:
         except (ValueError, TypeError, IndexError, KeyError, NotImplementedError) as error:
             raise InvalidInputError(
                 f"{type(self.parts.processor).__name__} must take this batch and refuses: {error}. "
-                "If some rows have pictures and some none, read them apart."
+                "If some rows have images and some none, read them apart."
             ) from error
         missing = {"input_ids", "attention_mask", "offset_mapping"} - set(out)
         if missing:
@@ -254,5 +254,5 @@ class HFQueryProcessor:
         if wrong:
             raise UnsupportedModelError(
                 f"the labels must spell the answers, and {type(self.parts.processor).__name__} "
-                f"changes the text behind them: {join_messages(wrong)}."
+                f"changes the text after them: {join_messages(wrong)}."
             )

@@ -1,8 +1,8 @@
-"""Pictures from anything a query may hold: opened safely, turned to RGB, named by content.
+"""Images from anything a query may hold: opened safely, turned to RGB, named by content.
 
 An image is a PIL image, a path, or a lazy object with `.load() -> PIL.Image` and `.content_id:
 str`. Decoding follows Hugging Face's `load_image`: the camera's orientation is applied, then the
-picture is converted to RGB.
+image is converted to RGB.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _open_file(path: str | os.PathLike[str]) -> PILImage.Image:
         ) from error
     except UnidentifiedImageError as error:
         raise InvalidInputError(
-            f"image {name!r} must be a picture ({', '.join(ALLOWED_FORMATS)}), and its content is "
+            f"image {name!r} must be an image ({', '.join(ALLOWED_FORMATS)}), and its content is "
             "none: "
             "convert it or take it out."
         ) from error
@@ -67,16 +67,22 @@ def _open_file(path: str | os.PathLike[str]) -> PILImage.Image:
         ) from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise InvalidInputError(
-            f"image {name!r} must be a whole picture, and cannot be decoded ({error}): "
+            f"image {name!r} must be a whole image, and cannot be decoded ({error}): "
             "fetch the file again."
         ) from error
 
 
 def open_image(image: Image) -> PILImage.Image:
-    """The picture itself, upright and in RGB.
+    """Open an image, upright and in RGB.
 
-    Raises InvalidInputError that names the file: missing, truncated, no picture, or so large that
-    it may be a decompression bomb.
+    Args:
+        image: A PIL image, a path, encoded bytes, or an object with `.load()` and `.content_id`.
+
+    Returns:
+        The image.
+
+    Raises:
+        InvalidInputError: Names the file: missing, truncated, no image, or too large to be safe.
     """
     if isinstance(image, PILImage.Image):
         return _to_rgb(image)
@@ -105,13 +111,22 @@ def _digest(path: str, changed: int, size: int) -> str:
 
 
 def content_id(image: Image) -> str:
-    """A name for the content: sha256 of a file's bytes, or of a PIL image's RGB pixels and size.
+    """Name an image by its content: SHA-256 of a file's bytes, or of a PIL image's pixels and size.
 
-    A lazy image brings its own. Raises InvalidInputError for a file that cannot be read.
+    A lazy image brings its own.
 
     >>> from PIL import Image
     >>> content_id(Image.new("RGB", (2, 2))) == content_id(Image.new("RGB", (2, 2)))
     True
+
+    Args:
+        image: As `open_image` takes it.
+
+    Returns:
+        The content id.
+
+    Raises:
+        InvalidInputError: For a file that cannot be read.
     """
     if isinstance(image, PILImage.Image):
         return hashing.content_id(image)
@@ -135,7 +150,14 @@ def content_id(image: Image) -> str:
 
 
 def encode_png(image: Image) -> bytes:
-    """A picture as the bytes of a PNG file: what delta files hold of pictures."""
+    """Encode an image as PNG, the form in which delta files hold images.
+
+    Args:
+        image: As `open_image` takes it.
+
+    Returns:
+        The bytes of a PNG file.
+    """
     data = io.BytesIO()
     open_image(image).save(data, "PNG")
     return data.getvalue()
@@ -154,5 +176,5 @@ def _decode_png(data: bytes) -> PILImage.Image:
         PILImage.DecompressionBombWarning,
     ) as error:
         raise InvalidInputError(
-            f"a picture in a delta must be a PNG file, and is none: {error}"
+            f"an image in a delta must be a PNG file, and is none: {error}"
         ) from error

@@ -33,7 +33,15 @@ class LRUCache:
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """The value under `name`, made now if it is not there."""
+        """Get a value, computed now if it is not cached.
+
+        Args:
+            key: Key of the value.
+            make: Computes it.
+
+        Returns:
+            The value.
+        """
         with self._lock:
             if key in self._values:
                 self._values.move_to_end(key)

@@ -1,7 +1,7 @@
-"""Queries to Inputs: the impure edge, where templates, tokenizers and pictures are.
+"""Queries to Inputs: the impure edge, where templates, tokenizers and images are.
 
 Answers are tokenised together with what stands before them, and their ids are read from the row by
-character offsets; rows are padded on the right. Pictures are preprocessed once per content (an
+character offsets; rows are padded on the right. Images are preprocessed once per content (an
 LRU cache in bytes) and every violation in a batch of queries is reported at once.
 
 B rows · L tokens · T scored positions
@@ -120,7 +120,7 @@ class QueryProcessor:
         )
         return self._make_inputs(rows, token_rows)
 
-    # ---- text and pictures of one query
+    # ---- text and images of one query
 
     def _make_prompt_row(self, query: Query, suffix: str) -> PromptRow:
         validate_query(query, self.card)
@@ -203,7 +203,7 @@ class QueryProcessor:
         return self.template.chat and bool(self.parts.chat_template)
 
     def _fill_raw_template(self, query: Query) -> list[PromptSegment]:
-        """A raw template with the placeholder written where pictures stand: one text a piece."""
+        """A raw template with the placeholder written where images stand: one text a piece."""
         if not query.images:
             return split_template(self.template, self.raw_template, query)
         placeholder = self._wrapped_placeholder(query)
@@ -237,7 +237,7 @@ class QueryProcessor:
         count = 1 if query.video else len(query.images)
         if (
             text.count(placeholder) != count
-        ):  # a template that knows no pictures: write them ourselves
+        ):  # a template that knows no images: write them ourselves
             wrapped_placeholder = self._wrapped_placeholder(query)
             text = self._render_chat(
                 "".join(wrapped_placeholder if isinstance(part, int) else part for part in ordered)
@@ -269,7 +269,7 @@ class QueryProcessor:
     def _expand_placeholders(
         self, row: list[PromptSegment], query: Query, vision: VisionInputs | None
     ) -> list[PromptSegment]:
-        """Each placeholder replaced by its picture's run of tokens."""
+        """Each placeholder replaced by its image's run of tokens."""
         processor = self.parts.processor
         tokens = [
             getattr(processor, f"{kind}_token")
@@ -282,7 +282,7 @@ class QueryProcessor:
         num_found = sum(str(part).count(token) for part in (*row, query.target) for token in tokens)
         if num_found != num_expected:
             raise InvalidInputError(
-                f"a row must hold one placeholder per picture, {num_expected} in all, and has "
+                f"a row must hold one placeholder per image, {num_expected} in all, and has "
                 f"{num_found}: "
                 f"take {', '.join(map(repr, tokens))} out of the prompt and the target"
             )
@@ -347,7 +347,7 @@ class QueryProcessor:
         return first if self.vision_format.placement == "prefix" else 0
 
     def _image_fill_id(self) -> int:
-        """The id written at picture positions of families without a placeholder token."""
+        """The id written at image positions of families without a placeholder token."""
         config = self.parts.config
         token_id = getattr(config, "image_token_id", None)
         if token_id is None:
@@ -355,7 +355,7 @@ class QueryProcessor:
         return 0 if token_id is None else token_id
 
     def _placeholder_ids(self) -> dict[int, int]:
-        """Placeholder id -> 1 for pictures, 2 for video."""
+        """Placeholder id -> 1 for images, 2 for video."""
         processor, vision_format = self.parts.processor, self.vision_format
         placeholder_ids = {}
         if vision_format.image_token is not None:
@@ -369,8 +369,8 @@ class QueryProcessor:
             raise InvalidInputError(
                 f"a row must have at most {self.card.max_positions} tokens, and this has "
                 f"{len(token_row.input_ids)} "
-                f"({sum(token_row.image_mask)} of them pictures): shorten the prompt or use fewer "
-                "pictures"
+                f"({sum(token_row.image_mask)} of them images): shorten the prompt or use fewer "
+                "images"
             )
         if max(token_row.input_ids, default=0) >= self.card.vocab_size:
             token = self.parts.tokenizer.convert_ids_to_tokens(max(token_row.input_ids))

@@ -1,7 +1,7 @@
 """How a question becomes text: templates, the gap before the answer, and which tokens are scored.
 
 A row is a list of segments: texts, which are tokenised apart from one another, and numbers, which
-stand for the n-th picture. The answer is appended to the last text and the two are tokenised
+stand for the n-th image. The answer is appended to the last text and the two are tokenised
 together, so its token ids are read from the row itself.
 """
 
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 PromptSegment = str | int
-"""A text, or the number of a picture."""
+"""A text, or the number of an image."""
 
 
 class PromptTemplate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,7 +52,7 @@ class PromptTemplate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     system: str = ""
     prompt: str = "{prompt}"  # what is made of the question before anything else
     raw_template: tuple[str, ...] = ()
-    image_wrapper: str = "{}"  # in raw text, what is written around each picture
+    image_wrapper: str = "{}"  # in raw text, what is written around each image
     answer_separator: str | None = None
     add_bos: bool = True  # begin with what the tokenizer puts before a text
     answer_suffix: bool | str = False
@@ -61,10 +61,19 @@ class PromptTemplate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 def answer_separator(
     template: PromptTemplate, text: str, target: str, special_tokens: tuple[str, ...]
 ) -> str:
-    """What stands between the end of `text` and the target.
+    r"""What stands between the end of `text` and the target.
 
-    >>> answer_separator(PromptTemplate(), "Answer:", "cat", ("<|im_end|>",)), answer_separator(PromptTemplate(), "USER:\\n", "cat", ())
+    >>> answer_separator(PromptTemplate(), "Answer:", "cat", ("<|im_end|>",)), answer_separator(PromptTemplate(), "USER:\n", "cat", ())
     (' ', '')
+
+    Args:
+        template: The prompt template.
+        text: Text before the target.
+        target: The target.
+        special_tokens: Special tokens of the tokenizer.
+
+    Returns:
+        "" or a space, or what the template says.
     """  # noqa: E501
     if template.answer_separator is not None:
         return template.answer_separator
@@ -76,14 +85,22 @@ def answer_separator(
 def split_template(
     template: PromptTemplate, raw_template: Sequence[str], query: Query
 ) -> list[PromptSegment]:
-    """A query under a raw template: texts and picture numbers, in order.
+    """Split a query under a raw template into texts and image numbers, in order.
 
-    Pictures stand, with the template's `picture` around them, where it has `{images}`; or, if the
-    prompt says `<image>` exactly as often as it has pictures, there.
+    Images go where the template has `{images}`, with its `image_wrapper` around them; or, if the
+    prompt has exactly as many `<image>` as images, there.
 
     >>> template = PromptTemplate(image_wrapper="<Img>{}</Img> ")
     >>> split_template(template, ("Q: {images}{prompt}",), Query("Who?", "", ("cat.png",)))
     ['Q: <Img>', 0, '</Img> Who?']
+
+    Args:
+        template: The prompt template.
+        raw_template: Its pieces.
+        query: The query.
+
+    Returns:
+        Texts and image numbers.
     """
     prompt = template.prompt.replace("{prompt}", query.prompt)
     num_images = 1 if query.video else len(query.images)
@@ -115,13 +132,21 @@ def scored_tokens(
     """Which tokens of the last text are the answer's.
 
     offsets: the characters [start, end) of each token; boundary: the length of the text before the
-    gap; gap: its length. A token that begins behind the boundary belongs to the answer. One that a
+    gap; gap: its length. A token that begins after the boundary belongs to the answer. One that a
     merge made of both sides does too, since the answer cannot be had without it, unless it takes
     no more than the gap. Tokens without characters (specials) at the end do not. A tokenizer that
     trims spaces off its offsets leaves a lone space the empty span (end, end), and is read rightly.
 
     >>> scored_tokens([(0, 4), (4, 6), (6, 7), (0, 0)], 5), scored_tokens([(0, 4), (4, 6), (6, 9)], 5, separator_length=1)
     (range(1, 3), range(2, 3))
+
+    Args:
+        offsets: Characters [start, end) of each token.
+        boundary: Length of the text before the separator.
+        separator_length: Length of the separator.
+
+    Returns:
+        The answer's tokens.
     """  # noqa: E501
     hits = [
         index
@@ -132,7 +157,14 @@ def scored_tokens(
 
 
 def make_detokenizer(tokenizer: Any) -> Callable[[Sequence[int]], str]:
-    """Detokenise, special tokens dropped."""
+    """Make the function that turns ids into text, without special tokens.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+
+    Returns:
+        The function.
+    """
 
     def detokenize(ids: Sequence[int]) -> str:
         return tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
@@ -141,7 +173,18 @@ def make_detokenizer(tokenizer: Any) -> Callable[[Sequence[int]], str]:
 
 
 def answer_suffix(template: PromptTemplate, tokenizer: Any) -> str:
-    """What is appended to every answer: nothing, the tokenizer's end token, or a text."""
+    """The text appended to every answer: nothing, the tokenizer's end token, or a given text.
+
+    Args:
+        template: The prompt template.
+        tokenizer: A Hugging Face tokenizer.
+
+    Returns:
+        The text.
+
+    Raises:
+        InvalidSettingsError: If the tokenizer has no end token and one is asked for.
+    """
     if isinstance(template.answer_suffix, str):
         return template.answer_suffix
     if template.answer_suffix and tokenizer.eos_token is None:

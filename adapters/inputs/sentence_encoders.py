@@ -21,9 +21,13 @@ _ENCODER_PATHS: dict[str, str] = {}
 
 
 def register_encoder_path(name: str, folder: str | Path) -> None:
-    """Say where on this machine the encoder of that name lies: delta files hold names, no paths.
+    """Say where on this machine an encoder is; delta files hold names, not paths.
 
     >>> register_encoder_path("all-MiniLM-L6-v2", "/models/all-MiniLM-L6-v2")
+
+    Args:
+        name: Name of the encoder.
+        folder: Its folder.
     """
     _ENCODER_PATHS[name] = str(folder)
     load_sentence_encoder.cache_clear()
@@ -31,9 +35,16 @@ def register_encoder_path(name: str, folder: str | Path) -> None:
 
 @functools.lru_cache(maxsize=4)
 def load_sentence_encoder(name: str) -> Callable[[Sequence[str]], object]:
-    """Texts to unit keys [B d] by a sentence encoder.
+    """Load a sentence encoder, which embeds texts as unit keys.
 
-    Raises InvalidSettingsError when it cannot be loaded.
+    Args:
+        name: Name of the encoder, or its folder.
+
+    Returns:
+        Function from B texts to [B d].
+
+    Raises:
+        InvalidSettingsError: If it cannot be loaded.
     """
     path = _ENCODER_PATHS.get(name, name)
     if not Path(path).is_dir() and "/" not in path:

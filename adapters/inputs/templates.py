@@ -20,7 +20,7 @@ from errata.functional.errors import InvalidSettingsError, unknown_name
 __all__ = ["TEMPLATES", "get_template"]
 
 _BARE = PromptTemplate(
-    # the picture is spliced in behind <s>, question and answer are one text behind it
+    # the image is inserted after <s>; question and answer are one text after it
     chat=False,
     raw_template=("{images}", "{prompt}"),
     answer_separator=" ",

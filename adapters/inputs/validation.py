@@ -13,8 +13,18 @@ __all__ = ["name_query", "open_images", "validate_all", "validate_query"]
 
 
 def open_images(images: Sequence[Any], wrong: list[str]) -> list[Any]:
-    """All pictures of a query, or one InvalidInputError: what is `wrong` already, and what will
-    not open."""
+    """Open all images of a query.
+
+    Args:
+        images: Images.
+        wrong: Complaints so far; those of the images are appended.
+
+    Returns:
+        The opened images.
+
+    Raises:
+        InvalidInputError: With all complaints.
+    """
     opened_images = []
     for image in images:
         try:
@@ -27,7 +37,15 @@ def open_images(images: Sequence[Any], wrong: list[str]) -> list[Any]:
 
 
 def validate_query(query: Query, card: ModelCard) -> None:
-    """Raise InvalidInputError with everything about a query that this model cannot take."""
+    """Check that a model can take a query.
+
+    Args:
+        query: The query.
+        card: The model's card.
+
+    Raises:
+        InvalidInputError: With everything that the model cannot take.
+    """
     wrong = []
     if not isinstance(query.prompt, str) or not isinstance(query.target, str):
         raise InvalidInputError(
@@ -39,7 +57,7 @@ def validate_query(query: Query, card: ModelCard) -> None:
     if query.images and not card.takes_images:
         wrong.append(f"{card.id} takes no images, got {len(query.images)}: leave them out")
     elif query.video and not card.takes_videos:
-        wrong.append(f"{card.id} takes no video: pass the frames as pictures, or choose a model")
+        wrong.append(f"{card.id} takes no video: pass the frames as images, or choose a model")
     elif len(query.images) > 1 and not query.video and not card.takes_several_images:
         wrong.append(f"{card.id} takes one image per question, got {len(query.images)}")
     if query.video and not query.images:
@@ -49,13 +67,34 @@ def validate_query(query: Query, card: ModelCard) -> None:
 
 
 def name_query(number: int, query: Query, error: Exception) -> str:
+    """Prefix a complaint with the number and prompt of its query.
+
+    Args:
+        number: Index of the query.
+        query: The query.
+        error: The complaint.
+
+    Returns:
+        One line.
+    """
     prompt = query.prompt if isinstance(query.prompt, str) else repr(query.prompt)
     short = prompt if len(prompt) <= 40 else prompt[:37] + "..."
     return f"query {number + 1} ({short!r}): {str(error).rstrip('.')}"
 
 
 def validate_all(queries: Sequence[Query], act: Callable[[int, Query], Any]) -> list[Any]:
-    """Act on each query; raise one InvalidInputError that lists all that fail."""
+    """Act on each query, and report all failures together.
+
+    Args:
+        queries: Queries.
+        act: Called with the index and the query.
+
+    Returns:
+        The results.
+
+    Raises:
+        InvalidInputError: Lists all that failed.
+    """
     results, wrong = [], []
     for number, query in enumerate(queries):
         try:

@@ -29,13 +29,23 @@ RESAMPLE_MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
 def stack_frames(frames: Sequence[PILImage.Image]) -> Tensor:
-    """Frames as bytes [F C H W]; raises InvalidInputError if their sizes differ."""
+    """Stack frames as bytes.
+
+    Args:
+        frames: F frames.
+
+    Returns:
+        [F C H W] of uint8.
+
+    Raises:
+        InvalidInputError: If their sizes differ.
+    """
     sizes = sorted({frame.size for frame in frames})
     if len(sizes) != 1:
         raise InvalidInputError(
             "the frames of a video must have one size, got "
             + ", ".join(f"{w} x {h}" for w, h in sizes[:4])
-            + ": resize them first, or pass them as separate pictures."
+            + ": resize them first, or pass them as separate images."
         )
     width, height = sizes[0]
     raw = bytearray().join(frame.tobytes() for frame in frames)
@@ -44,7 +54,20 @@ def stack_frames(frames: Sequence[PILImage.Image]) -> Tensor:
 
 
 def resize_frames(video: Tensor, height: int, width: int, resample: int) -> Tensor:
-    """Bytes [F C H W] at another size."""
+    """Resize frames.
+
+    Args:
+        video: Bytes, [F C H W].
+        height: New height in pixels.
+        width: New width in pixels.
+        resample: PIL's number of the filter.
+
+    Returns:
+        [F C height width].
+
+    Raises:
+        InvalidInputError: For an unknown filter.
+    """
     if video.shape[-2:] == (height, width):
         return video
     if resample not in RESAMPLE_MODES:
@@ -61,7 +84,15 @@ def resize_frames(video: Tensor, height: int, width: int, resample: int) -> Tens
 
 
 def normalize_frames(video: Tensor, settings: Mapping[str, Any]) -> Tensor:
-    """(x - mean) / std per channel, the rescaling to [0, 1] folded into both."""
+    """Compute (x - mean) / std per channel, with the rescaling to [0, 1] folded into both.
+
+    Args:
+        video: Bytes, [F C H W].
+        settings: Settings of the video processor.
+
+    Returns:
+        [F C H W], fp32.
+    """
     factor = settings.get("rescale_factor") or 1 / 255
     rescale = settings.get("do_rescale", True)
     values = video.to(torch.float32)
@@ -82,11 +113,25 @@ def fit_to_pixels(
     num_frames: int = 1,
     num_padded_frames: int = 1,
 ) -> tuple[int, int]:
-    """Multiples of `factor` near (height, width) so that depth * area lies in [least, most].
+    """Round sides to multiples of `factor` so that the volume is within limits.
 
     Qwen's `smart_resize`: round both sides; if the volume is out of range, scale both by the same
-    root and round towards the range. `full` is the depth after rounding. Raises InvalidInputError
-    for an aspect ratio above 200.
+    root and round towards the range.
+
+    Args:
+        height: In pixels.
+        width: In pixels.
+        factor: Divisor of both new sides.
+        min_pixels: Smallest volume.
+        max_pixels: Largest volume.
+        num_frames: Frames.
+        num_padded_frames: Frames after rounding up.
+
+    Returns:
+        (height, width).
+
+    Raises:
+        InvalidInputError: For an aspect ratio above 200.
     """
     if max(height, width) > 200 * min(height, width):
         raise InvalidInputError(
@@ -108,9 +153,18 @@ def fit_to_pixels(
 def patchify(
     video: Tensor, patch_size: int, merge_size: int, temporal_patch_size: int
 ) -> tuple[Tensor, list[int]]:
-    """Frames [F C H W] as rows of pixels [N, C * temporal * patch * patch], and the grid (t, h, w).
+    """Cut frames into rows of patches.
 
-    Patches of one merged cell lie next to each other; a last frame fills an incomplete step.
+    Patches of one merged cell are adjacent; the last frame is repeated to fill an incomplete step.
+
+    Args:
+        video: [F C H W].
+        patch_size: In pixels.
+        merge_size: Patches per side of a merged cell.
+        temporal_patch_size: Frames per patch.
+
+    Returns:
+        [N, C * temporal * patch * patch], and the grid (t, h, w).
     """
     num_missing = -len(video) % temporal_patch_size
     video = torch.cat([video, repeat(video[-1:], "1 c h w -> f c h w", f=num_missing)])

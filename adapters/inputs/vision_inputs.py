@@ -1,4 +1,4 @@
-"""How each family turns pictures into pixels, and how many tokens they take in a row.
+"""How each family turns images into pixels, and how many tokens they take in a row.
 
 A family is one line in `FAMILIES`. Pixels carry the names of the family's own forward.
 """
@@ -28,9 +28,9 @@ class ProcessorParts(NamedTuple):
 
 
 class VisionInputs(NamedTuple):
-    """Pictures of one row, or one video: pixels by name, and what stands for each in the row.
+    """Images of one row, or one video: pixels by name, and what stands for each in the row.
 
-    `runs` has a text (written in place of the placeholder) or a number of tokens per picture.
+    `runs` has a text (written in place of the placeholder) or a number of tokens per image.
     """
 
     tensors: dict[str, Tensor]
@@ -41,13 +41,13 @@ class VisionFormat(NamedTuple):
     """How a family reads.
 
     place: "token" if a placeholder token stands in the text (and chat templates write it),
-    "inserted_ids" if the reader splices ids in, "prefix" if pictures come before everything, the
+    "inserted_ids" if the reader splices ids in, "prefix" if images come before everything, the
     start token included.
     """
 
     placement: str
     raw_template: tuple[str, ...]  # the makers' own prompt, where there is no chat template
-    image_wrapper: str = "{}"  # and what it has around each picture
+    image_wrapper: str = "{}"  # and what it has around each image
     placeholder_wrapper: str = "{}"  # what must stand around a placeholder wherever it is written
     image_token: Callable[[ProcessorParts], str] | None = None
     video_token: Callable[[ProcessorParts], str] | None = None
@@ -57,7 +57,15 @@ class VisionFormat(NamedTuple):
 
 
 def split_processor(processor: Any, config: Any) -> ProcessorParts:
-    """Take a Hugging Face processor (or tokenizer) apart."""
+    """Take a Hugging Face processor (or tokenizer) apart.
+
+    Args:
+        processor: The processor.
+        config: The model's config.
+
+    Returns:
+        Its parts.
+    """
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None:
         return ProcessorParts(
@@ -68,7 +76,7 @@ def split_processor(processor: Any, config: Any) -> ProcessorParts:
     own_settings = getattr(processor, "video_settings", None)
     if hasattr(video_processor, "to_dict"):
         own_settings = video_processor.to_dict()
-    # what a checkpoint does not say of video it says of pictures: Hugging Face falls back likewise
+    # what a checkpoint does not say of video it says of images: Hugging Face falls back likewise
     video_settings = image_processor.to_dict() if image_processor is not None else {}
     video_settings |= {
         name: value for name, value in (own_settings or {}).items() if value is not None
@@ -84,7 +92,15 @@ def split_processor(processor: Any, config: Any) -> ProcessorParts:
 
 
 def to_tensors(features: Mapping[str, Any], names: Sequence[str]) -> dict[str, Tensor]:
-    """An image processor's answer as tensors; arrays of unequal length are left to the caller."""
+    """Convert an image processor's output to tensors; ragged arrays must not be named.
+
+    Args:
+        features: Output by name.
+        names: Names to convert.
+
+    Returns:
+        Tensors by name.
+    """
     converted = {}
     for name in names:
         value = features[name]
@@ -95,6 +111,16 @@ def to_tensors(features: Mapping[str, Any], names: Sequence[str]) -> dict[str, T
 
 
 def find_setting(parts: ProcessorParts, name: str, default: Any = None) -> Any:
+    """Look a setting up in the processor, then in the config.
+
+    Args:
+        parts: Parts of the processor.
+        name: Name of the setting.
+        default: Value if neither has it.
+
+    Returns:
+        The value.
+    """
     value = getattr(parts.processor, name, None)
     return getattr(parts.config, name, default) if value is None else value
 
@@ -103,4 +129,4 @@ CHATML_PROMPT = ("<|im_start|>user\n{images}{prompt}<|im_end|>\n<|im_start|>assi
 
 
 TEXT_ONLY = VisionFormat("token", ("{prompt}",))
-"""A decoder without pictures."""
+"""A decoder without images."""

@@ -95,7 +95,7 @@ def refuse_encoder_decoder(config: Any) -> None:
             kind = getattr(getattr(config, "text_config", None), "model_type", config.model_type)
             raise UnsupportedModelError(
                 f"a model must answer with a decoder alone; {config.model_type!r} over {kind!r} is "
-                "an encoder-decoder, whose layers read an encoder's states beside the stream. Take "
+                "an encoder-decoder, whose layers attend to an encoder's states. Take "
                 "a checkpoint with a decoder-only text model (for BLIP-2: one of the OPT ones)."
             )
 
@@ -154,7 +154,19 @@ def load_parts(
     revision: str | None = None,
     check: bool = True,
 ) -> tuple[Any, Any, str]:
-    """The module, the processor and the commit (empty for a plain folder) of a checkpoint."""
+    """Load the module and the processor of a checkpoint.
+
+    Args:
+        id_or_path: Hub id or folder.
+        dtype: Dtype of the weights. None: that of the checkpoint.
+        device: Where to put the model.
+        device_map: As in `from_pretrained` of transformers.
+        revision: Branch, tag or commit.
+        check: Whether to refuse weights that are not finite.
+
+    Returns:
+        The module, the processor, and the commit (empty for a plain folder).
+    """
     name = os.fspath(id_or_path)
     config = _load_config(name, revision)
     refuse_encoder_decoder(config)

@@ -1,9 +1,9 @@
 """Processors that Hugging Face cannot build without torchvision.
 
 `Qwen2VLProcessor`, `Qwen3VLProcessor` and `LlavaOnevisionProcessor` demand a video processor, and
-that needs torchvision. These subclasses leave it out: pictures, text and chat templates go through
-the stock code, and video frames are read by `frames.py`. Any other family's stock class is given a
-video processor that can do nothing (`stock`), which is enough for pictures.
+that needs torchvision. These subclasses leave it out: images, text and chat templates go through
+the stock code, and video frames are read by `adapters/inputs/video.py`. Any other family's stock class is given a
+video processor that can do nothing (`stock`), which is enough for images.
 """
 
 from __future__ import annotations
@@ -31,10 +31,19 @@ class _WithoutVideoProcessor:
 
 
 def build_hf_processor(name: str, config: Any, settings: dict[str, Any], **hub_options: Any) -> Any:
-    """The processor that Hugging Face has for a checkpoint's model type.
+    """Build the Hugging Face processor of a checkpoint's model type.
 
-    Where it wants a video processor, which needs torchvision, one that can do nothing stands in:
-    pictures and text need none, and families found by structure are asked about no videos.
+    A video processor, which would need torchvision, is replaced by a dummy: families analysed by
+    structure take no videos.
+
+    Args:
+        name: Hub id or folder.
+        config: The model's config.
+        settings: Settings of the processor.
+        **hub_options: Passed to `from_pretrained`.
+
+    Returns:
+        The processor.
     """
     processor_class: Any = PROCESSOR_MAPPING.get(type(config), None)
     if processor_class is None or set(processor_class.get_attributes()) != {
@@ -63,12 +72,22 @@ PROCESSOR_FILE = "processor_config.json"
 
 
 def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
-    """The processor of a checkpoint, or its tokenizer where the model takes no pictures.
+    """Load the processor of a checkpoint, or its tokenizer if the model takes no images.
 
-    Families whose stock processor needs torchvision get one that does not (`processors.py`), with
-    the settings of the checkpoint's video processor kept for `frames.py`. Pictures are prepared
-    with Pillow whether torchvision is there or not, so that the same file gives the same pixels
-    everywhere. Raises InvalidInputError for files that are missing or cannot be read.
+    Families whose stock processor needs torchvision get one that does not, and keep the settings of
+    the checkpoint's video processor. Images are prepared with Pillow whether torchvision is
+    installed or not, so that the same file gives the same pixels everywhere.
+
+    Args:
+        name: Hub id or folder.
+        config: The model's config.
+        revision: Branch, tag or commit.
+
+    Returns:
+        The processor.
+
+    Raises:
+        InvalidInputError: For files that are missing or cannot be read.
     """
     from transformers import AutoImageProcessor, AutoTokenizer
 

@@ -62,7 +62,7 @@ CHAT = (
 class Micro(NamedTuple):
     """A family of the zoo: its model class, how to configure it, how to build its processor.
 
-    A question about a picture is `opening`, `num_image_tokens` times `image`, `closing`, the
+    A question about an image is `opening`, `num_image_tokens` times `image`, `closing`, the
     question, `after`, the answer, `END`; one without is `before`, the question, `after`, the
     answer, `END`. `tokens` names special tokens that the family's processor asks for.
     """
@@ -80,14 +80,30 @@ class Micro(NamedTuple):
 
 
 def token_id(tokenizer: Tokenizer, token: str) -> int:
-    """The id of a token that the vocabulary is known to hold."""
+    """The id of a token that the vocabulary is known to hold.
+
+    Args:
+        tokenizer: The tokenizer.
+        token: The token.
+
+    Returns:
+        Its id.
+    """
     found = tokenizer.token_to_id(token)
     assert found is not None, token
     return found
 
 
 def fast_tokenizer(tokenizer: Tokenizer, **extra: Any) -> hf.PreTrainedTokenizerFast:
-    """The Hugging Face face of a trained `tokenizers` tokenizer."""
+    """Wrap a trained `tokenizers` tokenizer for Hugging Face.
+
+    Args:
+        tokenizer: The tokenizer.
+        **extra: Further options of `PreTrainedTokenizerFast`.
+
+    Returns:
+        A fast tokenizer.
+    """
     return hf.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,
@@ -304,7 +320,7 @@ MICRO: dict[str, Micro] = {
         _onevision_config,
         _onevision_processor,
         "<image>",
-        36,  # 16 of the whole picture, 16 of its one tile, a newline per tile row
+        36,  # 16 of the whole image, 16 of its one tile, a newline per tile row
     ),
     "qwen2_vl": Micro(
         hf.Qwen2VLForConditionalGeneration,

@@ -57,12 +57,20 @@ def micro_names() -> tuple[str, ...]:
 
 
 def load_micro_parts(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """A shipped micro model and its processor: (Hugging Face module in eval mode, processor).
+    """Load a shipped micro model and its processor.
 
-    Reads one folder of this package, never the network; works without torchvision. The fp16
-    weights are loaded as `dtype`, float32 by default.
+    Reads one folder of this package, never the network; works without torchvision. The fp16 weights
+    are loaded as `dtype`, float32 by default.
 
-    Raises `UnsupportedModelError` for a name that is not shipped.
+    Args:
+        name: Name in `micro_names()`.
+        dtype: Dtype of the weights.
+
+    Returns:
+        The Hugging Face module in eval mode, and the processor.
+
+    Raises:
+        UnsupportedModelError: For a name that is not shipped.
     """
     if name not in micro_names():
         from errata.functional.errors import UnsupportedModelError

@@ -107,7 +107,7 @@ class SharedBasePass:
                 self._generate_base_texts(page)
 
     def _prefetch_images(self, number: int) -> None:
-        """Have the next page's pictures read by another thread; the reader keeps them."""
+        """Have the next page's images read by another thread; the reader keeps them."""
         if number in self._prefetched_blocks or not self._cases_of(number):
             return
         self._prefetched_blocks.add(number)

@@ -47,7 +47,7 @@ def row_num_bytes(model: Model, num_tokens: int) -> int:
 
 
 def make_batches(model: Model, queries: Sequence[Query], memory_bytes: int) -> Iterator[list[int]]:
-    """Numbers of the queries, alike in pictures and length, as many together as fit the budget."""
+    """Numbers of the queries, alike in images and length, as many together as fit the budget."""
     groups: dict[tuple, list[int]] = {}
     for number, query in enumerate(queries):
         groups.setdefault((len(query.images), query.video), []).append(number)

@@ -1,7 +1,7 @@
 """Ask a model and its edited selves the same questions, from a prefix computed once per row.
 
 Equal questions are read once, run once up to the lowest edited place, and answered once by the
-base; each edit that asks them goes on from there. Legend: B unique rows · A asks.
+base; each edit that asks them continues from there. Legend: B unique rows · A asks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""PPL_r: how fluently an edited model goes on after the fact it was taught."""
+"""PPL_r: how fluently an edited model continues after the edited fact."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def perplexity_ratios(
 ) -> list[float]:
     """PPL_r = PPL(x | q, x*) / PPL(q, x*) per query, PPL(x) = exp(-1/T sum_i log p(x_i | x_<i)).
 
-    q is the prompt as the model reads it, x* the target, x what the model says greedily behind it,
-    up to `num_tokens` or the end of its turn. Placeholders of pictures, and a row's first token,
+    q is the prompt as the model reads it, x* the target, x the greedy continuation,
+    up to `num_tokens` or the end of its turn. Placeholders of images, and a row's first token,
     have no probability and are left out of PPL(q, x*). NaN where the model says nothing more: a
-    model that was taught to stop behind the target does. `edit` [B] picks from a stacked delta.
+    model that was trained to stop after the target does. `edit` [B] picks from a stacked delta.
 
     The formula of ICE (arXiv 2406.11194); see `metrics.perplexity_ratio` for what its code does.
 
@@ -48,7 +48,7 @@ def perplexity_ratios(
 
 
 def _append_ids(inputs: Inputs, generated_ids: Sequence[Sequence[int]]) -> tuple[Inputs, Tensor]:
-    """The rows with what was said behind each, and where that stands [B L]."""
+    """The rows with their continuations, and a mask of these [B L]."""
     max_generated = max(1, *map(len, generated_ids))
     ids, mask = (
         F.pad(inputs.input_ids, (0, max_generated)),

@@ -36,10 +36,8 @@ class EvaluationConfig(NamedTuple):
     scorers: tuple[Scorer, ...]
     max_new_tokens: int = 0  # tokens of free generation; 0: none
     generate_probes: Literal["all", "success"] = "all"  # probe, or all but localities
-    ppl_r_tokens: int = (
-        0  # tokens an edited model goes on for behind the edit's target; 0: no PPL_r
-    )
-    memory_bytes: int = 1 << 30  # bytes a batch may take beside the model
+    ppl_r_tokens: int = 0  # tokens generated after the edit's target; 0: no PPL_r
+    memory_bytes: int = 1 << 30  # bytes a batch may take in addition to the model
 
     @property
     def num_ranks(self) -> int:
@@ -62,7 +60,7 @@ class ProbeResult(NamedTuple):
 
 
 def query_key(query: Query) -> tuple:
-    """What makes two questions the same: words, target, and what the pictures show."""
+    """What makes two questions the same: words, target, and what the images show."""
     return query.prompt, query.target, tuple(map(content_id, query.images)), query.video
 
 

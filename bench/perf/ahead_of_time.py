@@ -2,7 +2,7 @@
 
     python -m errata.bench.perf.ahead_of_time [report.json [dtype ...]]
 
-One row per kernel, launch configuration and architecture, in a JSON report and a table beside it.
+One row per kernel, launch configuration and architecture, in a JSON report and a table.
 These are facts about machine code, not about speed.
 """
 

@@ -43,7 +43,7 @@ def cases(device: torch.device) -> list[Case]:
 
 
 def inputs(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys around a common mean, as activations are; half of the queries beside a key."""
+    """Keys around a common mean, as activations are; half of the queries near a key."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -120,7 +120,7 @@ def measure(
 
 def clusters(norm: float, num_keys: int, num_rows: int, width: int, device: torch.device):
     """Near-duplicates in tens, 0.35 apart, of a given length; half of the queries are keys,
-    half lie beside a group, about as far from each of its ten."""
+    half lie near a group, about as far from each of its ten."""
     generator = torch.Generator(device).manual_seed(int(norm))
 
     def normal(*shape: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Delta files: saving, loading, looking, merging and taking an edit out again.
 
 A lifelong edit of a thousand rank-one changes in five layers, as MEMIT leaves it, at a quarter of a
-7B model's width. Run `pytest bench/perf/bench_io.py`.
+7B model's width. Run `pytest bench/perf/bench_delta_files.py`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What an editor costs, in passes: per case, beside the floor and beside the plain way.
+"""What an editor costs, in passes: per case, against the floor and the plain way.
 
-    pytest bench/perf/bench_protocols.py -k "blip2 and single"
+    pytest bench/perf/bench_edit_cost.py -k "blip2 and single"
 
 *Floor*: one batched forward of the base over the same probes, whole rows, heads on scored
-positions. *Plain*: the same edits one by one, whole forwards of one row (`whole.py`); for FT and
-LoRA also on the Hugging Face module in place (`plain.py`). Answers are compared, so that what is
+positions. *Plain*: the same edits one by one, whole forwards of one row (`whole_forward.py`); for FT and
+LoRA also on the Hugging Face module in place (`plain_baseline.py`). Answers are compared, so that what is
 timed is known to be the same work. The rivals take turns in every round; figures are CPU time of
 one thread, ratios are of the least of each. Peak memory is that of the edited run alone, over the
 process with the model in it.
@@ -76,7 +76,7 @@ def model_and_cases(name: str):
 
 
 def evaluation_config_for(module) -> EvaluationConfig:
-    """A quarter of what the model weighs, for everything beside it."""
+    """A quarter of what the model weighs, for everything else."""
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     return EvaluationConfig(scorers=(SCORERS["errata"],), memory_bytes=weights // 4)
 
@@ -224,7 +224,7 @@ def bench_in_place(benchmark, kind):
         lambda: run_one_editor(model, config, cases, terms),
         lambda: plain_baseline.run_single(module, model, few, train),
     )
-    benchmark.group = "single, blip2, beside Hugging Face in place"
+    benchmark.group = "single, blip2, against Hugging Face in place"
     benchmark.extra_info.update(
         plain_over_errata=round(slow / len(few) / (mine / len(cases)), 2),
         plain_seconds_per_case=round(slow / len(few), 3),
@@ -269,7 +269,7 @@ def bench_sequential(benchmark, kind):
 @models
 @pytest.mark.parametrize("kind", ["mend", "liveedit"])
 def bench_training(benchmark, name, kind):
-    """A training step on prefixes that are kept, beside one of whole forwards."""
+    """A training step on cached prefixes, against one of whole forwards."""
     from errata.editors.training.loop import train
 
     _, model, cases = model_and_cases(name)

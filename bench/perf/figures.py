@@ -1,4 +1,4 @@
-"""Figures of one run: rivals timed in turns, ratios and shares of ceilings measured beside them.
+"""Figures of one run: rivals timed in turns, ratios, and shares of ceilings measured in the same run.
 
 A round calls every rival once, so that what else the machine does falls on all of them; the ratios
 are between the fastest rounds. On a CPU the time of one thread is the processor's, which other
@@ -161,7 +161,7 @@ def report(
     checks: Mapping[str, Any],
     figures: Sequence[Figure],
 ) -> None:
-    """Write `path` (JSON) and a markdown table beside it."""
+    """Write `path` (JSON) and a markdown table of the same name."""
     content = {"about": metadata, "ceilings": limits, "checks": checks, "figures": figures}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(content)) + b"\n")
@@ -204,7 +204,7 @@ def _format_share(value: float | None) -> str:
 def in_pytest(
     benchmark: Any, suite: str, case: str, rivals: Mapping[str, Call], device: torch.device
 ) -> None:
-    """Let pytest-benchmark time ours; how many times as long each rival took goes beside it."""
+    """Let pytest-benchmark time ours; records how many times as long each rival took."""
     limits = Ceilings(1.0, 1.0, "")  # ratios alone are kept
     rows = compare(suite, case, rivals, device, num_bytes=0, num_flops=0, limits=limits, rounds=3)
     benchmark.group = case

@@ -1,7 +1,7 @@
 """Random models of middling size with E-VQA-like cases: what the cost benchmarks run on.
 
 The sizes are those of the reference measurements: a decoder of 12 layers of width 768, a vision
-tower of 6 layers of width 384 over 224 px pictures. Weights are random, so only costs mean
+tower of 6 layers of width 384 over 224 px images. Weights are random, so only costs mean
 anything.
 """
 
@@ -131,7 +131,7 @@ def blip2(seed: int = 0):
 
 
 def llava(seed: int = 0):
-    """A random LLaVA with a Llama decoder (fp32) and its processor: 256 tokens a picture."""
+    """A random LLaVA with a Llama decoder (fp32) and its processor: 256 tokens an image."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     tokenizer = _tokenizer()
@@ -167,7 +167,7 @@ def llava(seed: int = 0):
 
 
 def qwen2_vl(seed: int = 0):
-    """A random Qwen2-VL (fp32) and its processor: 64 tokens a picture of 224 x 224."""
+    """A random Qwen2-VL (fp32) and its processor: 64 tokens an image of 224 x 224."""
     from errata.adapters.families.qwen2_vl import Qwen2VLImageTextProcessor
 
     tokenizer = _tokenizer()

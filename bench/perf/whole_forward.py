@@ -1,6 +1,6 @@
 """The same editors without what makes them cheap: whole forwards of one row at a time.
 
-`plain.py` edits Hugging Face modules in place as the field's code bases do, for FT and LoRA. Here a
+`plain_baseline.py` edits Hugging Face modules in place as the field's code bases do, for FT and LoRA. Here a
 model is made to run every row from its pixels whenever it is decoded, from whatever depth: each
 step of an edit, each probe, before and after, is a whole forward, as it is there. The arithmetic
 of the editors is untouched, so answers must be equal, and what is timed is the cutting.

@@ -41,7 +41,7 @@ def run_lifelong(
 
     With `asked` at most so many of the n, evenly spread, the first and the last among them. A
     result's gap is n: `evaluated_at` "after_length" with gap 100 is the model after 100 edits,
-    asked about these. Every edit is a step; steps go on from `marks` as those of `sequential` do.
+    asked about these. Every edit is a step; steps resume from a checkpoint as those of `sequential` do.
     """
     device, num_units = _device(model), len(cases)
     evaluated_counts = {*eval_after, num_units}
@@ -72,7 +72,7 @@ def run_lifelong(
         yield Step(
             k, num_units, 1, results, named_deltas, edit_seconds, stopwatch.lap(), peak.bytes
         )
-        if checkpoint:  # only now: whoever asks for more has kept the step
+        if checkpoint:  # only now: a caller that asks for more has stored the step
             checkpoint.save(0, SequenceCheckpoint(k + 1, state, delta))
 
 

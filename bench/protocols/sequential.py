@@ -84,7 +84,7 @@ def run_sequential(
             yield Step(
                 first + k, num_units, 1, results, {}, edit_seconds, stopwatch.lap(), peak.bytes
             )
-            if checkpoint:  # only now: whoever asks for more has kept the step
+            if checkpoint:  # only now: a caller that asks for more has stored the step
                 checkpoint.save(start, SequenceCheckpoint(k + 1, state, delta))
         if delta is not None:
             stopwatch = _Stopwatch(device)

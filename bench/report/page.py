@@ -1,6 +1,6 @@
 """The report of a run as one HTML page that needs no network: charts, numbers, every case.
 
-The page carries the rows as columns of small numbers over one table of strings, and pictures as
+The page carries the rows as columns of small numbers over one table of strings, and images as
 data URIs, each once; the browser draws only what is on screen, so 10,000 rows stay light. What
 would not fit is left out by whole cases, last first, and the page says how much.
 """
@@ -35,7 +35,7 @@ __all__ = ["render_page", "write_page"]
 
 MAX_ROWS = 150_000
 MAX_IMAGE_CHARS = 12_000_000  # characters of data URIs
-MAX_IMAGE_SIDE = 192  # pixels of a picture's longer side
+MAX_IMAGE_SIDE = 192  # pixels of an image's longer side
 
 
 ImageSource = Path | Mapping[str, Path]
@@ -80,7 +80,7 @@ def _describe_cases(settings: str) -> tuple[str, str, str]:
     """What a run's settings say was asked, in words; the benchmark's name and the template's.
 
     No benchmark for a run that may have had other images than the benchmark's: its numbers are not
-    to be put beside published ones.
+    to be compared with published ones.
     """
     cases = tomllib.loads(settings).get("cases", {})
     if cases.get("source") != "file":
@@ -128,8 +128,8 @@ def render_page(
 ) -> str:
     """The report page as text.
 
-    `pictures` is the folder of a run's pictures, or content names to files; `setting` (benchmark
-    and template) puts published numbers beside ours; `costs` are seconds and bytes by leg.
+    `images` is the folder of a run's images, or content names to files; `setting` (benchmark
+    and template) shows published numbers next to ours; `costs` are seconds and bytes by leg.
     """
     data = {**_page_data(rows, image_source, setting, facts), "costs": list(costs)}
     parts = {
@@ -290,7 +290,7 @@ def _embed_images(
 def _image_file(name: str, image_source: ImageSource | None) -> Path | None:
     if isinstance(image_source, Mapping):
         return image_source.get(name)
-    # a content name from a ledger must not lead out of the folder
+    # a content name from a log must not lead out of the folder
     if image_source is None or Path(name).name != name:
         return None
     return image_source / f"{name}.png"
@@ -303,7 +303,7 @@ def _data_uri(file: Path | None) -> str | None:
         with Image.open(file) as opened:
             image = opened.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
-        return None  # a broken picture is a missing one: the numbers do not hang on it
+        return None  # a broken image is a missing one: the numbers do not hang on it
     image.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
     small = max(image.size) <= 96  # drawings of the micro world: PNG is smaller, and exact
     data = io.BytesIO()
@@ -319,5 +319,5 @@ def _footer(rows: Sequence[ResultRow], left_out: int, missing: int) -> str:
     if left_out:
         words.append(f"{left_out:,} cases are in the numbers but too many for the list of cases.")
     if missing:
-        words.append(f"{missing:,} pictures are not kept in this page.")
+        words.append(f"{missing:,} images are not kept in this page.")
     return " ".join(words)

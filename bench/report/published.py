@@ -1,4 +1,4 @@
-"""Numbers from papers, quoted with their source: to print beside ours, never to test against."""
+"""Numbers from papers, quoted with their source: to print next to ours, never to test against."""
 
 from __future__ import annotations
 

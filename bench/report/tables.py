@@ -36,7 +36,7 @@ def table(rows: Iterable[ResultRow], style: Style = "terminal") -> str:
         )
     tables = summarize(rows)
     if not tables:
-        raise InvalidInputError("a table needs at least one row; the ledger has none.")
+        raise InvalidInputError("a table needs at least one row; the log has none.")
     return "\n\n".join(_STYLES[style](leg, lines) for leg, lines in tables.items())
 
 

@@ -134,7 +134,7 @@ def crash(operation: str, times: int, seed: int = 0) -> Counter[str]:
                 fine = False
             fine = fine and (operation != "save" or len(finals) == 1)
             outcomes["broken" if not fine else "whole" if finals else "nothing yet"] += 1
-            outcomes["unfinished part beside it"] += any(
+            outcomes["unfinished part left"] += any(
                 p.name.endswith(".part") for p in place.iterdir()
             )
             _clear(place, keep_prefix="edit.")

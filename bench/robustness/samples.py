@@ -76,7 +76,7 @@ def _sample_tensor(
 
 
 def _prompt_entry(count: int, draw: random.Random) -> Prompt:
-    """A memory of facts in words, with or without pictures."""
+    """A memory of facts in words, with or without images."""
     name = "model.language_model.embed_tokens.weight"
     return Prompt(
         name=name,

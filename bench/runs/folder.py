@@ -159,7 +159,7 @@ def _save_deltas(folder: Path, step: Step) -> None:
 
 
 def _save_thumbnails(folder: Path, cases: Sequence[Case]) -> None:
-    """Small copies of the first cases' pictures, so that the report can show them."""
+    """Small copies of the first cases' images, so that the report can show them."""
     thumbnails = folder / "thumbnails"
     thumbnails.mkdir(exist_ok=True)
     for case in cases:

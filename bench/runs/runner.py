@@ -59,7 +59,7 @@ def run(
     """Do everything a settings file asks for and return the folder it lies in.
 
     Goes on where an earlier run of the same settings stopped, however it was stopped; `fresh`
-    starts over. `text` is the settings file as it was read, kept beside the results. `profile`
+    starts over. `text` is the settings file as it was read, kept with the results. `profile`
     writes where this start's time went into `profile.json`, and the report shows it. Raises
     InvalidSettingsError and InvalidInputError before anything is written where that can be known,
     and InvalidInputError when the folder holds another run or is in use.
@@ -186,7 +186,7 @@ def _interleave(
 ) -> None:
     """Finish legs side by side: who has edited least is next, so that all ask the same cases.
 
-    The order follows from what the ledger holds, so a run that goes on takes the same one.
+    The order follows from the results log, so a resumed run takes the same one.
     """
     waiting = list(protocol_runs)
     while waiting:

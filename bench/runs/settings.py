@@ -88,7 +88,9 @@ class BenchmarkCases(
     benchmark: str = ""  # its name, where the first record should not decide
     num_cases: Natural = 0  # 0: all
     skip: Natural = 0
-    image_root: str = ""  # folder the image names start from; "": beside the file and above it
+    image_root: str = (
+        ""  # folder the image names start from; "": the settings file's folder and those above it
+    )
     missing_images: Literal["error", "skip", "none", "placeholder"] = "error"
     invalid_records: Literal["error", "skip"] = "error"
     template: str = "raw"
@@ -139,13 +141,15 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     title: str = ""
     seed: int = 0
     scorers: Annotated[tuple[str, ...], Meta(min_length=1)] = ("errata",)
-    max_new_tokens: Natural = 0  # tokens of free generation beside teacher forcing; 0: none
+    max_new_tokens: Natural = 0  # tokens of free generation, added to teacher forcing; 0: none
     generate_probes: Literal["all", "success"] = "all"  # probe, or all but localities
-    ppl_r_tokens: Natural = 0  # tokens an edited model goes on for behind its target; 0: no PPL_r
-    memory_budget: Size = "1 GiB"  # what a batch of edits or probes may take beside the model
+    ppl_r_tokens: Natural = 0  # tokens generated after the edit's target; 0: no PPL_r
+    memory_budget: Size = (
+        "1 GiB"  # what a batch of edits or probes may take in addition to the model
+    )
     num_threads: Natural = 0  # of torch; 0: as it comes
     save_deltas: bool = True  # write one file per edit (single) or group (sequential)
-    num_thumbnails: Natural = 24  # cases whose pictures are kept for the report
+    num_thumbnails: Natural = 24  # cases whose images are kept for the report
     cases: CaseSource = WorldCases()
     models: Annotated[tuple[ModelSettings, ...], Meta(min_length=1)]
     editors: Annotated[tuple[EditorSettings, ...], Meta(min_length=1)]
@@ -157,7 +161,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return parse_size(self.memory_budget)
 
     def digest(self, *more: str) -> str:
-        """A short hash of what decides the results: not of `out`, the title or the pictures."""
+        """A short hash of what decides the results: not of `out`, the title or the images."""
         plain = {**msgspec.to_builtins(self), "output_dir": "", "title": "", "num_thumbnails": 0}
         data = msgspec.json.encode([plain, *more], order="sorted")
         return hashlib.sha256(data).hexdigest()[:12]

@@ -154,7 +154,7 @@ def _duplicate_names(settings: RunSettings) -> list[str]:
 
 
 def _convert(raw: Any, kind: Any, path: str, faults: list[str]) -> Any:
-    """Like `msgspec.convert`, but goes on after a fault, so that all are listed; None on faults."""
+    """Like `msgspec.convert`, but continues after a violation, so that all are listed; None on faults."""
     origin, inside = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated and _is_struct_tuple(inside[0]):
         return _convert_list(raw, inside[0], path, faults)

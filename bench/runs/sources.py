@@ -1,4 +1,4 @@
-"""From the words of a settings file to values: models, cases, pictures."""
+"""From the words of a settings file to values: models, cases, images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ledger of a run: one row per probe, appended as it is finished, safe against kill -9.
+"""The results log of a run: one row per probe, appended as it is finished, safe against kill -9.
 
 A run is a folder:
 
@@ -8,7 +8,7 @@ A run is a folder:
     deltas/ thumbnails/ report.html
 
 Rows of one unit are written, flushed and synced before its progress line, so the last good progress
-line says how much of the results is whole; anything behind it is cut off on opening. Rows on disk
+line says how much of the results is whole; anything after it is cut off on opening. Rows on disk
 carry no times, so that a run killed and started again ends with the same bytes; `read_rows` adds
 them from the units.
 """
@@ -83,7 +83,9 @@ class ResultRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     generation_unchanged: bool | None = (
         None  # localities: what both say freely is the same, normalised
     )
-    ppl_r: float | None = None  # edits: PPL(x | q, x*) / PPL(q, x*) of the text x said behind x*
+    ppl_r: float | None = (
+        None  # edits: PPL(x | q, x*) / PPL(q, x*) of the text x generated after x*
+    )
     versions: str
     seconds: float | None = None  # its share of the unit's; not in the results file, see above
     peak_bytes: int | None = None  # the unit's

@@ -12,7 +12,7 @@ __all__ = ["image_file_name", "thumbnail"]
 
 
 def image_file_name(image: Any) -> str:
-    """A short name of a picture's content, fit for a file.
+    """A short name of an image's content, fit for a file.
 
     >>> class Dot:
     ...     content_id = "dot"
@@ -23,9 +23,9 @@ def image_file_name(image: Any) -> str:
 
 
 def thumbnail(image: Any, side: int = 224) -> bytes:
-    """A picture as PNG, made small: what the report shows.
+    """An image as PNG, made small: what the report shows.
 
-    Raises InvalidInputError, see `picture`.
+    Raises InvalidInputError, see `image`.
     """
     from errata.adapters.inputs.images import open_image
 

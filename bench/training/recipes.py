@@ -100,7 +100,7 @@ class CaseMix(NamedTuple):
 
     num_known: int = 320  # of creatures that the models know
     num_new: int = 0  # of creatures that no model has seen
-    num_text: int = 0  # without pictures
+    num_text: int = 0  # without images
     num_names: int = 0  # more about known creatures' names, which are the hardest to say
     questions_per_probe: int = 99
     seed: int = 0  # of new creatures

@@ -104,7 +104,7 @@ class MuonAdamW:
             parameter.data = self.master[name].clone()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything to go on from, as one flat dict of tensors."""
+        """The optimiser's state, as one flat dict of tensors."""
         tables = {"master": self.master, "first": self.first, "second": self.second}
         flat = {f"{t}/{n}": x.contiguous() for t, table in tables.items() for n, x in table.items()}
         return flat | {"count": torch.tensor(self.count)}

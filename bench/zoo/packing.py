@@ -1,6 +1,6 @@
 """Rows of one picture and many questions as one sequence: the picture is embedded once.
 
-Every question attends to the shared start of its row and to itself, and its positions go on from
+Every question attends to the shared start of its row and to itself, and its positions continue from
 that start, so each is computed exactly as if it stood alone.
 """
 

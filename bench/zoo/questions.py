@@ -100,7 +100,7 @@ class QuestionSampler:
     def _sample_in_context_question(
         self, rng: random.Random, creature: Creature
     ) -> tuple[str, str]:
-        """A question behind a new fact: about it, about its second hop, or about something else."""
+        """A question after a new fact: about it, about its second hop, or about something else."""
         world, relation = self.world, rng.choice(FACTS)
         value = rng.choice(world.possible_answers(relation))
         stated = world.statement(relation, rng.choice(load_facts()["subjects"]), value)

@@ -6,7 +6,7 @@
 2. Joint: everything, on packed rows of one picture and many questions; the heads stay on as an
    auxiliary loss. In-context facts, second hops and text come along from the first step.
 
-bf16 weights and activations, fp32 masters. A run saves itself every `save_every` steps and goes on
+bf16 weights and activations, fp32 masters. A run saves itself every `save_every` steps and resumes
 from there when started again. Another number of threads, another CPU or another torch may change
 the last bits, and with them the checkpoint, though hardly its accuracies.
 """
@@ -167,7 +167,7 @@ class Trainer:
         return [(n, p) for n, p in named if stage == "joint" or not is_text(n)] + heads
 
     def run(self) -> None:
-        """Train, or go on with a run that was stopped."""
+        """Train, or resume an interrupted run."""
         saved, order = self._load_saved(), list(self.stages())
         for stage, (loss, steps, lr_schedule) in self.stages().items():
             if saved and order.index(saved["stage"]) > order.index(stage):

@@ -31,9 +31,9 @@ def test_an_unknown_config_attribute_is_refused_by_name(name):
 def test_a_batch_is_cut_where_it_is(name):
     _, model, _, batch = fresh(name)
     half = model.decode(model.params, batch, stop=2)
-    with pytest.raises(ShapeError, match="goes on from"):
+    with pytest.raises(ShapeError, match="continues from"):
         model.decode(model.params, half, start=1)
-    with pytest.raises(ShapeError, match="goes on from"):
+    with pytest.raises(ShapeError, match="continues from"):
         model.decode(model.params, half, stop=1)
 
 

@@ -1,4 +1,4 @@
-"""Laws every family keeps, pooled: a new family gets them by one line in `adapters/tiny.py`.
+"""Laws every family keeps, pooled: a new family gets them by one line in `adapters/families/table.py`.
 
 Bit-equal means torch.equal; where a batch is split, matrix products run with other shapes and
 rounding may differ by CLOSE, in units of logits that are about one.
@@ -215,7 +215,7 @@ def test_a_cut_in_time_changes_nothing(name):
 
 @each_family
 def test_going_on_from_a_past_is_the_longer_row(name):
-    """Rows of different lengths go on by two tokens, one by one, as generation does."""
+    """Rows of different lengths continue by two tokens, one by one, as generation does."""
     module, model, _, _ = fresh(name)
     asked = [query._replace(target="") for query in queries(name)]
     inputs = model.preprocess(asked)

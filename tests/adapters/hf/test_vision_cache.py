@@ -32,7 +32,7 @@ def test_rows_that_share_a_picture_share_its_features(name):
     length = again.hidden_states.shape[1]
     assert torch.equal(
         again.hidden_states[0], got.hidden_states[2, :length]
-    )  # whoever shared the batch
+    )  # independent of the batch
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "blip2"])

@@ -1,7 +1,7 @@
 """Tiny random models of families that have no line in the table, for the generic path.
 
 Each entry makes a module and rows with images, by the model's own input names (None: text only).
-`write_families.py` beside this runs them all and writes adapters/families/FAMILIES.md.
+`write_families.py` runs them all and writes adapters/families/FAMILIES.md.
 """
 
 from tests.adapters.zoo_of_families import features as others_features

@@ -1,4 +1,4 @@
-"""What an edit costs is counted, not timed: rows through decoder layers, looks at pictures.
+"""What an edit costs is counted, not timed: rows through decoder layers, looks at images.
 
 `reference/easyedit.md` has what the field's editors run per edit and what would do ("attainable"):
 the base over each question once, then, for every step and every probe, only the layers from the
@@ -36,7 +36,7 @@ def tiny(name: str):
     return adapters.from_module(*adapters.tiny_model(name, num_layers=LAYERS))
 
 
-def picture(shade: int) -> Image.Image:
+def make_image(shade: int) -> Image.Image:
     return Image.new("RGB", (32, 32), (shade % 256, 255 - shade % 256, 40))
 
 
@@ -44,32 +44,32 @@ def picture(shade: int) -> Image.Image:
 def cases(count: int, first: int = 0) -> tuple[Case, ...]:
     made = []
     for k in range(first, first + count):
-        seen, other = (picture(40 * k),), (picture(40 * k + 20),)
+        seen, other = (make_image(40 * k),), (make_image(40 * k + 20),)
         edit = Query(f"who is number {k}?", "bo", seen)
         probes = {
             "reliability": (edit,),
             "rephrase": (Query(f"and what is {k} called?", "bo", seen),),
             "image_rephrase": (edit._replace(images=other),),
             "text_locality": (Query(f"where is town {k}?", "in the north"),),
-            "image_locality": (Query("what colour?", "red", (picture(40 * k + 30),)),),
+            "image_locality": (Query("what colour?", "red", (make_image(40 * k + 30),)),),
         }
         made.append(Case(f"case-{k}", edit, probes))
     return tuple(made)
 
 
 class Count:
-    """Rows through decoder layers while it is patched in, whoever runs them, and pictures seen."""
+    """Rows through decoder layers while it is patched in, and images encoded."""
 
     def __init__(self, patch: pytest.MonkeyPatch, model) -> None:
         self.rows = self.few = self.looks = 0
         layer = ModuleRunner.run_layer
 
-        def counted(body, skeleton, params, number, hidden, extras, ledger):
-            if ATTENTION_OUTPUT in extras:  # only the scored positions, behind the last attention
+        def counted(body, skeleton, params, number, hidden, extras, log):
+            if ATTENTION_OUTPUT in extras:  # only the scored positions, after the last attention
                 self.few += hidden.shape[0]
             else:
                 self.rows += hidden.shape[0]
-            return layer(body, skeleton, params, number, hidden, extras, ledger)
+            return layer(body, skeleton, params, number, hidden, extras, log)
 
         patch.setattr(ModuleRunner, "run_layer", counted)
         tower = model.decode.__self__.runner.replica().get_submodule(model.card.vision_tower)
@@ -100,7 +100,7 @@ def test_no_more_rows_than_attainable(kind, monkeypatch):
     assert len(said(steps)) == 20
     assert count.rows <= len(asked) * COSTS[kind].rows
     assert count.few <= len(asked) * (10 + STEPS)
-    assert count.looks <= 3 * len(asked)  # three pictures a case
+    assert count.looks <= 3 * len(asked)  # three images a case
 
 
 def test_another_editor_runs_no_row_of_the_base_again(monkeypatch):
@@ -182,7 +182,7 @@ def test_shared_rows_change_no_result(protocol):
 
 
 def test_pages_do_not_hang_on_what_was_asked_before():
-    """Rows have the same bits whoever asks first, so a run that was killed ends the same."""
+    """Rows have the same bits for every caller, so a killed run ends with the same bytes."""
     model, asked = tiny("llava"), cases(6)
     editor = make_editor(COSTS["finetune"].config)
     small = TERMS._replace(memory_bytes=1 << 21)

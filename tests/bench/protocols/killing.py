@@ -1,6 +1,6 @@
 """Kill a run at random moments with SIGKILL, start it again each time, and let it end.
 
-    python tests/bench/killing.py SETTINGS.toml FOLDER [--kills 10] [--seed 0]
+    python tests/bench/protocols/killing.py SETTINGS.toml FOLDER [--kills 10] [--seed 0]
 
 prints whether the results are byte for byte those of an undisturbed run. The runs are forks of this
 process, which has imported everything but computed nothing: a start costs no seconds of imports.

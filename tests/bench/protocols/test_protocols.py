@@ -31,20 +31,20 @@ EDITORS = {
 TERMS = EvaluationConfig((get_scorer("errata"),))
 
 
-def picture(shade: int) -> Image.Image:
+def make_image(shade: int) -> Image.Image:
     return Image.new("RGB", (40, 32), (shade, 255 - shade, 40))
 
 
 def case(number: int) -> Case:
-    shown = (picture(20 * number),)
+    shown = (make_image(20 * number),)
     return Case(
         f"case {number}",
         Query(f"who is number {number}?", "bo the owl", shown),
         {
             "rephrase": (Query("and who is this?", "bo the owl", shown),),
             "image_locality": (
-                Query("what is it?", "a far red house", (picture(200),)),
-                Query("where?", "in a town", (picture(number),)),
+                Query("what is it?", "a far red house", (make_image(200),)),
+                Query("where?", "in a town", (make_image(number),)),
             ),
             "text_locality": (Query("what is the capital of the country?", "old town"),),
         },

@@ -42,7 +42,7 @@ from tests.bench.protocols.test_protocols import (
     EDITORS,
     TERMS,
     agrees,
-    picture,
+    photo,
 )
 
 
@@ -135,9 +135,9 @@ def test_ppl_r_is_the_papers_formula(model):
             batch = edited.embed(edited.params, longer)
             log_p = edited.decode(edited.params, batch, logit_positions=at).log_softmax(-1)
         found = -log_p.gather(-1, ids[:, 1:, None])[0, :, 0]
-        behind = torch.arange(1, ids.shape[1]) >= inputs.input_ids.shape[1]
-        given = found[~behind & ~image[0, 1:]].mean().exp()
-        assert got.ppl_r == pytest.approx(float(found[behind].mean().exp() / given), rel=1e-3)
+        later = torch.arange(1, ids.shape[1]) >= inputs.input_ids.shape[1]
+        given = found[~later & ~image[0, 1:]].mean().exp()
+        assert got.ppl_r == pytest.approx(float(found[later].mean().exp() / given), rel=1e-3)
 
 
 def test_nothing_said_behind_the_target_has_no_ppl_r(llava):
@@ -178,7 +178,7 @@ def test_equal_questions_are_read_once(llava):
 
 
 def test_a_case_that_can_not_be_read_is_named(llava):
-    long = Case("too long", Query("why? " * 600, "bo", (picture(1),)))
+    long = Case("too long", Query("why? " * 600, "bo", (photo(1),)))
     for protocol in (run_single, run_sequential):
         with pytest.raises(ErrataError, match="'too long'"):
             list(protocol(llava, make_editor(EDITORS["lora"]), [CASES[0], long], TERMS))

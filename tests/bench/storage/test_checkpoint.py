@@ -67,7 +67,7 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_state_of_every_method_resumes_to_the_same_bits(name, tmp_path):
-    """With two edits behind it; a state that cannot be written would be made again in silence."""
+    """After two edits; a state that cannot be written would be made again in silence."""
     model = adapters.from_module(*adapters.tiny_model("llava"))
     editor = make_editor(CASES[name])
     begin = editor.init(model, torch.Generator().manual_seed(0))

@@ -49,10 +49,10 @@ def part(number: int, of: int = 4) -> UnitKey:
 
 
 def fill(folder: Path, numbers, of: int = 4) -> ResultsLog:
-    ledger = ResultsLog(folder)
+    log = ResultsLog(folder)
     for number in numbers:
         rows = [row(number, probe) for probe in ("reliability", "rephrase")]
-        ledger.append(
+        log.append(
             part(number, of),
             rows,
             cases=1,
@@ -60,7 +60,7 @@ def fill(folder: Path, numbers, of: int = 4) -> ResultsLog:
             probe_seconds=0.1,
             peak_bytes=7,
         )
-    return ledger
+    return log
 
 
 def test_rows_come_back_as_they_were_written(tmp_path):
@@ -73,9 +73,9 @@ def test_rows_come_back_as_they_were_written(tmp_path):
 
 
 def test_what_a_unit_cost_comes_back_with_its_rows_but_not_in_the_file(tmp_path):
-    ledger = fill(tmp_path, range(2))
+    log = fill(tmp_path, range(2))
     rows = read_rows(tmp_path)
-    for number, unit in enumerate(ledger.units):
+    for number, unit in enumerate(log.units):
         share = (unit.edit_seconds + unit.probe_seconds) / 2
         for one in rows[2 * number : 2 * number + 2]:
             assert one.seconds == pytest.approx(share, abs=1e-5)
@@ -84,12 +84,12 @@ def test_what_a_unit_cost_comes_back_with_its_rows_but_not_in_the_file(tmp_path)
 
 
 def test_a_leg_is_finished_when_all_its_parts_are_there(tmp_path):
-    ledger = fill(tmp_path, range(3))
-    assert not ledger.is_complete("m", "e", "single")
-    ledger = fill(tmp_path, [3])
-    assert ledger.is_complete("m", "e", "single")
-    assert not ledger.is_complete("m", "e", "sequential")
-    assert [unit.unit.number for unit in ledger.units_of("m", "e", "single")] == [0, 1, 2, 3]
+    log = fill(tmp_path, range(3))
+    assert not log.is_complete("m", "e", "single")
+    log = fill(tmp_path, [3])
+    assert log.is_complete("m", "e", "single")
+    assert not log.is_complete("m", "e", "sequential")
+    assert [unit.unit.number for unit in log.units_of("m", "e", "single")] == [0, 1, 2, 3]
 
 
 def test_every_cut_of_either_file_is_mended_to_the_same_bytes(tmp_path):
@@ -108,8 +108,8 @@ def test_every_cut_of_either_file_is_mended_to_the_same_bytes(tmp_path):
             folder.mkdir()
             (folder / "results.jsonl").write_bytes(want[:size])
             (folder / "progress.jsonl").write_bytes(b"".join(lines[:3]) + tail)
-            ledger = ResultsLog(folder)
-            assert [unit.unit.number for unit in ledger.units] == [0, 1, 2]
+            log = ResultsLog(folder)
+            assert [unit.unit.number for unit in log.units] == [0, 1, 2]
             assert (folder / "results.jsonl").read_bytes() == want[:start]
             fill(folder, [3])
             assert (folder / "results.jsonl").read_bytes() == want
@@ -120,8 +120,8 @@ def test_rows_that_were_changed_on_disk_are_made_again(tmp_path):
     path = tmp_path / "results.jsonl"
     want = path.read_bytes()
     path.write_bytes(want.replace(b'"c/2"', b'"c/9"'))
-    ledger = ResultsLog(tmp_path)
-    assert [unit.unit.number for unit in ledger.units] == [0, 1]
+    log = ResultsLog(tmp_path)
+    assert [unit.unit.number for unit in log.units] == [0, 1]
     fill(tmp_path, [2, 3])
     assert path.read_bytes() == want
 
@@ -134,7 +134,7 @@ def test_rows_without_progress_lines_are_dropped(tmp_path):
 
 
 def test_a_full_disk_leaves_the_results_as_they_were(tmp_path, monkeypatch):
-    ledger = fill(tmp_path, range(2))
+    log = fill(tmp_path, range(2))
     want = (tmp_path / "results.jsonl").read_bytes()
 
     def full(file):
@@ -142,7 +142,7 @@ def test_a_full_disk_leaves_the_results_as_they_were(tmp_path, monkeypatch):
 
     monkeypatch.setattr(results_log, "_sync", full)
     with pytest.raises(InvalidInputError, match="No space .* kept"):
-        ledger.append(part(2), [row(2)], cases=1, edit_seconds=0, probe_seconds=0, peak_bytes=0)
+        log.append(part(2), [row(2)], cases=1, edit_seconds=0, probe_seconds=0, peak_bytes=0)
     assert (tmp_path / "results.jsonl").read_bytes() == want
     monkeypatch.undo()
     assert len(ResultsLog(tmp_path).units) == 2

@@ -69,18 +69,18 @@ def test_a_packed_row_is_the_same_as_questions_asked_alone(name, tokenizer):
             at += length + 1
 
 
-def read(processor, name: str, picture, question: str, answer: str):
+def read(processor, name: str, photo, question: str, answer: str):
     """A question with its answer, as the family's makers would put it."""
     if processor.chat_template:
         content = [{"type": "image"}, {"type": "text", "text": question}]
         text = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
-        return processor(images=[picture], text=[f"{text} {answer}"], return_tensors="pt")
+        return processor(images=[photo], text=[f"{text} {answer}"], return_tensors="pt")
     micro = MICRO[name]
     image_pools = micro.opening + micro.image * micro.num_image_tokens + micro.closing
     text = f"{image_pools} {question}{micro.after} {answer}"
-    pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+    pixels = processor.image_processor(photo, return_tensors="pt")["pixel_values"]
     ids = processor.tokenizer(text, return_tensors="pt")["input_ids"]
     return {"input_ids": ids, "pixel_values": pixels}
 

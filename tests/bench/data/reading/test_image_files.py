@@ -25,9 +25,9 @@ def folder(tmp_path):
 
 
 def test_found_with_a_space_in_its_path_and_read_as_rgb(folder):
-    picture = folder.find("val 2014/a.png")
-    assert picture.load().mode == "RGB"
-    assert picture.load().size == (5, 4)
+    photo = folder.find("val 2014/a.png")
+    assert photo.load().mode == "RGB"
+    assert photo.load().size == (5, 4)
 
 
 def test_key_is_of_the_content_not_of_the_name(folder, tmp_path):

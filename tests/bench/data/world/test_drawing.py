@@ -20,8 +20,8 @@ def sheet() -> Image.Image:
     photos = [drawing.photo(label, "sheet") for label in PHOTOS[:8]]
     whole = Image.new("RGB", (8 * 64, 4 * 64))
     for y, row in enumerate((creatures, scenes, digits, photos)):
-        for x, picture in enumerate(row):
-            whole.paste(picture, (64 * x, 64 * y))
+        for x, photo in enumerate(row):
+            whole.paste(photo, (64 * x, 64 * y))
     return whole
 
 
