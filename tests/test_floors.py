@@ -86,6 +86,12 @@ def test_no_bare_kernels_package_is_imported():
     assert found.returncode == 0, "a top-level `kernels` must not be importable beside errata"
 
 
+def docstring_lines(node: ast.FunctionDef) -> int:
+    first = node.body[0]
+    is_docstring = isinstance(first, ast.Expr) and ast.get_docstring(node, clean=False) is not None
+    return (first.end_lineno or 0) - first.lineno + 1 if is_docstring else 0
+
+
 def test_files_and_functions_stay_short():
     tests = sorted((ROOT / "tests").rglob("*.py"))
     long = []
@@ -97,7 +103,7 @@ def test_files_and_functions_stay_short():
             f"{path.relative_to(ROOT)}: {node.name} has {size} lines"
             for node in ast.walk(tree(path))
             if isinstance(node, ast.FunctionDef)
-            for size in [(node.end_lineno or 0) - node.lineno + 1]
+            for size in [(node.end_lineno or 0) - node.body[0].lineno + 1 - docstring_lines(node)]
             if size > 90
         ]
     assert not long, "\n".join(long)

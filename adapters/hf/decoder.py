@@ -1,8 +1,9 @@
-"""One implementation of embed, decode, thin and extend for every Hugging Face decoder.
+"""One implementation of embed, decode, select_scored and embed_next for every decoder.
 
-embed runs the module's own forward with the decoder's layers intercepted: nothing of them runs,
-but what they are handed is recorded. decode then calls the layers itself, with the parameters it
-is given. No family has code here: what differs is data (`adapters/families/table.py`) and what the probe finds.
+embed runs the module's own forward with the decoder's layers intercepted: the layers do not run,
+but their arguments are recorded. decode then calls the layers itself, with the given parameters.
+No family has code here: the differences are data (`adapters/families/table.py`) and what the probe
+finds.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How what Hugging Face hands its layers becomes `Batch.layer_inputs`, and back.
+"""How the arguments of Hugging Face's layers become `Batch.layer_inputs`, and back.
 
 Two captures of different sizes show which dimension of each tensor is rows, query tokens or key
-tokens. The key of an extra carries that layout (`functional/forward/batches.py`), so that batches can be cut,
-padded and joined without knowing the model.
+tokens. The key of an input carries that layout (`functional/forward/batches.py`), so that batches
+can be cut, padded and joined without knowing the model.
 """
 
 from __future__ import annotations

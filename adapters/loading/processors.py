@@ -2,8 +2,8 @@
 
 `Qwen2VLProcessor`, `Qwen3VLProcessor` and `LlavaOnevisionProcessor` demand a video processor, and
 that needs torchvision. These subclasses leave it out: images, text and chat templates go through
-the stock code, and video frames are read by `adapters/inputs/video.py`. Any other family's stock class is given a
-video processor that can do nothing (`stock`), which is enough for images.
+the stock code, and video frames are read by `adapters/inputs/video.py`. Any other family's stock
+class is given a dummy video processor, which is enough for images.
 """
 
 from __future__ import annotations

@@ -82,7 +82,14 @@ class SharedBasePass:
             pass  # it will say so when it edits
 
     def block_slices(self, numbers: Sequence[int]) -> Iterator[slice]:
-        """Stretches of these case numbers (ascending runs) that lie on one page each."""
+        """Split case numbers into slices that lie in one block each.
+
+        Args:
+            numbers: Case numbers, in ascending runs.
+
+        Yields:
+            Slices of `numbers`.
+        """
         begin = 0
         for k in range(1, len(numbers) + 1):
             if (

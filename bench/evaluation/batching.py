@@ -16,8 +16,15 @@ MAX_ROWS = 64  # read and embedded together, whatever the budget
 
 
 def check_finite(model: Model, readout: Readout) -> None:
-    """Raise InvalidInputError, naming parameters, when the base model's own scores are not
-    numbers."""
+    """Check that the base model's own scores are numbers.
+
+    Args:
+        model: The base.
+        readout: Its scores.
+
+    Raises:
+        InvalidInputError: Names the parameters that hold NaN or infinity.
+    """
     if bool(readout.nll.isfinite().all()):
         return
     broken = [n for n, t in model.params.items() if not bool(torch.isfinite(t).all())]
@@ -36,10 +43,17 @@ def check_finite(model: Model, readout: Readout) -> None:
 
 
 def row_num_bytes(model: Model, num_tokens: int) -> int:
-    """What one row takes while it is decoded without gradients, roughly and from above.
+    """An upper estimate of what one row takes while it is decoded without gradients.
 
     Sixteen values of model width per token (residual stream, attention, feed-forward), and two
-    attention maps per head of some 64 channels.
+    attention maps per head of about 64 channels.
+
+    Args:
+        model: The model.
+        num_tokens: Tokens of the row.
+
+    Returns:
+        Bytes.
     """
     card = model.card
     heads = max(1, card.hidden_size // 64)
@@ -47,7 +61,16 @@ def row_num_bytes(model: Model, num_tokens: int) -> int:
 
 
 def make_batches(model: Model, queries: Sequence[Query], memory_bytes: int) -> Iterator[list[int]]:
-    """Numbers of the queries, alike in images and length, as many together as fit the budget."""
+    """Batch queries of equal numbers of images and similar length, as many as fit the budget.
+
+    Args:
+        model: The model.
+        queries: Queries.
+        memory_bytes: The budget.
+
+    Yields:
+        Numbers of the queries of one batch.
+    """
     groups: dict[tuple, list[int]] = {}
     for number, query in enumerate(queries):
         groups.setdefault((len(query.images), query.video), []).append(number)

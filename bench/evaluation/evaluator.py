@@ -43,10 +43,21 @@ def evaluate(
     depth: EditDepth,
     evaluation_config: EvaluationConfig,
 ) -> list[ProbeResult]:
-    """Answers of the base and of the edit each ask names, in the order of the asks.
+    """Answers of the base, and of the edit that each question names, in the order of the questions.
 
-    `bound` is `model` with one delta, plain or stacked, whose entries lie within `reach`. Raises
-    InvalidInputError for a question that cannot be read and for a base that computes NaN.
+    Args:
+        model: The base.
+        edited_model: The base with one delta bound, plain or stacked, whose entries act within
+            `depth`.
+        questions: Questions, with the index of their edit.
+        depth: Where the edits act first.
+        evaluation_config: Scorers, generation and memory.
+
+    Returns:
+        One result per question.
+
+    Raises:
+        InvalidInputError: For a question that cannot be read, and for a base that computes NaN.
     """
     unique: dict[tuple, int] = {}
     query_numbers = [

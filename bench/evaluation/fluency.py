@@ -22,14 +22,20 @@ def perplexity_ratios(
 ) -> list[float]:
     """PPL_r = PPL(x | q, x*) / PPL(q, x*) per query, PPL(x) = exp(-1/T sum_i log p(x_i | x_<i)).
 
-    q is the prompt as the model reads it, x* the target, x the greedy continuation,
-    up to `num_tokens` or the end of its turn. Placeholders of images, and a row's first token,
-    have no probability and are left out of PPL(q, x*). NaN where the model says nothing more: a
-    model that was trained to stop after the target does. `edit` [B] picks from a stacked delta.
-
-    The formula of ICE (arXiv 2406.11194); see `metrics.perplexity_ratio` for what its code does.
+    q is the prompt as the model reads it, x* the target, x the greedy continuation. Placeholders of
+    images, and a row's first token, have no probability and are left out of PPL(q, x*). The formula
+    of ICE (arXiv 2406.11194); see `metrics.perplexity_ratio` for what its code does.
 
         perplexity_ratios(bind(model, delta), [query], 32)
+
+    Args:
+        model: The edited model.
+        queries: Queries with their targets.
+        num_tokens: Tokens of the continuation, at most; it ends earlier at the end of the turn.
+        edit_index: The edit of a stacked delta each query runs under, [B].
+
+    Returns:
+        One ratio per query; NaN where the model stops after the target.
     """
     inputs = model.preprocess(queries, edit_index=edit_index)
     edit_index = edit_index if edit_index is None else edit_index.to(inputs.input_ids.device)

@@ -21,10 +21,16 @@ class PeakMemory:
 
 @contextlib.contextmanager
 def measure_peak(device: torch.device) -> Iterator[PeakMemory]:
-    """Measure the peak of what runs inside: device memory of `device`, else resident memory.
+    """Measure the peak memory of a `with` block: device memory of `device`, else resident memory.
 
-    On Linux the process' high-water mark is reset first where the system lets it; elsewhere the
+    On Linux the process' high-water mark is reset first where the system allows it; elsewhere the
     mark is of the whole process so far.
+
+    Args:
+        device: The device that is used.
+
+    Yields:
+        The peak, set when the block ends.
     """
     peak = PeakMemory()
     if device.type == "cuda":

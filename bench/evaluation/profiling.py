@@ -42,6 +42,11 @@ class Profiler:
         self._last_time = self._now()
 
     def enter(self, name: str) -> None:
+        """Start a section inside the current one.
+
+        Args:
+            name: Name of the section.
+        """
         self._lap()
         self._section_stack.append(name)
 
@@ -78,7 +83,14 @@ class Profiler:
 
 @contextlib.contextmanager
 def section(name: str) -> Iterator[None]:
-    """What runs inside is `name`, but for parts of its own."""
+    """Attribute the time of a `with` block to a section, except for sections inside it.
+
+    Args:
+        name: Name of the section.
+
+    Yields:
+        Nothing.
+    """
     profiler = _active_profiler
     if profiler is None or profiler.thread_id != threading.get_ident():
         yield

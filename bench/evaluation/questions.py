@@ -60,7 +60,14 @@ class ProbeResult(NamedTuple):
 
 
 def query_key(query: Query) -> tuple:
-    """What makes two questions the same: words, target, and what the images show."""
+    """The identity of a question: prompt, target, and the content of its images.
+
+    Args:
+        query: The question.
+
+    Returns:
+        A hashable key.
+    """
     return query.prompt, query.target, tuple(map(content_id, query.images)), query.video
 
 
@@ -81,9 +88,15 @@ def _name_failing_case(model: Model, cases: Sequence[Case]) -> Iterator[None]:
 
 
 def questions_of(case: Case) -> list[tuple[str, int, Query]]:
-    """What is asked about a case, in the order of its rows: (probe, index, query).
+    """The questions of a case, in the order of its rows.
 
-    `reliability` is the edit itself where the case does not ask it otherwise.
+    `reliability` is the edit itself where the case has no other.
+
+    Args:
+        case: The case.
+
+    Returns:
+        (probe, index, query) of each.
     """
     probes = {"reliability": (case.edit,), **case.probes}
     return [(name, i, query) for name, asked in probes.items() for i, query in enumerate(asked)]

@@ -59,13 +59,28 @@ class Row(msgspec.Struct, frozen=True):
 
 
 def cases(dtypes: Sequence[str] = DTYPES) -> Iterator[Case]:
-    """Every kernel in every configuration that a launcher of `errata.kernels` can choose."""
+    """Every kernel in every configuration that a launcher of `errata.kernels` can choose.
+
+    Args:
+        dtypes: Dtypes, as Triton names them.
+
+    Yields:
+        Cases.
+    """
     yield from codebook_cases(dtypes)
     yield from routing_cases(dtypes)
     yield from product_cases(dtypes)
 
 
 def codebook_cases(dtypes: Sequence[str]) -> Iterator[Case]:
+    """Configurations of the codebook kernels.
+
+    Args:
+        dtypes: Dtypes, as Triton names them.
+
+    Yields:
+        Cases.
+    """
     for dtype, num_rows in itertools.product(dtypes, (1, 64, 4096)):
         rows, width, num_warps, num_stages = codebook.blocks(num_rows, 4 if dtype == "fp32" else 2)
         yield Case(
@@ -89,6 +104,14 @@ def codebook_cases(dtypes: Sequence[str]) -> Iterator[Case]:
 
 
 def routing_cases(dtypes: Sequence[str]) -> Iterator[Case]:
+    """Configurations of the expert routing kernels.
+
+    Args:
+        dtypes: Dtypes, as Triton names them.
+
+    Yields:
+        Cases.
+    """
     for dtype in dtypes:
         features = ("vision", "query", "vision_keys", "query_keys")
         yield Case(
@@ -113,6 +136,14 @@ def routing_cases(dtypes: Sequence[str]) -> Iterator[Case]:
 
 
 def product_cases(dtypes: Sequence[str]) -> Iterator[Case]:
+    """Configurations of the grouped LoRA kernels.
+
+    Args:
+        dtypes: Dtypes, as Triton names them.
+
+    Yields:
+        Cases.
+    """
     indices: dict[str, str] = dict.fromkeys(("ids", "count", "lengths"), "*i64")
     for dtype, num_tokens, num_columns in itertools.product(dtypes, (1, 600), (16, 400)):
         widen = dtype == "fp32"
@@ -141,7 +172,15 @@ def product_cases(dtypes: Sequence[str]) -> Iterator[Case]:
 
 
 def build(case: Case, arch: int) -> Row:
-    """Compile one case for one architecture and read the assembler's report."""
+    """Compile one case for one architecture and read the assembler's report.
+
+    Args:
+        case: Kernel and configuration.
+        arch: Compute capability, e.g. 90.
+
+    Returns:
+        Registers, spills and shared memory.
+    """
     names = case.kernel.arg_names
     signature = {
         name: "constexpr" if name in case.constants else case.dtypes.get(name, "i32")
@@ -180,7 +219,15 @@ def build(case: Case, arch: int) -> Row:
 
 
 def assemble(ptx: str, arch: int) -> str:
-    """Run the assembler of the Triton wheel over `ptx` for its verbose report."""
+    """Run the assembler of the Triton wheel for its verbose report.
+
+    Args:
+        ptx: The kernel's PTX.
+        arch: Compute capability.
+
+    Returns:
+        The report.
+    """
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
@@ -196,13 +243,27 @@ def assemble(ptx: str, arch: int) -> str:
 
 
 def compile_all(dtypes: Sequence[str] = DTYPES) -> list[Row]:
-    """Every distinct case for every architecture."""
+    """Compile every distinct case for every architecture.
+
+    Args:
+        dtypes: Dtypes, as Triton names them.
+
+    Returns:
+        One row per case and architecture.
+    """
     chosen = {(case.kernel.__name__, case.label): case for case in cases(dtypes)}
     return [build(case, arch) for case in chosen.values() for arch in ARCHITECTURES]
 
 
 def table(rows: list[Row]) -> str:
-    """The report as a markdown table."""
+    """The report as a markdown table.
+
+    Args:
+        rows: Rows of `compile_all`.
+
+    Returns:
+        Markdown.
+    """
     head = (
         "| kernel | configuration | arch | registers | spilled B | shared KiB (limit) | mma |\n"
         "|---|---|---|---|---|---|---|\n"

@@ -3,11 +3,11 @@
     pytest bench/perf/bench_edit_cost.py -k "blip2 and single"
 
 *Floor*: one batched forward of the base over the same probes, whole rows, heads on scored
-positions. *Plain*: the same edits one by one, whole forwards of one row (`whole_forward.py`); for FT and
-LoRA also on the Hugging Face module in place (`plain_baseline.py`). Answers are compared, so that what is
-timed is known to be the same work. The rivals take turns in every round; figures are CPU time of
-one thread, ratios are of the least of each. Peak memory is that of the edited run alone, over the
-process with the model in it.
+positions. *Plain*: the same edits one by one, whole forwards of one row (`whole_forward.py`); for
+FT and LoRA also on the Hugging Face module in place (`plain_baseline.py`). Answers are compared, so
+that what is timed is known to be the same work. The rivals take turns in every round;
+figures are CPU time of one thread, ratios are of the least of each. Peak memory is that of the
+edited run alone, over the process with the model in it.
 """
 
 from __future__ import annotations

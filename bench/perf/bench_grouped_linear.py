@@ -1,7 +1,7 @@
 """One matrix per edit: rows grouped by edit, against gathering a matrix per row.
 
-Run `pytest bench/perf/bench_grouped_linear.py`. Sizes are those of FT's last MLP on a decoder of width
-768 with two to four scored tokens per row; "mixed" rows come in any order, two per edit.
+Run `pytest bench/perf/bench_grouped_linear.py`. Sizes are those of FT's last MLP on a decoder of
+width 768 with two to four scored tokens per row; "mixed" rows come in any order, two per edit.
 """
 
 import pytest

@@ -1,8 +1,8 @@
 """A step of AdamW on a stacked dense delta: pure, donated, donated with gradients in factors.
 
-Run `pytest bench/perf/bench_optimizers.py`. 16 edits of a [768 3072] matrix: 151 MB each for the delta,
-its gradient and two moments. "factors" includes forming each gradient, which the others are handed;
-"torch" is `torch.optim.AdamW(fused=True)` on one tensor of all edits.
+Run `pytest bench/perf/bench_optimizers.py`. 16 edits of a [768 3072] matrix: 151 MB each for the
+delta, its gradient and two moments. "factors" includes forming each gradient, which the others are
+given; "torch" is `torch.optim.AdamW(fused=True)` on one tensor of all edits.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""Figures of one run: rivals timed in turns, ratios, and shares of ceilings measured in the same run.
+"""Figures of one run: rivals timed in turns, ratios, shares of measured ceilings.
 
 A round calls every rival once, so that what else the machine does falls on all of them; the ratios
 are between the fastest rounds. On a CPU the time of one thread is the processor's, which other
@@ -54,7 +54,14 @@ def available_device() -> torch.device:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The device by name, and the software that ran on it."""
+    """Describe the device and the software that runs on it.
+
+    Args:
+        device: The device.
+
+    Returns:
+        Names and versions.
+    """
     about: dict[str, Any] = {"torch": str(torch.__version__), "python": platform.python_version()}
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device)} | about
@@ -79,7 +86,22 @@ def compare(
     rounds: int = 7,
     memory: bool = False,
 ) -> list[Figure]:
-    """Time the rivals in turns, the first of them being ours; each is called once before."""
+    """Time rivals in turns, ours first; each is called once before.
+
+    Args:
+        suite: Name of the suite.
+        case: Name of the case.
+        rivals: Calls by name.
+        device: The device.
+        num_bytes: Bytes that the case must move.
+        num_flops: Operations that it must do.
+        limits: Ceilings of the device.
+        rounds: Timed rounds.
+        memory: Whether to measure peak memory.
+
+    Returns:
+        One figure per rival.
+    """
     for call in rivals.values():
         call()  # compiles, fills caches, allocates what the libraries keep
     peaks = {name: _peak(call, device) if memory else None for name, call in rivals.items()}
@@ -131,7 +153,14 @@ def _peak(call: Call, device: torch.device) -> int:
 
 
 def ceilings(device: torch.device) -> Ceilings:
-    """Copy 1 GiB and multiply square matrices: what the rest of the run is held against."""
+    """Measure bandwidth and arithmetic by copying 1 GiB and multiplying square matrices.
+
+    Args:
+        device: The device.
+
+    Returns:
+        Bytes and operations per second.
+    """
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     size = 8192 if gpu else 1536
@@ -161,7 +190,15 @@ def report(
     checks: Mapping[str, Any],
     figures: Sequence[Figure],
 ) -> None:
-    """Write `path` (JSON) and a markdown table of the same name."""
+    """Write a JSON file and a markdown table of the same name.
+
+    Args:
+        path: The JSON file.
+        metadata: Device and software.
+        limits: Ceilings of the device.
+        checks: Results of the checks.
+        figures: Measurements.
+    """
     content = {"about": metadata, "ceilings": limits, "checks": checks, "figures": figures}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(content)) + b"\n")
@@ -204,7 +241,15 @@ def _format_share(value: float | None) -> str:
 def in_pytest(
     benchmark: Any, suite: str, case: str, rivals: Mapping[str, Call], device: torch.device
 ) -> None:
-    """Let pytest-benchmark time ours; records how many times as long each rival took."""
+    """Time one case under pytest-benchmark, and record how many times as long each rival takes.
+
+    Args:
+        benchmark: pytest-benchmark's fixture.
+        suite: Name of the suite.
+        case: Name of the case.
+        rivals: Calls by name, ours first.
+        device: The device.
+    """
     limits = Ceilings(1.0, 1.0, "")  # ratios alone are kept
     rows = compare(suite, case, rivals, device, num_bytes=0, num_flops=0, limits=limits, rounds=3)
     benchmark.group = case

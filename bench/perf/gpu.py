@@ -27,7 +27,14 @@ SUITES = {
 
 
 def compare_implementations(device: torch.device) -> dict[str, Any]:
-    """Ours against the definitions on this device, bf16 included: the interpreter cannot."""
+    """Compare the kernels with their definitions, bf16 included, which the interpreter cannot run.
+
+    Args:
+        device: The device.
+
+    Returns:
+        Differences by dtype.
+    """
     from errata.kernels import apply_grouped_lora, nearest_key, square_norms
     from errata.kernels.codebook import ref as codebook
     from errata.kernels.grouped_lora import ref as grouped
@@ -59,7 +66,12 @@ def compare_implementations(device: torch.device) -> dict[str, Any]:
 
 
 def run(path: Path, device: torch.device) -> None:
-    """All checks, then the suites in turn until the time is up."""
+    """Run all checks, then the suites in turn until the time is up.
+
+    Args:
+        path: JSON file to write.
+        device: The device.
+    """
     start_time = time.monotonic()
     torch.manual_seed(0)
     about: dict[str, Any] = figures.describe(device)
@@ -82,6 +94,11 @@ def run(path: Path, device: torch.device) -> None:
 
 
 def main(arguments: list[str]) -> None:
+    """Entry point of `python -m errata.bench.gpu`.
+
+    Args:
+        arguments: Command-line arguments.
+    """
     paths = [argument for argument in arguments if argument != "--cpu"]
     if len(paths) != 1:
         raise SystemExit(__doc__)

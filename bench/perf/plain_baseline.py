@@ -23,7 +23,15 @@ Train = Callable[[torch.nn.Module, Callable[[], Tensor]], None]
 
 
 def forward(module: torch.nn.Module, inputs: Inputs) -> Tensor:
-    """Logits [1 L V] of one row by the module's own forward; words alone go to its decoder."""
+    """Run the module's own forward on one row; text alone goes to its decoder.
+
+    Args:
+        module: A Hugging Face model.
+        inputs: One row.
+
+    Returns:
+        Logits [1 L V].
+    """
     run: Any = module if inputs.vision_inputs else module.language_model
     return run(
         input_ids=inputs.input_ids,
@@ -34,6 +42,15 @@ def forward(module: torch.nn.Module, inputs: Inputs) -> Tensor:
 
 
 def scored_ids(logits: Tensor, inputs: Inputs) -> tuple[int, ...]:
+    """The predicted ids at scored positions.
+
+    Args:
+        logits: [1 L V].
+        inputs: One row.
+
+    Returns:
+        Ids.
+    """
     picked = logits[0, inputs.logit_positions[0]].argmax(-1)
     return tuple(picked[inputs.labels[0] != IGNORE_INDEX].tolist())
 
@@ -41,7 +58,17 @@ def scored_ids(logits: Tensor, inputs: Inputs) -> tuple[int, ...]:
 def run_single(
     module: torch.nn.Module, model: Model, cases: Iterable[Case], train: Train
 ) -> list[dict[str, tuple[tuple[int, ...], tuple[int, ...]]]]:
-    """Answers (token ids) before and after each edit, per probe: the single protocol, plainly."""
+    """The single protocol without any reuse: answers before and after each edit, per probe.
+
+    Args:
+        module: A Hugging Face model.
+        model: The same model, for its preprocessing.
+        cases: Cases.
+        train: Trains a copy of the module, given its loss.
+
+    Returns:
+        Answers (token ids) by probe, for each case.
+    """
     results = []
     for case in cases:
         probes = {n: model.preprocess(queries) for n, queries in case.probes.items()}
@@ -64,7 +91,16 @@ def run_single(
 
 
 def finetune_in_place(names: Sequence[str], lr: float, num_steps: int) -> Train:
-    """AdamW on the parameters named, everything else frozen."""
+    """Train the named parameters with AdamW; everything else is frozen.
+
+    Args:
+        names: Parameters.
+        lr: Learning rate.
+        num_steps: Steps.
+
+    Returns:
+        The training function.
+    """
 
     def train(module: torch.nn.Module, loss: Callable[[], Tensor]) -> None:
         module.requires_grad_(False)
@@ -92,7 +128,18 @@ class _LoraLinear(torch.nn.Module):
 def lora_in_place(
     paths: Sequence[str], rank: int, alpha: float, lr: float, num_steps: int
 ) -> Train:
-    """Adam on a LoRA of the linear maps named, the adapters inserted as modules."""
+    """Train a LoRA of the named linear maps with Adam, inserted as modules.
+
+    Args:
+        paths: Linear maps.
+        rank: Rank.
+        alpha: The scale is alpha / rank.
+        lr: Learning rate.
+        num_steps: Steps.
+
+    Returns:
+        The training function.
+    """
 
     def train(module: torch.nn.Module, loss: Callable[[], Tensor]) -> None:
         module.requires_grad_(False)

@@ -213,7 +213,15 @@ MODELS = {"blip2": blip2, "llava": llava, "qwen2_vl": qwen2_vl}
 
 
 def cases(num_cases: int, seed: int = 0) -> list[Case]:
-    """Cases with the lengths of E-VQA: prompts of 4 to 9 words, targets of one or two."""
+    """Cases with the lengths of E-VQA: prompts of 4 to 9 words, targets of one or two.
+
+    Args:
+        num_cases: Cases.
+        seed: Seed.
+
+    Returns:
+        Cases with random words and images.
+    """
     rng = random.Random(seed)
 
     def words(low: int, high: int) -> str:

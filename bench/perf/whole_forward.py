@@ -1,15 +1,15 @@
 """The same editors without what makes them cheap: whole forwards of one row at a time.
 
-`plain_baseline.py` edits Hugging Face modules in place as the field's code bases do, for FT and LoRA. Here a
-model is made to run every row from its pixels whenever it is decoded, from whatever depth: each
-step of an edit, each probe, before and after, is a whole forward, as it is there. The arithmetic
-of the editors is untouched, so answers must be equal, and what is timed is the cutting.
+`plain_baseline.py` edits Hugging Face modules in place as the field's code bases do, for FT and
+LoRA. Here every decode of a model runs its rows from the pixels: each step of an edit, each probe,
+before and after, is a whole forward, as it is there. The arithmetic of the editors is untouched, so
+answers must be equal, and what is timed is the cutting.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,14 @@ _SOURCE = "source@b"  # an extra that no layer is handed: which rows a batch cam
 
 
 def without_prefix_reuse(model: Model) -> Model:
-    """The model, every decode of which begins at the pixels; nothing is thinned or cut in time."""
+    """Make every decode of a model start at the pixels, without prefixes, scored rows or caches.
+
+    Args:
+        model: The model.
+
+    Returns:
+        An equivalent model.
+    """
     sources: dict[int, Inputs] = {}
     numbers = itertools.count()
 
@@ -68,9 +75,22 @@ def without_prefix_reuse(model: Model) -> Model:
 
 
 def run_single(
-    model: Model, editor: Editor, cases: Sequence[Case], questions_of
+    model: Model,
+    editor: Editor,
+    cases: Sequence[Case],
+    questions_of: Callable[[Case], list[tuple[str, int, Query]]],
 ) -> list[dict[tuple[str, int], tuple[str, str]]]:
-    """Texts before and after each edit, per probe: batches of one, nothing shared."""
+    """The single protocol in batches of one, nothing shared: texts before and after, per probe.
+
+    Args:
+        model: The model.
+        editor: The editor.
+        cases: Cases.
+        questions_of: Lists the questions of a case.
+
+    Returns:
+        Texts by probe and index, for each case.
+    """
     whole_model = without_prefix_reuse(model)
     state = editor.init(whole_model, torch.Generator().manual_seed(0))
     results = []

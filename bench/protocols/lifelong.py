@@ -37,11 +37,25 @@ def run_lifelong(
     checkpoint: CheckpointFile | None = None,
     base_pass: SharedBasePass | None = None,
 ) -> Iterator[Step]:
-    """Edits one after another; after n of them, n in `lengths` and at the end, all n are asked.
+    """Edit in sequence; after n edits, n in `eval_after` and at the end, evaluate all n.
 
-    With `asked` at most so many of the n, evenly spread, the first and the last among them. A
-    result's gap is n: `evaluated_at` "after_length" with gap 100 is the model after 100 edits,
-    asked about these. Every edit is a step; steps resume from a checkpoint as those of `sequential` do.
+    A result's gap is n: `evaluated_at` "after_length" with gap 100 is the model after 100 edits,
+    evaluated on these. Every edit is a step; steps resume as those of `sequential` do.
+
+    Args:
+        model: The base.
+        editor: The editor.
+        cases: Cases, in the order of the edits.
+        evaluation_config: Scorers, generation and memory.
+        eval_after: Numbers of edits to evaluate after.
+        max_evaluated: Cases evaluated at a time, evenly spread from the first to the last. 0: all.
+        seed: Seed of the editor's state.
+        completed: Numbers of the steps that are stored already.
+        checkpoint: File of the sequence's state.
+        base_pass: Shared answers of the base.
+
+    Yields:
+        Finished steps.
     """
     device, num_units = _device(model), len(cases)
     evaluated_counts = {*eval_after, num_units}

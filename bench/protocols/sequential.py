@@ -37,12 +37,27 @@ def run_sequential(
     checkpoint: CheckpointFile | None = None,
     base_pass: SharedBasePass | None = None,
 ) -> Iterator[Step]:
-    """Edits one after another on the same model; each group of `group` starts from the base.
+    """Edit one model in sequence; each group of `sequence_length` edits starts from the base.
 
-    A case is probed right after its edit, `g` edits later for each g in `gaps`, and once more after
-    the last edit of its group. Every edit is a step, and so is the end of a group. Edits of
-    finished steps that a later step builds on are taken from `marks`; those made since the last
-    mark are made again, and come out the same.
+    A case is evaluated right after its edit, g edits later for each g in `gaps`, and once more
+    after the last edit of its group. Every edit is a step, and so is the end of a group. Edits of
+    completed steps that a later step builds on are read from the checkpoint; those made since the
+    checkpoint are made again, with the same result.
+
+    Args:
+        model: The base.
+        editor: The editor.
+        cases: Cases, in the order of the edits.
+        evaluation_config: Scorers, generation and memory.
+        seed: Seed of the editor's state.
+        sequence_length: Edits per group. 0: all in one.
+        gaps: Edits after which a case is evaluated again.
+        completed: Numbers of the steps that are stored already.
+        checkpoint: File of the sequence's state.
+        base_pass: Shared answers of the base.
+
+    Yields:
+        Finished steps.
     """
     sequence_length = sequence_length or len(cases)
     starts = range(0, len(cases), sequence_length)

@@ -43,14 +43,26 @@ def run_single(
     checkpoint: CheckpointFile | None = None,
     base_pass: SharedBasePass | None = None,
 ) -> Iterator[Step]:
-    """n independent edits, each from the base; probes before and after.
+    """Make n independent edits, each from the base, and evaluate before and after.
 
-    `together` edits run side by side; with 0 the first case runs alone, and the size of its delta
-    says how many of the others fit into `terms.budget`. Steps whose numbers are in `done` are left
-    out. All edits start from one state, drawn from `seed`.
+    All edits start from one state. Cost of a step: one optimisation for all its edits, one prefix
+    per distinct question, and from the cut on one pass of the base per question and one of the
+    edited model per question and edit.
 
-    Cost of a step: one optimisation for all its edits, one prefix per distinct question, and from
-    the cut on one pass of the base per question and one of the edited model per ask.
+    Args:
+        model: The base.
+        editor: The editor.
+        cases: Cases.
+        evaluation_config: Scorers, generation and memory.
+        seed: Seed of the editor's state.
+        batch_size: Edits made together. 0: the first alone, then as many as its delta's size
+            allows.
+        completed: Numbers of the steps that are stored already.
+        checkpoint: Not used: independent edits have no state to resume.
+        base_pass: Shared answers of the base.
+
+    Yields:
+        Finished steps.
     """
     device = _device(model)
     model = base_pass.model if base_pass else model

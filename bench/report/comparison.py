@@ -30,7 +30,14 @@ class RunColumn(NamedTuple):
     editor: str
 
     def label(self, others: Sequence[RunColumn]) -> str:
-        """What tells this side apart from the others."""
+        """A label that distinguishes this column from others.
+
+        Args:
+            others: The other columns.
+
+        Returns:
+            The fields that differ, and the editor.
+        """
         parts = [
             value
             for field, value in zip(self._fields, self)
@@ -55,9 +62,15 @@ ProbeValues = Mapping[str, Mapping[str, float]]  # probe -> case -> value
 def columns(
     runs: Mapping[str, Iterable[ResultRow]],
 ) -> dict[TableKey, dict[RunColumn, dict[str, dict[str, float]]]]:
-    """Rows of several runs, by leg, side, probe and case; a case's value is the mean of its rows.
+    """Group rows of several runs; a case's value is the mean of its rows.
 
     Runs are compared under one protocol, moment, gap and scorer; the model may differ.
+
+    Args:
+        runs: Rows by run.
+
+    Returns:
+        Values by table, column, probe and case.
     """
     sums: dict[TableKey, dict[RunColumn, dict[str, dict[str, list[float]]]]] = {}
     for name, rows in runs.items():
@@ -82,9 +95,18 @@ def columns(
 
 
 def compare(first: ProbeValues, second: ProbeValues, seed: int = 0) -> list[Difference]:
-    """Compare two sides on every probe and case both have.
+    """Compare two columns on every probe and case that both have.
 
-    Raises `InvalidInputError` when they share none.
+    Args:
+        first: Values of the first.
+        second: Values of the second.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        One difference per probe, p values corrected.
+
+    Raises:
+        InvalidInputError: If they share no case.
     """
     tests = []
     for name in sort_probes(set(first) & set(second)):
@@ -106,6 +128,12 @@ def holm_correction(p_values: Sequence[float]) -> list[float]:
 
     >>> holm_correction([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
+
+    Args:
+        p_values: P values.
+
+    Returns:
+        Corrected p values.
     """
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     corrected, running_max = [0.0] * len(p_values), 0.0
@@ -116,7 +144,16 @@ def holm_correction(p_values: Sequence[float]) -> list[float]:
 
 
 def column_pairs(values_by_column: Mapping[RunColumn, Any]) -> list[tuple[RunColumn, RunColumn]]:
-    """The first side against every other one, an editor against itself where runs share it."""
+    """The pairs of columns to compare.
+
+    An editor with itself across runs, else the first column with all others.
+
+    Args:
+        values_by_column: Columns.
+
+    Returns:
+        Pairs.
+    """
     known = list(values_by_column)
     first = known[0]
     same = [
@@ -131,7 +168,14 @@ def column_pairs(values_by_column: Mapping[RunColumn, Any]) -> list[tuple[RunCol
 def table(runs: Mapping[str, Iterable[ResultRow]]) -> str:
     """Every comparison as text: `*` p < 0.05, `**` p < 0.01, `***` p < 0.001, after correction.
 
-    Raises `InvalidInputError` when there are fewer than two sides, or two without a case in common.
+    Args:
+        runs: Rows by run.
+
+    Returns:
+        Text.
+
+    Raises:
+        InvalidInputError: For fewer than two columns, or two without a case in common.
     """
     grouped = columns(runs)
     blocks = []

@@ -35,14 +35,19 @@ def _probe_family(name: str) -> str | None:
 
 
 def compute_curves(rows: Iterable[ResultRow]) -> list[dict[str, Any]]:
-    """What sequential editing does to scores: by an edit's position in its life, and by its age.
+    """How scores change in sequential editing: by the position of an edit, and by its age.
 
-    position   asked right after the edit, against the number of edits made by then
-    age        against the number of edits made since (0: right after)
-    length     edits asked after so many of them, against that number (protocol "lifelong")
+        position   evaluated right after the edit, against the number of edits made by then
+        age        against the number of edits made since (0: right after)
+        length     edits evaluated after so many of them, against that number (protocol "lifelong")
 
-    Each is a list of points (edits, mean, low, high, cases) per model, editor, scorer and family
-    of probes; more than ten abscissae are put into ten bins, each at its mean.
+    More than ten abscissae are put into ten bins, each at its mean.
+
+    Args:
+        rows: Result rows.
+
+    Returns:
+        Points (edits, mean, low, high, cases) per model, editor, scorer and family of probes.
     """
     rows = [row for row in rows if row.protocol != "single" and _probe_family(row.probe)]
     groups = _group_sizes(rows)

@@ -126,10 +126,18 @@ def render_page(
     facts: Sequence[str] = (),
     costs: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """The report page as text.
+    """Render the HTML report.
 
-    `images` is the folder of a run's images, or content names to files; `setting` (benchmark
-    and template) shows published numbers next to ours; `costs` are seconds and bytes by leg.
+    Args:
+        rows: Result rows.
+        image_source: Folder of a run's images, or files by content id.
+        title: Title of the page.
+        setting: Benchmark and template, to show published numbers next to ours.
+        facts: Lines about the run.
+        costs: Seconds and bytes by leg.
+
+    Returns:
+        HTML.
     """
     data = {**_page_data(rows, image_source, setting, facts), "costs": list(costs)}
     parts = {

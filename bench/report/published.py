@@ -69,6 +69,14 @@ def matching_results(benchmark: str, template: str, model: str) -> list[Publishe
 
     >>> [row.method for row in matching_results("mmedit-vqa", "easyedit", "Salesforce/blip2-opt-2.7b")][-1]
     'MEND'
+
+    Args:
+        benchmark: Name of the benchmark.
+        template: Name of the prompt template.
+        model: Name of the model.
+
+    Returns:
+        Published rows.
     """  # noqa: E501
     name = _normalize_name(model)
     return [

@@ -78,7 +78,14 @@ class EditorSummary(msgspec.Struct, frozen=True):
 
 
 def sort_probes(names: Iterable[str]) -> list[str]:
-    """Probe names in the order of the papers' tables; ones of your own come last."""
+    """Sort probe names in the order of the papers' tables; your own come last.
+
+    Args:
+        names: Names.
+
+    Returns:
+        Sorted names.
+    """
     rank = {name: place for place, name in enumerate(PROBES)}
 
     def place(name: str) -> tuple[int, str]:
@@ -89,10 +96,17 @@ def sort_probes(names: Iterable[str]) -> list[str]:
 
 
 def summarize(rows: Iterable[ResultRow], draws: int = 1000) -> dict[TableKey, list[EditorSummary]]:
-    """Rows to lines: per leg, one line per editor, in the order in which the rows name them.
+    """Summarise rows: one line per editor in each table, in order of appearance.
 
-    The gaps of a sequential run after the last edit differ from case to case; at the moment "end"
-    they are taken together.
+    The gaps of a sequential run after the last edit differ from case to case; at "end" they are
+    pooled.
+
+    Args:
+        rows: Result rows.
+        draws: Resamples of the bootstrap.
+
+    Returns:
+        Lines by table.
     """
     grouped: dict[TableKey, dict[str, dict[str, list[ResultRow]]]] = {}
     for row in rows:
@@ -168,7 +182,14 @@ def _perplexity(nll: Interval | None) -> Interval | None:
 
 
 def mean_per_case(values: Iterable[tuple[str, float | bool | None]]) -> list[float]:
-    """One value per case, the mean of its queries, in order of first sight; None is left out."""
+    """One value per case: the mean of its queries.
+
+    Args:
+        values: (case, value) pairs; None is left out.
+
+    Returns:
+        Means, in order of appearance.
+    """
     values_by_case: dict[str, list[float]] = {}
     for case, value in values:
         if value is not None:
@@ -177,7 +198,14 @@ def mean_per_case(values: Iterable[tuple[str, float | bool | None]]) -> list[flo
 
 
 def summary_json(rows: Iterable[ResultRow]) -> dict[str, Any]:
-    """The summary as plain JSON values: a list of legs, each with its editors and their cells."""
+    """The summary as plain JSON values: a list of legs, each with its editors and cells.
+
+    Args:
+        rows: Result rows.
+
+    Returns:
+        JSON values.
+    """
     return {
         "legs": [
             {

@@ -23,12 +23,20 @@ Style = Literal["terminal", "markdown", "latex"]
 
 
 def table(rows: Iterable[ResultRow], style: Style = "terminal") -> str:
-    """Every leg as a table: a base line, a line per editor, a column per probe, values times 100.
+    """Every leg as a table: a base line, a line per editor, a column per probe, in percent.
 
     The terminal shows means, in at most 80 columns. Markdown and LaTeX print EM/Acc pairs for
     success probes, as MMEdit does, and half the interval's width.
 
-    Raises `InvalidInputError` for an unknown style or no rows.
+    Args:
+        rows: Result rows.
+        style: `terminal`, `markdown` or `latex`.
+
+    Returns:
+        Text.
+
+    Raises:
+        InvalidInputError: For an unknown style or no rows.
     """
     if style not in _STYLES:
         raise InvalidInputError(
@@ -41,7 +49,15 @@ def table(rows: Iterable[ResultRow], style: Style = "terminal") -> str:
 
 
 def heading(key: TableKey, editors: Sequence[EditorSummary]) -> str:
-    """What a table's numbers are of, in words."""
+    """The heading of a table.
+
+    Args:
+        key: Model, protocol, moment and scorer.
+        editors: Its lines.
+
+    Returns:
+        One line.
+    """
     evaluated_at_words = {
         "after_edit": "right after each edit",
         "after_gap": f"{key.gap} edits later",

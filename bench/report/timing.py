@@ -10,7 +10,14 @@ __all__ = ["read_profile", "timing_table"]
 
 
 def read_profile(folder: Path) -> dict[str, dict[str, tuple[float, float]]]:
-    """Where a profiled run's time went, by leg: each stretch's seconds and share, longest first."""
+    """Read the time of a profiled run.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        Seconds and share of each section, longest first, by leg.
+    """
     path = folder / "profile.json"
     if not path.is_file():
         return {}
@@ -22,7 +29,14 @@ def read_profile(folder: Path) -> dict[str, dict[str, tuple[float, float]]]:
 
 
 def timing_table(folder: Path) -> str:
-    """The same as a table of text: a line per stretch, under its leg."""
+    """The time of a profiled run as text.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        A line per section, grouped by leg.
+    """
     lines = []
     for leg, parts in read_profile(folder).items():
         lines.append(f"{leg}: {sum(spent for spent, _ in parts.values()):.1f} s")

@@ -38,7 +38,14 @@ OPERATIONS = ("save", "fuse", "export")
 
 
 def make_delta(seed: int) -> Delta:
-    """A low-rank delta large enough that writing it takes a while."""
+    """A low-rank delta large enough that writing it takes a while.
+
+    Args:
+        seed: Seed.
+
+    Returns:
+        The delta.
+    """
     generator = torch.Generator().manual_seed(seed)
     entries = tuple(
         LowRank(name=name, checkpoint_name=name, shape=SHAPE, rank=64, edit_ranks=(64,))
@@ -110,7 +117,16 @@ def _final_paths(folder: Path) -> list[Path]:
 
 
 def crash(operation: str, times: int, seed: int = 0) -> Counter[str]:
-    """Kill a child `times` times; count what lay there afterwards."""
+    """Kill a writing child process many times, and count what is left.
+
+    Args:
+        operation: `save`, `fuse` or another of `OPERATIONS`.
+        times: Kills.
+        seed: Seed of the moments.
+
+    Returns:
+        Counts by outcome.
+    """
     draw = random.Random(seed)
     outcomes: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -158,6 +174,14 @@ def _clear(folder: Path, keep_prefix: str = "-") -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Entry point.
+
+    Args:
+        argv: Command-line arguments.
+
+    Returns:
+        Exit code: 1 if a file was broken.
+    """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--times", type=int, default=50)
     args = parser.parse_args(argv)

@@ -75,7 +75,17 @@ _WATCHING = [False]
 def fuzz(
     num_files: int, seed: int = 0, folder: Path | None = None, limit_memory: bool = True
 ) -> FuzzReport:
-    """Load `files` mutated files; `bound` also holds each to its share of address space."""
+    """Load mutated delta files.
+
+    Args:
+        num_files: Files.
+        seed: Seed.
+        folder: Where to write them.
+        limit_memory: Whether to hold each to its share of address space.
+
+    Returns:
+        What was refused, loaded and found.
+    """
     draw = random.Random(seed)
     originals = []
     report = FuzzReport(Counter(), Counter(), 0.0, [])
@@ -145,6 +155,14 @@ def _load_and_check(path: Path, kind: str, original: Delta, report: FuzzReport) 
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Entry point.
+
+    Args:
+        argv: Command-line arguments.
+
+    Returns:
+        Exit code: 1 if something was found.
+    """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--files", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)

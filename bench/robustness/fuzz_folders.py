@@ -94,7 +94,16 @@ def _fuse_case(folder: Path, draw: random.Random) -> None:
 
 
 def fuzz_folders(num_folders: int, seed: int = 0, folder: Path | None = None) -> FuzzReport:
-    """Import and fold `files` folders in each of which one file is mutated or missing."""
+    """Import and fuse folders in each of which one file is mutated or missing.
+
+    Args:
+        num_folders: Folders.
+        seed: Seed.
+        folder: Where to write them.
+
+    Returns:
+        What was refused, loaded and found.
+    """
     draw = random.Random(seed)
     report = FuzzReport(Counter(), Counter(), 0.0, [])
     slowest = 0.0
@@ -138,6 +147,14 @@ def fuzz_folders(num_folders: int, seed: int = 0, folder: Path | None = None) ->
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Entry point.
+
+    Args:
+        argv: Command-line arguments.
+
+    Returns:
+        Exit code: 1 if something was found.
+    """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--files", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)

@@ -37,7 +37,14 @@ class SplitFile(NamedTuple):
 
 
 def split_file(raw: bytes) -> SplitFile:
-    """A file as its parts."""
+    """Split a delta file into its parts.
+
+    Args:
+        raw: The file.
+
+    Returns:
+        Tensor table, metadata and data.
+    """
     size = struct.unpack("<Q", raw[:8])[0]
     table = json.loads(raw[8 : 8 + size])
     meta = json.loads(table.pop("__metadata__")[METADATA_KEY])
@@ -55,7 +62,14 @@ def _serialize(file: SplitFile, *, text: str | None = None, pad: bool = True) ->
 
 
 def with_valid_digest(file: SplitFile) -> bytes:
-    """The file with a digest that fits its (forged) content, as a hostile author would make it."""
+    """Serialise a forged file with a digest that fits it, as a hostile author would.
+
+    Args:
+        file: The parts.
+
+    Returns:
+        The file.
+    """
 
     body = {**file.metadata, "digest": ""}
     state = hashlib.sha256(canonical_json(body).encode("utf-8", "replace") + b"\n")
@@ -129,7 +143,15 @@ MALICIOUS_NAMES = [
 
 
 def flip_bits(raw: bytes, draw: random.Random) -> bytes:
-    """A few bits turned over, anywhere."""
+    """Flip a few bits anywhere.
+
+    Args:
+        raw: The file.
+        draw: Source of randomness.
+
+    Returns:
+        The mutated file.
+    """
     out = bytearray(raw)
     for _ in range(draw.choice([1, 1, 2, 8])):
         out[draw.randrange(len(out))] ^= 1 << draw.randrange(8)
@@ -363,7 +385,15 @@ MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
 
 
 def mutate(raw: bytes, draw: random.Random) -> tuple[str, bytes]:
-    """One mutation, by name, and the mutated file."""
+    """Apply one random mutation.
+
+    Args:
+        raw: The file.
+        draw: Source of randomness.
+
+    Returns:
+        The mutation's name, and the mutated file.
+    """
     kind = draw.choice(list(MUTATIONS))
     out = MUTATIONS[kind](raw, draw)
     if draw.random() < 0.1:

@@ -15,7 +15,14 @@ __all__ = ["sample"]
 
 
 def sample(seed: int) -> Delta:
-    """A small valid delta: low-rank and dense entries, several edits, one of three dtypes."""
+    """A small valid delta: low-rank and dense entries, several edits, one of three dtypes.
+
+    Args:
+        seed: Seed; some seeds give other kinds.
+
+    Returns:
+        The delta.
+    """
     draw = random.Random(seed)
     torch.manual_seed(seed)
     dtype = draw.choice([torch.float32, torch.bfloat16, torch.float16])

@@ -10,10 +10,16 @@ __all__ = ["Progress", "duration"]
 
 
 def duration(seconds: float) -> str:
-    """A stretch of time as people say it.
+    """A duration as people say it.
 
     >>> duration(4.2), duration(75), duration(7300)
     ('4 s', '1 min 15 s', '2 h 1 min')
+
+    Args:
+        seconds: Seconds.
+
+    Returns:
+        Text.
     """
     whole = round(seconds)
     if whole < 60:
@@ -37,7 +43,13 @@ class Progress:
         self._start_time = time.monotonic()
 
     def start(self, label: str, total: int, num_completed: int = 0) -> None:
-        """Begin a stretch of `total` steps, of which `done` were finished in an earlier run."""
+        """Begin a leg.
+
+        Args:
+            label: Its name.
+            total: Its steps.
+            num_completed: Steps completed in an earlier run.
+        """
         self._label, self._total, self._num_done, self._num_new = label, total, num_completed, 0
         self._start_time = self._last_shown_time = time.monotonic()
         self._last_shown_count = -1

@@ -56,13 +56,23 @@ def run(
     progress: Progress | None = None,
     profile: bool = False,
 ) -> Path:
-    """Do everything a settings file asks for and return the folder it lies in.
+    """Run everything that a settings file asks for.
 
-    Goes on where an earlier run of the same settings stopped, however it was stopped; `fresh`
-    starts over. `text` is the settings file as it was read, kept with the results. `profile`
-    writes where this start's time went into `profile.json`, and the report shows it. Raises
-    InvalidSettingsError and InvalidInputError before anything is written where that can be known,
-    and InvalidInputError when the folder holds another run or is in use.
+    Resumes an earlier run of the same settings, however it was interrupted.
+
+    Args:
+        settings: The settings.
+        text: The settings file as read, kept with the results.
+        overwrite: Whether to start over.
+        progress: Where to report progress.
+        profile: Whether to write where the time went into `profile.json`, which the report shows.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        InvalidSettingsError: Before anything is written.
+        InvalidInputError: If the folder holds another run or is in use, or inputs cannot be read.
     """
     progress = progress or Progress()
     validate_settings(settings)

@@ -161,17 +161,35 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return parse_size(self.memory_budget)
 
     def digest(self, *more: str) -> str:
-        """A short hash of what decides the results: not of `out`, the title or the images."""
+        """A short hash of all settings that decide the results.
+
+        The output folder, the title and thumbnails are left out.
+
+        Args:
+            *more: Further texts to hash.
+
+        Returns:
+            Twelve hexadecimal digits.
+        """
         plain = {**msgspec.to_builtins(self), "output_dir": "", "title": "", "num_thumbnails": 0}
         data = msgspec.json.encode([plain, *more], order="sorted")
         return hashlib.sha256(data).hexdigest()[:12]
 
 
 def parse_size(text: str) -> int:
-    """A size as people write it, in bytes.
+    """Parse a size such as "2 GiB".
 
     >>> parse_size("1.5 GiB"), parse_size("200 MB")
     (1610612736, 200000000)
+
+    Args:
+        text: A number and a unit.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        InvalidSettingsError: If it cannot be parsed.
     """
     match = _SIZE_PATTERN.match(text)
     if not match:

@@ -66,7 +66,18 @@ RENAMED_VALUES: Mapping[tuple[type[msgspec.Struct], str], Mapping[str, str]] = {
 
 
 def read_settings(path: str | Path) -> RunSettings:
-    """Read a run's TOML file. Raises BadSettings with every fault at once, or OSError."""
+    """Read a run's TOML file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The settings.
+
+    Raises:
+        InvalidSettingsError: With every violation at once.
+        OSError: If the file cannot be read.
+    """
     try:
         text = Path(path).read_bytes().decode()
     except UnicodeDecodeError as fault:
@@ -75,13 +86,24 @@ def read_settings(path: str | Path) -> RunSettings:
 
 
 def parse_settings(text: str, source_name: str = "settings") -> RunSettings:
-    """Settings from TOML text.
+    r"""Settings from TOML text.
 
     Raises BadSettings naming every unknown key (with the nearest known one), every value that can
     not be, and every name used twice; of a faulty file also every name that is of nothing here.
 
-    >>> parse_settings('output_dir="o"\\n[[models]]\\nid="micro/llava"\\n[[editors]]\\ntype="lora"').models[0].label
+    >>> parse_settings('output_dir="o"\n[[models]]\nid="micro/llava"\n[[editors]]\ntype="lora"').models[0].label
     'llava'
+
+    Args:
+        text: TOML.
+        source_name: Name of the source, for messages.
+
+    Returns:
+        The settings.
+
+    Raises:
+        InvalidSettingsError: Names every unknown key (with the nearest known one), every invalid
+            value and every duplicate name; of an invalid file also every name that does not exist.
     """  # noqa: E501
     try:
         raw = tomllib.loads(text)
@@ -154,7 +176,7 @@ def _duplicate_names(settings: RunSettings) -> list[str]:
 
 
 def _convert(raw: Any, kind: Any, path: str, faults: list[str]) -> Any:
-    """Like `msgspec.convert`, but continues after a violation, so that all are listed; None on faults."""
+    """Like `msgspec.convert`, but collects all violations; None if there are any."""
     origin, inside = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated and _is_struct_tuple(inside[0]):
         return _convert_list(raw, inside[0], path, faults)
@@ -245,10 +267,16 @@ def validate_settings(settings: RunSettings) -> None:
 
 
 def find_unknown_names(raw: Mapping[str, Any]) -> list[str]:
-    """What a table of settings names that is not there, a sentence each.
+    """Find names in settings that do not exist here.
 
-    Looks for micro and tiny models by name, folders, templates, devices, scorers and relations;
-    passes over what has no such shape, for that is said by its type.
+    Checks micro and tiny models, folders, templates, devices, scorers and relations; values of the
+    wrong type are skipped, since their type is reported elsewhere.
+
+    Args:
+        raw: The decoded TOML.
+
+    Returns:
+        Complaints, a sentence each.
     """
     from errata import adapters
     from errata.bench.data.world.world import FACTS

@@ -19,11 +19,20 @@ MICRO_PREFIX, TINY_PREFIX = "micro/", "tiny/"
 
 
 def open_model(settings: ModelSettings) -> Model:
-    """The model a settings file or command line names.
+    """Open the model that a settings file or command line names.
 
     `micro/NAME` is a trained model of the micro zoo, `tiny/NAME` a random one; anything else is a
-    folder or a hub id. Raises InvalidInputError for NaN weights, UnsupportedModelError for
-    families not served.
+    folder or a hub id.
+
+    Args:
+        settings: Model, dtype, device and template.
+
+    Returns:
+        The model.
+
+    Raises:
+        InvalidInputError: For NaN weights.
+        UnsupportedModelError: For a model that cannot be cut.
     """
     import torch
 
@@ -64,10 +73,16 @@ def _parse_device(name: str) -> Any:
 
 
 def open_cases(source: WorldCases | BenchmarkCases) -> list[Case]:
-    """The cases a settings file asks for, in order.
+    """Open the cases that a settings file asks for, in order.
 
-    Raises InvalidInputError when the source has fewer than `skip` + 1, or a file that cannot be
-    read.
+    Args:
+        source: Cases of the micro world or of a benchmark.
+
+    Returns:
+        Cases.
+
+    Raises:
+        InvalidInputError: If the source has fewer than `skip` + 1, or a file cannot be read.
     """
     if isinstance(source, WorldCases):
         from errata.bench.data.world.cases import cases

@@ -159,9 +159,9 @@ def _encode(value: Any, kind: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, msgspec.Struct) and type(value) is _class_of(kind):
         return {"struct": msgspec.to_builtins(value)}
     if isinstance(value, tuple) and type(value) is _class_of(kind) and hasattr(value, "_fields"):
-        hints = typing.get_type_hints(type(value))
-        return {"fields": {n: _encode(getattr(value, n), hints[n], tensors) for n in value._fields}}
-    if type(value) in (tuple, list):
+        hints, names = typing.get_type_hints(type(value)), getattr(value, "_fields")  # noqa: B009
+        return {"fields": {n: _encode(getattr(value, n), hints[n], tensors) for n in names}}
+    if isinstance(value, tuple | list) and type(value) in (tuple, list):
         items = [_encode(item, _item_kind(kind, n), tensors) for n, item in enumerate(value)]
         return {"tuple" if isinstance(value, tuple) else "list": items}
     if isinstance(value, dict) and all(isinstance(key, str | int) for key in value):

@@ -127,7 +127,16 @@ class ResultsLog:
         _rewrite_progress(self._progress, self.units)
 
     def units_of(self, model: str, editor: str, protocol: str) -> list[UnitRecord]:
-        """The units of one model, editor and protocol that are on disk."""
+        """The units of one leg that are on disk.
+
+        Args:
+            model: Name of the model.
+            editor: Name of the editor.
+            protocol: Name of the protocol.
+
+        Returns:
+            Records.
+        """
         wanted = (model, editor, protocol)
         return [
             unit
@@ -136,7 +145,16 @@ class ResultsLog:
         ]
 
     def is_complete(self, model: str, editor: str, protocol: str) -> bool:
-        """Whether every part of one leg is on disk."""
+        """Whether every unit of a leg is on disk.
+
+        Args:
+            model: Name of the model.
+            editor: Name of the editor.
+            protocol: Name of the protocol.
+
+        Returns:
+            True or False.
+        """
         leg = self.units_of(model, editor, protocol)
         return bool(leg) and len(leg) == leg[0].unit.num_units
 
@@ -150,7 +168,16 @@ class ResultsLog:
         probe_seconds: float,
         peak_bytes: int,
     ) -> None:
-        """Write one part's rows and then the line that makes them count."""
+        """Write the rows of a unit, and then the line that makes them count.
+
+        Args:
+            unit_key: Leg and number of the unit.
+            rows: Its rows.
+            cases: Its cases.
+            edit_seconds: Time spent on edits.
+            probe_seconds: Time spent on evaluation.
+            peak_bytes: Peak memory.
+        """
         data = b"".join(msgspec.json.encode(row) + b"\n" for row in rows)
         _append(self._results, data, self.end_byte)
         unit = UnitRecord(
@@ -169,9 +196,16 @@ class ResultsLog:
 
 
 def read_rows(folder: str | Path) -> list[ResultRow]:
-    """Every whole row of a run folder, with what it cost, also while the run is going on.
+    """Read every complete row of a run folder, with its cost, also during the run.
 
-    Raises InvalidInputError when the folder holds no results, or results of another version.
+    Args:
+        folder: The run folder.
+
+    Returns:
+        Rows.
+
+    Raises:
+        InvalidInputError: If the folder holds no results, or results of another version.
     """
     path = Path(folder) / RESULTS
     if not path.is_file():
@@ -257,9 +291,16 @@ def _sync(file: IO[bytes]) -> None:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a run folder for this process; the lock goes with the process, however it ends.
+    """Lock a run folder for this process; the lock ends with the process, however it ends.
 
-    Raises InvalidInputError when another process holds it.
+    Args:
+        folder: The run folder.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        InvalidInputError: If another process holds it.
     """
     with (folder / ".lock").open("w") as file:
         try:

@@ -18,14 +18,28 @@ def image_file_name(image: Any) -> str:
     ...     content_id = "dot"
     >>> image_file_name(Dot())
     'e392dad8b08599f7'
+
+    Args:
+        image: An image, as a query holds it.
+
+    Returns:
+        Sixteen hexadecimal digits.
     """
     return hashlib.sha256(content_id(image).encode()).hexdigest()[:16]
 
 
 def thumbnail(image: Any, side: int = 224) -> bytes:
-    """An image as PNG, made small: what the report shows.
+    """A small copy of an image, for the report.
 
-    Raises InvalidInputError, see `image`.
+    Args:
+        image: An image, as a query holds it.
+        side: Longer side in pixels, at most.
+
+    Returns:
+        A PNG file.
+
+    Raises:
+        InvalidInputError: If the image cannot be opened.
     """
     from errata.adapters.inputs.images import open_image
 

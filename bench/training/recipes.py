@@ -122,7 +122,14 @@ SAVED_IN_HALF = {"liveedit"}
 
 
 def training_cases(mix: CaseMix) -> list[Case]:
-    """The cases of a mix."""
+    """The cases of a mix.
+
+    Args:
+        mix: How many cases of each kind.
+
+    Returns:
+        Cases.
+    """
     new = world.cases(mix.num_new, mix.seed, split="train", subjects="new")
     known = world.cases(mix.num_known, 0, split="train")
     if mix.shuffled:

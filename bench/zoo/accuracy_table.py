@@ -38,7 +38,14 @@ OTHER: dict[str, tuple[str, ...]] = {
 
 
 def accuracy_table(weights: Path) -> str:
-    """One column per model, one row per group of questions; exact match in per cent."""
+    """Exact match in percent: one column per model, one row per group of questions.
+
+    Args:
+        weights: Folder of the models.
+
+    Returns:
+        Markdown.
+    """
     paths = sorted(weights.glob("*/report.json"))
     reports = {path.parent.name: json.loads(path.read_text()) for path in paths}
     match: dict[str, Mapping[str, float]] = {n: r["exact_match"] for n, r in reports.items()}
@@ -62,7 +69,12 @@ def accuracy_table(weights: Path) -> str:
 
 
 def update_readme(readme: Path, weights: Path) -> None:
-    """Put the table between its marks in a README."""
+    """Put the table between its markers in a README.
+
+    Args:
+        readme: The file.
+        weights: Folder of the models.
+    """
     text = readme.read_text("utf-8")
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(STOP)

@@ -1,4 +1,4 @@
-"""Makes the shipped pictures of the micro zoo (digits, photographs) from the packages they came in.
+"""Makes the shipped images of the micro zoo (digits, photographs) from the packages they came in.
 
 Needs scikit-learn and a folder with scikit-image's bundled images; run once by a developer.
 """
@@ -24,7 +24,12 @@ SKLEARN_FILES = {"temple": "china.jpg", "flower": "flower.jpg"}
 
 
 def make_assets(skimage_folder: Path, target: Path) -> None:
-    """Write `digits.safetensors` and `photos/*.png` into `target`."""
+    """Write `digits.safetensors` and `photos/*.png`.
+
+    Args:
+        skimage_folder: Folder of scikit-image's data.
+        target: Folder to write to.
+    """
     import sklearn.datasets
 
     flat, values = sklearn.datasets.load_digits(return_X_y=True)

@@ -1,4 +1,4 @@
-"""How well a micro model knows its world: exact match on pictures it has not seen, by kind.
+"""How well a micro model knows its world: exact match on images it has not seen, by kind.
 
 An answer counts when every token of it and the end token are the most likely ones, given the ones
 before: the same as greedy decoding giving exactly the answer.
@@ -38,7 +38,17 @@ Item = tuple[LabeledImage | None, str, str]
 def test_questions(
     world: World, image_pools: dict[str, ImagePool], count: int, seed: int
 ) -> dict[str, list[Item]]:
-    """Test questions by kind: `relation`, `relation (held-out questions)`, pictures, text."""
+    """Test questions by kind: `relation`, `relation (held-out questions)`, images, text.
+
+    Args:
+        world: The micro world.
+        image_pools: Test images by kind.
+        count: Questions of each kind.
+        seed: Seed.
+
+    Returns:
+        Items by kind.
+    """
     rng = random.Random(f"evaluate-{seed}")
     items_by_kind: dict[str, list[Item]] = {}
     per_creature = len(image_pools["creature"].labels) // len(world.trained)
@@ -86,7 +96,17 @@ def _in_context(world: World, sample_image, rng: random.Random, count: int):
 
 @torch.no_grad()
 def exact_match(name: str, model: Any, packer: SequencePacker, items: Sequence[Item]) -> float:
-    """Share of items answered exactly."""
+    """Share of items answered exactly.
+
+    Args:
+        name: Name of the family.
+        model: The model.
+        packer: Packs questions into rows.
+        items: Questions.
+
+    Returns:
+        From 0 to 1.
+    """
     right: list[bool] = []
     for start in range(0, len(items), 32):
         packed = packer.pack_separately(items[start : start + 32])
@@ -108,7 +128,19 @@ def evaluate(
     count: int = 160,
     kinds: Sequence[str] | None = None,
 ) -> dict[str, float]:
-    """Exact match by kind, and `edited`: the mean over the kinds that editing cases use."""
+    """Exact match by kind, and `edited`: the mean over the kinds that editing cases use.
+
+    Args:
+        name: Name of the family.
+        model: The model.
+        tokenizer: Its tokenizer.
+        image_pools: Test images by kind.
+        count: Questions of each kind.
+        kinds: Kinds to evaluate. None: all.
+
+    Returns:
+        Exact match by kind.
+    """
     packer = SequencePacker(name, tokenizer)
     items_by_kind = test_questions(World(), image_pools, count, seed=1)
     scores = {
@@ -127,13 +159,24 @@ def evaluate(
 def generation_accuracy(
     name: str, model: Any, tokenizer: Tokenizer, image_pools: dict[str, ImagePool], count: int = 25
 ) -> float:
-    """Share of names that Hugging Face's own `generate` gives exactly, greedily."""
+    """Share of names that Hugging Face's own `generate` gives exactly, greedily.
+
+    Args:
+        name: Name of the family.
+        model: The model.
+        tokenizer: Its tokenizer.
+        image_pools: Test images by kind.
+        count: Names.
+
+    Returns:
+        From 0 to 1.
+    """
     world, packer, right = World(), SequencePacker(name, tokenizer), 0
     per_creature = len(image_pools["creature"].labels) // len(world.trained)
     question_ids = packer.encode("what is the name of this animal?" + packer.question_suffix)
     ids = torch.tensor([packer.image_prefix.input_ids + question_ids])
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if FAMILIES[name].mrope_positions is not None:  # M-RoPE asks which tokens are pictures
+    if FAMILIES[name].mrope_positions is not None:  # M-RoPE asks which tokens are images
         inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
     for creature in world.trained[:: len(world.trained) // count][:count]:
         image_pixels = image_pools["creature"].pixels[creature.index * per_creature][None]

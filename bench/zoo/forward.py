@@ -31,7 +31,7 @@ class Prefix(NamedTuple):
 
 
 class FamilyForward(NamedTuple):
-    """How a family eats pictures and embeddings."""
+    """How a family eats images and embeddings."""
 
     preprocess: Callable[[np.ndarray], Pixels]  # uint8 [B, 64, 64, 3] -> what the tower takes
     image_features: Callable[[nn.Module, Pixels], Tensor]  # -> image tokens [B, T, D]
@@ -42,7 +42,14 @@ class FamilyForward(NamedTuple):
 
 
 def normalize_pixels(pixels: np.ndarray) -> Tensor:
-    """[B, 64, 64, 3] bytes -> [B, 3, 64, 64] with mean 0.5 and deviation 0.25."""
+    """Normalise images to mean 0.5 and deviation 0.25.
+
+    Args:
+        pixels: Bytes, [B, 64, 64, 3].
+
+    Returns:
+        [B, 3, 64, 64].
+    """
     return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
 
 
@@ -109,7 +116,15 @@ FAMILIES: dict[str, FamilyForward] = {
 
 
 def prefixes(name: str, tokenizer: Tokenizer) -> tuple[Prefix, Prefix]:
-    """The start of a row with a picture, and of one without."""
+    """The start of a row with an image, and of one without.
+
+    Args:
+        name: Name of the family.
+        tokenizer: Its tokenizer.
+
+    Returns:
+        Both prefixes.
+    """
     micro, family = MICRO[name], FAMILIES[name]
     mark = token_id(tokenizer, micro.image)
     before, opening, closing = (
@@ -133,7 +148,19 @@ def hidden_states(
     position_ids: Tensor,
     attention_mask: Tensor,
 ) -> Tensor:
-    """Last hidden states [B, L, D] of packed rows under an additive mask [B, 1, L, L]."""
+    """Last hidden states of packed rows.
+
+    Args:
+        name: Name of the family.
+        model: The model.
+        input_ids: [B, L].
+        features: Image features, or None.
+        position_ids: [axes, B, L].
+        attention_mask: Additive mask, [B, 1, L, L].
+
+    Returns:
+        [B, L, D].
+    """
     embeds = model.get_input_embeddings()(input_ids)
     if features is not None:
         image = input_ids == model.config.image_token_id
@@ -147,15 +174,15 @@ def hidden_states(
 
 
 class BatchedVisionAttention(VisionAttention):
-    """Qwen2-VL's vision attention over pictures of one size: one product instead of a loop."""
+    """Qwen2-VL's vision attention over images of one size: one product instead of a loop."""
 
     def forward(self, hidden_states, cu_seqlens, position_embeddings=(), **_):
-        total, pictures = hidden_states.shape[0], len(cu_seqlens) - 1
+        total, num_images = hidden_states.shape[0], len(cu_seqlens) - 1
         qkv = self.qkv(hidden_states).reshape(total, 3, self.num_heads, -1).permute(1, 0, 2, 3)
         query, key, value = qkv.unbind(0)
         query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
         query, key, value = (
-            x.view(pictures, total // pictures, self.num_heads, -1).transpose(1, 2)
+            x.view(num_images, total // num_images, self.num_heads, -1).transpose(1, 2)
             for x in (query, key, value)
         )
         mixed = F.scaled_dot_product_attention(query, key, value)
@@ -163,9 +190,15 @@ class BatchedVisionAttention(VisionAttention):
 
 
 def prepare(model: Any) -> Any:
-    """A model ready for training from scratch: fan-in initialisation, batched vision attention.
+    """Prepare a model for training from scratch: fan-in initialisation, batched vision attention.
 
     Hugging Face's 0.02 is small at these widths, and BLIP-2's queries start at zero.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The same model.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not name.endswith("lm_head"):

@@ -1,6 +1,6 @@
-"""Every picture the micro models are trained and tested on, drawn once and kept as arrays.
+"""Every image the micro models are trained and tested on, drawn once and kept as arrays.
 
-Test pictures are other renderings of the same creatures, other scenes, other handwritten digits,
+Test images are other renderings of the same creatures, other scenes, other handwritten digits,
 and other crops of the same photographs (there are only ten).
 """
 
@@ -62,12 +62,20 @@ class LabeledImage(NamedTuple):
 
 
 class ImagePool(NamedTuple):
-    """Pictures of one kind: pixels [N, 64, 64, 3], and the labels of each."""
+    """Images of one kind: pixels [N, 64, 64, 3], and the labels of each."""
 
     pixels: np.ndarray
     labels: list[dict[str, str]]
 
     def sample(self, rng: random.Random) -> LabeledImage:
+        """Draw one image.
+
+        Args:
+            rng: Source of randomness.
+
+        Returns:
+            The image and its labels.
+        """
         index = rng.randrange(len(self.labels))
         return LabeledImage(self.pixels[index], self.labels[index])
 
@@ -108,7 +116,16 @@ def _draw_all(world: World, split: str) -> dict[str, ImagePool]:
 
 
 def load_pools(world: World, split: str, cache: Path) -> dict[str, ImagePool]:
-    """The pictures of a split by kind, drawn (about a minute) or read from `cache`."""
+    """The images of a split by kind, drawn (about a minute) or read from a cache.
+
+    Args:
+        world: The micro world.
+        split: `train` or `test`.
+        cache: Folder of the cache.
+
+    Returns:
+        Pools by kind.
+    """
     path = cache / f"pictures-{split}.safetensors"
     if not path.exists():
         drawn = _draw_all(world, split)
@@ -133,7 +150,15 @@ def load_pools(world: World, split: str, cache: Path) -> dict[str, ImagePool]:
 
 
 def augment(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
-    """Shift by up to 4 pixels (edges repeated), vary gain, tint and bias: uint8 [B, 64, 64, 3]."""
+    """Shift images by up to 4 pixels (edges repeated), and vary gain, tint and bias.
+
+    Args:
+        pixels: Bytes, [B, 64, 64, 3].
+        rng: Source of randomness.
+
+    Returns:
+        Bytes, [B, 64, 64, 3].
+    """
     noise = np.random.RandomState(rng.randrange(1 << 30))
     rows = len(pixels)
     padded = np.pad(pixels, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="edge")

@@ -17,7 +17,14 @@ BETAS, EPS = (0.9, 0.98), 1e-8
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Nearest semi-orthogonal matrices, roughly (singular values 0.7..1.2): [N, n, m], n <= m."""
+    """Nearest semi-orthogonal matrices, approximately (singular values 0.7 to 1.2).
+
+    Args:
+        matrices: [N, n, m], n <= m.
+
+    Returns:
+        [N, n, m].
+    """
     x = matrices.bfloat16()
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):

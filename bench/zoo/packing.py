@@ -1,4 +1,4 @@
-"""Rows of one picture and many questions as one sequence: the picture is embedded once.
+"""Rows of one image and many questions as one sequence: the image is embedded once.
 
 Every question attends to the shared start of its row and to itself, and its positions continue from
 that start, so each is computed exactly as if it stood alone.
@@ -22,7 +22,7 @@ IGNORE_INDEX = -100
 
 
 class PackedBatch(NamedTuple):
-    """A batch of packed rows; `heads` labels the pictures for the vision heads."""
+    """A batch of packed rows; `heads` labels the images for the vision heads."""
 
     input_ids: Tensor  # [B, L]
     attention_mask: Tensor  # [B, 1, L, L] bool: may attend
@@ -33,7 +33,14 @@ class PackedBatch(NamedTuple):
 
 
 def head_labels(rows: Sequence[dict[str, str]]) -> dict[str, Tensor]:
-    """Class numbers of pictures by head, IGNORE where a head says nothing about a picture."""
+    """Class numbers of images by head; IGNORE_INDEX where a head does not apply.
+
+    Args:
+        rows: Labels of each image.
+
+    Returns:
+        Class numbers [B] by head.
+    """
     return {
         head: torch.tensor([values.index(r[head]) if head in r else IGNORE_INDEX for r in rows])
         for head, values in VISION_HEADS.items()
@@ -51,6 +58,14 @@ class SequencePacker:
         self.token_cache: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
+        """Encode a text, with a cache.
+
+        Args:
+            text: The text.
+
+        Returns:
+            Ids.
+        """
         if text not in self.token_cache:
             self.token_cache[text] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return self.token_cache[text]
@@ -58,7 +73,16 @@ class SequencePacker:
     def pack(
         self, rows: Sequence[Row], length: int | None = None, rng: random.Random | None = None
     ) -> PackedBatch:
-        """Fill each row with as many questions as fit; augment pictures when `rng` is given."""
+        """Fill each row with as many questions as fit.
+
+        Args:
+            rows: Image and questions of each row.
+            length: Tokens per row. None: the default.
+            rng: Augments the images, if given.
+
+        Returns:
+            The batch.
+        """
         width, axes = length or self.length, len(self.image_prefix.position_ids)
         ids = np.full((len(rows), width), self.pad_id, np.int64)
         part = np.full((len(rows), width), -1, np.int64)
@@ -93,7 +117,14 @@ class SequencePacker:
         )
 
     def pack_separately(self, items: Sequence[tuple[Any, str, str]]) -> PackedBatch:
-        """One (picture or None, question, answer) per row, as short as they allow."""
+        """Pack one question per row, as short as they allow.
+
+        Args:
+            items: (image or None, question, answer) of each row.
+
+        Returns:
+            The batch.
+        """
         rows = [Row(picture, iter([(q, a)])) for picture, q, a in items]
         asked = [
             len(self.encode(q + self.question_suffix)) + len(self.encode(a)) for _, q, a in items
@@ -102,7 +133,14 @@ class SequencePacker:
 
 
 def question_mask(question_numbers: Tensor) -> Tensor:
-    """Who may attend to whom: earlier tokens of the own question or of the shared start (0)."""
+    """Attention mask: a token sees earlier tokens of its own question and of the shared start (0).
+
+    Args:
+        question_numbers: Question of each token, -1 for padding, [B, L].
+
+    Returns:
+        [B, 1, L, L] of bool.
+    """
     width = question_numbers.shape[1]
     causal = torch.tril(torch.ones(width, width, dtype=torch.bool))
     same = (question_numbers[:, :, None] == question_numbers[:, None, :]) | (
@@ -113,5 +151,13 @@ def question_mask(question_numbers: Tensor) -> Tensor:
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask as the additive one that Hugging Face's attention takes."""
+    """Turn a boolean mask into the additive one that Hugging Face's attention takes.
+
+    Args:
+        mask: Mask of bool.
+        dtype: Dtype of the result.
+
+    Returns:
+        Mask of the same shape.
+    """
     return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)

@@ -1,4 +1,4 @@
-"""What the joint stage asks: rows of one picture (or none), many questions and their answers."""
+"""What the joint stage asks: rows of one image (or none), many questions and their answers."""
 
 import random
 from collections.abc import Iterator, Mapping
@@ -41,7 +41,7 @@ MAX_QUESTIONS_PER_ROW = 40  # more questions than a row can hold
 
 
 class Row(NamedTuple):
-    """One packed row: a picture or none, and an endless enough run of (question, answer)."""
+    """One packed row: an image or none, and an endless enough run of (question, answer)."""
 
     image: LabeledImage | None
     questions: Iterator[tuple[str, str]]
@@ -59,6 +59,14 @@ class QuestionSampler:
         self.weights = [len(self.facts[kind]) ** 0.75 for kind in self.kinds]
 
     def sample_row(self, rng: random.Random) -> Row:
+        """Draw a row: an image or none, and questions about it.
+
+        Args:
+            rng: Source of randomness.
+
+        Returns:
+            The row.
+        """
         kind = rng.choices(list(ROWS), list(ROWS.values()))[0]
         if kind == "text":
             return Row(

@@ -16,7 +16,15 @@ from errata.bench.zoo.train import Trainer
 
 
 def ship(trainer: Trainer, target: Path) -> dict[str, Any]:
-    """Round to fp16, measure what was rounded, write model, processor and `report.json`."""
+    """Round to fp16, measure the rounded model, and write model, processor and `report.json`.
+
+    Args:
+        trainer: A finished trainer.
+        target: Folder to write.
+
+    Returns:
+        The report.
+    """
     name, model = trainer.name, trainer.model.half().float().eval()
     processor = MICRO[name].processor(
         fast_tokenizer(trainer.tokenizer, **MICRO[name].special_tokens)

@@ -69,7 +69,14 @@ def _composed_words(world: World) -> Iterator[str]:
 
 
 def train_tokenizer(world: World) -> Tokenizer:
-    """A byte-level BPE tokenizer of at most 1,536 tokens."""
+    """Train a byte-level BPE tokenizer of at most 1,536 tokens.
+
+    Args:
+        world: The micro world.
+
+    Returns:
+        The tokenizer.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()

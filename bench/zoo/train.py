@@ -1,7 +1,7 @@
-"""The two stages that make a micro model: what pictures show, then questions about them.
+"""The two stages that make a micro model: what images show, then questions about them.
 
 1. Vision: tower and projector (and Q-Former) under linear heads that tell creature, attributes,
-   counts, digits and photographs. Trained end to end from scratch instead, the pictures stay
+   counts, digits and photographs. Trained end to end from scratch instead, the images stay
    unread for hundreds of steps.
 2. Joint: everything, on packed rows of one picture and many questions; the heads stay on as an
    auxiliary loss. In-context facts, second hops and text come along from the first step.
@@ -73,6 +73,14 @@ class VisionHeads(nn.Module):
         )
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
+        """Classify images by their mean feature.
+
+        Args:
+            features: [B, Q, D].
+
+        Returns:
+            Logits by head.
+        """
         mean = self.norm(features.to(self.norm.weight.dtype).mean(1))
         return {name: head(mean).float() for name, head in self.heads.items()}
 
@@ -80,7 +88,15 @@ class VisionHeads(nn.Module):
 def vision_heads_loss(
     logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]
 ) -> tuple[Tensor, dict[str, float]]:
-    """Sum over heads of the mean cross-entropy of the pictures they know, and their accuracies."""
+    """Sum over heads of the mean cross-entropy of the images they apply to.
+
+    Args:
+        logits: Logits by head.
+        labels: Class numbers by head.
+
+    Returns:
+        The loss, and accuracies by head.
+    """
     total, right = torch.zeros(()), {}
     for name, scores in logits.items():
         is_labeled = labels[name] != IGNORE_INDEX
@@ -93,7 +109,14 @@ def vision_heads_loss(
 
 
 def is_text(name: str) -> bool:
-    """Whether a parameter belongs to the language model."""
+    """Whether a parameter belongs to the language model.
+
+    Args:
+        name: Name of the parameter.
+
+    Returns:
+        True or False.
+    """
     return "language_model" in name or name.startswith("lm_head")
 
 
@@ -116,6 +139,14 @@ class Trainer:
     # ---- the losses of one step
 
     def vision_loss(self, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+        """Loss of a vision batch.
+
+        Args:
+            rng: Source of randomness.
+
+        Returns:
+            The loss and figures to log.
+        """
         kinds = rng.choices(KINDS, self.recipe.vision_shares, k=self.recipe.vision_batch)
         drawn = [self.image_pools[kind].sample(rng) for kind in kinds]
         pixels = augment(torch.stack([torch.from_numpy(d.pixels) for d in drawn]).numpy(), rng)
@@ -125,6 +156,14 @@ class Trainer:
         )
 
     def joint_loss(self, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+        """Loss of a joint batch.
+
+        Args:
+            rng: Source of randomness.
+
+        Returns:
+            The loss and figures to log.
+        """
         rows = [self.question_sampler.sample_row(rng) for _ in range(self.recipe.joint_batch)]
         packed = self.packer.pack(rows, rng=rng)
         features, extra = None, torch.zeros(())
@@ -161,7 +200,14 @@ class Trainer:
         }
 
     def trainable_parameters(self, stage: str) -> list[tuple[str, nn.Parameter]]:
-        """The parameters a stage changes."""
+        """The parameters that a stage trains.
+
+        Args:
+            stage: `vision` or `joint`.
+
+        Returns:
+            (name, parameter) pairs.
+        """
         heads = [(f"heads.{n}", p) for n, p in self.vision_heads.named_parameters()]
         named = list(self.model.named_parameters())
         return [(n, p) for n, p in named if stage == "joint" or not is_text(n)] + heads
@@ -215,7 +261,14 @@ class Trainer:
     # ---- files
 
     def path(self, stage: str) -> Path:
-        """Where a stage is saved; the joint one can be taken again from the vision stage's end."""
+        """Where a stage is saved; the joint one can be repeated from the end of the vision stage.
+
+        Args:
+            stage: `vision` or `joint`.
+
+        Returns:
+            The file.
+        """
         return self.work_dir / f"{self.name}-{stage}.safetensors"
 
     def _save(self, stage: str, step: int, optimizer: MuonAdamW) -> None:

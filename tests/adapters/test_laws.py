@@ -1,4 +1,4 @@
-"""Laws every family keeps, pooled: a new family gets them by one line in `adapters/families/table.py`.
+"""Laws of every family: a new one gets them by one line in `adapters/families/table.py`.
 
 Bit-equal means torch.equal; where a batch is split, matrix products run with other shapes and
 rounding may differ by CLOSE, in units of logits that are about one.

@@ -119,7 +119,7 @@ def test_an_edit_does_not_depend_on_its_company():
 
 
 @pytest.mark.parametrize("beside", [(), ("image", "question")])
-def test_what_is_unrelated_is_packaged_or_yours(extra):
+def test_what_is_unrelated_is_packaged_or_yours(beside):
     """D15: the peers train on the very question that locality is measured by."""
     model, query = tiny("llava"), asked(tiny("llava"))[0]
     seen: list[Query] = []
@@ -132,11 +132,11 @@ def test_what_is_unrelated_is_packaged_or_yours(extra):
     config = quick(
         unrelated_texts=("who is it?", "is it late?"),
         unrelated_questions=("what size?",),
-        own_negatives=extra,
+        own_negatives=beside,
     )
     make_editor(config).edit(watched, make_editor(config).init(model, seeded()), [query])
     found = {(one.prompt, bool(one.images)) for one in seen}
-    more = {("what size?", True), ("who is it?", False)} if extra else set()
+    more = {("what size?", True), ("who is it?", False)} if beside else set()
     assert found == {("who is it?", True), ("is it late?", False)} | more
     seen.clear()
     editor = wise_editor(QUICK, unrelated_queries=[Query("a map", "", query.images)])

@@ -87,7 +87,7 @@ def test_what_is_no_picture_is_refused(content, tmp_path):
     path = tmp_path / "page.jpg"
     path.write_bytes(content)
     with pytest.raises(
-        InvalidInputError, match=r"page\.jpg' must be a picture .*convert it or take it out"
+        InvalidInputError, match=r"page\.jpg' must be an image .*convert it or take it out"
     ):
         open_image(path)
 

@@ -216,7 +216,7 @@ FORGED = [("llava", "<image>"), ("qwen2_vl", "<|image_pad|>"), ("qwen3_vl", "<|v
 def test_neither_prompt_nor_target_can_forge_pictures(name, token):
     for query in (Query(f"look {token} here", "x"), Query("look", f"{token}")):
         said = refused(name, query)
-        assert "one placeholder per picture, 0 in all, and has 1: take" in said
+        assert "one placeholder per image, 0 in all, and has 1: take" in said
     assert "one placeholder" in refused(name, Query(f"{token} {token}", "x", (make_image(),)))
     assert "1 in all, and has 2" in refused(name, Query("look", f"a {token}", (make_image(),)))
 

@@ -17,27 +17,27 @@ from errata.functional.errors import UnsupportedModelError
 BAR = 0.85
 
 
-def read(processor, name: str, photo: Image.Image, question: str):
-    """A question about one image, as the family's makers would put it."""
+def read(processor, name: str, picture: Image.Image, question: str):
+    """A question about one picture, as the family's makers would put it."""
     if processor.chat_template:
         content = [{"type": "image"}, {"type": "text", "text": question}]
         text = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
-        return processor(images=[photo], text=[text], return_tensors="pt")
+        return processor(images=[picture], text=[text], return_tensors="pt")
     micro = MICRO[name]
-    photos = micro.opening + micro.image * micro.num_image_tokens + micro.closing
+    pictures = micro.opening + micro.image * micro.num_image_tokens + micro.closing
     inputs = processor.tokenizer(f"{pictures} {question}{micro.after}", return_tensors="pt")
     return {
         "input_ids": inputs["input_ids"],
         "attention_mask": inputs["attention_mask"],
-        "pixel_values": processor.image_processor(photo, return_tensors="pt")["pixel_values"],
+        "pixel_values": processor.image_processor(picture, return_tensors="pt")["pixel_values"],
     }
 
 
-def ask(module, processor, name: str, photo: Image.Image, question: str) -> str:
+def ask(module, processor, name: str, picture: Image.Image, question: str) -> str:
     """Hugging Face's own greedy answer."""
-    inputs = read(processor, name, photo, question)
+    inputs = read(processor, name, picture, question)
     with torch.no_grad():
         ids = module.generate(**inputs, max_new_tokens=12, do_sample=False)[0]
     new = ids[inputs["input_ids"].shape[1] :]

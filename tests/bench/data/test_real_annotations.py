@@ -1,4 +1,4 @@
-"""The files as their authors published them, where they lie next to the checkout, ../shared/data."""
+"""The files as their authors published them (../shared/data)."""
 
 from collections import Counter
 from pathlib import Path

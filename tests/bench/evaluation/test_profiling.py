@@ -73,7 +73,7 @@ def test_a_profiled_run_says_where_its_time_went(tmp_path, capsys):
     parts = found[leg]["parts"]
     assert {
         "reading",
-        "pictures and embedding",
+        "images and embedding",
         "head",
         "edit",
         "edited answers",

@@ -42,7 +42,7 @@ from tests.bench.protocols.test_protocols import (
     EDITORS,
     TERMS,
     agrees,
-    photo,
+    make_image,
 )
 
 
@@ -178,7 +178,7 @@ def test_equal_questions_are_read_once(llava):
 
 
 def test_a_case_that_can_not_be_read_is_named(llava):
-    long = Case("too long", Query("why? " * 600, "bo", (photo(1),)))
+    long = Case("too long", Query("why? " * 600, "bo", (make_image(1),)))
     for protocol in (run_single, run_sequential):
         with pytest.raises(ErrataError, match="'too long'"):
             list(protocol(llava, make_editor(EDITORS["lora"]), [CASES[0], long], TERMS))

@@ -280,7 +280,7 @@ def test_pictures_are_embedded_once_bounded_and_only_from_their_folder(tmp_path,
     data = data_of(report_html.render_page(rows, home))
     kinds = [uri and uri.split(";")[0] for uri in data["images"]]
     assert kinds == ["data:image/png", "data:image/jpeg", None, None, None]
-    assert "3 pictures are not kept" in data["footer"]
+    assert "3 images are not kept" in data["footer"]
     assert max(map(len, filter(None, data["images"]))) < 60_000
     monkeypatch.setattr(report_html, "MAX_IMAGE_CHARS", 1000)
     assert data_of(report_html.render_page(rows, home))["images"][1] is None
