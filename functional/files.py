@@ -12,6 +12,11 @@ from typing import BinaryIO
 
 from errata.functional.errors import InvalidInputError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 __all__ = ["atomic_folder", "atomic_write"]
 
 
@@ -19,7 +24,8 @@ __all__ = ["atomic_folder", "atomic_write"]
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Write a temporary file next to `path`, flush it to disk, then rename it to `path`.
 
-    If the writing ends early (an error, a full disk, SIGKILL), the old file is unchanged.
+    If the writing ends early (an error, a full disk, SIGKILL), the old file is unchanged. The next
+    write of the same name removes the temporary file that SIGKILL leaves.
 
     Args:
         path: The file. It is replaced if it exists.
@@ -35,20 +41,47 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise InvalidInputError(
             f"{path} must be a file or not exist yet, and is a folder or a device: name a file."
         )
-    temporary = target.parent / f".{target.name[:200]}.{secrets.token_hex(6)}.part"
+    temporary = target
     try:
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
-        with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
+        temporary, descriptor = _open_temporary(target)
+        with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(target)
+            temporary.replace(target)  # before the lock is gone
     except (OSError, ValueError) as error:
         raise _write_error(path, error) from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if temporary is not target:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
     _fsync(target.parent)
+
+
+def _open_temporary(target: Path) -> tuple[Path, int]:
+    """Open the temporary file of a target: always the same one, unless another process writes it.
+
+    A file that a killed process left is written over, so none of them stays.
+    """
+    flags = os.O_CREAT | os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
+    if fcntl is not None:
+        path = target.parent / f".{target.name[:200]}.part"
+        for _ in range(8):
+            descriptor = os.open(path, flags, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # between opening and locking, its last owner may have renamed or removed it
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    os.ftruncate(descriptor, 0)
+                    return path, descriptor
+            except BlockingIOError:
+                os.close(descriptor)
+                break
+            except OSError:
+                pass
+            os.close(descriptor)
+    path = target.parent / f".{target.name[:200]}.{secrets.token_hex(6)}.part"
+    return path, os.open(path, flags | os.O_EXCL, 0o666)
 
 
 @contextlib.contextmanager
@@ -70,8 +103,11 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             f"{path} must not exist yet, and does: name a new folder or remove that one."
         )
     temporary = target.parent / f".{target.name[:200]}.{secrets.token_hex(6)}.part"
+    lock = None
     try:
+        _remove_stale_folders(target)
         temporary.mkdir(parents=True)
+        lock = _lock_folder(temporary)
         yield temporary
         for file in sorted(temporary.rglob("*")):
             _fsync(file)
@@ -80,8 +116,35 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         raise _write_error(path, error) from error
     finally:
+        if lock is not None:
+            os.close(lock)
         shutil.rmtree(temporary, ignore_errors=True)
     _fsync(target.parent)
+
+
+def _lock_folder(path: Path) -> int | None:
+    """Lock a temporary folder while it is filled. None where the system cannot, or another does."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_stale_folders(target: Path) -> None:
+    """Remove temporary folders of this target that killed processes left."""
+    prefix = f".{target.name[:200]}."
+    with contextlib.suppress(OSError):
+        for path in target.parent.iterdir():
+            if path.name.startswith(prefix) and path.name.endswith(".part") and path.is_dir():
+                lock = _lock_folder(path)
+                if lock is not None:
+                    shutil.rmtree(path, ignore_errors=True)
+                    os.close(lock)
 
 
 def _fsync(path: Path) -> None:

@@ -22,11 +22,8 @@ def _load_config(name: str, revision: str | None) -> Any:
 
     minigpt4_model.register()
     local = os.path.isdir(name)
-    if not local and (
-        os.path.exists(name) or name.startswith((".", "/", "~")) or os.sep * 2 in name
-    ):
-        problem = "a file" if os.path.exists(name) else "not there"
-        raise InvalidInputError(f"model {name!r} must be a folder or a hub id, and is {problem}.")
+    if not local:
+        _refuse_no_id(name)
     if local and not os.path.isfile(os.path.join(name, "config.json")):
         raise InvalidInputError(
             f"model folder {name!r} must hold config.json, as save_pretrained writes it; it has "
@@ -42,6 +39,41 @@ def _load_config(name: str, revision: str | None) -> Any:
         raise UnsupportedModelError(
             f"the config of {name!r} must be one that the installed transformers knows: {error}"
         ) from error
+
+
+def checkpoint_folder(name: str, revision: str | None = None) -> Path:
+    """The folder that holds a checkpoint's files. A hub id is downloaded if it is not cached.
+
+    Args:
+        name: Folder or hub id.
+        revision: Branch, tag or commit of a hub id.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InvalidInputError: If there is no such folder, or the hub cannot be reached.
+    """
+    if os.path.isdir(name):
+        return Path(name)
+    _refuse_no_id(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise InvalidInputError(
+            f"model {name!r} must be a folder, or a hub id in the cache or within reach: {error}"
+        ) from error
+
+
+def _refuse_no_id(name: str) -> None:
+    """Refuse what is neither a folder nor can be a hub id."""
+    if os.path.exists(name) or name.startswith((".", "/", "~")) or os.sep * 2 in name:
+        problem = "a file" if os.path.exists(name) else "not there"
+        raise InvalidInputError(f"model {name!r} must be a folder or a hub id, and is {problem}.")
 
 
 def _find_commit(name: str, revision: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from errata.functional.errors import InvalidInputError
 
@@ -23,6 +24,7 @@ def _run(options: argparse.Namespace) -> None:
     text = options.file.read_text()
     folder = run(settings, text, overwrite=options.overwrite, profile=options.profile)
     print(tables.table(read_rows(folder)))
+    _print_skipped(folder)
     if options.profile:
         print(f"\n{timing.timing_table(folder)}")
     print(f"\n{folder / 'report.html'}")
@@ -48,6 +50,15 @@ def _report(options: argparse.Namespace) -> None:
         print(msgspec.json.format(msgspec.json.encode(summary.summary_json(rows))).decode())
     else:
         print(tables.table(rows, options.format))
+        if options.format == "terminal":
+            _print_skipped(options.run)
+
+
+def _print_skipped(folder: Path) -> None:
+    from errata.bench.storage.skips import SKIPPED, read_skipped
+
+    for model, faults in read_skipped(folder).items():
+        print(f"\n{model}: {len(faults)} case(s) that it cannot read were skipped ({SKIPPED})")
 
 
 def _compare(options: argparse.Namespace) -> None:

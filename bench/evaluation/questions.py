@@ -16,6 +16,7 @@ __all__ = [
     "EvaluationConfig",
     "ProbeQuestion",
     "ProbeResult",
+    "find_unreadable",
     "query_key",
     "questions_of",
     "validate_cases",
@@ -120,3 +121,24 @@ def validate_cases(cases: Sequence[Case]) -> None:
         raise InvalidInputError(
             f"every query must have a target and every case a name: {join_messages(faults)}."
         )
+
+
+def find_unreadable(model: Model, cases: Sequence[Case]) -> dict[str, str]:
+    """Read every query of every case, and collect what the model cannot read.
+
+    Args:
+        model: The model.
+        cases: The cases.
+
+    Returns:
+        The first fault of each unreadable case, by its id, naming probe and image.
+    """
+    faults = {}
+    for case in cases:
+        for probe, index, query in [("edit", 0, case.edit), *questions_of(case)]:
+            try:
+                model.preprocess([query])
+            except ErrataError as fault:
+                faults[case.id] = f"case {case.id!r}, {probe}[{index}]: {fault}"
+                break
+    return faults

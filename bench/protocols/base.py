@@ -59,8 +59,7 @@ class Result(NamedTuple):
 class Step(NamedTuple):
     """What is finished together: results, the deltas that were made, and what it cost."""
 
-    number: int
-    num_units: int
+    units: tuple[int, ...]  # numbers in the leg, see `bench.runs.identity.unit_states`
     cases: int  # edits made
     results: list[Result]
     deltas: dict[str, Delta]  # by a name fit for a file

@@ -57,17 +57,17 @@ def run_lifelong(
     Yields:
         Finished steps.
     """
-    device, num_units = _device(model), len(cases)
-    evaluated_counts = {*eval_after, num_units}
-    first_pending = next((k for k in range(num_units) if k not in completed), num_units)
-    if first_pending == num_units:
+    device, num_cases = _device(model), len(cases)
+    evaluated_counts = {*eval_after, num_cases}
+    first_pending = next((k for k in range(num_cases) if k not in completed), num_cases)
+    if first_pending == num_cases:
         return
     model = base_pass.model if base_pass else model
     state, delta, begin = editor.init(model, torch.Generator().manual_seed(seed)), None, 0
     saved = checkpoint.load(0, state, device) if checkpoint and first_pending else None
     if saved and saved.num_edits <= first_pending:
         begin, state, delta = saved
-    for k in range(begin, num_units):
+    for k in range(begin, num_cases):
         stopwatch = _Stopwatch(device)
         with measure_peak(device) as peak:
             with _name_failing_case(model, cases[k : k + 1]):
@@ -83,9 +83,7 @@ def run_lifelong(
                 evaluated = [_EvaluatedCase(n, cases[n], "after_length", k + 1) for n in chosen]
                 results = _evaluate_cases(model, delta, evaluated, evaluation_config, base_pass)
         named_deltas = {f"edits-{k + 1:05d}": delta} if k + 1 in evaluated_counts else {}
-        yield Step(
-            k, num_units, 1, results, named_deltas, edit_seconds, stopwatch.lap(), peak.bytes
-        )
+        yield Step((k,), 1, results, named_deltas, edit_seconds, stopwatch.lap(), peak.bytes)
         if checkpoint:  # only now: a caller that asks for more has stored the step
             checkpoint.save(0, SequenceCheckpoint(k + 1, state, delta))
 

@@ -61,7 +61,6 @@ def run_sequential(
     """
     sequence_length = sequence_length or len(cases)
     starts = range(0, len(cases), sequence_length)
-    num_units = len(cases) + len(starts)
     device = _device(model)
     model = base_pass.model if base_pass else model
     for group_number, start in enumerate(starts):
@@ -96,9 +95,7 @@ def run_sequential(
                     if g <= k
                 ]
                 results = _evaluate_cases(model, delta, evaluated, evaluation_config, base_pass)
-            yield Step(
-                first + k, num_units, 1, results, {}, edit_seconds, stopwatch.lap(), peak.bytes
-            )
+            yield Step((first + k,), 1, results, {}, edit_seconds, stopwatch.lap(), peak.bytes)
             if checkpoint:  # only now: a caller that asks for more has stored the step
                 checkpoint.save(start, SequenceCheckpoint(k + 1, state, delta))
         if delta is not None:
@@ -111,4 +108,4 @@ def run_sequential(
                 ]
                 results = _evaluate_cases(model, delta, evaluated, evaluation_config, base_pass)
             named_deltas = {f"group-{group_number:04d}": delta}
-            yield Step(last, num_units, 0, results, named_deltas, 0.0, stopwatch.lap(), peak.bytes)
+            yield Step((last,), 0, results, named_deltas, 0.0, stopwatch.lap(), peak.bytes)

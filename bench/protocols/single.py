@@ -57,7 +57,7 @@ def run_single(
         seed: Seed of the editor's state.
         batch_size: Edits made together. 0: the first alone, then as many as its delta's size
             allows.
-        completed: Numbers of the steps that are stored already.
+        completed: Numbers of the cases that are stored already.
         checkpoint: Not used: independent edits have no state to resume.
         base_pass: Shared answers of the base.
 
@@ -67,42 +67,41 @@ def run_single(
     device = _device(model)
     model = base_pass.model if base_pass else model
     state = editor.init(model, torch.Generator().manual_seed(seed))
-    if batch_size:
-        chunks = [slice(i, i + batch_size) for i in range(0, len(cases), batch_size)]
+    pending = [n for n in range(len(cases)) if n not in completed]
+    if not pending:
+        return
+    size = batch_size
+    if not size:  # the first case alone says how many fit; its edit is made again on resuming
+        chunks = [[0]] if len(cases) > 1 or 0 in pending else []
     else:
-        chunks = [slice(0, 1)]
-    number = 0
-    while number < len(chunks):
-        chunk = cases[chunks[number]]
-        is_pending = number not in completed
-        is_sizing = number == 0 and not batch_size and len(cases) > 1
-        if not (is_pending or is_sizing):
-            number += 1
-            continue
+        chunks = _chunks(pending, size)
+    while chunks:
+        numbers = chunks.pop(0)
+        chunk = [cases[n] for n in numbers]
+        is_pending = numbers[0] in pending
         stopwatch = _Stopwatch(device)
         with measure_peak(device) as peak:
-            first = chunks[number].start
             with _name_failing_case(model, chunk):
-                _load_base_rows(base_pass, range(first, first + len(chunk)))
+                _load_base_rows(base_pass, numbers)
                 with section("edit"):
                     delta = editor.edit_each(model, state, [case.edit for case in chunk])
             edit_seconds = stopwatch.lap()
-            if is_sizing:
+            if not size:
                 size = _num_parallel_edits(
                     model, delta, cases, evaluation_config.memory_bytes, base_pass
                 )
-                chunks += [slice(i, i + size) for i in range(1, len(cases), size)]
+                chunks = _chunks([n for n in pending if n > 0], size)
             results = []
             if is_pending:
                 evaluated = [
-                    _EvaluatedCase(first + e, case, edit_index=e) for e, case in enumerate(chunk)
+                    _EvaluatedCase(n, case, edit_index=e)
+                    for e, (n, case) in enumerate(zip(numbers, chunk))
                 ]
                 results = _evaluate_cases(model, delta, evaluated, evaluation_config, base_pass)
         if is_pending:
-            named_deltas = {f"case-{first + e:05d}": one for e, one in enumerate(unstack(delta))}
+            named_deltas = {f"case-{n:05d}": one for n, one in zip(numbers, unstack(delta))}
             yield Step(
-                number,
-                len(chunks),
+                tuple(numbers),
                 len(chunk),
                 results,
                 named_deltas,
@@ -110,7 +109,10 @@ def run_single(
                 stopwatch.lap(),
                 peak.bytes,
             )
-        number += 1
+
+
+def _chunks(numbers: Sequence[int], size: int) -> list[list[int]]:
+    return [list(numbers[i : i + size]) for i in range(0, len(numbers), size)]
 
 
 def _num_parallel_edits(

@@ -26,7 +26,9 @@ from errata.bench.report.curves import compute_curves
 from errata.bench.report.published import PublishedResult, matching_results
 from errata.bench.report.summary import sort_probes, summary_json
 from errata.bench.report.timing import read_profile
-from errata.bench.storage.results_log import PROGRESS, ResultRow, UnitRecord
+from errata.bench.storage.log_records import LegKey, UnitRecord, read_units
+from errata.bench.storage.results_log import ResultRow
+from errata.bench.storage.skips import read_skipped
 from errata.functional.errors import InvalidInputError
 from errata.functional.files import atomic_write
 from errata.functional.metrics.conventions import SCORERS, get_probe
@@ -69,11 +71,16 @@ def write_page(
         folder and folder / "thumbnails",
         title=title or tomllib.loads(settings).get("title") or cases or "errata",
         setting=(benchmark, template),
-        facts=[cases] if cases else [],
+        facts=([cases] if cases else []) + _skip_facts(folder),
         costs=_edit_costs(folder) if folder else [],
     )
     with atomic_write(Path(path)) as file:
         file.write(page.encode())
+
+
+def _skip_facts(folder: Path | None) -> list[str]:
+    skipped = read_skipped(folder) if folder else {}
+    return [f"{model}: {len(faults)} case(s) skipped" for model, faults in skipped.items()]
 
 
 def _describe_cases(settings: str) -> tuple[str, str, str]:
@@ -99,19 +106,16 @@ def _describe_cases(settings: str) -> tuple[str, str, str]:
 
 def _edit_costs(folder: Path) -> list[dict[str, Any]]:
     """Seconds per edit and most memory of each leg, from the run's units."""
-    legs: dict[tuple[str, str, str], list[UnitRecord]] = defaultdict(list)
-    path = folder / PROGRESS
-    if path.is_file():
-        for line in path.read_bytes().split(b"\n")[:-1]:
-            unit = msgspec.json.decode(line, type=UnitRecord)
-            legs[unit.unit.model, unit.unit.editor, unit.unit.protocol].append(unit)
+    legs: dict[LegKey, list[UnitRecord]] = defaultdict(list)
+    for record in read_units(folder):
+        legs[record.leg].append(record)
     costs, profile = [], read_profile(folder)
-    for (model, editor, protocol), units in legs.items():
+    for leg, units in legs.items():
         edits = sum(unit.cases for unit in units)
         seconds = sum(unit.edit_seconds for unit in units)
-        cost = {"model": model, "editor": editor, "protocol": protocol}
+        cost = msgspec.to_builtins(leg)
         peak = max(unit.peak_bytes for unit in units)
-        if parts := profile.get(f"{model}/{editor}/{protocol}"):
+        if parts := profile.get(str(leg)):
             cost["where"] = ", ".join(f"{name} {share:.0%}" for name, (_, share) in parts.items())
         costs.append({**cost, "seconds": seconds / edits if edits else None, "peak": peak})
     return costs

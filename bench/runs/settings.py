@@ -21,7 +21,6 @@ Importing this module costs no torch; checking the editors' own settings does.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from typing import Annotated, Any, Literal
 
@@ -112,6 +111,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     name: Name | None = None  # in results; the id's last part by default
     dtype: Dtype = "auto"
     device: Text = "cpu"
+    device_map: str = ""  # of transformers, e.g. "auto", for a model larger than one device
     revision: str = ""
     template: Text = "default"  # `errata.adapters.TEMPLATES`
 
@@ -147,7 +147,8 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     memory_budget: Size = (
         "1 GiB"  # what a batch of edits or probes may take in addition to the model
     )
-    num_threads: Natural = 0  # of torch; 0: as it comes
+    num_threads: Natural = 0  # of torch; 0: as it comes, and when resuming as in the first start
+    on_fault: Literal["error", "skip"] = "error"  # what to do with a case the model cannot read
     save_deltas: bool = True  # write one file per edit (single) or group (sequential)
     num_thumbnails: Natural = 24  # cases whose images are kept for the report
     cases: CaseSource = WorldCases()
@@ -159,21 +160,6 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def memory_bytes(self) -> int:
         """The memory budget in bytes."""
         return parse_size(self.memory_budget)
-
-    def digest(self, *more: str) -> str:
-        """A short hash of all settings that decide the results.
-
-        The output folder, the title and thumbnails are left out.
-
-        Args:
-            *more: Further texts to hash.
-
-        Returns:
-            Twelve hexadecimal digits.
-        """
-        plain = {**msgspec.to_builtins(self), "output_dir": "", "title": "", "num_thumbnails": 0}
-        data = msgspec.json.encode([plain, *more], order="sorted")
-        return hashlib.sha256(data).hexdigest()[:12]
 
 
 def parse_size(text: str) -> int:

@@ -13,9 +13,11 @@ from errata.functional.queries import Case
 if TYPE_CHECKING:
     from errata.functional import Model
 
-__all__ = ["open_cases", "open_model"]
+__all__ = ["model_files", "open_cases", "open_model", "weights_path"]
 
 MICRO_PREFIX, TINY_PREFIX = "micro/", "tiny/"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+OTHER_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 
 
 def open_model(settings: ModelSettings) -> Model:
@@ -51,10 +53,56 @@ def open_model(settings: ModelSettings) -> Model:
     return adapters.from_pretrained(
         settings.id,
         dtype=dtype,
-        device=device,
+        device=None if settings.device_map else device,
+        device_map=settings.device_map or None,
         revision=settings.revision or None,
         template=settings.template,
     )
+
+
+def model_files(settings: ModelSettings) -> tuple[Path, list[Path], list[Path]]:
+    """The files that a model is loaded from. A hub id is downloaded first.
+
+    Args:
+        settings: The model.
+
+    Returns:
+        The folder, the files of its weights, and its other files that are read. No files for
+        `tiny/NAME`, whose weights follow from the code.
+    """
+    from errata.adapters.loading.checkpoint_files import checkpoint_folder
+    from errata.adapters.zoo.assets import WEIGHTS
+
+    if settings.id.startswith(TINY_PREFIX):
+        return Path(), [], []
+    if settings.id.startswith(MICRO_PREFIX):
+        folder = WEIGHTS / settings.id.removeprefix(MICRO_PREFIX)
+    else:
+        folder = checkpoint_folder(settings.id, settings.revision or None)
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    weights = [path for path in files if path.suffix in WEIGHT_SUFFIXES]
+    other = [path for path in files if path.suffix in OTHER_SUFFIXES]
+    return folder, weights, other
+
+
+def weights_path(editor: str, config: Any, model: ModelSettings) -> Path | None:
+    """The file of an editor's trained weights.
+
+    Args:
+        editor: Type of the editor.
+        config: Its settings.
+        model: The model it edits.
+
+    Returns:
+        The file. None if the settings name none, or one that is not shipped for this model.
+    """
+    from errata.editors.common.checkpoint import WEIGHTS
+
+    name = getattr(config, "weights", "")
+    if name != "shipped":
+        return Path(name) if name else None
+    path = WEIGHTS / f"{editor}-{model.id.removeprefix(MICRO_PREFIX)}.safetensors"
+    return path if model.id.startswith(MICRO_PREFIX) and path.is_file() else None
 
 
 def _parse_device(name: str) -> Any:

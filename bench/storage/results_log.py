@@ -3,14 +3,15 @@
 A run is a folder:
 
     settings.toml    what was asked for, as it was read
-    results.jsonl    one `Row` per probe and scorer, in the order of the settings
-    progress.jsonl   one `Unit` per append: which part, where it ends, its seconds and peak memory
+    results.jsonl    one `ResultRow` per probe and scorer, in the order of the settings
+    progress.jsonl   one `UnitRecord` per append: its units, its bytes, its seconds and peak memory
     deltas/ thumbnails/ report.html
 
-Rows of one unit are written, flushed and synced before its progress line, so the last good progress
-line says how much of the results is whole; anything after it is cut off on opening. Rows on disk
-carry no times, so that a run killed and started again ends with the same bytes; `read_rows` adds
-them from the units.
+Rows of an append are written, flushed and synced before its progress line, so the progress lines
+say which bytes of the results count. What a kill left after the last of them is cut off on opening.
+Each line names its own bytes and their digest, so a damaged line costs no other. Rows on disk carry
+no times, so that a run killed and started again ends with the same bytes; `read_rows` adds them
+from the units. Units that were superseded (a corrected record, say) are named by a `VoidRecord`.
 """
 
 from __future__ import annotations
@@ -19,28 +20,35 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Literal
 
 import msgspec
 
-from errata.functional.errors import InvalidInputError
+from errata.bench.storage.log_records import (
+    PROGRESS,
+    RESULTS,
+    LegKey,
+    UnitRecord,
+    UnitState,
+    VoidRecord,
+    read_log,
+    without_units,
+)
+from errata.functional.errors import InvalidInputError, join_messages
 from errata.functional.files import atomic_write
 
 __all__ = [
-    "PROGRESS",
-    "RESULTS",
+    "DamagedLogWarning",
     "ProbeAnswer",
     "ResultRow",
     "ResultsLog",
-    "UnitKey",
-    "UnitRecord",
     "lock_folder",
     "read_rows",
 ]
-
-RESULTS, PROGRESS = "results.jsonl", "progress.jsonl"
 
 
 class ProbeAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -91,76 +99,83 @@ class ResultRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     peak_bytes: int | None = None  # the unit's
 
 
-class UnitKey(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Where a unit stands: a model, an editor, a protocol, and its number of `of` in there."""
-
-    model: str
-    editor: str
-    protocol: str
-    number: int
-    num_units: int
-
-
-class UnitRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One append: rows up to byte `end` of the results, and what they cost."""
-
-    unit: UnitKey
-    cases: int
-    rows: int
-    end_byte: int
-    digest: str  # sha256 of the unit's bytes
-    edit_seconds: float
-    probe_seconds: float
-    peak_bytes: int  # most memory of the process, or of the device where the model lies on one
+class DamagedLogWarning(UserWarning):
+    """Lines of a run's log that cannot be read; all others are used."""
 
 
 class ResultsLog:
-    """Append-only results of one run folder; opening it drops whatever a kill left half-written."""
+    """Append-only results of one run folder; opening it drops what a kill left half-written.
+
+    Attributes:
+        folder: The run folder.
+        records: The records on disk whose rows are whole, without superseded units.
+        damage: What was found damaged, a sentence each; every good row is kept.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._results = folder / RESULTS
         self._progress = folder / PROGRESS
-        self.units = list(_complete_units(folder))
-        self.end_byte = self.units[-1].end_byte if self.units else 0
-        _truncate(self._results, self.end_byte)
-        _rewrite_progress(self._progress, self.units)
+        log = read_log(folder)
+        self.records = log.live_records()
+        self.damage = log.damage
+        self._results.touch()
+        if log.damage:
+            _keep_copy(self._progress)
+        else:  # bytes after the last record are what a kill left; of a damaged log they may count
+            _truncate(self._results, max((r.end_byte for r in log.records), default=0))
+        self.end_byte = self._results.stat().st_size
+        data = b"".join(line + b"\n" for line in log.good_lines)
+        if not self._progress.is_file() or self._progress.read_bytes() != data:
+            with atomic_write(self._progress) as file:
+                file.write(data)
 
-    def units_of(self, model: str, editor: str, protocol: str) -> list[UnitRecord]:
+    def units_of(self, leg: LegKey) -> dict[int, UnitState]:
         """The units of one leg that are on disk.
 
         Args:
-            model: Name of the model.
-            editor: Name of the editor.
-            protocol: Name of the protocol.
+            leg: The leg.
 
         Returns:
-            Records.
+            Units by number.
         """
-        wanted = (model, editor, protocol)
-        return [
-            unit
-            for unit in self.units
-            if (unit.unit.model, unit.unit.editor, unit.unit.protocol) == wanted
-        ]
+        return {
+            unit.number: unit
+            for record in self.records
+            if record.leg == leg
+            for unit in record.units
+        }
 
-    def is_complete(self, model: str, editor: str, protocol: str) -> bool:
-        """Whether every unit of a leg is on disk.
+    def legs(self) -> list[LegKey]:
+        """The legs with units on disk, in the order of their first."""
+        return list(dict.fromkeys(record.leg for record in self.records))
+
+    def num_cases(self, leg: LegKey) -> int:
+        """Count the edits of a leg.
 
         Args:
-            model: Name of the model.
-            editor: Name of the editor.
-            protocol: Name of the protocol.
+            leg: The leg.
 
         Returns:
-            True or False.
+            Edits on disk.
         """
-        leg = self.units_of(model, editor, protocol)
-        return bool(leg) and len(leg) == leg[0].unit.num_units
+        return sum(record.cases for record in self.records if record.leg == leg)
+
+    def void(self, leg: LegKey, numbers: Sequence[int]) -> None:
+        """Declare units superseded; their rows stay in the file and count no longer.
+
+        Args:
+            leg: The leg.
+            numbers: Numbers of the units.
+        """
+        record = VoidRecord(leg=leg, numbers=tuple(sorted(numbers)))
+        _append(self._progress, msgspec.json.encode(record) + b"\n", self._progress.stat().st_size)
+        self.records = without_units(self.records, record)
 
     def append(
         self,
-        unit_key: UnitKey,
+        leg: LegKey,
+        units: Sequence[UnitState],
         rows: Sequence[ResultRow],
         *,
         cases: int,
@@ -168,35 +183,40 @@ class ResultsLog:
         probe_seconds: float,
         peak_bytes: int,
     ) -> None:
-        """Write the rows of a unit, and then the line that makes them count.
+        """Write the rows of some units, and then the line that makes them count.
 
         Args:
-            unit_key: Leg and number of the unit.
-            rows: Its rows.
-            cases: Its cases.
+            leg: The leg.
+            units: The units.
+            rows: Their rows.
+            cases: Edits made.
             edit_seconds: Time spent on edits.
             probe_seconds: Time spent on evaluation.
             peak_bytes: Peak memory.
         """
         data = b"".join(msgspec.json.encode(row) + b"\n" for row in rows)
         _append(self._results, data, self.end_byte)
-        unit = UnitRecord(
-            unit=unit_key,
+        record = UnitRecord(
+            leg=leg,
+            units=tuple(units),
             cases=cases,
             rows=len(rows),
+            start_byte=self.end_byte,
             end_byte=self.end_byte + len(data),
             digest=hashlib.sha256(data).hexdigest(),
             edit_seconds=round(edit_seconds, 4),
             probe_seconds=round(probe_seconds, 4),
             peak_bytes=peak_bytes,
         )
-        _append(self._progress, msgspec.json.encode(unit) + b"\n", self._progress.stat().st_size)
-        self.units.append(unit)
-        self.end_byte = unit.end_byte
+        _append(self._progress, msgspec.json.encode(record) + b"\n", self._progress.stat().st_size)
+        self.records.append(record)
+        self.end_byte = record.end_byte
 
 
 def read_rows(folder: str | Path) -> list[ResultRow]:
-    """Read every complete row of a run folder, with its cost, also during the run.
+    """Read every row of a run folder that counts, with its cost, also during the run.
+
+    Warns with `DamagedLogWarning` of lines that cannot be read.
 
     Args:
         folder: The run folder.
@@ -212,44 +232,54 @@ def read_rows(folder: str | Path) -> list[ResultRow]:
         raise InvalidInputError(
             f"a run folder must hold {RESULTS}; {folder} does not. Run `errata run`."
         )
-    decoder = msgspec.json.Decoder(ResultRow)
-    try:
-        rows = [decoder.decode(line) for line in path.read_bytes().split(b"\n")[:-1]]
-    except msgspec.DecodeError as fault:
-        raise InvalidInputError(
-            f"{path} must hold one row per line as this version writes them: {fault}."
-        ) from None
-    costs = [
-        (round((unit.edit_seconds + unit.probe_seconds) / unit.rows, 6), unit.peak_bytes)
-        for unit in _complete_units(Path(folder))
-        for _ in range(unit.rows)
-    ]
-    for number, (row, (seconds, peak)) in enumerate(zip(rows, costs)):
-        rows[number] = msgspec.structs.replace(row, seconds=seconds, peak_bytes=peak)
+    if not (path.parent / PROGRESS).is_file():  # rows of one's own making
+        return _decode_rows(path, path.read_bytes().split(b"\n")[:-1])
+    log = read_log(path.parent)
+    _warn(log.damage)
+    rows: list[ResultRow] = []
+    with path.open("rb") as file:
+        for record in log.live_records():
+            file.seek(record.start_byte)
+            lines = file.read(record.end_byte - record.start_byte).split(b"\n")[:-1]
+            seconds = round((record.edit_seconds + record.probe_seconds) / max(1, record.rows), 6)
+            numbers = {unit.number for unit in record.units}
+            rows += [
+                msgspec.structs.replace(row, seconds=seconds, peak_bytes=record.peak_bytes)
+                for row in _decode_rows(path, lines)
+                if len(log.units_of[record.start_byte]) == 1 or row.case_number in numbers
+            ]
     return rows
 
 
-def _complete_units(folder: Path) -> Iterator[UnitRecord]:
-    """Units whose line is whole and whose rows are on disk as they were written."""
-    results, progress = folder / RESULTS, folder / PROGRESS
-    if not (results.is_file() and progress.is_file()):
-        return
-    decoder, start = msgspec.json.Decoder(UnitRecord), 0
-    with results.open("rb") as file:
-        for line in progress.read_bytes().split(b"\n")[:-1]:
-            try:
-                unit = decoder.decode(line)
-            except msgspec.DecodeError:
-                return
-            data = file.read(unit.end_byte - start)
-            if hashlib.sha256(data).hexdigest() != unit.digest:
-                return
-            start = unit.end_byte
-            yield unit
+def _decode_rows(path: Path, lines: Sequence[bytes]) -> list[ResultRow]:
+    decoder = msgspec.json.Decoder(ResultRow)
+    try:
+        return [decoder.decode(line) for line in lines]
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as fault:
+        raise InvalidInputError(
+            f"{path} must hold one row per line as this version writes them: {fault}."
+        ) from None
+
+
+def _warn(damage: Sequence[str]) -> None:
+    if damage:
+        warnings.warn(
+            f"the log of this run is damaged: {join_messages(damage)}. All other rows are used; "
+            "run the same settings again to make the rest.",
+            DamagedLogWarning,
+            stacklevel=3,
+        )
+
+
+def _keep_copy(path: Path) -> None:
+    """Keep a damaged file under another name before it is repaired."""
+    number = 1
+    while (copy := path.with_suffix(f".damaged-{number}")).exists():
+        number += 1
+    shutil.copyfile(path, copy)
 
 
 def _truncate(path: Path, size: int) -> None:
-    path.touch()
     if path.stat().st_size != size:
         with path.open("r+b") as file:
             file.truncate(size)
@@ -277,13 +307,6 @@ def _append(path: Path, data: bytes, start: int) -> None:
         ) from fault
 
 
-def _rewrite_progress(path: Path, units: Sequence[UnitRecord]) -> None:
-    data = b"".join(msgspec.json.encode(unit) + b"\n" for unit in units)
-    if not path.is_file() or path.read_bytes() != data:
-        with atomic_write(path) as file:
-            file.write(data)
-
-
 def _sync(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
@@ -302,7 +325,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     Raises:
         InvalidInputError: If another process holds it.
     """
-    with (folder / ".lock").open("w") as file:
+    with (folder / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

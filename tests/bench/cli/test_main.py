@@ -12,7 +12,8 @@ from PIL import Image
 
 from errata.bench.cli.main import main
 from errata.bench.evaluation import questions
-from errata.bench.runs import runner, sources
+from errata.bench.runs import runner
+from errata.bench.runs.identity import leg_identity
 from errata.bench.runs.progress import Progress, duration
 from errata.bench.storage import results_log
 from errata.bench.storage.results_log import ResultsLog, read_rows
@@ -76,7 +77,9 @@ def test_a_run_ends_with_a_table_a_report_and_files(settings, tmp_path, capsys):
     rows = read_rows(out)
     assert {row.case for row in rows} == {row.case for row in rows if row.probe == "reliability"}
     assert len({row.case for row in rows}) == 2
-    assert {row.run for row in rows} == {json.loads((out / "run.json").read_bytes())["run"]}
+    marker = json.loads((out / "run.json").read_bytes())
+    assert list(marker["legs"]) == ["llava/finetune/single"]
+    assert {row.run for row in rows} == {leg_identity(*marker["legs"].values())}
     assert (out / "settings.toml").read_text() == settings.read_text()
     assert "<html" in (out / "report.html").read_text()
     assert json.loads((out / "summary.json").read_bytes())["legs"]
@@ -85,8 +88,8 @@ def test_a_run_ends_with_a_table_a_report_and_files(settings, tmp_path, capsys):
     assert load_delta(deltas[1]).header.editor == "finetune"
     shown = {image for row in rows if row.case_number == 0 for image in row.images}
     assert {path.stem for path in (out / "thumbnails").iterdir()} == shown
-    units = ResultsLog(out).units
-    assert all(unit.edit_seconds > 0 and unit.peak_bytes > 1 << 20 for unit in units)
+    records = ResultsLog(out).records
+    assert all(one.edit_seconds > 0 and one.peak_bytes > 1 << 20 for one in records)
 
 
 def test_a_finished_run_is_not_run_again(settings, tmp_path, capsys, monkeypatch):
@@ -99,37 +102,88 @@ def test_a_finished_run_is_not_run_again(settings, tmp_path, capsys, monkeypatch
     assert (tmp_path / "out" / "results.jsonl").read_bytes() == before
 
 
-def test_a_folder_of_another_run_is_refused_and_fresh_clears_it(settings, tmp_path, capsys):
+def test_results_of_other_settings_are_refused_by_name_and_overwrite_clears_them(
+    settings, tmp_path, capsys
+):
     assert main(["run", str(settings)]) == 0
-    text = settings.read_text().replace("num_cases = 2", "num_cases = 1")
-    settings.write_text(text)
+    settings.write_text(settings.read_text().replace("num_steps = 2", "num_steps = 3"))
     capsys.readouterr()
-    assert "--overwrite" in said(capsys, "run", settings)
+    error = said(capsys, "run", settings)
+    assert "llava/finetune/single has results of other settings of the editor" in error
+    assert "num_steps: 2 became 3" in error
+    assert "--overwrite" in error
     assert len({row.case for row in read_rows(tmp_path / "out")}) == 2
     assert main(["run", str(settings), "--overwrite"]) == 0
-    assert len({row.case for row in read_rows(tmp_path / "out")}) == 1
+    assert (
+        "3"
+        in json.loads((tmp_path / "out/run.json").read_bytes())["legs"]["llava/finetune/single"][
+            "settings of the editor"
+        ]
+    )
     assert main(["run", str(settings), "--output", str(tmp_path / "two")]) == 0
     assert (tmp_path / "two" / "results.jsonl").stat().st_size > 0
 
 
-def test_fresh_removes_nothing_that_is_not_a_runs(settings, tmp_path, capsys):
-    (tmp_path / "out" / "thumbnails").mkdir(parents=True)
-    (tmp_path / "out" / "thumbnails" / "holiday.png").touch()
+def test_nothing_that_is_not_the_runs_is_removed_or_replaced(settings, tmp_path, capsys):
+    out = tmp_path / "out"
+    foreign = [
+        out / "thumbnails" / "holiday.png",
+        out / "deltas" / "thesis.txt",
+        out / "deltas" / "llava" / "mine.safetensors",
+        out / "notes.md",
+    ]
+    for path in foreign:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
     assert main(["run", str(settings), "--overwrite"]) == 0
-    assert (tmp_path / "out" / "thumbnails" / "holiday.png").exists()
-    (tmp_path / "out" / "run.json").write_text("{")
-    capsys.readouterr()
-    assert "must be empty or hold the same run" in said(capsys, "run", settings)
-    (tmp_path / "out" / "run.json").unlink()
-    assert "without run.json" in said(capsys, "run", settings, "--overwrite")
+    assert main(["run", str(settings), "--overwrite"]) == 0
+    assert [path.read_text() for path in foreign] == ["mine"] * 4
+    written = {p for p in out.rglob("*") if p.is_file()} - {*foreign, out / ".lock"}
+    listed = {out / line for line in (out / "files.txt").read_text().splitlines()}
+    assert listed | {out / "run.json", out / "files.txt"} >= written
 
 
-def test_a_case_file_that_was_changed_is_another_run(settings, capsys, monkeypatch):
+@pytest.mark.parametrize("name", ["results.jsonl", "report.html", "settings.toml", "files.txt"])
+def test_a_file_of_someone_else_is_not_replaced(settings, tmp_path, capsys, name):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".lock").touch()
+    (out / name).write_text("mine")
+    for words in ((), ("--overwrite",)):
+        assert main(["run", str(settings), *words]) == 2
+        assert name in capsys.readouterr().err
+        assert (out / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "{}", '{"run": "x", "versions": "y"}', '{"kind":"errata run","format":2,"legs":{}}'],
+)
+def test_a_folder_is_ours_only_by_a_marker_we_wrote(settings, tmp_path, capsys, text):
+    out = tmp_path / "out"
+    (out / "deltas").mkdir(parents=True)
+    (out / "deltas" / "old.safetensors").touch()
+    (out / "run.json").write_text(text)
+    (out / "files.txt").write_text("deltas/old.safetensors\n")
+    (out / ".lock").touch()
+    for words in ((), ("--overwrite",)):
+        assert "run.json, which this version of errata did not write" in said(
+            capsys, "run", settings, *words
+        )
+    assert (out / "deltas" / "old.safetensors").exists()
+
+
+def test_a_forged_manifest_reaches_nothing_outside(settings, tmp_path, capsys):
     assert main(["run", str(settings)]) == 0
-    capsys.readouterr()
-    real = sources.open_cases
-    monkeypatch.setattr(runner, "open_cases", lambda choice: real(choice)[::-1])
-    assert "these settings and cases" in said(capsys, "run", settings)
+    (tmp_path / "precious").touch()
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "case-1").touch()
+    (tmp_path / "out" / "link").symlink_to(tmp_path / "far")
+    with (tmp_path / "out" / "files.txt").open("a") as file:
+        file.write(f"../precious\n{tmp_path / 'precious'}\nlink/case-1\n./../precious\n\n")
+    assert main(["run", str(settings), "--overwrite"]) == 0
+    assert (tmp_path / "precious").exists()
+    assert (tmp_path / "far" / "case-1").exists()
 
 
 def test_two_runs_of_one_folder_exclude_each_other(settings, tmp_path, capsys):
@@ -315,4 +369,4 @@ def test_a_run_that_got_nowhere_leaves_its_folder_to_the_corrected_one(settings,
     assert main(["run", str(settings)]) == 0
     settings.write_text(good.replace("num_steps = 2", "num_steps = 3"))
     assert main(["run", str(settings)]) == 2
-    assert "must be empty or hold the same run" in capsys.readouterr().err
+    assert "other settings of the editor" in capsys.readouterr().err

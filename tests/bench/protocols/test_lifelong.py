@@ -39,7 +39,7 @@ def editor():
 def test_after_n_edits_all_n_are_asked_of_one_model(llava, editor):
     steps = list(run_lifelong(llava, editor, CASES, TERMS, eval_after=LENGTHS))
     assert [step.cases for step in steps] == [1] * 5
-    asked = {step.number + 1: {one.case_number for one in step.results} for step in steps}
+    asked = {step.units[0] + 1: {one.case_number for one in step.results} for step in steps}
     assert asked == {1: {0}, 2: set(), 3: {0, 1, 2}, 4: set(), 5: {0, 1, 2, 3, 4}}
     assert {one.gap for one in steps[2].results} == {3}
 
@@ -64,7 +64,7 @@ def test_a_killed_sequence_goes_on_with_the_same_steps(llava, editor, tmp_path):
         llava, editor, CASES, TERMS, eval_after=LENGTHS, completed=range(4), checkpoint=marks
     )
     for got, want in zip([*done, *rest], whole, strict=True):
-        assert (got.number, got.results) == (want.number, want.results)
+        assert (got.units, got.results) == (want.units, want.results)
 
 
 def test_a_run_draws_curves_over_the_number_of_edits(tmp_path):

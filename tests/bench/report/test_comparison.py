@@ -7,7 +7,7 @@ import pytest
 
 from errata.bench.cli.main import main
 from errata.bench.report import comparison
-from errata.bench.storage.results_log import RESULTS
+from errata.bench.storage.log_records import RESULTS
 from errata.functional.errors import InvalidInputError
 from tests.bench.storage.results_logs import row
 

@@ -12,7 +12,8 @@ from errata.bench.report import curves, summary, tables
 from errata.bench.report import page as report
 from errata.bench.report import page as report_html
 from errata.bench.report.published import matching_results, published_results
-from errata.bench.storage.results_log import PROGRESS, RESULTS, ProbeAnswer, UnitKey, UnitRecord
+from errata.bench.storage.log_records import PROGRESS, RESULTS, LegKey, UnitRecord, UnitState
+from errata.bench.storage.results_log import ProbeAnswer
 from errata.functional.errors import InvalidInputError
 from errata.functional.metrics.conventions import PROBES, SCORERS
 from tests.bench.storage.results_logs import row
@@ -325,11 +326,9 @@ def test_ten_thousand_rows_are_a_small_page(tmp_path):
 def test_a_runs_folder_gives_benchmark_costs_and_published_numbers(tmp_path):
     records = tmp_path / "vqa_eval.json"
     records.write_text(json.dumps([{"src": "q", "alt": "a", "image": "val2014/x.jpg"}]))
-    part = UnitKey(
-        model="blip2-opt-2.7b", editor="finetune", protocol="single", number=0, num_units=1
-    )
     unit = UnitRecord(
-        unit=part,
+        leg=LegKey(model="blip2-opt-2.7b", editor="finetune", protocol="single"),
+        units=(UnitState(number=0),),
         cases=4,
         rows=1,
         end_byte=9,

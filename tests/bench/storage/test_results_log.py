@@ -9,11 +9,12 @@ import msgspec
 import pytest
 
 from errata.bench.storage import results_log
+from errata.bench.storage.log_records import LegKey, UnitState
 from errata.bench.storage.results_log import (
+    DamagedLogWarning,
     ProbeAnswer,
     ResultRow,
     ResultsLog,
-    UnitKey,
     lock_folder,
     read_rows,
 )
@@ -44,16 +45,20 @@ def row(number: int, probe: str = "reliability") -> ResultRow:
     )
 
 
-def part(number: int, of: int = 4) -> UnitKey:
-    return UnitKey(model="m", editor="e", protocol="single", number=number, num_units=of)
+LEG = LegKey(model="m", editor="e", protocol="single")
 
 
-def fill(folder: Path, numbers, of: int = 4) -> ResultsLog:
+def part(number: int) -> list[UnitState]:
+    return [UnitState(number=number, key=f"k{number}")]
+
+
+def fill(folder: Path, numbers) -> ResultsLog:
     log = ResultsLog(folder)
     for number in numbers:
         rows = [row(number, probe) for probe in ("reliability", "rephrase")]
         log.append(
-            part(number, of),
+            LEG,
+            part(number),
             rows,
             cases=1,
             edit_seconds=random.random(),
@@ -61,6 +66,10 @@ def fill(folder: Path, numbers, of: int = 4) -> ResultsLog:
             peak_bytes=7,
         )
     return log
+
+
+def numbers(log: ResultsLog) -> list[int]:
+    return sorted(log.units_of(LEG))
 
 
 def test_rows_come_back_as_they_were_written(tmp_path):
@@ -75,7 +84,7 @@ def test_rows_come_back_as_they_were_written(tmp_path):
 def test_what_a_unit_cost_comes_back_with_its_rows_but_not_in_the_file(tmp_path):
     log = fill(tmp_path, range(2))
     rows = read_rows(tmp_path)
-    for number, unit in enumerate(log.units):
+    for number, unit in enumerate(log.records):
         share = (unit.edit_seconds + unit.probe_seconds) / 2
         for one in rows[2 * number : 2 * number + 2]:
             assert one.seconds == pytest.approx(share, abs=1e-5)
@@ -83,13 +92,12 @@ def test_what_a_unit_cost_comes_back_with_its_rows_but_not_in_the_file(tmp_path)
     assert b"seconds" not in (tmp_path / "results.jsonl").read_bytes()
 
 
-def test_a_leg_is_finished_when_all_its_parts_are_there(tmp_path):
-    log = fill(tmp_path, range(3))
-    assert not log.is_complete("m", "e", "single")
+def test_units_are_known_by_leg_and_number(tmp_path):
+    fill(tmp_path, range(3))
     log = fill(tmp_path, [3])
-    assert log.is_complete("m", "e", "single")
-    assert not log.is_complete("m", "e", "sequential")
-    assert [unit.unit.number for unit in log.units_of("m", "e", "single")] == [0, 1, 2, 3]
+    assert log.units_of(LEG) == {n: part(n)[0] for n in range(4)}
+    assert log.units_of(LegKey(model="m", editor="e", protocol="sequential")) == {}
+    assert (log.legs(), log.num_cases(LEG)) == ([LEG], 4)
 
 
 def test_every_cut_of_either_file_is_mended_to_the_same_bytes(tmp_path):
@@ -98,38 +106,128 @@ def test_every_cut_of_either_file_is_mended_to_the_same_bytes(tmp_path):
     whole.mkdir()
     fill(whole, range(4))
     want = (whole / "results.jsonl").read_bytes()
-    before = ResultsLog(whole).units
+    before = ResultsLog(whole).records
     start = before[2].end_byte
     sizes = [start, start + 1, start + 37, len(want) - 1, len(want)]
     lines = (whole / "progress.jsonl").read_bytes().splitlines(keepends=True)
     for size in sizes:
-        for tail in (b"", lines[3][:1], lines[3][:-1], b"\xff\n"):
+        for tail in (b"", lines[3][:1], lines[3][:-1]):
             folder = tmp_path / f"{size}-{tail[:1]!r}-{len(tail)}"
             folder.mkdir()
             (folder / "results.jsonl").write_bytes(want[:size])
             (folder / "progress.jsonl").write_bytes(b"".join(lines[:3]) + tail)
             log = ResultsLog(folder)
-            assert [unit.unit.number for unit in log.units] == [0, 1, 2]
+            assert numbers(log) == [0, 1, 2]
+            assert log.damage == []
             assert (folder / "results.jsonl").read_bytes() == want[:start]
             fill(folder, [3])
             assert (folder / "results.jsonl").read_bytes() == want
 
 
-def test_rows_that_were_changed_on_disk_are_made_again(tmp_path):
+def test_rows_that_were_changed_on_disk_are_named_and_made_again(tmp_path):
     fill(tmp_path, range(4))
     path = tmp_path / "results.jsonl"
-    want = path.read_bytes()
-    path.write_bytes(want.replace(b'"c/2"', b'"c/9"'))
+    path.write_bytes(path.read_bytes().replace(b'"c/2"', b'"c/9"'))
+    with pytest.warns(DamagedLogWarning, match="not as they were written"):
+        assert {one.case for one in read_rows(tmp_path)} == {"c/0", "c/1", "c/3"}
     log = ResultsLog(tmp_path)
-    assert [unit.unit.number for unit in log.units] == [0, 1]
-    fill(tmp_path, [2, 3])
-    assert path.read_bytes() == want
+    assert numbers(log) == [0, 1, 3], "a good unit after a bad one is kept"
+    assert "line 3 (m/e/single, units [2])" in log.damage[0]
+    assert (tmp_path / "progress.damaged-1").is_file(), "nothing is lost by the repair"
+    log = fill(tmp_path, [2])
+    assert log.damage == []
+    assert sorted({one.case for one in read_rows(tmp_path)}) == ["c/0", "c/1", "c/2", "c/3"]
+
+
+RECORD = {
+    "type": "unit",
+    "leg": {"model": "m", "editor": "e", "protocol": "single"},
+    "units": [{"number": 1}],
+    "cases": 1,
+    "rows": 1,
+    "end_byte": 3,
+    "digest": "",
+    "edit_seconds": 0.0,
+    "probe_seconds": 0.0,
+    "peak_bytes": 0,
+}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"garbage",
+        b"\xff\xfe",
+        b"{}",
+        b"[" * 100_000,
+        b'{"type":"unit","end_byte":' + b"9" * 5000 + b"}",
+        *(
+            msgspec.json.encode(RECORD | change)
+            for change in (
+                {"end_byte": -1},
+                {"end_byte": 1 << 62},
+                {"end_byte": (1 << 62) - 1},
+                {"start_byte": 2, "end_byte": 1},
+                {"rows": 10**12},
+                {"units": []},
+                {"units": [{"number": -1}]},
+                {"cases": -3},
+                {"edit_seconds": -1.0},
+            )
+        ),
+    ],
+    ids=lambda line: line[:20].decode(errors="replace"),
+)
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_a_damaged_line_costs_no_other(tmp_path, line, place):
+    fill(tmp_path, range(3))
+    want = [one.case for one in read_rows(tmp_path)]
+    path = tmp_path / "progress.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:place], line + b"\n", *lines[place:]]))
+    with pytest.warns(DamagedLogWarning, match=f"line {place + 1}"):
+        assert [one.case for one in read_rows(tmp_path)] == want
+    log = ResultsLog(tmp_path)
+    assert numbers(log) == [0, 1, 2]
+    assert len(log.damage) == 1
+    assert len(log.damage[0]) < 1000
+    assert ResultsLog(tmp_path).damage == [], "repaired once"
+    fill(tmp_path, [3])
+    assert [one.case for one in read_rows(tmp_path)] == [*want, "c/3", "c/3"]
+
+
+def test_superseded_units_count_no_longer(tmp_path):
+    log = fill(tmp_path, range(2))
+    log.append(
+        LEG,
+        [UnitState(number=2), UnitState(number=3)],
+        [row(2), row(3)],
+        cases=2,
+        edit_seconds=0.0,
+        probe_seconds=0.0,
+        peak_bytes=0,
+    )
+    log.void(LEG, [1, 3])
+    assert numbers(log) == [0, 2]
+    assert log.num_cases(LEG) == 2
+    assert [one.case for one in read_rows(tmp_path)] == ["c/0", "c/0", "c/2"]
+    assert numbers(fill(tmp_path, [3, 1])) == [0, 1, 2, 3]
+    assert [one.case for one in read_rows(tmp_path)] == [
+        "c/0",
+        "c/0",
+        "c/2",
+        "c/3",
+        "c/3",
+        "c/1",
+        "c/1",
+    ]
+    assert numbers(ResultsLog(tmp_path)) == [0, 1, 2, 3]
 
 
 def test_rows_without_progress_lines_are_dropped(tmp_path):
     fill(tmp_path, range(2))
     (tmp_path / "progress.jsonl").unlink()
-    assert ResultsLog(tmp_path).units == []
+    assert ResultsLog(tmp_path).records == []
     assert (tmp_path / "results.jsonl").read_bytes() == b""
 
 
@@ -142,10 +240,10 @@ def test_a_full_disk_leaves_the_results_as_they_were(tmp_path, monkeypatch):
 
     monkeypatch.setattr(results_log, "_sync", full)
     with pytest.raises(InvalidInputError, match="No space .* kept"):
-        log.append(part(2), [row(2)], cases=1, edit_seconds=0, probe_seconds=0, peak_bytes=0)
+        log.append(LEG, part(2), [row(2)], cases=1, edit_seconds=0, probe_seconds=0, peak_bytes=0)
     assert (tmp_path / "results.jsonl").read_bytes() == want
     monkeypatch.undo()
-    assert len(ResultsLog(tmp_path).units) == 2
+    assert len(ResultsLog(tmp_path).records) == 2
 
 
 def test_one_process_at_a_time(tmp_path):
