@@ -150,9 +150,13 @@ def _init_state(model: Model, config: LoraConfig, generator: torch.Generator) ->
         out_dim, in_dim = model.card.linear_shapes[path]
         device = model.params[path + ".weight"].device
         bound = 1 / math.sqrt(in_dim)
-        down = torch.empty(config.rank, in_dim).uniform_(-bound, bound, generator=generator)
+        down = torch.empty(config.rank, in_dim, dtype=torch.float32, device="cpu").uniform_(
+            -bound, bound, generator=generator
+        )
         tensors[path + ".weight.A"] = down.to(device)
-        tensors[path + ".weight.B"] = torch.zeros(out_dim, config.rank, device=device)
+        tensors[path + ".weight.B"] = torch.zeros(
+            out_dim, config.rank, device=device, dtype=torch.float32
+        )
     return DescentState(tensors)
 
 

@@ -59,7 +59,9 @@ def sequential_positions(module: nn.Module, inputs: Inputs) -> Tensor:
     """
     del module
     num_rows, length = inputs.input_ids.shape
-    return torch.arange(length, device=inputs.input_ids.device).expand(num_rows, 1, length)
+    return torch.arange(length, device=inputs.input_ids.device, dtype=torch.int64).expand(
+        num_rows, 1, length
+    )
 
 
 def mask_positions(module: nn.Module, inputs: Inputs) -> Tensor:

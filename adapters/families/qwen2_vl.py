@@ -141,7 +141,10 @@ def encode_qwen_video(
         settings["merge_size"],
         settings["temporal_patch_size"],
     )
-    return {"pixel_values_videos": rows, "video_grid_thw": torch.tensor([grid])}
+    return {
+        "pixel_values_videos": rows,
+        "video_grid_thw": torch.tensor([grid], dtype=torch.int64, device="cpu"),
+    }
 
 
 def qwen2_frames(

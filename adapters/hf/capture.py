@@ -261,7 +261,9 @@ def trace_forward(
                 finally:
                     for hook in hooks:
                         hook.remove()
-            random = torch.randn(hidden_states.shape, generator=generator)
+            random = torch.randn(
+                hidden_states.shape, generator=generator, dtype=torch.float32, device="cpu"
+            )
             noise.append(random.to(hidden_states.device, hidden_states.dtype))
             return formats_by_class[type(layer)].wrap(noise[-1])
 

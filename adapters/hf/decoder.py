@@ -217,7 +217,7 @@ class FunctionalDecoder:
             )
         selected = gather_tokens(batch, batch.logit_positions)
         logit_positions = torch.arange(
-            batch.logit_positions.shape[1], device=batch.logit_positions.device
+            batch.logit_positions.shape[1], device=batch.logit_positions.device, dtype=torch.int64
         ).expand_as(batch.logit_positions)
         return selected._replace(
             logit_positions=logit_positions,

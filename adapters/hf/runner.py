@@ -283,7 +283,7 @@ class ModuleRunner:
         """
         attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
         position_ids = kv_cache.next_position[:, :, None] + torch.arange(
-            input_ids.shape[1], device=input_ids.device
+            input_ids.shape[1], device=input_ids.device, dtype=torch.int64
         )
         hf_cache = FunctionalKVCache(self.card.num_layers, kv_cache.attention_mask.shape[1])
         captured = self._capture(

@@ -42,10 +42,16 @@ def synthetic_tokens(card: ModelCard, module: nn.Module, shape: ProbeShape) -> I
         if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
     }
     plain_ids = [token for token in range(min(card.vocab_size, 256)) if token not in special_ids]
-    order = torch.arange(shape.num_rows * shape.query_length) * 7 % len(plain_ids)
+    order = (
+        torch.arange(shape.num_rows * shape.query_length, dtype=torch.int64, device="cpu")
+        * 7
+        % len(plain_ids)
+    )
     device = next(module.parameters()).device
     input_ids = (
-        torch.tensor(plain_ids)[order].reshape(shape.num_rows, shape.query_length).to(device)
+        torch.tensor(plain_ids, dtype=torch.int64, device="cpu")[order]
+        .reshape(shape.num_rows, shape.query_length)
+        .to(device)
     )
     attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
     attention_mask[-1, -1] = False
@@ -75,7 +81,9 @@ def empty_cache(like: Tensor, num_axes: int) -> KVCache:
         (),
         (),
         attention_mask,
-        torch.full((SECOND_SHAPE.num_rows, num_axes), length, device=like.device),
+        torch.full(
+            (SECOND_SHAPE.num_rows, num_axes), length, device=like.device, dtype=torch.int64
+        ),
     )
 
 
@@ -103,7 +111,9 @@ def observed_positions(position_ids: Tensor | None, inputs: Inputs) -> Tensor:
     """
     num_rows, length = inputs.input_ids.shape
     if position_ids is None:
-        return torch.arange(length, device=inputs.input_ids.device).expand(num_rows, 1, length)
+        return torch.arange(length, device=inputs.input_ids.device, dtype=torch.int64).expand(
+            num_rows, 1, length
+        )
     if position_ids.ndim == 3:
         return position_ids.transpose(0, 1).expand(num_rows, -1, -1)
     return position_ids.reshape(-1, 1, length).expand(num_rows, 1, length)

@@ -239,7 +239,7 @@ def _measure_batch_invariance(
                 ),
             )
         )
-    order = torch.arange(len(single_rows) - 1, -1, -1)
+    order = torch.arange(len(single_rows) - 1, -1, -1, dtype=torch.int64, device="cpu")
     reordered = decoder.decode(
         params, take_rows(concat_batches(single_rows), order), logit_positions="all"
     )
@@ -322,5 +322,7 @@ def _measure_kv_cache(
 
 def _vary_lengths(mask: Tensor) -> Tensor:
     """Rows of different lengths, all at least half as long."""
-    lengths = mask.shape[1] - torch.arange(len(mask), device=mask.device) % (mask.shape[1] // 2)
-    return torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
+    lengths = mask.shape[1] - torch.arange(len(mask), device=mask.device, dtype=torch.int64) % (
+        mask.shape[1] // 2
+    )
+    return torch.arange(mask.shape[1], device=mask.device, dtype=torch.int64) < lengths[:, None]

@@ -45,16 +45,22 @@ def collate(
     num_rows = len(token_rows)
     length = max((len(row.input_ids) for row in token_rows), default=0)
     num_targets = max((len(row.scored_tokens) for row in token_rows), default=0)
-    input_ids = torch.full((num_rows, length), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros((num_rows, length), dtype=torch.bool)
-    image_mask = torch.zeros((num_rows, length), dtype=torch.bool)
-    labels = torch.full((num_rows, num_targets), IGNORE_INDEX, dtype=torch.int64)
-    logit_positions = torch.zeros((num_rows, num_targets), dtype=torch.int64)
+    input_ids = torch.full((num_rows, length), pad_id, dtype=torch.int64, device="cpu")
+    attention_mask = torch.zeros((num_rows, length), dtype=torch.bool, device="cpu")
+    image_mask = torch.zeros((num_rows, length), dtype=torch.bool, device="cpu")
+    labels = torch.full((num_rows, num_targets), IGNORE_INDEX, dtype=torch.int64, device="cpu")
+    logit_positions = torch.zeros((num_rows, num_targets), dtype=torch.int64, device="cpu")
     for index, row in enumerate(token_rows):
-        input_ids[index, : len(row.input_ids)] = torch.tensor(row.input_ids)
+        input_ids[index, : len(row.input_ids)] = torch.tensor(
+            row.input_ids, dtype=torch.int64, device="cpu"
+        )
         attention_mask[index, : len(row.input_ids)] = True
-        image_mask[index, : len(row.input_ids)] = torch.tensor(row.image_mask)
-        positions = torch.arange(row.scored_tokens.start, row.scored_tokens.stop)
+        image_mask[index, : len(row.input_ids)] = torch.tensor(
+            row.image_mask, dtype=torch.bool, device="cpu"
+        )
+        positions = torch.arange(
+            row.scored_tokens.start, row.scored_tokens.stop, dtype=torch.int64, device="cpu"
+        )
         labels[index, : len(positions)] = input_ids[index, positions]
         logit_positions[index, : len(positions)] = positions - 1
     return Inputs(

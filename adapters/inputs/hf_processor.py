@@ -231,11 +231,16 @@ class HFQueryProcessor:
             scored_ranges.append(range(first + scored_range.start, first + scored_range.stop))
         self._verify_labels(input_ids, scored_ranges, queries)
         labels = torch.full(
-            (len(answers), max(map(len, scored_ranges))), IGNORE_INDEX, dtype=torch.int64
+            (len(answers), max(map(len, scored_ranges))),
+            IGNORE_INDEX,
+            dtype=torch.int64,
+            device="cpu",
         )
         logit_positions = torch.zeros_like(labels)
         for row, scored_range in enumerate(scored_ranges):
-            index = torch.arange(scored_range.start, scored_range.stop)
+            index = torch.arange(
+                scored_range.start, scored_range.stop, dtype=torch.int64, device="cpu"
+            )
             labels[row, : len(index)] = input_ids[row, index]
             logit_positions[row, : len(index)] = index - 1
         return labels, logit_positions

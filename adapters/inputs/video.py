@@ -98,7 +98,10 @@ def normalize_frames(video: Tensor, settings: Mapping[str, Any]) -> Tensor:
     values = video.to(torch.float32)
     if not settings.get("do_normalize", True):
         return values * factor if rescale else values
-    mean, std = torch.tensor(settings["image_mean"]), torch.tensor(settings["image_std"])
+    mean, std = (
+        torch.tensor(settings["image_mean"], dtype=torch.float32, device="cpu"),
+        torch.tensor(settings["image_std"], dtype=torch.float32, device="cpu"),
+    )
     if rescale:
         mean, std = mean * (1.0 / factor), std * (1.0 / factor)
     return (values - mean[:, None, None]) / std[:, None, None]

@@ -106,7 +106,7 @@ def to_tensors(features: Mapping[str, Any], names: Sequence[str]) -> dict[str, T
         value = features[name]
         if isinstance(value, (list, tuple)):
             value = np.stack([np.asarray(part) for part in value])
-        converted[name] = torch.as_tensor(value)
+        converted[name] = torch.as_tensor(value, device="cpu")
     return converted
 
 

@@ -181,8 +181,8 @@ def _serving_factors(
     padded = {}
     for path, (out_features, in_features) in sizes.items():
         down, up = (
-            torch.zeros(rank, in_features, dtype=dtype),
-            torch.zeros(out_features, rank, dtype=dtype),
+            torch.zeros(rank, in_features, dtype=dtype, device="cpu"),
+            torch.zeros(out_features, rank, dtype=dtype, device="cpu"),
         )
         if path in factors:
             count = factors[path][0].shape[0]

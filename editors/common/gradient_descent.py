@@ -155,7 +155,9 @@ def descend_each(
         name: t.expand(len(queries), *t.shape) for name, t in initial_tensors.items()
     }
     batch = cast(Batch, prefix.run_prefix(model, _preprocess(model, queries, config), depth))
-    batch = batch._replace(edit_index=torch.arange(len(queries), device=batch.edit_index.device))
+    batch = batch._replace(
+        edit_index=torch.arange(len(queries), device=batch.edit_index.device, dtype=torch.int64)
+    )
     step = _make_stacked_step(model, header, batch, config, to_delta_tensors)
     return run_descent(step, stacked_tensors, config, decay_reference)
 

@@ -179,7 +179,10 @@ def _init_state(model: Model, config: GraceConfig, generator: torch.Generator) -
         torch.zeros(0, **options),
         (),
     )
-    return GraceState(codebook, seed=int(torch.randint(0, 2**62, (), generator=generator)))
+    return GraceState(
+        codebook,
+        seed=int(torch.randint(0, 2**62, (), generator=generator, dtype=torch.int64, device="cpu")),
+    )
 
 
 def _make_header(
@@ -299,7 +302,9 @@ def train_values(
         [S O].
     """
     batch = prepared.batch
-    row_slots = torch.tensor(list(value_slots), device=initial_values.device)  # [B]
+    row_slots = torch.tensor(
+        list(value_slots), device=initial_values.device, dtype=torch.int64
+    )  # [B]
     replaced_mask = replaced_tokens(batch, config.replacement)
 
     def loss(tensors):
@@ -347,7 +352,9 @@ def _add_edit(
         # Drawn by the edit's own name: the same in any order and in any company.
         edit_digest = hashlib.sha256(f"{seed} {record.id}".encode()).digest()[:8]
         edit_generator = torch.Generator().manual_seed(int.from_bytes(edit_digest, "little") >> 1)
-        value = torch.rand(value.shape, generator=edit_generator).to(value.device)
+        value = torch.rand(
+            value.shape, generator=edit_generator, dtype=torch.float32, device="cpu"
+        ).to(value.device)
     noise = 4 * torch.finfo(prepared.batch.hidden_states.dtype).eps
     return add_key(codebook, prepared.inputs[row], value, record.target, config.radius, noise)
 

@@ -82,16 +82,20 @@ def _make_demonstrations(model: Model, config: IkeConfig, cases: list[Case]) -> 
     encode = get_encoder(config.encoder, without_memories(model))
     tensors = {
         ".demonstrations": _concat_bytes(raw),
-        ".demonstration_ends": torch.tensor([len(text) for text in raw]).cumsum(0),
+        ".demonstration_ends": torch.tensor(
+            [len(text) for text in raw], dtype=torch.int64, device="cpu"
+        ).cumsum(0),
         ".demonstration_keys": encode([strip_placeholders(text) for text in texts]).float(),
     }
     if image_files:
         tensors |= {
             ".demonstration_images": _concat_bytes(image_files),
-            ".demonstration_image_ends": torch.tensor([len(file) for file in image_files]).cumsum(
-                0
+            ".demonstration_image_ends": torch.tensor(
+                [len(file) for file in image_files], dtype=torch.int64, device="cpu"
+            ).cumsum(0),
+            ".demonstration_image_index": torch.tensor(
+                image_index, dtype=torch.int64, device="cpu"
             ),
-            ".demonstration_image_index": torch.tensor(image_index),
         }
     device = next(iter(model.params.values())).device
     return {suffix: tensor.to(device) for suffix, tensor in tensors.items()}

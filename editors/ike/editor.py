@@ -207,9 +207,13 @@ def _pack_images(image_files: Sequence[Sequence[bytes]]) -> tuple[Tensor, Tensor
     max_images = max(map(len, image_files))
     max_bytes = max(len(file) for own in image_files for file in own)
     images = torch.zeros(
-        len(image_files), max_images, -(-max_bytes // CHUNK_BYTES) * CHUNK_BYTES, dtype=torch.uint8
+        len(image_files),
+        max_images,
+        -(-max_bytes // CHUNK_BYTES) * CHUNK_BYTES,
+        dtype=torch.uint8,
+        device="cpu",
     )
-    sizes = torch.zeros(len(image_files), max_images, dtype=torch.int64)
+    sizes = torch.zeros(len(image_files), max_images, dtype=torch.int64, device="cpu")
     for n, query_files in enumerate(image_files):
         for s, file in enumerate(query_files):
             images[n, s, : len(file)] = torch.frombuffer(bytearray(file), dtype=torch.uint8)

@@ -314,7 +314,9 @@ def _init_state(model: Model, config: LiveEditConfig, generator: torch.Generator
     num_query_parts = 2 if config.routing_input == "query_and_vision" else 1
     factors = (0, config.rank, hidden_size)
     shapes = ((0, key_size + 2), (0, key_size * num_query_parts), factors, factors)
-    empty = ExpertPool(*(torch.zeros(shape, device=device) for shape in shapes))
+    empty = ExpertPool(
+        *(torch.zeros(shape, device=device, dtype=torch.float32) for shape in shapes)
+    )
     return LiveEditState(networks, new_buffer(empty))
 
 

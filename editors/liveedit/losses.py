@@ -149,9 +149,9 @@ def liveedit_loss(
     """
     questions, num_heads = training_batch.questions, config.num_heads
     generator = torch.Generator().manual_seed(training_batch.seed)
-    answer_only = torch.rand(len(training_batch.queries), generator=generator) < (
-        ANSWER_ONLY_RATIO if training_batch.seed else 0
-    )
+    answer_only = torch.rand(
+        len(training_batch.queries), generator=generator, dtype=torch.float32, device="cpu"
+    ) < (ANSWER_ONLY_RATIO if training_batch.seed else 0)
     pool = make_pool(
         networks,
         config,
@@ -169,7 +169,7 @@ def liveedit_loss(
     scores = routing_scores(config, question_features, pool)
     edit_index = questions.edit_index
     in_scope = (
-        torch.arange(questions.num_rows, device=edit_index.device)
+        torch.arange(questions.num_rows, device=edit_index.device, dtype=torch.int64)
         < questions.num_rows - training_batch.base_logits.shape[0]
     )
     is_routable = question_features.has_image[:, None] == (pool.vision_keys[:, -2] > 0)
@@ -217,10 +217,13 @@ def _answer_losses(
     of a probe that weighs nothing: those train routing alone.
     """
     num_target_rows = questions.num_rows - training_batch.base_logits.shape[0]
-    weights = torch.tensor(list(training_batch.loss_weights.values()), device=has_experts.device)[
-        training_batch.probe_index
-    ]
-    in_scope = torch.arange(questions.num_rows, device=has_experts.device) < num_target_rows
+    weights = torch.tensor(
+        list(training_batch.loss_weights.values()), device=has_experts.device, dtype=torch.float32
+    )[training_batch.probe_index]
+    in_scope = (
+        torch.arange(questions.num_rows, device=has_experts.device, dtype=torch.int64)
+        < num_target_rows
+    )
     row_indices = ((in_scope | has_experts) & (weights > 0)).nonzero()[:, 0]
     run_batch = batches.take_rows(questions, row_indices)
     logits, labels = prefix.decode_scored(model, run_batch), run_batch.labels
@@ -264,7 +267,11 @@ def _sample_active_experts(
 ) -> Tensor:
     """[B E] the experts that act on each row: 0 to E random ones, and its own where it should."""
     count = len(training_batch.queries)
-    order = torch.rand(len(edit_index), count, generator=generator).argsort(1)
-    num_active = torch.randint(0, count + 1, (len(edit_index), 1), generator=generator)
+    order = torch.rand(
+        len(edit_index), count, generator=generator, dtype=torch.float32, device="cpu"
+    ).argsort(1)
+    num_active = torch.randint(
+        0, count + 1, (len(edit_index), 1), generator=generator, dtype=torch.int64, device="cpu"
+    )
     is_own = F.one_hot(edit_index, count).bool() & in_scope[:, None]
     return (order < num_active).to(edit_index.device) | is_own

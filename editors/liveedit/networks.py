@@ -134,13 +134,22 @@ def init_networks(
     """
 
     def uniform(*shape: int, fan: int) -> Tensor:
-        return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(fan)
+        return (
+            torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1
+        ) / math.sqrt(fan)
 
     def normal(rows: int, columns: int) -> Tensor:  # kaiming_normal_ of [1 rows columns]
-        return torch.randn(rows, columns, generator=generator) * math.sqrt(2 / (rows * columns))
+        return torch.randn(
+            rows, columns, generator=generator, dtype=torch.float32, device="cpu"
+        ) * math.sqrt(2 / (rows * columns))
 
     def init_norm() -> Tensor:
-        return torch.stack([torch.ones(hidden_size), torch.zeros(hidden_size)])
+        return torch.stack(
+            [
+                torch.ones(hidden_size, dtype=torch.float32, device="cpu"),
+                torch.zeros(hidden_size, dtype=torch.float32, device="cpu"),
+            ]
+        )
 
     def init_attention(out: int) -> CrossAttention:
         return CrossAttention(
@@ -163,7 +172,13 @@ def init_networks(
         )
 
     def init_factor_generator() -> FactorGenerator:
-        answer_positions = torch.randn(num_answer_positions, hidden_size, generator=generator)
+        answer_positions = torch.randn(
+            num_answer_positions,
+            hidden_size,
+            generator=generator,
+            dtype=torch.float32,
+            device="cpu",
+        )
         return FactorGenerator(
             init_norm(), normal(rank, feature_dim), init_attention(hidden_size), answer_positions
         )

@@ -73,7 +73,9 @@ def new_buffer(pool: ExpertPool, capacity: int = 0) -> ExpertBuffer:
         storage = rows.new_zeros(capacity, *rows.shape[1:])
         storage[:num_experts] = rows
         experts.append(storage)
-    return ExpertBuffer(ExpertPool(*experts), torch.tensor(num_experts))
+    return ExpertBuffer(
+        ExpertPool(*experts), torch.tensor(num_experts, dtype=torch.int64, device="cpu")
+    )
 
 
 def append_experts(buffer: ExpertBuffer, num_experts: int, new_experts: ExpertPool) -> ExpertBuffer:
@@ -141,7 +143,7 @@ def _add_edit(state: LiveEditState, record: EditRecord, new_expert: ExpertPool) 
             edit_slots=(*state.edit_slots, state.num_experts),
         )
     slot = earlier_slots[0]
-    index = torch.tensor([slot], device=new_expert.down.device)
+    index = torch.tensor([slot], device=new_expert.down.device, dtype=torch.int64)
     pool = ExpertPool(*(old.index_copy(0, index, new) for old, new in zip(state.pool, new_expert)))
     edit_slots = tuple(-1 if owner == slot else owner for owner in state.edit_slots)
     return state._replace(buffer=new_buffer(pool), edits=edits, edit_slots=(*edit_slots, slot))

@@ -249,7 +249,9 @@ def _init_state(model: Model, config: MendConfig, generator: torch.Generator) ->
         )
         statistics[group] = init_statistics(in_dim, out_dim)
     device = model.params[maps[0][0] + ".weight"].device
-    edit_lrs = {path: torch.tensor(config.edit_lr) for path, _, _ in maps}
+    edit_lrs = {
+        path: torch.tensor(config.edit_lr, dtype=torch.float32, device="cpu") for path, _, _ in maps
+    }
     weights, statistics = pytree.tree_map(
         lambda t: t.to(device), (MendWeights(networks, edit_lrs), statistics)
     )

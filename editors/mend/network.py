@@ -104,11 +104,11 @@ def init_transform(
     def layer(size: int) -> TransformLayer:
         r = min(rank, size)
         return TransformLayer(
-            up=torch.zeros(size, r),
-            down=torch.randn(r, size, generator=generator),
-            bias=torch.zeros(size),
-            scale=torch.ones(num_maps, size),
-            shift=torch.zeros(num_maps, size),
+            up=torch.zeros(size, r, dtype=torch.float32, device="cpu"),
+            down=torch.randn(r, size, generator=generator, dtype=torch.float32, device="cpu"),
+            bias=torch.zeros(size, dtype=torch.float32, device="cpu"),
+            scale=torch.ones(num_maps, size, dtype=torch.float32, device="cpu"),
+            shift=torch.zeros(num_maps, size, dtype=torch.float32, device="cpu"),
         )
 
     sizes = (in_dim + out_dim,) if combine else (in_dim, out_dim)
@@ -127,7 +127,7 @@ def init_statistics(in_dim: int, out_dim: int) -> GradientStatistics:
     """
 
     def empty(size: int) -> RunningMoments:
-        zero = torch.zeros((), dtype=torch.float64)
+        zero = torch.zeros((), dtype=torch.float64, device="cpu")
         return RunningMoments(zero, zero.expand(size).clone(), zero.expand(size).clone())
 
     return GradientStatistics(empty(in_dim), empty(out_dim))

@@ -125,7 +125,9 @@ def serac_editor(config: SeracConfig = SeracConfig()) -> Editor:
             (0, sizes.dim),
             (0, sizes.hidden_size),
         )
-        empty = EditSlots(*(torch.zeros(0, *shape, device=device) for shape in shapes))
+        empty = EditSlots(
+            *(torch.zeros(0, *shape, device=device, dtype=torch.float32) for shape in shapes)
+        )
         return SeracState(network, unembedding_map(model), empty)
 
     def edit(model: Model, state: SeracState, queries: Sequence[Query]):
@@ -144,7 +146,10 @@ def serac_editor(config: SeracConfig = SeracConfig()) -> Editor:
             edit_slots = (*edit_slots, slot)
         if slot_order != list(range(len(slots.keys))):
             slots = EditSlots(
-                *(part[torch.tensor(slot_order, device=part.device)] for part in slots)
+                *(
+                    part[torch.tensor(slot_order, device=part.device, dtype=torch.int64)]
+                    for part in slots
+                )
             )
         next_state = state._replace(slots=slots, edit_slots=edit_slots, edits=state.edits + records)
         return _make_delta(
@@ -201,7 +206,9 @@ def unembedding_map(model: Model) -> Tensor:
     columns = columns - columns.mean(1, keepdim=True)
     square = columns @ columns.mT / columns.shape[1]
     mean = square.diagonal().mean()
-    return torch.linalg.inv(square / mean + 3 * torch.eye(hidden_size, device=embedding.device))
+    return torch.linalg.inv(
+        square / mean + 3 * torch.eye(hidden_size, device=embedding.device, dtype=torch.float32)
+    )
 
 
 def _compatibility(model: Model, config: SeracConfig) -> dict[str, Any]:

@@ -142,8 +142,10 @@ def scope_loss(
     Returns:
         Losses [B] and the most similar edit of each question [B].
     """
-    edits = torch.arange(distances.shape[1], device=distances.device)
-    in_scope = torch.arange(len(distances), device=distances.device) < num_in_scope
+    edits = torch.arange(distances.shape[1], device=distances.device, dtype=torch.int64)
+    in_scope = (
+        torch.arange(len(distances), device=distances.device, dtype=torch.int64) < num_in_scope
+    )
     is_own = (edits == edit_index[:, None]) & in_scope[:, None]
     # one edit alone has no others: it is as if they were far
     others = torch.where(is_own, torch.inf, distances).amin(1).clamp(1e-6, 50.0)

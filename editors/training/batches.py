@@ -108,9 +108,11 @@ class PrefixDataset:
                 order = (
                     range(count)
                     if generator is None
-                    else torch.randperm(count, generator=generator)
+                    else torch.randperm(count, generator=generator, dtype=torch.int64, device="cpu")
                 )
-                chosen = torch.tensor([int(k) for k in order][:num_questions])
+                chosen = torch.tensor(
+                    [int(k) for k in order][:num_questions], dtype=torch.int64, device="cpu"
+                )
                 question_rows = rows.take_rows(
                     case_rows.batch, chosen if name == "edit" else chosen + row_offset
                 )
@@ -138,12 +140,16 @@ class PrefixDataset:
             queries=tuple(case.edit for case in cases),
             edits=rows.concat_batches(edits),
             questions=questions,
-            probe_index=torch.tensor(probe_indices, device=device),
+            probe_index=torch.tensor(probe_indices, device=device, dtype=torch.int64),
             base_logits=_pad_base_logits(
                 base_logits, questions.labels.shape[1], self._model.card.vocab_size, device
             ),
             loss_weights={name: self._config.loss_weights[name] for name in self._probe_names},
-            seed=0 if generator is None else int(torch.randint(1, 2**62, (), generator=generator)),
+            seed=0
+            if generator is None
+            else int(
+                torch.randint(1, 2**62, (), generator=generator, dtype=torch.int64, device="cpu")
+            ),
         )
 
     def _get_case_rows(self, case: Case) -> CaseRows:
@@ -227,7 +233,11 @@ def _pad_base_logits(
     base_logits: Sequence[Tensor], num_scored: int, vocab_size: int, device: torch.device
 ) -> Tensor:
     padded_logits = torch.zeros(
-        sum(len(base) for base in base_logits), num_scored, vocab_size, device=device
+        sum(len(base) for base in base_logits),
+        num_scored,
+        vocab_size,
+        device=device,
+        dtype=torch.float32,
     )
     row_offset = 0
     for case_logits in base_logits:

@@ -222,9 +222,9 @@ def _init_training(
             for name in parameters._fields
         },
         best_state=_copy_tensors(state),
-        best_loss=torch.tensor(torch.inf, dtype=torch.float64),
-        num_stale_evaluations=torch.tensor(0),
-        step=torch.tensor(0),
+        best_loss=torch.tensor(torch.inf, dtype=torch.float64, device="cpu"),
+        num_stale_evaluations=torch.tensor(0, dtype=torch.int64, device="cpu"),
+        step=torch.tensor(0, dtype=torch.int64, device="cpu"),
         generator_state=torch.Generator().manual_seed(config.seed + 1).get_state(),
     )
 
@@ -242,7 +242,9 @@ def _train_step(
     """One update of what is trained, from `accumulate` lessons."""
     state, total_grads, losses, terms = training_state.state, None, [], []
     for _ in range(config.gradient_accumulation_steps):
-        chosen = torch.randperm(len(cases), generator=generator)[: config.batch_size].tolist()
+        chosen = torch.randperm(len(cases), generator=generator, dtype=torch.int64, device="cpu")[
+            : config.batch_size
+        ].tolist()
         training_batch = dataset.batch([cases[k] for k in chosen], generator)
         state, prepared = trainable.prepare(model, state, training_batch, True)
 
@@ -297,7 +299,7 @@ def _update_best(training_state: _TrainingState, loss: float) -> _TrainingState:
     if loss < float(training_state.best_loss):
         return training_state._replace(
             best_state=_copy_tensors(training_state.state),
-            best_loss=torch.tensor(loss, dtype=torch.float64),
+            best_loss=torch.tensor(loss, dtype=torch.float64, device="cpu"),
             num_stale_evaluations=torch.zeros_like(training_state.num_stale_evaluations),
         )
     return training_state._replace(num_stale_evaluations=training_state.num_stale_evaluations + 1)

@@ -156,7 +156,9 @@ def wise_editor(
 
     def init(model: Model, generator: torch.Generator) -> WiseState:
         resolve_edit_site(model, config)
-        return WiseState(int(torch.randint(0, 2**62, (), generator=generator)))
+        return WiseState(
+            int(torch.randint(0, 2**62, (), generator=generator, dtype=torch.int64, device="cpu"))
+        )
 
     def edit(model: Model, state: WiseState, queries: Sequence[Query]) -> tuple[Delta, WiseState]:
         queries = list(queries)
@@ -268,7 +270,11 @@ def _drop_outdated(state: WiseState, records: Sequence[EditRecord]) -> WiseState
             row_edits = edit_numbers[len(edit_numbers) - len(replay_rows.inputs) :]
             row_indices = [row for row, k in enumerate(row_edits) if k not in outdated]
             replay_rows = (
-                take_prepared(replay_rows, torch.tensor(row_indices)) if row_indices else None
+                take_prepared(
+                    replay_rows, torch.tensor(row_indices, dtype=torch.int64, device="cpu")
+                )
+                if row_indices
+                else None
             )
         shard = shard._replace(
             memory=shard.memory._replace(edit_numbers=remaining_edits), replay_rows=replay_rows
@@ -312,8 +318,8 @@ def _init_memory(
     mask = sample_mask(site.size, config.mask_ratio, edit_generator(seed, record, "mask"))
     return SideMemory(
         pack_bits(mask).to(device),
-        torch.zeros(int(mask.sum()), device=device),
-        torch.tensor(torch.inf, device=device),
+        torch.zeros(int(mask.sum()), device=device, dtype=torch.float32),
+        torch.tensor(torch.inf, device=device, dtype=torch.float32),
     )
 
 

@@ -73,7 +73,10 @@ def merge_changes(
     if method in _LARGEST and density < 1:
         changes = torch.stack([_keep_largest(change, density) for change in changes])
     if method in _RANDOM and density < 1:
-        keep_mask = torch.rand(changes.shape, generator=generator) < density
+        keep_mask = (
+            torch.rand(changes.shape, generator=generator, dtype=torch.float32, device="cpu")
+            < density
+        )
         changes = changes * keep_mask.to(changes.device) / density
     weighted = changes * factors
     counted = torch.ones_like(changes)

@@ -144,7 +144,7 @@ def prepare_rows(
         torch.stack([torch.stack([_pad_tokens(one[i], longest) for one in row]) for row in prompts])
         for i in range(3)
     )
-    edit_index = torch.arange(len(queries), device=batch.edit_index.device)
+    edit_index = torch.arange(len(queries), device=batch.edit_index.device, dtype=torch.int64)
     return PreparedRows(
         batch._replace(edit_index=edit_index), site_inputs, site_outputs, token_mask
     )
@@ -237,7 +237,9 @@ def _sample_unrelated(
             raise InvalidSettingsError(
                 "unrelated prompts must be other ones than the edit's: name more."
             )
-        order = torch.randperm(len(candidates), generator=generator).tolist()
+        order = torch.randperm(
+            len(candidates), generator=generator, dtype=torch.int64, device="cpu"
+        ).tolist()
         return [candidates[order[k % len(order)]] for k in range(config.num_unrelated)]
 
     texts = unrelated_queries or [Query(text) for text in config.unrelated_texts or UNRELATED_TEXTS]
@@ -309,7 +311,9 @@ def train_values(
     step = torch.func.grad(loss, has_aux=True)
     tensors = {"values": initial_values.float()}
     optimizer_state = optimizer.init(tensors, num_edits=count)
-    previous_losses = torch.full((count,), torch.inf, device=initial_values.device)
+    previous_losses = torch.full(
+        (count,), torch.inf, device=initial_values.device, dtype=torch.float32
+    )
     active = torch.ones(count, dtype=torch.bool, device=initial_values.device)
     for number in range(config.num_steps):
         dense_grad, each = step(maps(tensors["values"]))
@@ -333,7 +337,9 @@ def train_values(
     values = tensors["values"]
     with torch.no_grad():
         inside = loss_terms(maps(values), with_answers=False)[1]
-    min_activations = torch.full((count,), torch.inf, device=initial_values.device)
+    min_activations = torch.full(
+        (count,), torch.inf, device=initial_values.device, dtype=torch.float32
+    )
     return values, min_activations.scatter_reduce(0, edit_index, inside, "amin")
 
 
@@ -371,10 +377,14 @@ def sample_mask(size: tuple[int, int], ratio: float, generator: torch.Generator)
     """
     out, inner = size
     least, more = divmod(max(1, round(ratio * out * inner)), out)
-    mask = torch.zeros(out, inner, dtype=torch.bool)
+    mask = torch.zeros(out, inner, dtype=torch.bool, device="cpu")
     for begin in range(0, out, 512):
         batches = mask[begin : begin + 512]
-        order = torch.rand(batches.shape, generator=generator).topk(min(least + 1, inner)).indices
+        order = (
+            torch.rand(batches.shape, generator=generator, dtype=torch.float32, device="cpu")
+            .topk(min(least + 1, inner))
+            .indices
+        )
         longer = max(0, min(more - begin, len(batches)))
         batches[:longer].scatter_(1, order[:longer], True)
         batches[longer:].scatter_(1, order[longer:, :least], True)

@@ -46,7 +46,7 @@ def bind_rows(model: Model, deltas: Sequence[Delta], rows: Sequence[int] | Tenso
         UnknownSiteError: If the model lacks a parameter of a delta.
         ShapeError: If a tensor does not fit its parameter, or a batch has other than B rows.
     """
-    rows = torch.as_tensor(rows, dtype=torch.long)
+    rows = torch.as_tensor(rows, dtype=torch.long, device="cpu")
     if not deltas or rows.ndim != 1 or bool(((rows < -1) | (rows >= len(deltas))).any()):
         raise InvalidInputError(
             f"each row must name one of {len(deltas)} delta(s) by number, or -1 for none, got "

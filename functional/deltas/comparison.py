@@ -65,7 +65,12 @@ def diff(a: Delta, b: Delta) -> list[Difference]:
     for name in sorted(entries_a.keys() | entries_b.keys()):
         changes_a, changes_b = entries_a.get(name, []), entries_b.get(name, [])
         aa, bb, ab = (
-            float(sum((inner_product(p, q) for p in one for q in two), torch.zeros(())))
+            float(
+                sum(
+                    (inner_product(p, q) for p in one for q in two),
+                    torch.zeros((), dtype=torch.float32, device="cpu"),
+                )
+            )
             for one, two in ((changes_a, changes_a), (changes_b, changes_b), (changes_a, changes_b))
         )
         aa, bb = max(aa, 0.0), max(bb, 0.0)

@@ -229,7 +229,7 @@ def tensor_view(
     for size in shape:
         count *= size
     if not count:
-        return torch.empty(shape, dtype=DTYPE_BY_NAME[dtype])
+        return torch.empty(shape, dtype=DTYPE_BY_NAME[dtype], device="cpu")
     return torch.frombuffer(memory, dtype=DTYPE_BY_NAME[dtype], count=count, offset=offset).reshape(
         shape
     )

@@ -100,7 +100,7 @@ def select_edits(delta: Delta, edits: Sequence[int]) -> Delta:
         UnsupportedKindError: If the delta is not stacked.
     """
     _require_stacked(delta)
-    index = torch.tensor(list(edits), dtype=torch.int64)
+    index = torch.tensor(list(edits), dtype=torch.int64, device="cpu")
     header = msgspec.structs.replace(
         delta.header,
         entries=tuple(entry.select(edits) for entry in delta.header.entries),

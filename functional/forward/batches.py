@@ -44,7 +44,10 @@ def prompt_end_mask(inputs: Inputs) -> Tensor:
         scored = inputs.labels != IGNORE_INDEX
         first = inputs.logit_positions.gather(1, scored.int().argmax(-1, keepdim=True))[:, 0]
         prompt_end = torch.where(scored.any(-1), first, prompt_end)
-    return torch.arange(inputs.input_ids.shape[1], device=prompt_end.device) == prompt_end[:, None]
+    return (
+        torch.arange(inputs.input_ids.shape[1], device=prompt_end.device, dtype=torch.int64)
+        == prompt_end[:, None]
+    )
 
 
 def take_rows(batch: Batch, rows: Tensor | slice) -> Batch:
@@ -348,10 +351,12 @@ def repeat_per_edit(batch: Batch, num_edits: int) -> Batch:
     Returns:
         A batch of E*B rows, ordered by edit.
     """
-    index = torch.arange(batch.num_rows, device=batch.edit_index.device).repeat(num_edits)
-    edit_index = torch.arange(num_edits, device=batch.edit_index.device).repeat_interleave(
-        batch.num_rows
+    index = torch.arange(batch.num_rows, device=batch.edit_index.device, dtype=torch.int64).repeat(
+        num_edits
     )
+    edit_index = torch.arange(
+        num_edits, device=batch.edit_index.device, dtype=torch.int64
+    ).repeat_interleave(batch.num_rows)
     return take_rows(batch, index)._replace(edit_index=edit_index)
 
 

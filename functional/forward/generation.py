@@ -90,7 +90,9 @@ def generate_ids(
         raise InvalidInputError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
     device = inputs.input_ids.device
     stop_tokens = torch.tensor(
-        tuple(model.card.stop_ids if stop_ids is None else stop_ids), device=device
+        tuple(model.card.stop_ids if stop_ids is None else stop_ids),
+        device=device,
+        dtype=torch.int64,
     ).long()
     new_ids: list[Tensor] = []
     with torch.no_grad():

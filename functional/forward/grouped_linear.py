@@ -226,5 +226,8 @@ def _batch_first(x: Tensor, dim: int | None, size: int) -> Tensor:
 
 def _offset_edits(edit_index: Tensor, num_edits: int) -> Tensor:
     """Make edits distinct over the lanes of a vmap: lane n has n*E .. n*E + E - 1."""
-    lane = torch.arange(edit_index.shape[0], device=edit_index.device)[:, None] * num_edits
+    lane = (
+        torch.arange(edit_index.shape[0], device=edit_index.device, dtype=torch.int64)[:, None]
+        * num_edits
+    )
     return torch.where(edit_index < 0, edit_index, edit_index + lane)

@@ -187,7 +187,11 @@ class PrefixCache:
                 )
             batches.append(_without_labels(selected))
         joined = batches[0] if len(batches) == 1 else rows.concat_batches(batches)
-        order = torch.tensor([row for _, _, mine in cached_batches for row, _ in mine])
+        order = torch.tensor(
+            [row for _, _, mine in cached_batches for row, _ in mine],
+            dtype=torch.int64,
+            device="cpu",
+        )
         if order.tolist() != list(range(len(order))):
             joined = rows.take_rows(joined, order.argsort().to(joined.hidden_states.device))
         return self._with_labels(joined, inputs, scored_only)
@@ -316,9 +320,9 @@ class PrefixCache:
         batch = batch._replace(labels=labels, edit_index=torch.zeros_like(labels[:, 0]))
         prompt_end = rows.prompt_end_mask(inputs).to(device)
         if scored_only:
-            positions = torch.arange(logit_positions.shape[1], device=device).expand_as(
-                logit_positions
-            )
+            positions = torch.arange(
+                logit_positions.shape[1], device=device, dtype=torch.int64
+            ).expand_as(logit_positions)
             return batch._replace(
                 logit_positions=positions, prompt_end=prompt_end.gather(1, logit_positions)
             )
@@ -370,8 +374,12 @@ def _nonempty(query_batch: QueryBatch) -> list[QueryBatch]:
 
 def _split_pairs(row_pairs: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the rows of the cached batch, and the rows of the inputs that they are for."""
-    row_indices = torch.tensor([number for _, number in row_pairs], device=device)
-    return row_indices, torch.tensor([row for row, _ in row_pairs], device=device)
+    row_indices = torch.tensor(
+        [number for _, number in row_pairs], device=device, dtype=torch.int64
+    )
+    return row_indices, torch.tensor(
+        [row for row, _ in row_pairs], device=device, dtype=torch.int64
+    )
 
 
 def _scored_index(

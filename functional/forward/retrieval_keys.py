@@ -101,7 +101,7 @@ def hashed_ngrams(texts: Sequence[str], dim: int = DEFAULT_KEY_DIM) -> Tensor:
         >>> bool(one @ two > 0.99), bool(one @ other < 0.5)
         (True, True)
     """
-    keys = torch.zeros(len(texts), dim, dtype=torch.float64)
+    keys = torch.zeros(len(texts), dim, dtype=torch.float64, device="cpu")
     for row, text in enumerate(texts):
         for feature, count in Counter(_ngram_features(text)).items():
             code = zlib.crc32(feature.encode("utf-8", "replace"))
@@ -157,7 +157,7 @@ def image_keys(model: Model, queries: Sequence[Query]) -> Tensor:
     Raises:
         InvalidInputError: If the model's visual features are not finite.
     """
-    keys = torch.zeros(len(queries), model.card.hidden_size)
+    keys = torch.zeros(len(queries), model.card.hidden_size, dtype=torch.float32, device="cpu")
     with_images = [n for n, query in enumerate(queries) if query.images]
     with torch.no_grad():
         for begin in range(0, len(with_images), BATCH_SIZE):
@@ -172,6 +172,8 @@ def image_keys(model: Model, queries: Sequence[Query]) -> Tensor:
             if not bool(mean.isfinite().all()):
                 raise InvalidInputError("the model's visual features must be finite, and are not.")
             keys = keys.to(mean.device).index_copy(
-                0, torch.tensor(indices, device=mean.device), F.normalize(mean, dim=-1)
+                0,
+                torch.tensor(indices, device=mean.device, dtype=torch.int64),
+                F.normalize(mean, dim=-1),
             )
     return keys

@@ -130,6 +130,8 @@ def margin_loss(logits: Tensor, labels: Tensor, min_margin: float = 0.0) -> Tens
     gold = torch.where(scored_mask(labels), labels, 0)[..., None]  # [B T 1]
     logits = logits.float()
     target_logits = logits.gather(-1, gold)[..., 0]
-    is_target = torch.arange(logits.shape[-1], device=logits.device) == gold  # [B T V]
+    is_target = (
+        torch.arange(logits.shape[-1], device=logits.device, dtype=torch.int64) == gold
+    )  # [B T V]
     best_other = logits.masked_fill(is_target, -torch.inf).amax(-1)
     return mean_over_scored((min_margin + best_other - target_logits).clamp_min(0), labels)

@@ -39,8 +39,12 @@ def _resample_counts(count: int, draws: int, seed: int) -> Tensor:
     The same for every mean over as many cases: a report has hundreds of those.
     """
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(count, (draws, count), generator=generator)
-    return torch.zeros(draws, count).scatter_add_(1, chosen, torch.ones(()).expand_as(chosen))
+    chosen = torch.randint(
+        count, (draws, count), generator=generator, dtype=torch.int64, device="cpu"
+    )
+    return torch.zeros(draws, count, dtype=torch.float32, device="cpu").scatter_add_(
+        1, chosen, torch.ones((), dtype=torch.float32, device="cpu").expand_as(chosen)
+    )
 
 
 def _resampled_means(values: Tensor, draws: int, seed: int) -> Tensor:
@@ -51,7 +55,13 @@ def _resampled_means(values: Tensor, draws: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     means, step = [], max(1, _MAX_VALUES // count)
     for at in range(0, draws, step):
-        chosen = torch.randint(count, (min(step, draws - at), count), generator=generator)
+        chosen = torch.randint(
+            count,
+            (min(step, draws - at), count),
+            generator=generator,
+            dtype=torch.int64,
+            device="cpu",
+        )
         means.append(values[chosen].mean(-1))
     return torch.cat(means)
 
@@ -82,7 +92,9 @@ def bootstrap_interval(
         return Interval(float("nan"), float("nan"), float("nan"), 0)
     tail = (1 - level) / 2
     means = _resampled_means(values, draws, seed)
-    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = torch.quantile(
+        means, torch.tensor([tail, 1 - tail], dtype=torch.float64, device="cpu")
+    ).tolist()
     return Interval(float(values.mean()), low, high, values.shape[0])
 
 
@@ -121,7 +133,11 @@ def paired_test(
     extreme = 0
     for at in range(0, draws, step):
         shape = (min(step, draws - at), nonzero.shape[0])
-        signs = torch.randint(2, shape, generator=generator, dtype=torch.int8).double() * 2 - 1
+        signs = (
+            torch.randint(2, shape, generator=generator, dtype=torch.int8, device="cpu").double()
+            * 2
+            - 1
+        )
         extreme += int(((signs @ nonzero).abs() >= observed).sum())
     return PairedTest(
         interval.mean, interval.low, interval.high, (1 + extreme) / (1 + draws), count

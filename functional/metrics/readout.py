@@ -121,7 +121,7 @@ def _decode_positions(
     if not all_positions:
         return model.decode(model.params, batch), None
     length = batch.hidden_states.shape[1]
-    positions = torch.arange(length, device=batch.logit_positions.device).expand(
+    positions = torch.arange(length, device=batch.logit_positions.device, dtype=torch.int64).expand(
         batch.num_rows, length
     )
     logits = model.decode(model.params, batch, logit_positions=positions)  # [B L V]

@@ -165,7 +165,9 @@ def _align_right(base: Tensor, edited: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Right-align two id tables [B L K] (-1 after a row's end) on the last common positions."""
     sizes = (base[..., 0] >= 0).sum(-1), (edited[..., 0] >= 0).sum(-1)
     common = torch.minimum(*sizes)  # [B]
-    step = torch.arange(min(base.shape[1], edited.shape[1]), device=base.device)  # [L]
+    step = torch.arange(
+        min(base.shape[1], edited.shape[1]), device=base.device, dtype=torch.int64
+    )  # [L]
     mask = step[None] < common[:, None]  # [B L]
 
     def tail(ids: Tensor, size: Tensor) -> Tensor:

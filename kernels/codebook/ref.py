@@ -136,7 +136,7 @@ def _rescan(
 def _chunks(
     row: Tensor, tile: Tensor, num_keys: int, width: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    within = torch.arange(TILE, device=row.device)
+    within = torch.arange(TILE, device=row.device, dtype=torch.int64)
     step = max(1, COPIED // (TILE * width))
     for rows, tiles in zip(row.split(step), tile.split(step)):
         if len(rows):

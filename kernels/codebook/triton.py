@@ -240,7 +240,7 @@ def nearest(
     num_tiles = triton.cdiv(num_keys, KEYS)
     longest = torch.empty_like(norms[:num_tiles])
     step = max(1, ref.MINIMA // num_tiles)
-    minima = torch.empty((min(step, num_rows), num_tiles), device=norms.device)
+    minima = torch.empty((min(step, num_rows), num_tiles), device=norms.device, dtype=torch.float32)
     for start in range(0, num_rows, step):
         stop = min(start + step, num_rows)
         search(

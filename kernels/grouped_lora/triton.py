@@ -244,7 +244,9 @@ def low_rank(
     base = base if base is None or base.stride(2) == 1 else base.contiguous()
 
     step = max(1, INNER // (num_rows * num_tokens * rank))
-    inner = torch.empty(num_rows * num_tokens * rank * min(step, num_slots), device=x.device)
+    inner = torch.empty(
+        num_rows * num_tokens * rank * min(step, num_slots), device=x.device, dtype=torch.float32
+    )
     for first in range(0, num_slots, step):
         last = min(first + step, num_slots)
         # The sum stays in fp32 between slices of the slots and is rounded once, at the end.

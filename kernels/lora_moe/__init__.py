@@ -140,7 +140,7 @@ def route_experts(
 
 def _keep_top_k(routes: Routes, num_slots: int) -> Routes:
     # Stable, so that equal weights keep the lower id. An empty slot sorts after every expert.
-    slots = torch.arange(routes.ids.shape[1], device=routes.ids.device)
+    slots = torch.arange(routes.ids.shape[1], device=routes.ids.device, dtype=torch.int64)
     is_filled = slots < routes.count[:, None]
     order = torch.where(is_filled, routes.weights, -1).sort(dim=1, descending=True, stable=True)[1]
     chosen = order[:, :num_slots].sort(dim=1)[0]  # [B S]

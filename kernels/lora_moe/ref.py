@@ -129,7 +129,9 @@ def apply_experts_differentiable(
     num_slots, rank = ids.shape[1], down.shape[1]
     if num_slots == 0 or down.shape[0] == 0:
         return hidden_states
-    is_filled = torch.arange(num_slots, device=ids.device) < count[:, None]  # [B S]
+    is_filled = (
+        torch.arange(num_slots, device=ids.device, dtype=torch.int64) < count[:, None]
+    )  # [B S]
     # An empty slot repeats the first expert of the sequence with weight zero. An expert with NaN
     # (0 * NaN) then affects only the sequences that chose it.
     slots = torch.where(is_filled, ids, ids[:, :1].clamp(min=0))
@@ -145,7 +147,8 @@ def apply_experts_differentiable(
         total = torch.baddbmm(total, inner, up[part].float().flatten(1, 2))  # [B L D]
 
     tokens = (
-        torch.arange(hidden_states.shape[1], device=hidden_states.device) < lengths[:, None]
+        torch.arange(hidden_states.shape[1], device=hidden_states.device, dtype=torch.int64)
+        < lengths[:, None]
     )  # [B L]
     is_changed = (tokens & (count > 0)[:, None])[..., None]
     return torch.where(is_changed, total.to(hidden_states.dtype), hidden_states)

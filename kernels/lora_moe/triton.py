@@ -187,7 +187,7 @@ def route_experts(
         return ref.route_experts(
             vision, query, threshold, vision_keys, query_keys, is_active, scale
         )
-    scores = torch.empty((num_rows, num_experts), device=vision.device)
+    scores = torch.empty((num_rows, num_experts), device=vision.device, dtype=torch.float32)
     ids = torch.empty_like(scores, dtype=torch.int64)
     count = torch.empty_like(ids[:, 0])
     weights = torch.empty_like(scores)
@@ -277,7 +277,9 @@ def apply_experts(
     moments = None
     if gamma is not None and hidden_states.numel():
         flat = hidden_states.contiguous()
-        moments = torch.empty((*hidden_states.shape[:2], 2), device=hidden_states.device)
+        moments = torch.empty(
+            (*hidden_states.shape[:2], 2), device=hidden_states.device, dtype=torch.float32
+        )
         row_moments[(hidden_states.shape[0] * hidden_states.shape[1],)](
             flat,
             moments,

@@ -44,7 +44,7 @@ def _select(part: EntryTensors, edits: Sequence[int]) -> EntryTensors | None:
     if not slots:
         return None
     entry = msgspec.structs.replace(part.entry, num_keys=len(slots), edit_slots=edit_slots)
-    index = torch.tensor(slots)
+    index = torch.tensor(slots, dtype=torch.int64, device="cpu")
     tensors = {s: x.index_select(0, index.to(x.device)) for s, x in part.tensors.items()}
     return EntryTensors(entry, tensors, len(edits))
 

@@ -76,7 +76,7 @@ def _take_experts(part: EntryTensors, experts: Sequence[int]) -> EntryTensors:
     new_index = {expert: position for position, expert in enumerate(experts)}
     edit_slots = tuple(new_index.get(expert, -1) for expert in part.entry.edit_slots)
     entry = msgspec.structs.replace(part.entry, num_experts=len(experts), edit_slots=edit_slots)
-    index = torch.tensor(experts)
+    index = torch.tensor(experts, dtype=torch.int64, device="cpu")
     pool = {
         s: part.tensors[s].index_select(0, index.to(part.tensors[s].device)) for s in POOL_TENSORS
     }

@@ -225,9 +225,9 @@ def routing_features(
     if sentinels is None:
         return RoutingFeatures(vision, query, torch.zeros_like(vision), roles.has_image)
     sentinel_states = _layer_norm(torch.cat(sentinels).float(), extractor.prompt_norm)  # [L'+L'' D]
-    sentinel_mask = torch.arange(len(sentinel_states), device=sentinel_states.device) < len(
-        sentinels[0]
-    )
+    sentinel_mask = torch.arange(
+        len(sentinel_states), device=sentinel_states.device, dtype=torch.int64
+    ) < len(sentinels[0])
     sentinel_mask = sentinel_mask == roles.has_image[:, None]  # [B L'+L'']
     sentinel = attend_vision(
         absorbed_queries, sentinel_states.expand(len(hidden_states), -1, -1), sentinel_mask

@@ -62,7 +62,7 @@ def _select(part: EntryTensors, edits: Sequence[int]) -> EntryTensors | None:
     index = [row for k in edits for row in range(ends[k] - edit_ranks[k], ends[k])]
     if not index:
         return None
-    rank_index = torch.tensor(index)
+    rank_index = torch.tensor(index, dtype=torch.int64, device="cpu")
     entry = msgspec.structs.replace(
         part.entry, rank=len(index), edit_ranks=tuple(edit_ranks[k] for k in edits)
     )

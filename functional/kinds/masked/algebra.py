@@ -43,7 +43,7 @@ def _select(part: EntryTensors, edits: Sequence[int]) -> EntryTensors | None:
         )
     if not memories:
         return None
-    ends = torch.tensor(entry.num_values).cumsum(0).tolist()
+    ends = torch.tensor(entry.num_values, dtype=torch.int64, device="cpu").cumsum(0).tolist()
     values = [part.tensors[".values"][ends[m] - entry.num_values[m] : ends[m]] for m in memories]
     num_values = tuple(entry.num_values[m] for m in memories)
     selected = msgspec.structs.replace(entry, num_values=num_values, edit_slots=edit_slots)

@@ -180,7 +180,9 @@ def side_memory_hook(entry: Masked, tensors: Mapping[str, Tensor], *, stacked: b
         )
         edit_index = batch.edit_index if stacked else torch.zeros_like(batch.edit_index)
         edit_row, is_routed = edit_index.clamp_min(0), batch.prompt_end.any(1) & (edit_index >= 0)
-        best = torch.full((len(edit_index),), -torch.inf, device=edit_index.device)
+        best = torch.full(
+            (len(edit_index),), -torch.inf, device=edit_index.device, dtype=torch.float32
+        )
         memory_index = torch.full_like(edit_index, -1)
         for memory in range(memories_per_edit):
             maps = memories.stack_maps(range(memory, len(memories.masks), memories_per_edit))

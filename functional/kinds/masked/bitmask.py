@@ -8,7 +8,7 @@ from torch import Tensor
 
 __all__ = ["pack_bits", "scatter_values", "unpack_bits"]
 
-_BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+_BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device="cpu")
 
 
 def pack_bits(mask: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def _select(part: EntryTensors, edits: Sequence[int]) -> EntryTensors | None:
     facts, edit_slots = select_slots(part.entry.edit_slots, edits)
     if not facts:
         return None
-    index = torch.tensor(facts)
+    index = torch.tensor(facts, dtype=torch.int64, device="cpu")
     tensors = {
         s: x.index_select(0, index.to(x.device)) if s in _EDIT_TENSORS else x
         for s, x in part.tensors.items()

@@ -84,7 +84,7 @@ def _select(part: EntryTensors, edits: Sequence[int]) -> EntryTensors | None:
     slots, edit_slots = select_slots(part.entry.edit_slots, edits)
     if not slots:
         return None
-    index = torch.tensor(slots, device=part.tensors[".keys"].device)
+    index = torch.tensor(slots, device=part.tensors[".keys"].device, dtype=torch.int64)
     edit_tensors = {s: part.tensors[s].index_select(0, index) for s in _EDIT_TENSORS}
     max_answer_tokens, max_prompt_tokens = (
         _num_used_rows(edit_tensors[".answer_states"]),

@@ -123,9 +123,9 @@ def logits_from_states(
     Returns:
         [B T V].
     """
-    positions = torch.arange(hidden_states.shape[1], device=hidden_states.device).expand(
-        hidden_states.shape[:2]
-    )
+    positions = torch.arange(
+        hidden_states.shape[1], device=hidden_states.device, dtype=torch.int64
+    ).expand(hidden_states.shape[:2])
     batch = Batch(
         hidden_states=hidden_states,
         attention_mask=torch.ones_like(positions, dtype=torch.bool),

@@ -105,17 +105,17 @@ def init_network(sizes: NetworkSizes, generator: torch.Generator) -> ScopeNetwor
 
     def sample(name: str, shape: tuple[int, ...]) -> Tensor:
         if name in ("down_projection_bias", "pointer_query", "up_projection"):
-            return torch.zeros(shape)
+            return torch.zeros(shape, dtype=torch.float32, device="cpu")
         if name.endswith("norms"):
-            return torch.ones(shape)
+            return torch.ones(shape, dtype=torch.float32, device="cpu")
         if name == "pointer_position_bias":
-            return torch.tensor(8.0)
+            return torch.tensor(8.0, dtype=torch.float32, device="cpu")
         scale = 0.5 if name in ("segment_embeddings", "image_queries") else shape[-1] ** -0.5
         if name.endswith(("attention_output", "down", "text_to_key")):
             scale *= 0.5
         if name == "image_to_key":  # images begin about as far apart as a gate's threshold
             scale *= 0.2
-        return scale * torch.randn(shape, generator=generator)
+        return scale * torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
     return load_network(
         {name: sample(name, shape) for name, shape in sizes.weight_shapes().items()}
@@ -259,7 +259,7 @@ def encode_edit(
     answer_positions = (
         (logit_positions + 1).clamp_max(inputs.states.shape[1] - 1)[..., None].expand(-1, -1, d)
     )
-    steps = torch.arange(logit_positions.shape[1], device=logit_positions.device)
+    steps = torch.arange(logit_positions.shape[1], device=logit_positions.device, dtype=torch.int64)
     answer_states = (
         inputs.states.gather(1, answer_positions)
         + _position_encoding(steps, d)
@@ -271,7 +271,9 @@ def encode_edit(
     prompt_states = inputs.states.gather(1, order[..., None].expand(-1, -1, d))
     prompt_states = (
         prompt_states
-        + _position_encoding(torch.arange(max_words, device=logit_positions.device), d)
+        + _position_encoding(
+            torch.arange(max_words, device=logit_positions.device, dtype=torch.int64), d
+        )
         + network.segment_embeddings[2]
     )
     image_states, has_image = _pool_images(network, inputs)
@@ -316,9 +318,10 @@ def counterfactual_states(
     # An edit's memory sees itself, the scene that too, a word both and the words before it.
     segment_lengths = (memory_states.shape[1], image_states.shape[1], length)
     segment = torch.repeat_interleave(
-        torch.arange(3, device=x.device), torch.tensor(segment_lengths, device=x.device)
+        torch.arange(3, device=x.device, dtype=torch.int64),
+        torch.tensor(segment_lengths, device=x.device, dtype=torch.int64),
     )
-    position = torch.arange(len(segment), device=x.device)
+    position = torch.arange(len(segment), device=x.device, dtype=torch.int64)
     attention_mask = (segment[None] < segment[:, None]) | (
         (segment[None] == segment[:, None]) & (segment[None] < 2)
     )
@@ -339,7 +342,7 @@ def counterfactual_states(
     distance = _tokens_after_prompt(inputs)[..., None]  # [B L 1]
     scores = (h @ network.pointer_query.mT) @ (answer_states @ network.pointer_key.mT).mT / d**0.5
     scores = scores + network.pointer_position_bias * (
-        torch.arange(is_answer.shape[1], device=x.device) == distance
+        torch.arange(is_answer.shape[1], device=x.device, dtype=torch.int64) == distance
     )
     scores = scores.masked_fill(~is_answer[:, None], _MASKED_SCORE)
     no_copy = network.pointer_position_bias * (distance >= is_answer.sum(1)[:, None, None])
@@ -409,6 +412,6 @@ def _run_layers(
 def _position_encoding(index: Tensor, dim: int) -> Tensor:
     """Sines and cosines of positions: [...] -> [... width]."""
     half = (dim + 1) // 2
-    rates = torch.exp(-torch.arange(half, device=index.device) * (6.0 / half))
+    rates = torch.exp(-torch.arange(half, device=index.device, dtype=torch.int64) * (6.0 / half))
     angles = index[..., None] * rates
     return torch.cat([angles.sin(), angles.cos()], -1)[..., :dim]
