@@ -33,6 +33,7 @@ from errata.editors.common.gradient_descent import (
     descend_jointly,
     require_no_edits,
 )
+from errata.editors.common.guards import guarded
 from errata.editors.common.settings import (
     AppendEos,
     LearningRate,
@@ -156,7 +157,7 @@ def finetune_editor(config: FinetuneConfig = FinetuneConfig()) -> Editor:
         )
         return Delta(make_edit_header(queries, len(queries)), tensors)
 
-    return Editor("finetune", config, init, edit, edit_each)
+    return guarded(Editor("finetune", config, init, edit, edit_each))
 
 
 def _make_header(

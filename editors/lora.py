@@ -30,6 +30,7 @@ from errata.editors.common.gradient_descent import (
     descend_jointly,
     require_no_edits,
 )
+from errata.editors.common.guards import guarded
 from errata.editors.common.settings import AppendEos, LearningRate, NumSteps, StopLoss, WeightDecay
 from errata.editors.common.sites import resolve_linears
 from errata.functional import Delta, Editor, Header, Model, Query
@@ -141,7 +142,7 @@ def lora_editor(config: LoraConfig = LoraConfig()) -> Editor:
         )
         return Delta(make_edit_header(queries, len(queries)), to_delta_tensors(tensors))
 
-    return Editor("lora", config, init, edit, edit_each)
+    return guarded(Editor("lora", config, init, edit, edit_each))
 
 
 def _init_state(model: Model, config: LoraConfig, generator: torch.Generator) -> DescentState:

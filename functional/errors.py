@@ -8,6 +8,7 @@ from collections.abc import Iterable
 __all__ = [
     "BaseMismatchError",
     "DeltaFileError",
+    "EditDivergedError",
     "ErrataError",
     "InvalidInputError",
     "InvalidSettingsError",
@@ -16,6 +17,7 @@ __all__ = [
     "UnsupportedKindError",
     "UnsupportedModelError",
     "join_messages",
+    "lone_surrogate",
     "unknown_name",
 ]
 
@@ -34,6 +36,27 @@ class InvalidSettingsError(ErrataError):
 
 class BaseMismatchError(ErrataError):
     """A delta made for another base model."""
+
+
+class EditDivergedError(ErrataError):
+    """Edits whose loss or change is not a finite number.
+
+    Args:
+        editor: Name of the method.
+        edits: Indices of the edits among the queries.
+        num_queries: Number of the queries.
+
+    Attributes:
+        edits: Their indices among the queries.
+    """
+
+    def __init__(self, editor: str, edits: Iterable[int], num_queries: int) -> None:
+        self.edits = tuple(edits)
+        numbers = join_names(str(number + 1) for number in self.edits)
+        super().__init__(
+            f"{editor} diverged on query {numbers} of {num_queries}: its loss or its change is NaN "
+            "or infinite. Lower the learning rate, or edit in float32 or bfloat16."
+        )
 
 
 class DeltaFileError(ErrataError):
@@ -114,6 +137,19 @@ def join_names(names: Iterable[str]) -> str:
     listed = list(names)
     rest = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
     return (", ".join(listed[:20]) or "none") + rest
+
+
+def lone_surrogate(text: str) -> str:
+    """Find half of a surrogate pair, which no tokenizer takes and no file holds.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        A complaint, or the empty string.
+    """
+    bad = next((char for char in text if "\ud800" <= char <= "\udfff"), "")
+    return f"text must be Unicode, and holds the lone surrogate U+{ord(bad):04X}" if bad else ""
 
 
 def nearest_names(name: str, known: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self, cast
 
 import msgspec
 
@@ -28,6 +28,7 @@ __all__ = [
     "EditRecord",
     "Entry",
     "Header",
+    "SlotEntry",
     "TensorSpec",
     "invalid_names",
     "validate_header",
@@ -125,6 +126,62 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return self.select([edit])
 
 
+class SlotEntry(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An entry whose tensors have one slot (key, memory, expert, fact) per edit.
+
+    Attributes:
+        edit_slots: The slot of each edit, -1 where a later edit replaced it.
+        shared_slots: In a stacked delta, the slot of each of the header's `shared_edits`.
+    """
+
+    edit_slots: tuple[int, ...] = ()
+    shared_slots: tuple[int, ...] = ()
+
+    def slot_violations(self, header: Header, num_slots: int, what: str) -> Iterator[str]:
+        """Find what is wrong with the slots.
+
+        Args:
+            header: Header that the entry belongs to.
+            num_slots: Slots of the entry.
+            what: What a slot is called.
+
+        Yields:
+            Complaints, one sentence each.
+        """
+        for field, slots, edits in (
+            ("edit_slots", self.edit_slots, header.edits),
+            ("shared_slots", self.shared_slots, header.shared_edits),
+        ):
+            if len(slots) != len(edits):
+                yield (
+                    f"{self.name}: {field} must name a {what} for each of {len(edits)} edits, "
+                    f"names {len(slots)}"
+                )
+            elif any(not -1 <= slot < num_slots for slot in slots):
+                named = f"{what[:-1]}ies" if what.endswith("y") and what != "key" else f"{what}s"
+                yield f"{self.name}: {field} must be {named} from 0 to {num_slots - 1}, or -1"
+
+    def layout(self) -> Self:
+        return msgspec.structs.replace(self, edit_slots=(), shared_slots=())
+
+    @classmethod
+    def stack(cls, entries: Sequence[Entry]) -> Entry:
+        own = [cast(SlotEntry, entry) for entry in entries]
+        edit_slots = tuple((entry.edit_slots or (-1,))[-1] for entry in own)
+        return msgspec.structs.replace(own[0], edit_slots=edit_slots, shared_slots=())
+
+    def select(self, edits: Sequence[int]) -> Self:
+        return msgspec.structs.replace(self, edit_slots=tuple(self.edit_slots[k] for k in edits))
+
+    def unstack(self, header: Header, edit: int) -> Entry:
+        replaced = header.replaced_edits[edit] if header.replaced_edits else ()
+        earlier = tuple(-1 if n in replaced else s for n, s in enumerate(self.shared_slots))
+        selected = self.select([edit])
+        return msgspec.structs.replace(
+            selected, edit_slots=earlier + selected.edit_slots, shared_slots=()
+        )
+
+
 def invalid_names(*names: str) -> Iterator[str]:
     """Find names that are not dotted parameter names.
 
@@ -184,6 +241,8 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         stack: E > 0 for a stacked delta: tensors have a leading edit axis, edits[e] is edit e.
         order_dependent: Whether later edits depend on earlier ones, so that single edits cannot be
             removed.
+        shared_edits: In a stacked delta, earlier edits that each of its edits was made on top of.
+        replaced_edits: Which of these each edit replaces. Empty: none.
     """
 
     format: int = FORMAT
@@ -197,6 +256,8 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     order_dependent: bool = (
         False  # later edits depend on earlier ones: single edits cannot be removed
     )
+    shared_edits: tuple[EditRecord, ...] = ()
+    replaced_edits: tuple[tuple[int, ...], ...] = ()
 
     def tensor_specs(self) -> dict[str, TensorSpec]:
         """Every tensor of the delta: the dtypes it may have, and its shape."""
@@ -256,13 +317,26 @@ def _header_violations(header: Header) -> Iterator[str]:
             tensor_names.add(name)
     if header.stack < 0 or (header.stack and header.stack != len(header.edits)):
         yield f"stack must be 0 or the number of edits ({len(header.edits)}), is {header.stack}"
-    for number, edit in enumerate(header.edits):
+    if header.shared_edits and not header.stack:
+        yield "shared_edits must be empty unless the delta is stacked"
+    if len(header.replaced_edits) not in (0, header.stack):
+        yield f"replaced_edits must have a list for each of the {header.stack} edits, or be empty"
+    count = len(header.shared_edits)
+    if any(not 0 <= number < count for numbers in header.replaced_edits for number in numbers):
+        yield f"replaced_edits must name shared edits from 0 to {count - 1}"
+    yield from _record_violations("edits", header.edits)
+    yield from _record_violations("shared_edits", header.shared_edits)
+
+
+def _record_violations(field: str, records: Sequence[EditRecord]) -> Iterator[str]:
+    for number, edit in enumerate(records):
+        where = f"{field}[{number}]"
         if not _is_short_text(edit.id):
-            yield f"edits[{number}].id must be printable text of at most 256 characters"
+            yield f"{where}.id must be printable text of at most 256 characters"
         if not (_SHA256_HEX.fullmatch(edit.prompt) and _SHA256_HEX.fullmatch(edit.target)):
-            yield f"edits[{number}] must give sha256 hashes of prompt and target in hex"
+            yield f"{where} must give sha256 hashes of prompt and target in hex"
         if not all(_is_short_text(key) and not _ABSOLUTE_PATH.match(key) for key in edit.images):
-            yield f"edits[{number}].images must be content names: hashes, or names of a data set's"
+            yield f"{where}.images must be content names: hashes, or names of a data set's"
 
 
 def _is_short_text(text: str) -> bool:

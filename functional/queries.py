@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 __all__ = ["IMAGE_PLACEHOLDER", "Case", "EncodedImage", "Image", "Query", "encoded_image"]
@@ -16,22 +16,42 @@ Image = Any
 `.content_id: str`."""
 
 
-class Query(NamedTuple):
-    """A prompt, a target and images: the unit of editing, probing and training.
-
-    Attributes:
-        prompt: The question. `<image>` marks the place of an image.
-        target: The answer. May be empty only if nothing is scored, as in generation.
-        images: Images in the order in which the prompt refers to them.
-        video: Whether the images are the frames of one video.
-        aliases: Other answers that count as right in free generation. They are not taught.
-    """
-
+class _QueryFields(NamedTuple):
     prompt: str
     target: str = ""
     images: tuple[Image, ...] = ()
     video: bool = False
     aliases: tuple[str, ...] = ()
+
+
+class Query(_QueryFields):
+    """A prompt, a target and images: the unit of editing, probing and training.
+
+    Attributes:
+        prompt: The question. `<image>` marks the place of an image.
+        target: The answer. May be empty only if nothing is scored, as in generation.
+        images: Images in the order in which the prompt refers to them. One image is taken as a
+            tuple of one.
+        video: Whether the images are the frames of one video.
+        aliases: Other answers that count as right in free generation. They are not taught.
+    """
+
+    __slots__ = ()
+
+    def __new__(
+        cls,
+        prompt: str,
+        target: str = "",
+        images: Image | Sequence[Image] = (),
+        video: bool = False,
+        aliases: str | Sequence[str] = (),
+    ) -> Query:
+        if isinstance(images, list | tuple) and not hasattr(images, "content_id"):
+            images = tuple(images)
+        else:
+            images = (images,)
+        aliases = (aliases,) if isinstance(aliases, str) else tuple(aliases)
+        return super().__new__(cls, prompt, target, images, video, aliases)
 
 
 class Case(NamedTuple):

@@ -59,9 +59,9 @@ TIMED_EDITORS = {
     "lora": LoraConfig(rank=8, alpha=16.0, num_steps=5, lr=1e-3, stop_loss=0.0, append_eos=False),
     "grace": GraceConfig(num_steps=20, stop_loss=0.0, append_eos=False),
     "wise": WiseConfig(num_steps=10, num_unrelated=1, stop_loss=0.0, append_eos=False),
-    "mend": MendConfig(edit_lr=-1e-3),
-    "liveedit": LiveEditConfig(append_eos=False),
-    "serac": SeracConfig(append_eos=False),
+    "mend": MendConfig(untrained=True, edit_lr=-1e-3),
+    "liveedit": LiveEditConfig(untrained=True, append_eos=False),
+    "serac": SeracConfig(untrained=True, append_eos=False),
     "ike": IkeConfig(),
 }
 

@@ -142,6 +142,14 @@ def _set_threads(settings: RunSettings, folder: RunFolder) -> None:
 class _Run:
     """One start of a run.
 
+    Args:
+        settings: The settings.
+        cases: The cases.
+        evaluation_config: Scorers, generation and memory.
+        folder: The run folder.
+        results_log: Its results.
+        progress: Where to report progress.
+
     Attributes:
         refused: Legs whose results were made of something else, a sentence each.
     """

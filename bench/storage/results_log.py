@@ -106,6 +106,9 @@ class DamagedLogWarning(UserWarning):
 class ResultsLog:
     """Append-only results of one run folder; opening it drops what a kill left half-written.
 
+    Args:
+        folder: The run folder.
+
     Attributes:
         folder: The run folder.
         records: The records on disk whose rows are whole, without superseded units.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from errata.functional import Batch, Delta, EditRecord, Header, Inputs, Model, Params, Query
 from errata.functional.binding.bound_model import bind
-from errata.functional.errors import InvalidInputError, InvalidSettingsError
+from errata.functional.errors import EditDivergedError, InvalidInputError, InvalidSettingsError
 from errata.functional.forward import prefix
 from errata.functional.forward.batches import mean_per_edit
 from errata.functional.gradients import optimizers, schedules
@@ -135,18 +135,21 @@ def descend_each(
     depth = prefix.edit_depth(model.card, [entry.name for entry in header.entries])
     if depth.before_decoder:
         # Vision inputs have no edit axis, so changes before the decoder cannot be stacked.
-        single_edits = [
-            descend_jointly(
-                model,
-                make_header,
-                initial_tensors,
-                [query],
-                config,
-                to_delta_tensors=to_delta_tensors,
-                decay_reference=decay_reference,
-            )
-            for query in queries
-        ]
+        single_edits = []
+        for number, query in enumerate(queries):
+            try:
+                tensors = descend_jointly(
+                    model,
+                    make_header,
+                    initial_tensors,
+                    [query],
+                    config,
+                    to_delta_tensors=to_delta_tensors,
+                    decay_reference=decay_reference,
+                )
+            except EditDivergedError as error:
+                raise EditDivergedError("gradient descent", [number], len(queries)) from error
+            single_edits.append(tensors)
         return {
             name: torch.stack([tensors[name] for tensors in single_edits])
             for name in initial_tensors
@@ -316,7 +319,12 @@ def run_descent(
     for step_number in range(config.num_steps):
         grads, edit_losses = step(tensors)
         active = edit_losses > config.stop_loss  # [E]
-        if not bool(active.any()):
+        is_finite = edit_losses.isfinite()
+        some_active, all_finite = torch.stack([active.any(), is_finite.all()]).tolist()
+        if not all_finite:
+            bad = (~is_finite).nonzero()[:, 0].tolist()
+            raise EditDivergedError("gradient descent", bad, len(edit_losses))
+        if not some_active:
             break
         tensors, optimizer_state = optimizer.update(
             grads, optimizer_state, tensors, mask=active, decay_reference=decay_reference

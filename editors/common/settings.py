@@ -14,6 +14,7 @@ __all__ = [
     "NormConstraint",
     "NumSteps",
     "StopLoss",
+    "Untrained",
     "WeightDecay",
     "Weights",
 ]
@@ -43,6 +44,13 @@ StopLoss = Annotated[
     Meta(ge=0, description="Loss in nats per token below which an edit stops. 0: never."),
 ]
 WeightDecay = Annotated[float, Meta(ge=0, description="Weight decay, decoupled for adamw.")]
+Untrained = Annotated[
+    bool,
+    Meta(
+        description="Whether edits may be made with random weights, without training. Results say "
+        "so."
+    ),
+]
 Weights = Annotated[
     str,
     Meta(

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from errata.editors.common.gradient_descent import DescentConfig, run_descent
+from errata.editors.common.guards import guarded
 from errata.editors.grace.codebook import Codebook, _pad_codebook, add_key
 from errata.editors.grace.config import GraceConfig
 from errata.functional import Batch, Delta, Editor, EditRecord, Header, KVCache, Model, Query
@@ -156,16 +157,32 @@ def grace_editor(config: GraceConfig = GraceConfig()) -> Editor:
         initial_values = torch.stack([book.values[key] for book, key in extended])
         values = train_values(model, site, prepared, range(len(queries)), initial_values, config)
         longest = max(len(book.targets) for book, _ in extended)
+        own_targets = state.codebook.targets
+        replaced = [
+            [n for n, slot in enumerate(state.edit_slots) if slot == key]
+            if key < len(own_targets) and own_targets[key] != record.target
+            else []
+            for (_, key), record in zip(extended, records)
+        ]
         codebooks = []
         for (codebook, key), value in zip(extended, values):
             edit_values = codebook.values.clone()
             edit_values[key] = value
             codebooks.append(_pad_codebook(codebook._replace(values=edit_values), longest))
-        return _make_delta(
-            _make_header(model, config, queries, longest, edit_slots, (), len(queries)), codebooks
+        header = _make_header(
+            model,
+            config,
+            queries,
+            longest,
+            edit_slots,
+            state.edits,
+            len(queries),
+            state.edit_slots,
+            replaced,
         )
+        return _make_delta(header, codebooks)
 
-    return Editor("grace", config, init, edit, edit_each)
+    return guarded(Editor("grace", config, init, edit, edit_each))
 
 
 def _init_state(model: Model, config: GraceConfig, generator: torch.Generator) -> GraceState:
@@ -193,6 +210,8 @@ def _make_header(
     edit_slots: tuple[int, ...],
     earlier: tuple[EditRecord, ...],
     stack: int,
+    shared_slots: tuple[int, ...] = (),
+    replaced_edits: Sequence[Sequence[int]] = (),
 ) -> Header:
     site = resolve_edit_site(model, config)
     entry = CodebookEntry(
@@ -201,11 +220,19 @@ def _make_header(
         shape=tuple(model.params[site.weight].shape),
         num_keys=num_keys,
         edit_slots=edit_slots,
+        shared_slots=shared_slots,
         replacement=config.replacement,
         transposed=site.path in model.card.transposed,
     )
     return make_header(
-        model, "grace", config, (entry,), queries, earlier_edits=earlier, stack=stack
+        model,
+        "grace",
+        config,
+        (entry,),
+        queries,
+        earlier_edits=earlier,
+        stack=stack,
+        replaced_edits=replaced_edits,
     )
 
 

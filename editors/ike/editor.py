@@ -33,6 +33,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from errata.editors.common.guards import guarded
 from errata.editors.ike.config import IkeConfig, _strip_path, _validate, _without_paths
 from errata.editors.ike.demonstrations import _make_demonstrations, _template_values
 from errata.functional import Case, Delta, Editor, EditRecord, Model, Query
@@ -131,13 +132,21 @@ def ike_editor(config: IkeConfig = IkeConfig(), cases: Sequence[Case] | None = N
         num_facts = len(state.facts) + 1
         edit_slots = (num_facts - 1,) * len(queries)
         entry = _make_entry(model, config, facts, memory, state.demonstrations, edit_slots)
-        entry = msgspec.structs.replace(entry, num_facts=num_facts)
+        entry = msgspec.structs.replace(
+            entry, num_facts=num_facts, shared_slots=tuple(range(len(state.facts)))
+        )
         header = make_header(
-            model, "ike", _without_paths(config), (entry,), queries, stack=len(queries)
+            model,
+            "ike",
+            _without_paths(config),
+            (entry,),
+            queries,
+            earlier_edits=state.edits,
+            stack=len(queries),
         )
         return _make_delta(header, {**memory, **state.demonstrations})
 
-    return Editor("ike", config, init, edit, edit_each)
+    return guarded(Editor("ike", config, init, edit, edit_each))
 
 
 def encode_facts(

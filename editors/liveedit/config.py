@@ -6,7 +6,7 @@ from typing import Annotated
 
 import msgspec
 
-from errata.editors.common.settings import AppendEos, LayerChoice, Weights
+from errata.editors.common.settings import AppendEos, LayerChoice, Untrained, Weights
 from errata.functional.kinds.experts.entry import RoutingInput
 
 __all__ = ["PRESETS", "LiveEditConfig"]
@@ -74,6 +74,7 @@ class LiveEditConfig(
     ] = 0
     append_eos: AppendEos = True
     weights: Weights = ""
+    untrained: Untrained = False
 
 
 PRESETS: dict[str, LiveEditConfig] = {

@@ -47,6 +47,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from errata.editors.common import checkpoint
+from errata.editors.common.guards import guarded
 from errata.editors.liveedit.config import LiveEditConfig
 from errata.editors.liveedit.losses import liveedit_loss
 from errata.editors.liveedit.networks import (
@@ -112,7 +113,7 @@ def liveedit_editor(config: LiveEditConfig = LiveEditConfig()) -> Editor:
     Example:
         >>> from errata import adapters
         >>> model = adapters.from_module(*adapters.tiny_model("llava"))
-        >>> editor = liveedit_editor(LiveEditConfig(feature_dim=8, num_heads=2))
+        >>> editor = liveedit_editor(LiveEditConfig(feature_dim=8, num_heads=2, untrained=True))
         >>> state = editor.init(model, torch.Generator().manual_seed(0))
         >>> for target in ("bo", "owl"):
         ...     delta, state = editor.edit(model, state, [Query("who is it?", target)])
@@ -127,7 +128,7 @@ def liveedit_editor(config: LiveEditConfig = LiveEditConfig()) -> Editor:
         is_shipped = config.weights == "shipped"
         path = checkpoint.shipped_weights("liveedit", model) if is_shipped else config.weights
         networks = checkpoint.load_checkpoint(path, state.networks, _compatibility(model, config))
-        return state._replace(networks=networks)
+        return state._replace(networks=networks, is_trained=True)
 
     def edit(
         model: Model, state: LiveEditState, queries: Sequence[Query]
@@ -159,12 +160,24 @@ def liveedit_editor(config: LiveEditConfig = LiveEditConfig()) -> Editor:
         pools = [_pad_pool(one.pool, longest) for one in single_states]
         pool = ExpertPool(*(torch.stack(parts) for parts in zip(*pools)))
         edit_slots = tuple(one.edit_slots[-1] for one in single_states)
+        replaced = [
+            [n for n, slot in enumerate(state.edit_slots) if slot == one.edit_slots[-1]]
+            for one in single_states
+        ]
         header = _make_header(
-            model, config, edit_slots, queries, num_experts=longest, stack=len(queries)
+            model,
+            config,
+            edit_slots,
+            queries,
+            earlier=state.edits,
+            num_experts=longest,
+            stack=len(queries),
+            shared_slots=state.edit_slots,
+            replaced_edits=replaced,
         )
         return Delta(header, _delta_tensors(model, config, state.networks, pool))
 
-    return Editor("liveedit", config, init, edit, edit_each)
+    return guarded(Editor("liveedit", config, init, edit, edit_each))
 
 
 def liveedit_trainable(config: LiveEditConfig = LiveEditConfig()) -> TrainableEditor:
@@ -190,7 +203,7 @@ def liveedit_trainable(config: LiveEditConfig = LiveEditConfig()) -> TrainableEd
         loss=loss,
         sites=sites,
         parameters=lambda state: state.networks,
-        with_parameters=lambda state, networks: state._replace(networks=networks),
+        with_parameters=lambda state, networks: state._replace(networks=networks, is_trained=True),
         prepare=lambda model, state, training_batch, is_training: (state, training_batch),
         weights=lambda state: state.networks,
         compatibility=lambda model: _compatibility(model, config),
@@ -328,6 +341,8 @@ def _make_header(
     earlier: tuple[EditRecord, ...] = (),
     num_experts: int = 1,
     stack: int = 0,
+    shared_slots: tuple[int, ...] = (),
+    replaced_edits: Sequence[Sequence[int]] = (),
 ) -> Header:
     site = resolve_edit_site(model, config)
     entry = Experts(
@@ -343,6 +358,7 @@ def _make_header(
         num_sentinel_tokens=config.num_sentinel_tokens,
         num_text_sentinel_tokens=config.num_text_sentinel_tokens,
         edit_slots=edit_slots,
+        shared_slots=shared_slots,
         routing_input=config.routing_input,
         top_k=config.top_k,
     )
@@ -350,7 +366,14 @@ def _make_header(
         config, weights=Path(config.weights).name
     )  # no one's folders
     return make_header(
-        model, "liveedit", settings, (entry,), queries, earlier_edits=earlier, stack=stack
+        model,
+        "liveedit",
+        settings,
+        (entry,),
+        queries,
+        earlier_edits=earlier,
+        stack=stack,
+        replaced_edits=replaced_edits,
     )
 
 

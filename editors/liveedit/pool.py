@@ -42,6 +42,7 @@ class LiveEditState(NamedTuple):
         num_experts: Rows of the buffer that belong to this state.
         edits: The edits so far.
         edit_slots: The expert of each edit. -1 where a later edit replaced it.
+        is_trained: Whether the networks are trained.
     """
 
     networks: LiveEditNetworks
@@ -49,6 +50,7 @@ class LiveEditState(NamedTuple):
     num_experts: int = 0
     edits: tuple[EditRecord, ...] = ()
     edit_slots: tuple[int, ...] = ()
+    is_trained: bool = False
 
     @property
     def pool(self) -> ExpertPool:

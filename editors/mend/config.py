@@ -7,7 +7,7 @@ from typing import Annotated
 
 import msgspec
 
-from errata.editors.common.settings import Weights
+from errata.editors.common.settings import Untrained, Weights
 from errata.editors.training.config import TrainingConfig
 
 __all__ = ["PRESETS", "TRAINING", "MendConfig"]
@@ -50,6 +50,7 @@ class MendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         ),
     ] = False
     weights: Weights = ""
+    untrained: Untrained = False
 
 
 def _mlp_sites(*numbers: int, parts: Sequence[str] = ("up", "down")) -> tuple[str, ...]:
@@ -72,7 +73,7 @@ PRESETS: dict[str, MendConfig] = {
         append_eos=True,
         weights="shipped",
     ),
-    "untrained": MendConfig(edit_lr=-1e-2),
+    "untrained": MendConfig(edit_lr=-1e-2, untrained=True),
 }
 
 TRAINING: dict[str, TrainingConfig] = {

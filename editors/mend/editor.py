@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from errata.editors.common import checkpoint
+from errata.editors.common.guards import guarded
 from errata.editors.mend.config import MendConfig
 from errata.editors.mend.network import (
     GradientStatistics,
@@ -81,6 +82,7 @@ class MendState(NamedTuple):
     tensors: dict[str, Tensor] = {}
     edit_ranks: tuple[int, ...] = ()  # rows of each edit so far
     edits: tuple[EditRecord, ...] = ()
+    is_trained: bool = False
 
 
 def mend_editor(config: MendConfig = MendConfig()) -> Editor:
@@ -105,7 +107,9 @@ def mend_editor(config: MendConfig = MendConfig()) -> Editor:
     Example:
         >>> from errata import adapters
         >>> model = adapters.from_module(*adapters.tiny_model("llava"))
-        >>> editor = mend_editor(MendConfig(sites=("layers.-1.mlp.down",), rank=4, edit_lr=-0.1))
+        >>> site = "layers.-1.mlp.down"
+        >>> config = MendConfig(sites=(site,), rank=4, edit_lr=-0.1, untrained=True)
+        >>> editor = mend_editor(config)
         >>> state = editor.init(model, torch.Generator().manual_seed(0))
         >>> delta, state = editor.edit(model, state, [Query("who is it?", "bo")])
         >>> tokens = model.preprocess([Query("who is it?", "bo")]).labels.shape[1]
@@ -123,7 +127,7 @@ def mend_editor(config: MendConfig = MendConfig()) -> Editor:
             path, _trained_weights(state), _compatibility(model, config)
         )
         weights = MendWeights(loaded["networks"], loaded["edit_lrs"])
-        return state._replace(weights=weights, statistics=loaded["statistics"])
+        return state._replace(weights=weights, statistics=loaded["statistics"], is_trained=True)
 
     def edit(model: Model, state: MendState, queries: Sequence[Query]) -> tuple[Delta, MendState]:
         batch = _run_to_sites(model, config, queries)
@@ -149,7 +153,7 @@ def mend_editor(config: MendConfig = MendConfig()) -> Editor:
             tensors[name] = torch.cat([*before, new_rows], 1 if name.endswith(".A") else 2)
         return _make_delta(model, config, state, tensors, (), queries, stack=len(queries))
 
-    return Editor("mend", config, init, edit, edit_each)
+    return guarded(Editor("mend", config, init, edit, edit_each))
 
 
 def mend_trainable(config: MendConfig = MendConfig()) -> TrainableEditor:
@@ -187,7 +191,7 @@ def mend_trainable(config: MendConfig = MendConfig()) -> TrainableEditor:
         loss=loss,
         sites=lambda model: model.card.match_linears(config.sites),
         parameters=lambda state: state.weights,
-        with_parameters=lambda state, weights: state._replace(weights=weights),
+        with_parameters=lambda state, weights: state._replace(weights=weights, is_trained=True),
         prepare=prepare,
         weights=_trained_weights,
         compatibility=lambda model: _compatibility(model, config),
@@ -317,6 +321,7 @@ def _make_header(
             shape=tuple(model.params[path + ".weight"].shape),
             rank=tensors[path + ".weight.A"].shape[-2],
             edit_ranks=edit_ranks,
+            shared_ranks=state.edit_ranks if stack else (),
             transposed=path in model.card.transposed,
         )
         for path, _, _ in _resolve_maps(model, config)
@@ -330,7 +335,7 @@ def _make_header(
         settings,
         entries,
         queries,
-        earlier_edits=() if stack else state.edits,
+        earlier_edits=state.edits,
         arithmetic="act_fp32",
         stack=stack,
     )

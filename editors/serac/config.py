@@ -6,7 +6,7 @@ from typing import Annotated
 
 import msgspec
 
-from errata.editors.common.settings import AppendEos, Weights
+from errata.editors.common.settings import AppendEos, Untrained, Weights
 from errata.editors.training.config import MEND_LOSS_WEIGHTS, TrainingConfig
 from errata.functional.kinds.scope.entry import Gate
 
@@ -57,6 +57,7 @@ class SeracConfig(
     ] = 8
     append_eos: AppendEos = True
     weights: Weights = ""
+    untrained: Untrained = False
 
 
 PRESETS: dict[str, SeracConfig] = {

@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from errata.editors.common import checkpoint
+from errata.editors.common.guards import guarded
 from errata.editors.serac.config import SeracConfig
 from errata.functional import Batch, Delta, Editor, EditRecord, Model, Query
 from errata.functional.deltas.records import base_identity, make_header
@@ -80,6 +81,7 @@ class SeracState(NamedTuple):
     slots: EditSlots
     edit_slots: tuple[int, ...] = ()  # the slot of each edit, -1 where a later one took it over
     edits: tuple[EditRecord, ...] = ()
+    is_trained: bool = False
 
 
 def serac_editor(config: SeracConfig = SeracConfig()) -> Editor:
@@ -103,7 +105,8 @@ def serac_editor(config: SeracConfig = SeracConfig()) -> Editor:
     Example:
         >>> from errata import adapters
         >>> model = adapters.from_module(*adapters.tiny_model("llava"))
-        >>> editor = serac_editor(SeracConfig(dim=16, num_heads=2, ffn_dim=32, key_dim=8))
+        >>> config = SeracConfig(dim=16, num_heads=2, ffn_dim=32, key_dim=8, untrained=True)
+        >>> editor = serac_editor(config)
         >>> state = editor.init(model, torch.Generator().manual_seed(0))
         >>> delta, state = editor.edit(model, state, [Query("who is it?", "bo")])
         >>> delta.header.entries[0].num_slots
@@ -128,7 +131,7 @@ def serac_editor(config: SeracConfig = SeracConfig()) -> Editor:
         empty = EditSlots(
             *(torch.zeros(0, *shape, device=device, dtype=torch.float32) for shape in shapes)
         )
-        return SeracState(network, unembedding_map(model), empty)
+        return SeracState(network, unembedding_map(model), empty, is_trained=bool(config.weights))
 
     def edit(model: Model, state: SeracState, queries: Sequence[Query]):
         new_slots = _encode_edits(model, state, config, queries)
@@ -163,16 +166,27 @@ def serac_editor(config: SeracConfig = SeracConfig()) -> Editor:
         slots = EditSlots(
             *(pad_and_concat((old, new[:, None]), 1) for old, new in zip(expanded_slots, new_slots))
         )
-        edit_slots = []
+        edit_slots, replaced = [], []
         for number, record in enumerate(make_header(model, "serac", config, (), queries).edits):
             slot = _slot_of_same_question(record, state.edit_slots, state.edits)
             edit_slots.append(slots.keys.shape[1] - 1 if slot is None else slot)
+            replaced.append([n for n, s in enumerate(state.edit_slots) if s == slot])
             for part in slots:  # a replaced edit's slot occurs twice: the first counts
                 part[number, edit_slots[-1]] = part[number, -1]
         next_state = state._replace(edit_slots=tuple(edit_slots))
-        return _make_delta(model, config, next_state, slots, queries, stack=count)
+        return _make_delta(
+            model,
+            config,
+            next_state,
+            slots,
+            queries,
+            earlier=state.edits,
+            stack=count,
+            shared_slots=state.edit_slots,
+            replaced_edits=replaced,
+        )
 
-    return Editor("serac", config, init, edit, edit_each)
+    return guarded(Editor("serac", config, init, edit, edit_each))
 
 
 def unembedding_map(model: Model) -> Tensor:
@@ -304,6 +318,8 @@ def _make_delta(
     queries: Sequence[Query],
     earlier: tuple[EditRecord, ...] = (),
     stack: int = 0,
+    shared_slots: tuple[int, ...] = (),
+    replaced_edits: Sequence[Sequence[int]] = (),
 ) -> Delta:
     name, weight = _embedding_name(model)
     entry = Scope(
@@ -315,6 +331,7 @@ def _make_delta(
         max_answer_tokens=slots.answer_states.shape[-2],
         max_prompt_tokens=slots.prompt_states.shape[-2],
         edit_slots=state.edit_slots,
+        shared_slots=shared_slots,
         gate=config.gate,
         threshold=config.threshold,
     )
@@ -322,7 +339,14 @@ def _make_delta(
         config, weights=Path(config.weights).name
     )  # no one's folders
     header = make_header(
-        model, "serac", settings, (entry,), queries, earlier_edits=earlier, stack=stack
+        model,
+        "serac",
+        settings,
+        (entry,),
+        queries,
+        earlier_edits=earlier,
+        stack=stack,
+        replaced_edits=replaced_edits,
     )
     tensors = {**slots._asdict(), **network_state_dict(state.network)}
     return Delta(header, {f"{name}.{part}": tensor.detach() for part, tensor in tensors.items()})

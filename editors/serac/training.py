@@ -108,7 +108,7 @@ def serac_trainable(config: SeracConfig = SeracConfig()) -> TrainableEditor:
         loss=loss,
         sites=lambda model: (_embedding_name(model)[0].rpartition(".")[0],),
         parameters=lambda state: state.network,
-        with_parameters=lambda state, network: state._replace(network=network),
+        with_parameters=lambda state, network: state._replace(network=network, is_trained=True),
         prepare=prepare,
         weights=_trained_weights,
         compatibility=lambda model: _compatibility(model, config),

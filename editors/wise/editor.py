@@ -44,6 +44,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from errata.editors.common.guards import guarded
 from errata.editors.wise.config import WiseConfig
 from errata.editors.wise.merging import merge_changes
 from errata.editors.wise.objective import EditSite, PreparedRows, take_prepared
@@ -197,7 +198,7 @@ def wise_editor(
         header = _make_header(model, config, queries, memories[:1], edit_slots, stack=count)
         return _make_delta(header, [[side] for side in memories], config)
 
-    return Editor("wise", config, init, edit, edit_each)
+    return guarded(Editor("wise", config, init, edit, edit_each))
 
 
 def _train_shard(

@@ -24,7 +24,7 @@ from errata.editors.wise.objective import (
 )
 from errata.editors.wise.unrelated import UNRELATED_QUESTIONS, UNRELATED_TEXTS
 from errata.functional import Batch, EditRecord, Inputs, Model, Query
-from errata.functional.errors import InvalidSettingsError, UnknownSiteError
+from errata.functional.errors import EditDivergedError, InvalidSettingsError, UnknownSiteError
 from errata.functional.forward import batches, prefix
 from errata.functional.forward.activations import record_activations
 from errata.functional.forward.batches import mean_per_edit
@@ -318,6 +318,8 @@ def train_values(
     for number in range(config.num_steps):
         dense_grad, each = step(maps(tensors["values"]))
         grads = {"values": dense_grad.flatten(1).gather(1, positions)}
+        if not bool(each.isfinite().all()):
+            raise EditDivergedError("wise", (~each.isfinite()).nonzero()[:, 0].tolist(), count)
         done = ((each - previous_losses).abs() <= config.stop_improvement) & (
             each <= config.stop_loss
         )

@@ -103,6 +103,10 @@ def inspect_delta(path: str | os.PathLike[str]) -> DeltaInfo:
     return DeltaInfo(header, tensors, digest, file_header.data_start, file_header.num_bytes, stored)
 
 
+OPTIONAL_KEYS = frozenset({"shared_edits", "replaced_edits", "shared_slots", "shared_ranks"})
+"""Left out of a description where they are empty."""
+
+
 def encode_header(header: Header, digest: str) -> str:
     """Encode a header as the canonical JSON that a file has under `METADATA_KEY`.
 
@@ -117,7 +121,12 @@ def encode_header(header: Header, digest: str) -> str:
         ValueError: If the settings hold NaN or infinity.
         TypeError: If the settings hold a value that JSON does not have.
     """
-    return canonical_json({**msgspec.to_builtins(header), "digest": digest})
+    description = msgspec.to_builtins(header)
+    for part in (description, *description["entries"]):
+        for name in OPTIONAL_KEYS & part.keys():
+            if not part[name]:
+                del part[name]
+    return canonical_json({**description, "digest": digest})
 
 
 def tensor_mismatches(header: Header, stored: dict[str, tuple[str, tuple[int, ...]]]) -> list[str]:
@@ -191,7 +200,10 @@ def decode_header(text: str) -> DecodedHeader:
         header = convert_header(body)
     except (msgspec.ValidationError, RecursionError) as error:
         raise ValueError(f"the delta's description does not fit: {printable(error)}") from None
-    missing = set(Header.__struct_fields__) - set(body)
+    entries = [entry for entry in body.get("entries", ()) if isinstance(entry, dict)]
+    if any(not part[n] for part in (body, *entries) for n in OPTIONAL_KEYS & part.keys()):
+        raise ValueError(f"{', '.join(sorted(OPTIONAL_KEYS))} must be left out where empty")
+    missing = set(Header.__struct_fields__) - OPTIONAL_KEYS - set(body)
     if missing:
         raise ValueError(f"the delta's description lacks {', '.join(sorted(missing))}")
     return DecodedHeader(header, digest, stored)

@@ -79,6 +79,7 @@ def make_header(
     arithmetic: Arithmetic = "act",
     stack: int = 0,
     order_dependent: bool = False,
+    replaced_edits: Sequence[Sequence[int]] = (),
 ) -> Header:
     """Make the header of a delta.
 
@@ -88,21 +89,26 @@ def make_header(
         settings: Settings of the method, encodable as JSON.
         entries: The entries of the delta.
         queries: The new edits.
-        earlier_edits: Records of the edits before them.
+        earlier_edits: Records of the edits before them. Each edit of a stacked delta holds these.
         arithmetic: How low-rank entries are computed.
         stack: Number of edits of a stacked delta, 0 for a plain one.
         order_dependent: Whether each edit was computed on top of those before it.
+        replaced_edits: In a stacked delta, the earlier edits that each edit replaces, by index.
 
     Returns:
-        The header. Its edits are `earlier_edits`, then `queries`.
+        The header. Its edits are `earlier_edits`, then `queries`; in a stacked delta `queries`.
     """
+    records = tuple(edit_record(query) for query in queries)
+    replaced = tuple(tuple(numbers) for numbers in replaced_edits)
     return Header(
         editor=editor,
         settings=msgspec.json.decode(msgspec.json.encode(settings)),  # tuples become lists
         base=base_identity(model, (entry.name for entry in entries)),
         arithmetic=arithmetic,
         entries=entries,
-        edits=earlier_edits + tuple(edit_record(query) for query in queries),
+        edits=records if stack else earlier_edits + records,
+        shared_edits=earlier_edits if stack else (),
+        replaced_edits=replaced if any(replaced) else (),
         stack=stack,
         order_dependent=order_dependent,
     )

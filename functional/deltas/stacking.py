@@ -66,12 +66,16 @@ def stack(deltas: Sequence[Delta]) -> Delta:
         ),
         edits=tuple(_last_record(delta.header) for delta in deltas),
         stack=len(deltas),
+        shared_edits=(),
+        replaced_edits=(),
     )
     return Delta(header, tensors)
 
 
 def unstack(delta: Delta) -> list[Delta]:
     """Split a stacked delta into its edits, each as if made alone.
+
+    Edits that were made on top of earlier ones hold these too.
 
     Args:
         delta: A stacked delta.
@@ -106,6 +110,9 @@ def select_edits(delta: Delta, edits: Sequence[int]) -> Delta:
         entries=tuple(entry.select(edits) for entry in delta.header.entries),
         edits=tuple(delta.header.edits[number] for number in edits),
         stack=len(index),
+        replaced_edits=tuple(delta.header.replaced_edits[number] for number in edits)
+        if delta.header.replaced_edits
+        else (),
     )
     shared = _shared_tensors(delta)
     tensors = {
@@ -128,8 +135,10 @@ def _unstack_one(delta: Delta, number: int) -> Delta:
     header = msgspec.structs.replace(
         delta.header,
         entries=tuple(entry.unstack(delta.header, number) for entry in delta.header.entries),
-        edits=delta.header.edits[number : number + 1],
+        edits=delta.header.shared_edits + delta.header.edits[number : number + 1],
         stack=0,
+        shared_edits=(),
+        replaced_edits=(),
     )
     shared = _shared_tensors(delta)
     tensors = {

@@ -40,9 +40,12 @@ CASES = {
         target_modules=("layers.-1.mlp.up",), rank=3, num_steps=3, optimizer="sgd", lr=0.2
     ),
     # untrained, MEND is one step along alpha times the gradient: below zero it descends
-    "mend": MendConfig(sites=("layers.1.mlp", "layers.-1.mlp"), rank=4, edit_lr=-0.02),
+    "mend": MendConfig(
+        untrained=True, sites=("layers.1.mlp", "layers.-1.mlp"), rank=4, edit_lr=-0.02
+    ),
     # untrained, its pointer repeats the edit's answer; its own question is in scope by definition
     "serac": SeracConfig(
+        untrained=True,
         dim=32,
         num_heads=4,
         num_classifier_layers=1,
@@ -51,6 +54,7 @@ CASES = {
         key_dim=16,
     ),
     "serac-soft": SeracConfig(
+        untrained=True,
         gate="soft",
         dim=32,
         num_heads=4,
@@ -84,12 +88,15 @@ CASES = {
         num_unrelated=1,
         norm_constraint=None,
     ),
-    "mend-last": MendConfig(sites=("layers.-1.mlp",), rank=4, edit_lr=-0.02, append_eos=True),
+    "mend-last": MendConfig(
+        untrained=True, sites=("layers.-1.mlp",), rank=4, edit_lr=-0.02, append_eos=True
+    ),
 }
 # Untrained LiveEdit networks change answers at random. test_liveedit_training.py asserts that the
 # shipped ones lower the edit's loss.
-CASES["liveedit"] = LiveEditConfig(feature_dim=8, num_heads=2)
+CASES["liveedit"] = LiveEditConfig(untrained=True, feature_dim=8, num_heads=2)
 CASES["liveedit-both"] = LiveEditConfig(
+    untrained=True,
     layer=0,
     feature_dim=8,
     num_query_tokens=2,
@@ -135,11 +142,18 @@ COSTS = {
         STEPS * (LAYERS - 4) + (4 + 1) + 2,
         LAYERS - 4,
     ),
-    "mend": Cost(MendConfig(sites=("layers.-2.mlp", "layers.-1.mlp"), rank=4, edit_lr=-0.02), 2, 2),
-    "liveedit": Cost(LiveEditConfig(layer=4, feature_dim=8, num_heads=2), 1, LAYERS - 4),
+    "mend": Cost(
+        MendConfig(untrained=True, sites=("layers.-2.mlp", "layers.-1.mlp"), rank=4, edit_lr=-0.02),
+        2,
+        2,
+    ),
+    "liveedit": Cost(
+        LiveEditConfig(untrained=True, layer=4, feature_dim=8, num_heads=2), 1, LAYERS - 4
+    ),
     # rows of the base that are in the prefix cache
     "serac": Cost(
         SeracConfig(
+            untrained=True,
             dim=32,
             num_heads=4,
             num_classifier_layers=1,

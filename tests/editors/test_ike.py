@@ -241,7 +241,7 @@ def test_settings_that_can_not_be_are_refused(tiny):
         ike_editor(IkeConfig(question_template="who?", fact_template="New Fact: {prompt}"))
     with pytest.raises(InvalidSettingsError, match="must name a layer from 1 to"):
         edited(tiny, IkeConfig(encoder="base:99"), Query("who?", "bo"))
-    with pytest.raises(InvalidInputError, match="prompt and target must not be empty"):
+    with pytest.raises(InvalidInputError, match="must hold more than white space"):
         edited(tiny, PLAIN, Query("who?", " "))
     assert make_editor(configure("ike", "easyedit-k0", max_facts=2)).config.max_facts == 2
 

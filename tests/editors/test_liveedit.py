@@ -21,7 +21,7 @@ from errata.functional.header import validate_header
 from tests.parity import assert_parity
 
 SMALL = LiveEditConfig(
-    feature_dim=8, num_heads=2, num_sentinel_tokens=4, num_text_sentinel_tokens=3
+    untrained=True, feature_dim=8, num_heads=2, num_sentinel_tokens=4, num_text_sentinel_tokens=3
 )
 FAMILIES = ["llava", "qwen2_vl", "blip2", "gpt2"]
 
@@ -338,15 +338,19 @@ def test_faults_of_an_entry_are_listed():
 def test_the_layer_has_one_behind_it_and_sizes_fit():
     model = tiny("llava")
     last = model.card.num_layers - 1
-    assert resolve_edit_site(model, LiveEditConfig()).layer == min(int(last + 1) * 2 // 3, last - 1)
-    assert resolve_edit_site(model, LiveEditConfig(layer=0)).layer == 0
+    assert resolve_edit_site(model, LiveEditConfig(untrained=True)).layer == min(
+        int(last + 1) * 2 // 3, last - 1
+    )
+    assert resolve_edit_site(model, LiveEditConfig(untrained=True, layer=0)).layer == 0
     for layer in (last, last + 5):
         with pytest.raises(InvalidSettingsError, match=f"0 to {last - 1}"):
-            resolve_edit_site(model, LiveEditConfig(layer=layer))
+            resolve_edit_site(model, LiveEditConfig(untrained=True, layer=layer))
     with pytest.raises(
         InvalidSettingsError, match="5 heads must divide the slots' width 8; 5 heads"
     ):
-        liveedit_editor(LiveEditConfig(feature_dim=8, num_heads=5)).init(model, seeded())
+        liveedit_editor(LiveEditConfig(untrained=True, feature_dim=8, num_heads=5)).init(
+            model, seeded()
+        )
     published = configure("liveedit", preset="llava")
     assert (published.layer, published.feature_dim, published.rank, published.num_heads) == (
         21,

@@ -93,6 +93,7 @@ def networks_of(tensors: Mapping[str, Tensor], sentinel_text: int = 1) -> LiveEd
 def config_of(nets: LiveEditNetworks, heads: int, layer: int = 5) -> LiveEditConfig:
     slots, width = nets.edit_features.query_tokens.shape
     return LiveEditConfig(
+        untrained=True,
         layer=layer,
         num_query_tokens=slots,
         feature_dim=width,

@@ -62,7 +62,7 @@ def test_threads_take_different_rows():
 @pytest.mark.parametrize("count", [1, 12])
 def test_an_older_state_edits_as_if_no_other_had(count):
     model = adapters.from_module(*adapters.tiny_model("llama"))
-    editor = liveedit_editor(LiveEditConfig(feature_dim=8, num_heads=2))
+    editor = liveedit_editor(LiveEditConfig(untrained=True, feature_dim=8, num_heads=2))
     state = editor.init(model, torch.Generator().manual_seed(0))
     for number in range(count):
         delta, state = editor.edit(model, state, [Query(f"who is number {number}?", "bo")])

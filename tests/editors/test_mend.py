@@ -243,7 +243,7 @@ def query(number: int) -> Query:
     return Query(["who is it?", "where does it live?", "what now?"][number], "bo", (image,))
 
 
-CONFIG = MendConfig(sites=("layers.1.mlp", "layers.2.mlp"), rank=4, edit_lr=-0.05)
+CONFIG = MendConfig(untrained=True, sites=("layers.1.mlp", "layers.2.mlp"), rank=4, edit_lr=-0.05)
 
 
 def test_an_untrained_edit_is_one_step_down_the_gradient():
@@ -296,7 +296,9 @@ def test_only_scored_positions_run_where_the_last_mlp_is_edited():
         model.card, [f"{p}.weight" for p in model.card.match_linears(["layers.-1.mlp"])]
     )
     assert reach.scored_only
-    editor = mend_editor(MendConfig(sites=("layers.-1.mlp",), rank=4, edit_lr=-0.05))
+    editor = mend_editor(
+        MendConfig(untrained=True, sites=("layers.-1.mlp",), rank=4, edit_lr=-0.05)
+    )
     delta, _ = editor.edit(model, editor.init(model, torch.Generator()), [query(0)])
     scored_tokens = int((model.preprocess([query(0)]).labels != -100).sum())
     assert {entry.rank for entry in delta.header.entries} == {scored_tokens}
@@ -324,7 +326,9 @@ def test_a_state_is_read_back_or_refused(tmp_path):
 
 def test_sites_below_the_decoder_are_refused():
     with pytest.raises(UnknownSiteError, match="decoder layers"):
-        mend_editor(MendConfig(sites=("projector",))).init(tiny(), torch.Generator())
+        mend_editor(MendConfig(untrained=True, sites=("projector",))).init(
+            tiny(), torch.Generator()
+        )
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "blip2"])

@@ -33,8 +33,8 @@ SMALL = {
     "ffn_dim": 32,
     "key_dim": 16,
 }
-HARD = SeracConfig(**SMALL)
-SOFT = SeracConfig(gate="soft", **SMALL)
+HARD = SeracConfig(untrained=True, **SMALL)
+SOFT = SeracConfig(untrained=True, gate="soft", **SMALL)
 ASKED = ["who is it?", "where does it live now?", "what does it eat?", "what colour is the chair?"]
 
 
@@ -174,7 +174,7 @@ def test_deltas_above_and_below_keep_their_notes():
     """LiveEdit chooses experts at the prompt and keeps the choice, as the gate does."""
     model = tiny()
     delta, _ = edited(model, HARD, [query(0, "in a town")])
-    experts = liveedit_editor(LiveEditConfig())
+    experts = liveedit_editor(LiveEditConfig(untrained=True))
     other, _ = experts.edit(
         model, experts.init(model, torch.Generator().manual_seed(0)), [query(1)]
     )

@@ -223,7 +223,7 @@ def test_what_is_wrong_with_an_entry_is_named():
         ({"num_values": ()}, "one or more memories"),
         ({"num_values": (7,)}, "1 to 6 values"),
         ({"shape": (2,)}, "two positive sizes"),
-        ({"edit_slots": (0, 1)}, "each of the 1 edits"),
+        ({"edit_slots": (0, 1)}, "each of 1 edits"),
         ({"edit_slots": (2,)}, "memories from 0 to 1"),
     ):
         assert said in validate_header(header(msgspec.structs.replace(entry, **wrong)))[0]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, cast
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
 
-import msgspec
-
-from errata.functional.header import FLOAT_DTYPES, Entry, TensorSpec, invalid_names
+from errata.functional.header import FLOAT_DTYPES, SlotEntry, TensorSpec, invalid_names
 
 if TYPE_CHECKING:
     from errata.functional.header import Header  # noqa: TID252
@@ -21,7 +19,7 @@ Tokens of the answer are never replaced: what is generated token by token is wha
 """
 
 
-class Codebook(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="codebook"):
+class Codebook(SlotEntry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="codebook"):
     """Values that replace a linear map's output where its input is near a key.
 
     Tensors `<name>.keys` [N in], `<name>.values` [N out], `<name>.radii` [N]. With q the map's
@@ -34,7 +32,6 @@ class Codebook(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag
     checkpoint_name: str
     shape: tuple[int, ...]  # of the weight as stored
     num_keys: int
-    edit_slots: tuple[int, ...] = ()
     replacement: Replacement = "last"
     transposed: bool = False
 
@@ -52,23 +49,4 @@ class Codebook(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag
             yield f"{self.name}: the shape must be two positive sizes, is {list(self.shape)[:4]}"
         if self.num_keys < 1:
             yield f"{self.name}: there must be at least 1 key, are {self.num_keys}"
-        if len(self.edit_slots) != len(header.edits):
-            yield (
-                f"{self.name}: edit_slots must name a key for each of the {len(header.edits)} "
-                "edits, "
-                f"names {len(self.edit_slots)}"
-            )
-        elif any(not -1 <= key < self.num_keys for key in self.edit_slots):
-            yield f"{self.name}: edit_slots must be keys from 0 to {self.num_keys - 1}, or -1"
-
-    def layout(self) -> Codebook:
-        return msgspec.structs.replace(self, edit_slots=())
-
-    @classmethod
-    def stack(cls, entries: Sequence[Entry]) -> Codebook:
-        codebooks = [cast(Codebook, entry) for entry in entries]
-        edit_slots = tuple((codebook.edit_slots or (-1,))[-1] for codebook in codebooks)
-        return msgspec.structs.replace(codebooks[0], edit_slots=edit_slots)
-
-    def select(self, edits: Sequence[int]) -> Codebook:
-        return msgspec.structs.replace(self, edit_slots=tuple(self.edit_slots[k] for k in edits))
+        yield from self.slot_violations(header, self.num_keys, "key")

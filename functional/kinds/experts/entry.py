@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, cast
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
 
-import msgspec
-
-from errata.functional.header import FLOAT_DTYPES, Entry, TensorSpec, invalid_names
+from errata.functional.header import FLOAT_DTYPES, SlotEntry, TensorSpec, invalid_names
 
 if TYPE_CHECKING:
     from errata.functional.header import Header  # noqa: TID252
@@ -18,7 +16,7 @@ RoutingInput = Literal["query", "query_and_vision"]
 """By which features chosen experts are weighed: the query's, or the query's and the vision's."""
 
 
-class Experts(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="experts"):
+class Experts(SlotEntry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="experts"):
     """Low-rank experts added to a decoder layer's output, routed by a row's prompt and image.
 
     Each of the N experts has keys `vision_keys` [N SK+2] and `query_keys` [N SK] ([N 2SK] with
@@ -39,7 +37,6 @@ class Experts(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     num_heads: int  # H, of the cross-attentions that read features
     num_sentinel_tokens: int  # tokens of the sentinel image
     num_text_sentinel_tokens: int  # tokens of the sentinel of rows without an image
-    edit_slots: tuple[int, ...] = ()
     routing_input: RoutingInput = "query"
     top_k: int = 0  # experts of one row, the heaviest; 0: all that are chosen
 
@@ -97,26 +94,8 @@ class Experts(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
             yield f"{self.name}: {self.num_heads} num_heads must divide the feature_dim {self.feature_dim}"  # noqa: E501
         if self.top_k < 0:
             yield f"{self.name}: top_k must be 0 or more, is {self.top_k}"
-        if len(self.edit_slots) != len(header.edits):
-            yield (
-                f"{self.name}: edit_slots must name an expert for each of the {len(header.edits)} "
-                f"edits, names {len(self.edit_slots)}"
-            )
-        elif any(not -1 <= expert < self.num_experts for expert in self.edit_slots):
-            yield f"{self.name}: edit_slots must be experts from 0 to {self.num_experts - 1}, or -1"
+        yield from self.slot_violations(header, self.num_experts, "expert")
 
     def shared_tensors(self) -> frozenset[str]:
         per_edit = {f"{self.name}.{part}" for part in ("vision_keys", "query_keys", "down", "up")}
         return frozenset(self.tensor_specs()) - per_edit
-
-    def layout(self) -> Experts:
-        return msgspec.structs.replace(self, edit_slots=())
-
-    @classmethod
-    def stack(cls, entries: Sequence[Entry]) -> Experts:
-        pools = [cast(Experts, entry) for entry in entries]
-        edit_slots = tuple((pool.edit_slots or (-1,))[-1] for pool in pools)
-        return msgspec.structs.replace(pools[0], edit_slots=edit_slots)
-
-    def select(self, edits: Sequence[int]) -> Experts:
-        return msgspec.structs.replace(self, edit_slots=tuple(self.edit_slots[k] for k in edits))

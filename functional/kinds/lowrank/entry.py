@@ -28,6 +28,7 @@ class LowRank(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     shape: tuple[int, ...]  # of the parameter as stored
     rank: int
     edit_ranks: tuple[int, ...] = ()
+    shared_ranks: tuple[int, ...] = ()  # stacked: the first rows belong to these shared edits
     transposed: bool = False
 
     def is_weight_change(self) -> bool:
@@ -46,6 +47,15 @@ class LowRank(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
             yield f"{self.name}: the shape must be two positive sizes, is {list(self.shape)[:4]}"
         if self.rank < 1:
             yield f"{self.name}: the rank must be at least 1, is {self.rank}"
+        if self.shared_ranks and len(self.shared_ranks) != len(header.shared_edits):
+            yield (
+                f"{self.name}: shared_ranks must name a number of rows for each of the "
+                f"{len(header.shared_edits)} shared edits, names {len(self.shared_ranks)}"
+            )
+        elif self.shared_ranks and not (
+            min(self.shared_ranks) >= 0 and sum(self.shared_ranks) <= self.rank
+        ):
+            yield f"{self.name}: shared_ranks must be counts of at most {self.rank} rows"
         if not self.edit_ranks:
             return
         if header.stack:
@@ -59,11 +69,11 @@ class LowRank(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
             yield f"{self.name}: edit_ranks must be counts that add up to the rank {self.rank}"
 
     def layout(self) -> LowRank:
-        return msgspec.structs.replace(self, edit_ranks=())
+        return msgspec.structs.replace(self, edit_ranks=(), shared_ranks=())
 
     def unstack(self, header: Header, edit: int) -> LowRank:
-        return (
-            self
-            if header.order_dependent
-            else msgspec.structs.replace(self, edit_ranks=(self.rank,))
-        )
+        if header.order_dependent and not self.shared_ranks:
+            return self
+        own_rank = self.rank - sum(self.shared_ranks)
+        edit_ranks = (*self.shared_ranks, own_rank)
+        return msgspec.structs.replace(self, edit_ranks=edit_ranks, shared_ranks=())

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, cast
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
 
-import msgspec
-
-from errata.functional.header import FLOAT_DTYPES, Entry, TensorSpec, invalid_names
+from errata.functional.header import FLOAT_DTYPES, SlotEntry, TensorSpec, invalid_names
 
 if TYPE_CHECKING:
     from errata.functional.header import Header  # noqa: TID252
@@ -29,7 +27,7 @@ easyedit  the mean, or of prompts of more than 100 tokens the largest (EasyEdit'
 """
 
 
-class Masked(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="masked"):
+class Masked(SlotEntry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="masked"):
     """Changes D_m of one linear map, zero outside a mask; each row uses one of them or none.
 
     Tensors `<name>.mask` [M, ceil(out*in/8)] of bytes: bit i % 8 (lowest first) of byte i // 8 is
@@ -43,7 +41,6 @@ class Masked(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="
     checkpoint_name: str
     shape: tuple[int, ...]  # of the weight as stored
     num_values: tuple[int, ...]  # bits set in the mask of each memory
-    edit_slots: tuple[int, ...] = ()
     activation: Activation = "silu"
     gate_statistic: GateStatistic = "mean"
     transposed: bool = False
@@ -73,22 +70,4 @@ class Masked(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="
         max_values = self.shape[0] * self.shape[1]
         if not self.num_values or not all(1 <= count <= max_values for count in self.num_values):
             yield f"{self.name}: each of one or more memories must have 1 to {max_values} values"
-        if len(self.edit_slots) != len(header.edits):
-            yield (
-                f"{self.name}: edit_slots must name a memory for each of the {len(header.edits)} "
-                f"edits, names {len(self.edit_slots)}"
-            )
-        elif any(not -1 <= memory < len(self.num_values) for memory in self.edit_slots):
-            yield f"{self.name}: edit_slots must be memories from 0 to {len(self.num_values) - 1}, or -1"  # noqa: E501
-
-    def layout(self) -> Masked:
-        return msgspec.structs.replace(self, edit_slots=())
-
-    @classmethod
-    def stack(cls, entries: Sequence[Entry]) -> Masked:
-        masked_entries = [cast(Masked, entry) for entry in entries]
-        edit_slots = tuple((entry.edit_slots or (-1,))[-1] for entry in masked_entries)
-        return msgspec.structs.replace(masked_entries[0], edit_slots=edit_slots)
-
-    def select(self, edits: Sequence[int]) -> Masked:
-        return msgspec.structs.replace(self, edit_slots=tuple(self.edit_slots[k] for k in edits))
+        yield from self.slot_violations(header, len(self.num_values), "memory")

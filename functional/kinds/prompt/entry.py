@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import msgspec
 
-from errata.functional.header import FLOAT_DTYPES, ActsOn, Entry, TensorSpec, invalid_names
+from errata.functional.header import (
+    FLOAT_DTYPES,
+    ActsOn,
+    Entry,
+    SlotEntry,
+    TensorSpec,
+    invalid_names,
+)
 
 if TYPE_CHECKING:
     from errata.functional.header import Header  # noqa: TID252
@@ -26,7 +33,7 @@ DemonstrationOrder = Literal["nearest-last", "nearest-first"]
 _PATH = re.compile(r"[/~\\\\]|[A-Za-z]:[\\\\/]|file:", re.ASCII)
 
 
-class Prompt(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="prompt"):
+class Prompt(SlotEntry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="prompt"):
     """Texts prepended to a question: the facts that match it, and demonstrations of their use.
 
     Tensors of a memory of N facts: `<name>.question_keys` [N d], unit keys of their questions;
@@ -48,7 +55,6 @@ class Prompt(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="
     shape: tuple[int, ...]
     facts: tuple[str, ...] = ()
     num_facts: int  # N, of each memory
-    edit_slots: tuple[int, ...] = ()
     question_template: str = "{question}"  # how the question follows
     encoder: str  # of questions: see `adapters/inputs/sentence_encoders.py`
     key_size: int  # d
@@ -138,16 +144,10 @@ class Prompt(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="
         scheme, _, rest = self.encoder.partition(":")
         if _PATH.match(scheme) or _PATH.match(rest) or ".." in rest:
             yield f"{name}: the encoder must be a name, no path of someone's machine"
-        if len(self.edit_slots) != len(header.edits):
-            yield (
-                f"{name}: edit_slots must name a fact for each of the {len(header.edits)} edits, "
-                f"names {len(self.edit_slots)}"
-            )
-        elif any(not -1 <= fact < self.num_facts for fact in self.edit_slots):
-            yield f"{name}: edit_slots must be facts from 0 to {self.num_facts - 1}, or -1"
+        yield from self.slot_violations(header, self.num_facts, "fact")
 
     def layout(self) -> Prompt:
-        return msgspec.structs.replace(self, facts=(), edit_slots=())
+        return msgspec.structs.replace(self, facts=(), edit_slots=(), shared_slots=())
 
     @classmethod
     def stack(cls, entries: Sequence[Entry]) -> Prompt:
@@ -156,6 +156,7 @@ class Prompt(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="
             memories[0],
             facts=tuple(fact for memory in memories for fact in memory.facts),
             edit_slots=tuple((memory.edit_slots or (-1,))[-1] for memory in memories),
+            shared_slots=(),
         )
 
     def select(self, edits: Sequence[int]) -> Prompt:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, cast
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from errata.functional.header import FLOAT_DTYPES, ActsOn, Entry, TensorSpec, invalid_names
+from errata.functional.header import FLOAT_DTYPES, ActsOn, SlotEntry, TensorSpec, invalid_names
 
 if TYPE_CHECKING:
     from errata.functional.header import Header  # noqa: TID252
@@ -71,7 +71,7 @@ class NetworkSizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             yield f"the dim {self.dim} must be a multiple of the {self.num_heads} heads"
 
 
-class Scope(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="scope"):
+class Scope(SlotEntry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="scope"):
     """Another answer where a question is in the scope of a remembered edit.
 
     Tensors `<name>.keys` [N 2K] and, padded at the end with rows of zeros,
@@ -89,7 +89,6 @@ class Scope(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="s
     num_slots: int
     max_answer_tokens: int
     max_prompt_tokens: int
-    edit_slots: tuple[int, ...] = ()
     gate: Gate = "hard"
     threshold: float = 0.5  # of a hard gate
 
@@ -130,23 +129,4 @@ class Scope(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="s
             )
         if not (math.isfinite(self.threshold) and 0 <= self.threshold <= 1):
             yield f"{self.name}: the threshold must lie from 0 to 1, is {self.threshold}"
-        if len(self.edit_slots) != len(header.edits):
-            yield (
-                f"{self.name}: edit_slots must name a slot for each of the {len(header.edits)} "
-                "edits, "
-                f"names {len(self.edit_slots)}"
-            )
-        elif any(not -1 <= slot < self.num_slots for slot in self.edit_slots):
-            yield f"{self.name}: edit_slots must be slots from 0 to {self.num_slots - 1}, or -1"
-
-    def layout(self) -> Scope:
-        return msgspec.structs.replace(self, edit_slots=())
-
-    @classmethod
-    def stack(cls, entries: Sequence[Entry]) -> Scope:
-        scopes = [cast(Scope, entry) for entry in entries]
-        edit_slots = tuple((scope.edit_slots or (-1,))[-1] for scope in scopes)
-        return msgspec.structs.replace(scopes[0], edit_slots=edit_slots)
-
-    def select(self, edits: Sequence[int]) -> Scope:
-        return msgspec.structs.replace(self, edit_slots=tuple(self.edit_slots[k] for k in edits))
+        yield from self.slot_violations(header, self.num_slots, "slot")

@@ -412,6 +412,6 @@ def _run_layers(
 def _position_encoding(index: Tensor, dim: int) -> Tensor:
     """Sines and cosines of positions: [...] -> [... width]."""
     half = (dim + 1) // 2
-    rates = torch.exp(-torch.arange(half, device=index.device, dtype=torch.int64) * (6.0 / half))
+    rates = torch.exp(-torch.arange(half, device=index.device, dtype=torch.float32) * (6.0 / half))
     angles = index[..., None] * rates
     return torch.cat([angles.sin(), angles.cos()], -1)[..., :dim]

@@ -27,7 +27,7 @@ from errata.functional.binding.bound_model import bind
 from errata.functional.errors import InvalidInputError
 from errata.functional.gradients.losses import kl, nll
 
-MEND = MendConfig(sites=("layers.-1.mlp",), rank=4, edit_lr=-1e-2)
+MEND = MendConfig(untrained=True, sites=("layers.-1.mlp",), rank=4, edit_lr=-1e-2)
 SHORT = TrainingConfig(
     num_steps=6,
     batch_size=2,
