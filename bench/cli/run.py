@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from errata.functional.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from errata.bench.storage.results_log import ResultRow
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -23,7 +27,9 @@ def _run(options: argparse.Namespace) -> None:
 
     text = options.file.read_text()
     folder = run(settings, text, overwrite=options.overwrite, profile=options.profile)
-    print(tables.table(read_rows(folder)))
+    rows = read_rows(folder)
+    print(tables.table(rows))
+    _print_diverged(rows)
     _print_skipped(folder)
     if options.profile:
         print(f"\n{timing.timing_table(folder)}")
@@ -51,7 +57,15 @@ def _report(options: argparse.Namespace) -> None:
     else:
         print(tables.table(rows, options.format))
         if options.format == "terminal":
+            _print_diverged(rows)
             _print_skipped(options.run)
+
+
+def _print_diverged(rows: list[ResultRow]) -> None:
+    for model, editor in sorted({(row.model, row.editor) for row in rows if row.fault}):
+        leg = [row for row in rows if (row.model, row.editor) == (model, editor)]
+        cases = {row.case for row in leg if row.fault}
+        print(f"\n{model}, {editor}: {len(cases)} edit(s) diverged; the base's answers count")
 
 
 def _print_skipped(folder: Path) -> None:

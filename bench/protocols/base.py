@@ -27,9 +27,11 @@ from errata.bench.evaluation.questions import (
     questions_of,
 )
 from errata.bench.storage.results_log import ProbeAnswer
-from errata.functional import Case, Delta, Model, Query
+from errata.functional import Case, Delta, Editor, Model, Query
 from errata.functional.binding.bound_model import bind
-from errata.functional.forward.prefix import delta_depth
+from errata.functional.errors import EditDivergedError
+from errata.functional.forward.prefix import EditDepth, delta_depth
+from errata.functional.types import State
 
 __all__ = ["Result", "Step"]
 
@@ -54,6 +56,7 @@ class Result(NamedTuple):
     kl: float | None = None
     generation_unchanged: bool | None = None
     ppl_r: float | None = None
+    fault: str = ""  # why the edit was not made; the answers are then the base's
 
 
 class Step(NamedTuple):
@@ -76,6 +79,7 @@ class _EvaluatedCase(NamedTuple):
     evaluated_at: EvaluatedAt = "after_edit"
     gap: int = 0
     edit_index: int = 0  # number in a stacked delta
+    fault: str = ""  # why its edit was not made
 
 
 class _Stopwatch:
@@ -96,6 +100,16 @@ class _Stopwatch:
         return spent
 
 
+def _edit_next(
+    editor: Editor, model: Model, state: State, case: Case, delta: Delta | None
+) -> tuple[Delta | None, State, str]:
+    """The next edit of a sequence; one that diverges leaves the sequence as it was."""
+    try:
+        return (*editor.edit(model, state, [case.edit]), "")
+    except EditDivergedError as error:
+        return delta, state, str(error)
+
+
 def _load_base_rows(base_pass: SharedBasePass | None, numbers: Collection[int]) -> None:
     if base_pass:
         base_pass.load(numbers)
@@ -103,13 +117,14 @@ def _load_base_rows(base_pass: SharedBasePass | None, numbers: Collection[int]) 
 
 def _evaluate_cases(
     model: Model,
-    delta: Delta,
+    delta: Delta | None,
     evaluated: Sequence[_EvaluatedCase],
     evaluation_config: EvaluationConfig,
     base_pass: SharedBasePass | None,
 ) -> list[Result]:
-    """All probes of these cases, in order: case, probe, index, scorer."""
-    edited_model, depth = bind(model, delta), delta_depth(model, delta)
+    """All probes of these cases, in order: case, probe, index, scorer. No delta: the base's."""
+    edited_model = model if delta is None else bind(model, delta)
+    depth = EditDepth() if delta is None else delta_depth(model, delta)
     pairs: list[tuple[tuple[_EvaluatedCase, str, int, Query], ProbeResult]] = []
     numbers = [one.case_number for one in evaluated]
     for span in base_pass.block_slices(numbers) if base_pass else [slice(None)]:
@@ -140,6 +155,7 @@ def _evaluate_cases(
             got.kl,
             got.generation_unchanged,
             got.ppl_r,
+            one.fault,
         )
         for (one, probe, index, query), got in pairs
         for scorer in got.scores

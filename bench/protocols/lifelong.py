@@ -13,6 +13,7 @@ from errata.bench.evaluation.questions import EvaluationConfig, _name_failing_ca
 from errata.bench.protocols.base import (
     Step,
     _device,
+    _edit_next,
     _evaluate_cases,
     _EvaluatedCase,
     _load_base_rows,
@@ -73,18 +74,24 @@ def run_lifelong(
             with _name_failing_case(model, cases[k : k + 1]):
                 _load_base_rows(base_pass, [k])
                 with section("edit"):
-                    delta, state = editor.edit(model, state, [cases[k].edit])
+                    delta, state, fault = _edit_next(editor, model, state, cases[k], delta)
             edit_seconds = stopwatch.lap()
             if k < first_pending:
                 continue
             results = []
             if k + 1 in evaluated_counts:
                 chosen = _evenly_spaced(k + 1, max_evaluated)
-                evaluated = [_EvaluatedCase(n, cases[n], "after_length", k + 1) for n in chosen]
+                evaluated = [
+                    _EvaluatedCase(
+                        n, cases[n], "after_length", k + 1, fault=fault if n == k else ""
+                    )
+                    for n in chosen
+                ]
                 results = _evaluate_cases(model, delta, evaluated, evaluation_config, base_pass)
-        named_deltas = {f"edits-{k + 1:05d}": delta} if k + 1 in evaluated_counts else {}
+        is_saved = delta is not None and k + 1 in evaluated_counts
+        named_deltas = {f"edits-{k + 1:05d}": delta} if is_saved else {}
         yield Step((k,), 1, results, named_deltas, edit_seconds, stopwatch.lap(), peak.bytes)
-        if checkpoint:  # only now: a caller that asks for more has stored the step
+        if checkpoint and delta:  # only now: a caller that asks for more has stored the step
             checkpoint.save(0, SequenceCheckpoint(k + 1, state, delta))
 
 

@@ -13,6 +13,7 @@ from errata.bench.evaluation.questions import EvaluationConfig, _name_failing_ca
 from errata.bench.protocols.base import (
     Step,
     _device,
+    _edit_next,
     _evaluate_cases,
     _EvaluatedCase,
     _load_base_rows,
@@ -84,11 +85,11 @@ def run_sequential(
                 with _name_failing_case(model, members[k : k + 1]):
                     _load_base_rows(base_pass, [start + k])
                     with section("edit"):
-                        delta, state = editor.edit(model, state, [members[k].edit])
+                        delta, state, fault = _edit_next(editor, model, state, members[k], delta)
                 edit_seconds = stopwatch.lap()
                 if k < first_pending:
                     continue
-                evaluated = [_EvaluatedCase(start + k, members[k])]
+                evaluated = [_EvaluatedCase(start + k, members[k], fault=fault)]
                 evaluated += [
                     _EvaluatedCase(start + k - g, members[k - g], "after_gap", g)
                     for g in gaps
@@ -96,9 +97,9 @@ def run_sequential(
                 ]
                 results = _evaluate_cases(model, delta, evaluated, evaluation_config, base_pass)
             yield Step((first + k,), 1, results, {}, edit_seconds, stopwatch.lap(), peak.bytes)
-            if checkpoint:  # only now: a caller that asks for more has stored the step
+            if checkpoint and delta:  # only now: a caller that asks for more has stored the step
                 checkpoint.save(start, SequenceCheckpoint(k + 1, state, delta))
-        if delta is not None:
+        if delta is not None or begin < len(members):
             stopwatch = _Stopwatch(device)
             with measure_peak(device) as peak:
                 last_index = len(members) - 1
@@ -107,5 +108,5 @@ def run_sequential(
                     for k, c in enumerate(members)
                 ]
                 results = _evaluate_cases(model, delta, evaluated, evaluation_config, base_pass)
-            named_deltas = {f"group-{group_number:04d}": delta}
+            named_deltas = {f"group-{group_number:04d}": delta} if delta else {}
             yield Step((last,), 0, results, named_deltas, 0.0, stopwatch.lap(), peak.bytes)

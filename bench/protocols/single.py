@@ -22,7 +22,9 @@ from errata.bench.protocols.base import (
 from errata.bench.storage.checkpoint import CheckpointFile
 from errata.functional import Case, Delta, Editor, Model
 from errata.functional.deltas.stacking import unstack
+from errata.functional.errors import EditDivergedError
 from errata.functional.forward.prefix import delta_depth
+from errata.functional.types import State
 
 __all__ = ["run_single"]
 
@@ -84,22 +86,27 @@ def run_single(
             with _name_failing_case(model, chunk):
                 _load_base_rows(base_pass, numbers)
                 with section("edit"):
-                    delta = editor.edit_each(model, state, [case.edit for case in chunk])
+                    delta, indices, faults = _edit_each(editor, model, state, chunk)
             edit_seconds = stopwatch.lap()
             if not size:
-                size = _num_parallel_edits(
-                    model, delta, cases, evaluation_config.memory_bytes, base_pass
+                size = (
+                    _num_parallel_edits(
+                        model, delta, cases, evaluation_config.memory_bytes, base_pass
+                    )
+                    if delta
+                    else MAX_PARALLEL_EDITS
                 )
                 chunks = _chunks([n for n in pending if n > 0], size)
             results = []
             if is_pending:
                 evaluated = [
-                    _EvaluatedCase(n, case, edit_index=e)
+                    _EvaluatedCase(n, case, edit_index=indices.get(e, -1), fault=faults.get(e, ""))
                     for e, (n, case) in enumerate(zip(numbers, chunk))
                 ]
                 results = _evaluate_cases(model, delta, evaluated, evaluation_config, base_pass)
         if is_pending:
-            named_deltas = {f"case-{n:05d}": one for n, one in zip(numbers, unstack(delta))}
+            deltas = unstack(delta) if delta else []
+            named_deltas = {f"case-{numbers[e]:05d}": deltas[row] for e, row in indices.items()}
             yield Step(
                 tuple(numbers),
                 len(chunk),
@@ -109,6 +116,22 @@ def run_single(
                 stopwatch.lap(),
                 peak.bytes,
             )
+
+
+def _edit_each(
+    editor: Editor, model: Model, state: State, chunk: Sequence[Case]
+) -> tuple[Delta | None, dict[int, int], dict[int, str]]:
+    """Edit all cases that do not diverge: their delta, its edit of each, and why others failed."""
+    left, faults = list(range(len(chunk))), {}
+    while left:
+        try:
+            delta = editor.edit_each(model, state, [chunk[e].edit for e in left])
+            return delta, {e: row for row, e in enumerate(left)}, faults
+        except EditDivergedError as error:
+            diverged = [left[row] for row in error.edits if row < len(left)] or left
+            faults |= dict.fromkeys(diverged, str(error))
+            left = [e for e in left if e not in diverged]
+    return None, {}, faults
 
 
 def _chunks(numbers: Sequence[int], size: int) -> list[list[int]]:

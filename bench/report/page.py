@@ -71,11 +71,16 @@ def write_page(
         folder and folder / "thumbnails",
         title=title or tomllib.loads(settings).get("title") or cases or "errata",
         setting=(benchmark, template),
-        facts=([cases] if cases else []) + _skip_facts(folder),
+        facts=([cases] if cases else []) + _skip_facts(folder) + _diverged_facts(rows),
         costs=_edit_costs(folder) if folder else [],
     )
     with atomic_write(Path(path)) as file:
         file.write(page.encode())
+
+
+def _diverged_facts(rows: Iterable[ResultRow]) -> list[str]:
+    cases = {(row.model, row.editor, row.case) for row in rows if row.fault}
+    return [f"{len(cases)} edit(s) diverged: their answers are the base's"] if cases else []
 
 
 def _skip_facts(folder: Path | None) -> list[str]:

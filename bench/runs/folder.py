@@ -62,6 +62,7 @@ def _result_row(result: Result, leg: LegKey, identity: str, seed: int) -> Result
         kl=result.kl,
         generation_unchanged=result.generation_unchanged,
         ppl_r=result.ppl_r,
+        fault=result.fault,
         versions=versions(),
     )
 

@@ -177,7 +177,7 @@ class _Run:
             return
         model = None
         cases = self._cases
-        if self._settings.on_fault == "skip":
+        if self._settings.unreadable_cases == "skip":
             skipped = SkippedCases(self._folder, model_settings.label, legs[0].parts, cases)
             if not skipped.known:
                 model = self._open(model_settings)

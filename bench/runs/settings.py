@@ -131,7 +131,10 @@ class EditorSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def label(self) -> str:
-        return self.name or self.type
+        """The name in results. One with random weights says so."""
+        label = self.name or self.type
+        is_untrained = self.settings.get("untrained") or self.preset == "untrained"
+        return f"{label} (untrained)" if is_untrained and "untrained" not in label else label
 
 
 class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -148,7 +151,9 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         "1 GiB"  # what a batch of edits or probes may take in addition to the model
     )
     num_threads: Natural = 0  # of torch; 0: as it comes, and when resuming as in the first start
-    on_fault: Literal["error", "skip"] = "error"  # what to do with a case the model cannot read
+    unreadable_cases: Literal["error", "skip"] = (
+        "error"  # what to do with a case the model cannot read
+    )
     save_deltas: bool = True  # write one file per edit (single) or group (sequential)
     num_thumbnails: Natural = 24  # cases whose images are kept for the report
     cases: CaseSource = WorldCases()

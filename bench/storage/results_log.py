@@ -94,6 +94,7 @@ class ResultRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ppl_r: float | None = (
         None  # edits: PPL(x | q, x*) / PPL(q, x*) of the text x generated after x*
     )
+    fault: str = ""  # why the edit was not made; `after` is then the base's answer
     versions: str
     seconds: float | None = None  # its share of the unit's; not in the results file, see above
     peak_bytes: int | None = None  # the unit's

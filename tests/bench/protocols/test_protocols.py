@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from PIL import Image
@@ -10,6 +12,7 @@ from errata.bench.evaluation.questions import (
     EvaluationConfig,
     questions_of,
 )
+from errata.bench.protocols.lifelong import run_lifelong
 from errata.bench.protocols.sequential import run_sequential
 from errata.bench.protocols.single import run_single
 from errata.bench.storage.checkpoint import CheckpointFile
@@ -18,6 +21,7 @@ from errata.editors.finetune import FinetuneConfig
 from errata.editors.lora import LoraConfig
 from errata.functional import Case, Model, Query
 from errata.functional.binding.bound_model import bind
+from errata.functional.errors import EditDivergedError
 from errata.functional.metrics.conventions import get_scorer
 from errata.functional.metrics.readout import read_out
 from errata.functional.metrics.scorers import exact_match, mean_nll, score_probe, token_accuracy
@@ -132,6 +136,49 @@ def test_finished_steps_are_left_out_and_the_rest_is_the_same(llava):
         assert [step.results for step in rest] == [
             step.results for step in whole if not done & {*step.units}
         ]
+
+
+@pytest.mark.parametrize("bad", [{1}, {0}, {0, 1, 2, 3, 4}])
+def test_an_edit_that_diverged_is_marked_and_counts_as_not_made(llava, bad):
+    """Its case keeps the base's answers; all others are as if it had not been asked."""
+    editor = make_editor(EDITORS["last-mlp"])
+    broken = [CASES[n].edit for n in bad]
+
+    def check(queries):
+        hit = [n for n, query in enumerate(queries) if any(query is one for one in broken)]
+        if hit:
+            raise EditDivergedError("finetune", hit, len(queries))
+
+    def edit_each(model, state, queries):
+        check(queries)
+        return editor.edit_each(model, state, queries)
+
+    def edit(model, state, queries):
+        check(queries)
+        return editor.edit(model, state, queries)
+
+    faulty = editor._replace(edit=edit, edit_each=edit_each)
+    results = [r for s in run_single(llava, faulty, CASES, TERMS) for r in s.results]
+    assert {r.case_number for r in results if r.fault} == bad
+    assert all("diverged" in r.fault for r in results if r.case_number in bad)
+    for r in results:
+        if r.fault:
+            assert (r.before.text, r.before.accuracy) == (r.after.text, r.after.accuracy)
+    for run in (
+        partial(run_sequential, sequence_length=5),
+        partial(run_lifelong, eval_after=(1, 2, 5)),
+    ):
+        steps = list(run(llava, faulty, CASES, TERMS))
+        assert len({n for step in steps for n in step.units}) == sum(len(s.units) for s in steps)
+        asked = [r for s in steps for r in s.results if r.fault]
+        assert {r.case_number for r in asked} <= bad
+    good = editor.edit(
+        llava, editor.init(llava, torch.Generator().manual_seed(0)), [CASES[3].edit]
+    )[0]
+    if bad == {0, 1, 2, 3, 4}:
+        assert not any(step.deltas for step in steps)
+    else:
+        assert good.tensors.keys() == next(iter(steps[-1].deltas.values())).tensors.keys()
 
 
 def test_a_small_budget_makes_small_batches_and_the_same_answers(llava):
