@@ -22,8 +22,19 @@ __all__ = [
 ]
 
 
+MAX_MESSAGE_CHARS = 2000
+
+
 class ErrataError(Exception):
-    """Anything errata refuses to do; the message is one sentence a user can act on."""
+    """Anything errata refuses to do; the message is one sentence a user can act on.
+
+    Args:
+        message: The sentence. What is over 2,000 characters is cut.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        is_long = len(message) > MAX_MESSAGE_CHARS
+        super().__init__(f"{message[: MAX_MESSAGE_CHARS - 4]} ..." if is_long else message)
 
 
 class InvalidInputError(ErrataError):

@@ -125,6 +125,10 @@ def content_id(image: Image) -> str:
     upright = image if transpose is None else image.transpose(transpose)
     if upright.mode == "P" and "transparency" in upright.info:
         upright = upright.convert("RGBA")  # Pillow warns on the direct way
+    if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
+        # converting these to RGB would clip them: two images could get one name
+        head = f"{upright.mode} {upright.size[0]}x{upright.size[1]} ".encode()
+        return hashlib.sha256(head + upright.tobytes()).hexdigest()
     upright = upright.convert("RGB")
     head = f"RGB {upright.size[0]}x{upright.size[1]} ".encode()
     return hashlib.sha256(head + upright.tobytes()).hexdigest()

@@ -6,10 +6,21 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["IMAGE_PLACEHOLDER", "Case", "EncodedImage", "Image", "Query", "encoded_image"]
+__all__ = [
+    "IMAGE_PLACEHOLDER",
+    "VIDEO_PLACEHOLDER",
+    "Case",
+    "EncodedImage",
+    "Image",
+    "Query",
+    "encoded_image",
+]
 
 IMAGE_PLACEHOLDER = "<image>"
 """Marks the place of an image in a prompt."""
+
+VIDEO_PLACEHOLDER = "<video>"
+"""Marks the place of the video in a prompt; `<image>` does too."""
 
 Image = Any
 """A PIL image, a path, an `EncodedImage`, or an object with `.load() -> PIL.Image` and

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.adapters.inputs.images import content_id, open_image
+from errata.adapters.inputs.images import content_id
 from errata.adapters.inputs.prompt_format import (
     PromptTemplate,
     answer_separator,
@@ -22,7 +22,15 @@ from errata.adapters.inputs.prompt_format import (
     scored_tokens,
     split_template,
 )
-from errata.adapters.inputs.validation import validate_all, validate_query
+from errata.adapters.inputs.validation import (
+    describe_images,
+    name_query,
+    open_images,
+    refuse_special_tokens,
+    special_tokens_of,
+    validate_all,
+    validate_query,
+)
 from errata.adapters.inputs.vision_inputs import ProcessorParts
 from errata.functional import IGNORE_INDEX, Inputs, ModelCard, Query
 from errata.functional.errors import InvalidInputError, UnsupportedModelError, join_messages
@@ -44,6 +52,7 @@ class HFQueryProcessor:
             )
         self.lock = threading.Lock()
         self.special_tokens = tuple(tokenizer.get_added_vocab())
+        self.refused_in_targets = special_tokens_of(tokenizer)
         self.answer_suffix = answer_suffix(template, tokenizer)
         self.eos_suffix = self.answer_suffix or tokenizer.eos_token or ""
 
@@ -103,7 +112,9 @@ class HFQueryProcessor:
 
     def _open_images(self, query: Query) -> list[Any]:
         validate_query(query, self.card)
-        return [open_image(image) for image in query.images]
+        if not self.template.special_targets:
+            refuse_special_tokens(query.target, self.refused_in_targets)
+        return open_images(query.images, [])
 
     def _validate_length(self, length: int) -> None:
         if length > self.card.max_positions:
@@ -191,9 +202,12 @@ class HFQueryProcessor:
                     add_special_tokens=starts and self.template.add_bos,
                     **vision_arguments,
                 )
-        except (ValueError, TypeError, IndexError, KeyError, NotImplementedError) as error:
+        except Exception as error:  # a processor has many ways to say no
+            self._name_refused_query(texts, queries, opened_images, error)
+            reason = " ".join(str(error).split())[:300]
             raise InvalidInputError(
-                f"{type(self.parts.processor).__name__} must take this batch and refuses: {error}. "
+                f"{type(self.parts.processor).__name__} must take this batch and refuses: "
+                f"{type(error).__name__}: {reason}. "
                 "If some rows have images and some none, read them apart."
             ) from error
         missing = {"input_ids", "attention_mask", "offset_mapping"} - set(out)
@@ -202,6 +216,32 @@ class HFQueryProcessor:
                 f"{type(self.parts.processor).__name__} must give {', '.join(sorted(missing))}."
             )
         return {name: value for name, value in out.items() if isinstance(value, Tensor)}
+
+    def _name_refused_query(
+        self,
+        texts: list[str],
+        queries: Sequence[Query],
+        opened_images: Sequence[list[Any]],
+        error: Exception,
+    ) -> None:
+        """Raise for the queries that the processor refuses alone, if there are such."""
+        if len(queries) == 1:
+            names = describe_images(queries[0].images) or "the text"
+            reason = " ".join(str(error).split())[:300]
+            short = InvalidInputError(
+                f"{names} of this query cannot be read ({type(error).__name__}: {reason})"
+            )
+            raise InvalidInputError(f"{name_query(0, queries[0], short)}.") from error
+        wrong = []
+        for number, query in enumerate(queries):
+            one = slice(number, number + 1)
+            try:
+                self._run_processor(texts[one], queries[one], opened_images[one])
+            except InvalidInputError as own:
+                message = str(own).partition(": ")[2].rstrip(".")
+                wrong.append(name_query(number, query, InvalidInputError(message)))
+        if wrong:
+            raise InvalidInputError(f"{join_messages(wrong)}.") from error
 
     def _image_mask(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         image_mask = torch.zeros_like(attention_mask)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import functools
 import io
 import os
+import stat
 from pathlib import Path
 
+import numpy as np
 from PIL import Image as PILImage
 from PIL import ImageOps, UnidentifiedImageError
 
@@ -25,25 +27,59 @@ ALLOWED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000
 """What is opened. Pillow knows more; some of those run other programs."""
 
 
+_PLAIN_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
+_PLAIN_MODES |= {"HSV"}
+"""Modes of 8 bits per channel, which Pillow converts without loss of range."""
+
+
 def _to_rgb(image: PILImage.Image) -> PILImage.Image:
+    """Upright and in RGB. Greys of other ranges are scaled to 0..255:
+
+    16-bit modes and integers above 255 by 1/257, floats of at most 1 by 255; integers and floats
+    of 0 to 255 are taken as they are. Other ranges have no meaning here.
+    """
+    if 0 in image.size:
+        raise InvalidInputError(
+            f"an image must have pixels, and is {image.size[0]} x {image.size[1]}."
+        )
+    image.load()  # a truncated or closed image says so here
     image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _scaled_grey(image)
+    if image.mode not in _PLAIN_MODES:
+        raise InvalidInputError(
+            f"an image must be grey, RGB, CMYK, YCbCr or HSV, and its mode is {image.mode!r}: "
+            "convert it to RGB."
+        )
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns on the direct way
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def _scaled_grey(image: PILImage.Image) -> PILImage.Image:
+    values = np.asarray(image).astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and high > 255)
+    top = 65_535.0 if is_16_bit else 1.0 if image.mode == "F" and high <= 1 else 255.0
+    if not (low >= 0 and high <= top):  # NaN too
+        raise InvalidInputError(
+            f"an image of mode {image.mode!r} must have values from 0 to 255, of 16 bits, or "
+            f"floats from 0 to 1; its are from {low:g} to {high:g}: scale it to 8 bits."
+        )
+    return PILImage.fromarray(np.rint(values * (255 / top)).astype(np.uint8), "L")
+
+
 def _open_file(path: str | os.PathLike[str]) -> PILImage.Image:
     name = os.fspath(path)
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
+            raise InvalidInputError(f"image {name!r} must be a file, and is a pipe or a device.")
         with PILImage.open(path, formats=ALLOWED_FORMATS) as file:
-            limit = PILImage.MAX_IMAGE_PIXELS or 2**63
-            if file.width * file.height > limit:
-                raise InvalidInputError(
-                    f"image {name!r} must have at most {limit:,} pixels, and claims "
-                    f"{file.width} x {file.height}: shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS "
-                    "if you trust the file."
-                )
-            return _to_rgb(file)
+            _refuse_large(file, f"image {name!r}")
+            try:
+                return _to_rgb(file)
+            except InvalidInputError as error:
+                raise InvalidInputError(f"image {name!r}: {error}") from error
     except FileNotFoundError as error:
         raise InvalidInputError(
             f"image {name!r} must exist: check the path or the image root."
@@ -72,6 +108,27 @@ def _open_file(path: str | os.PathLike[str]) -> PILImage.Image:
         ) from error
 
 
+def _refuse_large(file: PILImage.Image, name: str) -> None:
+    limit = PILImage.MAX_IMAGE_PIXELS or 2**63
+    if file.width * file.height > limit:
+        raise InvalidInputError(
+            f"{name} must have at most {limit:,} pixels, and claims {file.width} x {file.height}: "
+            "shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file."
+        )
+
+
+def _convert(image: PILImage.Image, name: str) -> PILImage.Image:
+    try:
+        return _to_rgb(image)
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{name}: {error}") from error
+    except (OSError, SyntaxError, ValueError, EOFError, AttributeError) as error:
+        raise InvalidInputError(
+            f"{name} must be a whole image that is open, and cannot be decoded ({error}): open it "
+            "again, or pass its path."
+        ) from error
+
+
 def open_image(image: Image) -> PILImage.Image:
     """Open an image, upright and in RGB.
 
@@ -85,7 +142,7 @@ def open_image(image: Image) -> PILImage.Image:
         InvalidInputError: Names the file: missing, truncated, no image, or too large to be safe.
     """
     if isinstance(image, PILImage.Image):
-        return _to_rgb(image)
+        return _convert(image, f"a {image.size[0]} x {image.size[1]} image in memory")
     if isinstance(image, (str, os.PathLike)):
         return _open_file(image)
     if isinstance(image, EncodedImage):
@@ -93,7 +150,7 @@ def open_image(image: Image) -> PILImage.Image:
     if hasattr(image, "load") and hasattr(image, "content_id"):
         loaded = image.load()
         if isinstance(loaded, PILImage.Image):
-            return _to_rgb(loaded)
+            return _convert(loaded, f"image {image.content_id!r}")
         raise InvalidInputError(
             f"image {image.content_id!r} must load as a PIL image, and gave a "
             f"{type(loaded).__name__}."
@@ -129,15 +186,30 @@ def content_id(image: Image) -> str:
         InvalidInputError: For a file that cannot be read.
     """
     if isinstance(image, PILImage.Image):
-        return hashing.content_id(image)
+        if 0 in image.size:
+            raise InvalidInputError(
+                f"an image must have pixels, and is {image.size[0]} x {image.size[1]}."
+            )
+        try:
+            return hashing.content_id(image)
+        except (OSError, SyntaxError, ValueError, EOFError, AttributeError) as error:
+            raise InvalidInputError(
+                f"a {image.size[0]} x {image.size[1]} image in memory must be whole and open, and "
+                f"cannot be decoded ({error}): open it again, or pass its path."
+            ) from error
     if isinstance(image, (str, os.PathLike)):
         path = Path(image)
         try:
             state = path.stat()
+            if not stat.S_ISREG(state.st_mode) and not stat.S_ISDIR(state.st_mode):
+                raise InvalidInputError(
+                    f"image {os.fspath(image)!r} must be a file, and is a pipe or a device."
+                )
             return _digest(str(path), state.st_mtime_ns, state.st_size)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            reason = getattr(error, "strerror", None) or error
             raise InvalidInputError(
-                f"image {os.fspath(image)!r} must be a file that can be read ({error.strerror}): "
+                f"image {os.fspath(image)!r} must be a file that can be read ({reason}): "
                 "check the path or the image root."
             ) from error
     name = getattr(image, "content_id", None)
@@ -166,6 +238,7 @@ def encode_png(image: Image) -> bytes:
 def _decode_png(data: bytes) -> PILImage.Image:
     try:
         with PILImage.open(io.BytesIO(data), formats=("PNG",)) as file:
+            _refuse_large(file, "an image in a delta")
             return _to_rgb(file)
     except (
         OSError,

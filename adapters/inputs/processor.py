@@ -28,7 +28,17 @@ from errata.adapters.inputs.prompt_format import (
     scored_tokens,
     split_template,
 )
-from errata.adapters.inputs.validation import name_query, open_images, validate_all, validate_query
+from errata.adapters.inputs.validation import (
+    describe_images,
+    name_query,
+    open_images,
+    reading,
+    refuse_special_tokens,
+    special_tokens_of,
+    validate_all,
+    validate_query,
+    validate_tokens,
+)
 from errata.adapters.inputs.vision_inputs import (
     TEXT_ONLY,
     ProcessorParts,
@@ -94,6 +104,7 @@ class QueryProcessor:
         self.raw_template = template.raw_template or vision_format.raw_template
         if not template.raw_template and template.image_wrapper == "{}":
             self.template = replace(template, image_wrapper=vision_format.image_wrapper)
+        self.refused_in_targets = special_tokens_of(tokenizer)
         self.answer_suffix = answer_suffix(template, tokenizer)
         self.eos_suffix = self.answer_suffix or tokenizer.eos_token or ""
 
@@ -116,7 +127,13 @@ class QueryProcessor:
             )
         token_rows = self._tokenize(rows)
         validate_all(
-            queries, lambda number, _: self._validate_row(token_rows[number], rows[number])
+            queries,
+            lambda number, _: validate_tokens(
+                token_rows[number],
+                self.card,
+                self.parts.tokenizer,
+                has_target=rows[number].separator_length >= 0,
+            ),
         )
         return self._make_inputs(rows, token_rows)
 
@@ -124,6 +141,8 @@ class QueryProcessor:
 
     def _make_prompt_row(self, query: Query, suffix: str) -> PromptRow:
         validate_query(query, self.card)
+        if not self.template.special_targets:
+            refuse_special_tokens(query.target, self.refused_in_targets)
         vision, content_ids = self._encode_vision(query)
         if self.vision_format.placement == "token":
             row = self._expand_placeholders(
@@ -177,9 +196,13 @@ class QueryProcessor:
         if wrong:
             open_images(query.images, wrong)
         cache_key = (tuple(content_ids), query.video)
-        return self.image_cache.get(
-            cache_key, lambda: encode(self.parts, open_images(query.images, []))
-        ), cache_key[0]
+
+        def encode_all() -> VisionInputs:
+            images = open_images(query.images, [])
+            with reading(f"{describe_images(query.images)} of this query"):
+                return encode(self.parts, images)
+
+        return self.image_cache.get(cache_key, encode_all), cache_key[0]
 
     def _placeholder(self, query: Query) -> str:
         make_token = (
@@ -295,17 +318,17 @@ class QueryProcessor:
 
     def _tokenize(self, rows: Sequence[PromptRow]) -> list[TokenRow]:
         texts = [part for row in rows for part in row.segments if isinstance(part, str)]
-        tokenizer = self.parts.tokenizer
-        tokenized = tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
+        with reading("the text of this batch"):
+            tokenized = self.parts.tokenizer(
+                texts,
+                add_special_tokens=False,
+                return_offsets_mapping=True,
+                padding=False,
+                truncation=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
         tokens_and_offsets = iter(zip(tokenized["input_ids"], tokenized["offset_mapping"]))
         return [self._make_token_row(row, tokens_and_offsets) for row in rows]
 
@@ -363,34 +386,6 @@ class QueryProcessor:
         if vision_format.video_token is not None:
             placeholder_ids[processor.video_token_id] = 2
         return placeholder_ids
-
-    def _validate_row(self, token_row: TokenRow, prompt_row: PromptRow) -> None:
-        if len(token_row.input_ids) > self.card.max_positions:
-            raise InvalidInputError(
-                f"a row must have at most {self.card.max_positions} tokens, and this has "
-                f"{len(token_row.input_ids)} "
-                f"({sum(token_row.image_mask)} of them images): shorten the prompt or use fewer "
-                "images"
-            )
-        if max(token_row.input_ids, default=0) >= self.card.vocab_size:
-            token = self.parts.tokenizer.convert_ids_to_tokens(max(token_row.input_ids))
-            raise InvalidInputError(
-                f"every token must be one of the model's {self.card.vocab_size}, and {token!r} is "
-                "none: "
-                "take it out of the text"
-            )
-        if not token_row.input_ids:
-            raise InvalidInputError(
-                "the prompt must hold something, and this row has no token at all"
-            )
-        if prompt_row.separator_length >= 0 and not token_row.scored_tokens:
-            raise InvalidInputError(
-                "the target must have a token of its own, and the tokenizer gives none"
-            )
-        if prompt_row.separator_length >= 0 and token_row.scored_tokens.start == 0:
-            raise InvalidInputError(
-                "the prompt must not be empty: nothing predicts the first target token"
-            )
 
     # ---- tensors
 

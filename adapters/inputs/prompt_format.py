@@ -15,7 +15,7 @@ import msgspec
 
 from errata.functional import Query
 from errata.functional.errors import InvalidSettingsError
-from errata.functional.queries import IMAGE_PLACEHOLDER
+from errata.functional.queries import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 
 __all__ = [
     "PromptSegment",
@@ -56,6 +56,7 @@ class PromptTemplate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     answer_separator: str | None = None
     add_bos: bool = True  # begin with what the tokenizer puts before a text
     answer_suffix: bool | str = False
+    special_targets: bool = False  # whether targets may hold special tokens, e.g. `</s>`
 
 
 def answer_separator(
@@ -103,6 +104,8 @@ def split_template(
         Texts and image numbers.
     """
     prompt = template.prompt.replace("{prompt}", query.prompt)
+    if query.video and prompt.count(VIDEO_PLACEHOLDER) == 1:
+        prompt = prompt.replace(VIDEO_PLACEHOLDER, IMAGE_PLACEHOLDER)
     num_images = 1 if query.video else len(query.images)
     inline = num_images > 0 and prompt.count(IMAGE_PLACEHOLDER) == num_images
     before, _, after = template.image_wrapper.partition("{}")

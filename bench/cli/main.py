@@ -7,10 +7,13 @@ ends with exit code 2 and one sentence. `--debug` shows the traceback.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TextIO, cast
 
 from errata.bench.cli import data, deltas, train
 from errata.bench.cli.edit import _add_model_options, _add_query_options, _edit, _generate
@@ -18,6 +21,8 @@ from errata.bench.cli.listing import _editors, _models
 from errata.bench.cli.options import _add_command
 from errata.bench.cli.renamed import renamed_word
 from errata.bench.cli.run import _run
+from errata.bench.runs.escaping import EscapedStream
+from errata.bench.storage.log_records import DamagedLogWarning
 from errata.functional.errors import ErrataError
 from errata.functional.version import __version__
 
@@ -34,6 +39,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 an internal error, 2 an error the user can fix, 130 interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    output, errors = EscapedStream(sys.stdout), EscapedStream(sys.stderr)
+    with (
+        contextlib.redirect_stdout(cast(TextIO, output)),
+        contextlib.redirect_stderr(cast(TextIO, errors)),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("always", DamagedLogWarning)
+        warnings.showwarning = _print_warning
+        return _run_command(words)
+
+
+def _print_warning(message: Any, category: Any, *rest: Any, **more: Any) -> None:
+    print(f"errata: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _run_command(words: list[str]) -> int:
     renamed = renamed_word(words)
     if renamed:
         print(f"errata: {renamed}", file=sys.stderr)

@@ -6,6 +6,8 @@ import sys
 import time
 from typing import TextIO
 
+from errata.bench.runs.escaping import escape
+
 __all__ = ["Progress", "duration"]
 
 
@@ -33,7 +35,8 @@ class Progress:
     """One line that is rewritten on a terminal; a line every `every` seconds elsewhere."""
 
     def __init__(self, stream: TextIO | None = None, every: float = 10.0) -> None:
-        self._stream = stream or sys.stderr
+        # the carriage returns are ours, so the words are escaped here
+        self._stream = stream or getattr(sys.stderr, "raw_stream", sys.stderr)
         self._is_terminal = self._stream.isatty()
         self._every = 0.1 if self._is_terminal else every
         self._last_shown_time = 0.0
@@ -75,7 +78,7 @@ class Progress:
     def note(self, text: str) -> None:
         """A line of its own."""
         self._stream.write(
-            ("\r" + " " * self._width + "\r" if self._is_terminal else "") + text + "\n"
+            ("\r" + " " * self._width + "\r" if self._is_terminal else "") + escape(text) + "\n"
         )
         self._stream.flush()
 
@@ -83,7 +86,7 @@ class Progress:
         self._last_shown_time = now = time.monotonic()
         self._last_shown_count = self._num_done
         spent = now - self._start_time
-        words = f"{self._label}  {self._num_done}/{self._total} edits"
+        words = f"{escape(self._label)}  {self._num_done}/{self._total} edits"
         if self._num_new and spent > 0:
             rate = self._num_new / spent
             speed = f"{rate:.1f} edits/s" if rate >= 1 else f"{1 / rate:.1f} s/edit"

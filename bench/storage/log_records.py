@@ -14,6 +14,7 @@ from msgspec import Meta
 __all__ = [
     "PROGRESS",
     "RESULTS",
+    "DamagedLogWarning",
     "LegKey",
     "Log",
     "UnitRecord",
@@ -76,6 +77,10 @@ class VoidRecord(msgspec.Struct, frozen=True, kw_only=True, tag="void"):
 
     leg: LegKey
     numbers: tuple[Annotated[int, Meta(ge=0)], ...]
+
+
+class DamagedLogWarning(UserWarning):
+    """Lines of a run's log that cannot be read; all others are used."""
 
 
 def read_units(folder: str | Path) -> list[UnitRecord]:

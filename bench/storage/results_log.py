@@ -31,6 +31,7 @@ import msgspec
 from errata.bench.storage.log_records import (
     PROGRESS,
     RESULTS,
+    DamagedLogWarning,
     LegKey,
     UnitRecord,
     UnitState,
@@ -42,7 +43,6 @@ from errata.functional.errors import InvalidInputError, join_messages
 from errata.functional.files import atomic_write
 
 __all__ = [
-    "DamagedLogWarning",
     "ProbeAnswer",
     "ResultRow",
     "ResultsLog",
@@ -98,10 +98,6 @@ class ResultRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     versions: str
     seconds: float | None = None  # its share of the unit's; not in the results file, see above
     peak_bytes: int | None = None  # the unit's
-
-
-class DamagedLogWarning(UserWarning):
-    """Lines of a run's log that cannot be read; all others are used."""
 
 
 class ResultsLog:

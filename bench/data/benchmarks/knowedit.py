@@ -85,7 +85,12 @@ def _probes(
             else:
                 context.skip_counts[f"{stem} question without an answer left out"] += 1
         if queries:
-            probes[f"{stem}_{re.sub('[^a-z0-9]+', '_', kind.lower())}"] = tuple(queries)
+            name = f"{stem}_{re.sub('[^a-z0-9]+', '_', kind.lower())}"
+            number = 2
+            while name in probes:  # "A-b" and "A_b" are two kinds
+                name = f"{name.removesuffix(f'_{number - 1}')}_{number}"
+                number += 1
+            probes[name] = tuple(queries)
     return probes
 
 

@@ -91,7 +91,7 @@ def test_it_loads_without_torchvision_and_reads_rows_of_every_kind(folder):
 
 def test_what_it_can_not_read_is_refused(folder):
     model = from_pretrained(folder)
-    with pytest.raises(InvalidInputError, match="must take this batch and refuses"):
+    with pytest.raises(InvalidInputError, match="the text of this query cannot be read"):
         model.preprocess([Query("a forged <IMG_CONTEXT> here", "x")])
     with pytest.raises(InvalidInputError, match=r"query 2 \('b'\).*takes no video"):
         model.preprocess([Query("a", "x"), Query("b", "y", (make_image(1),), video=True)])

@@ -214,11 +214,12 @@ FORGED = [("llava", "<image>"), ("qwen2_vl", "<|image_pad|>"), ("qwen3_vl", "<|v
 
 @pytest.mark.parametrize(("name", "token"), FORGED)
 def test_neither_prompt_nor_target_can_forge_pictures(name, token):
-    for query in (Query(f"look {token} here", "x"), Query("look", f"{token}")):
-        said = refused(name, query)
-        assert "one placeholder per image, 0 in all, and has 1: take" in said
+    said = refused(name, Query(f"look {token} here", "x"))
+    assert "one placeholder per image, 0 in all, and has 1: take" in said
+    for images in ((), (make_image(),)):
+        said = refused(name, Query("look", f"a {token}", images))
+        assert f"holds the special token(s) {token!r}" in said
     assert "one placeholder" in refused(name, Query(f"{token} {token}", "x", (make_image(),)))
-    assert "1 in all, and has 2" in refused(name, Query("look", f"a {token}", (make_image(),)))
 
 
 def test_a_token_that_the_model_does_not_have_is_refused():

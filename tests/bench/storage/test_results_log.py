@@ -9,9 +9,8 @@ import msgspec
 import pytest
 
 from errata.bench.storage import results_log
-from errata.bench.storage.log_records import LegKey, UnitState
+from errata.bench.storage.log_records import DamagedLogWarning, LegKey, UnitState
 from errata.bench.storage.results_log import (
-    DamagedLogWarning,
     ProbeAnswer,
     ResultRow,
     ResultsLog,
