@@ -149,7 +149,7 @@ def _init_state(model: Model, config: LoraConfig, generator: torch.Generator) ->
     tensors = {}
     for path in resolve_linears(model, config.target_modules):
         out_dim, in_dim = model.card.linear_shapes[path]
-        device = model.params[path + ".weight"].device
+        device = model.params[model.card.canonical_name(path + ".weight")].device
         bound = 1 / math.sqrt(in_dim)
         down = torch.empty(config.rank, in_dim, dtype=torch.float32, device="cpu").uniform_(
             -bound, bound, generator=generator
@@ -169,7 +169,7 @@ def _make_header(
         LowRank(
             name=name,
             checkpoint_name=model.card.checkpoint_name(name),
-            shape=tuple(model.params[name].shape),
+            shape=tuple(model.params[model.card.canonical_name(name)].shape),
             rank=config.rank,
             transposed=name.removesuffix(".weight") in model.card.transposed,
         )

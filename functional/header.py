@@ -17,7 +17,7 @@ from typing import Any, Literal, Self, cast
 
 import msgspec
 
-from errata.functional.card import BaseModel
+from errata.functional.card import BaseModel, ModelCard
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -58,6 +58,18 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def acts_on(self) -> ActsOn:
         """Where it acts first: at its site, on the embedded rows, or on the questions as read."""
         return "module"
+
+    def changed_names(self, card: ModelCard, header: Header) -> list[str]:
+        """Every name under which the parameter or site is changed. A tied parameter has several.
+
+        Args:
+            card: Card of the model.
+            header: Header of the delta.
+
+        Returns:
+            Paths of parameters or modules.
+        """
+        return card.all_names(self.name)
 
     def is_weight_change(self) -> bool:
         """Whether it adds to a parameter: alike at every position, without routing, fusable."""

@@ -41,7 +41,7 @@ def map_checkpoint_names(module: Any) -> dict[str, str]:
     renamings = [t for t in reversed_transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in reversed_transforms if isinstance(t, WeightConverter)]
     names = {}
-    for name, _ in module.named_parameters():
+    for name, _ in module.named_parameters(remove_duplicate=False):
         converted = apply_converters(name, converters)[1] if converters else None
         if converted is None:
             checkpoint_name = apply_renamings(name, renamings)

@@ -28,7 +28,7 @@ from errata.functional.errors import (
 )
 from errata.functional.forward.grouped_linear import low_rank_maps
 from errata.functional.hashing import base_parameter, hash_parameter, mark_edited
-from errata.functional.kinds.schema import Dense
+from errata.functional.kinds.schema import Dense, LowRank
 
 __all__ = ["AttachedEdit", "attach"]
 
@@ -213,7 +213,18 @@ def _find_owners(module: nn.Module, delta: Delta) -> dict[str, list[_ParameterOw
             f"a delta can only change parameters the module has; {type(module).__name__} lacks "
             f"{join_messages(missing)}{nearest_names(missing[0], names)}."
         )
-    return {entry.name: owners_by_id[id(names[entry.name])] for entry in delta.header.entries}
+    owners = {}
+    for entry in delta.header.entries:
+        everywhere = owners_by_id[id(names[entry.name])]
+        own = [o for o in everywhere if ".".join(filter(None, (o.path, o.leaf))) == entry.name]
+        is_added_to_outputs = (
+            isinstance(entry, LowRank)
+            and delta.header.arithmetic != "weight"
+            and own
+            and _is_linear_call(own[0])
+        )
+        owners[entry.name] = own if is_added_to_outputs else everywhere
+    return owners
 
 
 def _require_fit(

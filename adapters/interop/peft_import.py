@@ -107,7 +107,7 @@ def import_peft(
     """
     folder_path = Path(folder)
     config = _read_config(folder_path / CONFIG_FILE)
-    pairs = _read_pairs(folder_path / WEIGHTS_FILE)
+    pairs = _read_pairs(folder_path / WEIGHTS_FILE, model)
     if (folder_path / DELTA_FILE).exists():
         delta = _read_exported_delta(folder_path, pairs)
         if model is not None:
@@ -172,8 +172,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_pairs(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module path -> (A, B), from a safetensors file that nobody vouches for."""
+def _read_pairs(path: Path, model: Model | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module path -> (A, B), from a safetensors file that nobody vouches for.
+
+    PEFT adds the weights of embeddings and heads that an adapter targets; they must be the base's.
+    """
     table = read_header(path)
     wrong, factors = [], {}
     with open_regular_file(path) as file:
@@ -182,7 +185,11 @@ def _read_pairs(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
         raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     for name, slot in table.tensors.items():
         match = re.fullmatch(r"base_model\.model\.(.{1,2000})\.lora_(A|B)\.weight", name)
-        if not match:
+        saved = re.fullmatch(r"base_model\.model\.(.{1,2000}?)(\.base_layer)?\.weight", name)
+        if not match and saved and slot.dtype in FLOAT_DTYPES and len(slot.shape) == 2:
+            tensor = tensor_view(raw, slot.dtype, slot.shape, table.data_start + slot.start)
+            wrong += _saved_weight_faults(f"{saved[1]}.weight", tensor, model)
+        elif not match:
             wrong.append(f"tensor {printable(name, 120)!r} is no factor of a linear map's LoRA")
         elif slot.dtype not in FLOAT_DTYPES or len(slot.shape) != 2:
             wrong.append(f"tensor {printable(name, 120)!r} must be a matrix of floats")
@@ -201,6 +208,21 @@ def _read_pairs(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
     if wrong or not paths:
         raise DeltaFileError(f"{path}: {join_messages(wrong) or 'the adapter has no factors'}.")
     return {name: (factors[name, "A"], factors[name, "B"]) for name in paths}
+
+
+def _saved_weight_faults(name: str, tensor: Tensor, model: Model | None) -> list[str]:
+    """Why a saved weight is more than a copy of the base's."""
+    shown = printable(name, 120)
+    if model is None:
+        return [f"{shown!r} is a whole weight: pass the model, to see that it is the base's"]
+    card = model.card
+    memory_names = {saved: mine for mine, saved in card.checkpoint_names.items()}
+    own = model.params.get(card.canonical_name(memory_names.get(name, name)))
+    if own is None or own.shape != tensor.shape:
+        return [f"{shown!r} is a whole weight that {card.id} does not have"]
+    if not torch.equal(own.to(tensor.dtype).cpu(), tensor):
+        return [f"{shown!r} holds other values than {card.id}: only copies of the base can be read"]
+    return []
 
 
 def _read_exported_delta(folder: Path, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Delta:
@@ -307,7 +329,7 @@ def _base_model(config: Mapping[str, Any], model: Model | None, names: list[str]
         )
     card = model.card
     parameter_hashes = {
-        name: hash_parameter(model.params[card.tied.get(name, name)]) for name in sorted(set(names))
+        name: hash_parameter(model.params[card.canonical_name(name)]) for name in sorted(set(names))
     }
     return BaseModel(
         id=card.id,

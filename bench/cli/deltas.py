@@ -86,6 +86,11 @@ def register(subparsers: Any) -> None:
     fuse.add_argument(
         "--skip-check", action="store_true", help="skip the comparison of the base's hashes"
     )
+    fuse.add_argument(
+        "--untie",
+        action="store_true",
+        help="give a head that shares the embedding's weight one of its own",
+    )
 
 
 def _add_file_argument(parser: argparse.ArgumentParser) -> None:
@@ -190,7 +195,11 @@ def _fuse(options: argparse.Namespace) -> None:
     from errata.functional.deltas.fusing import fuse
 
     folder = fuse(
-        load_delta(options.file), options.base, options.output, check=not options.skip_check
+        load_delta(options.file),
+        options.base,
+        options.output,
+        check=not options.skip_check,
+        untie=options.untie,
     )
     print(f"{folder}: a checkpoint that any loader of {options.base} loads")
 

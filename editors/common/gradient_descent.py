@@ -132,7 +132,7 @@ def descend_each(
         InvalidSettingsError: If the first step changes nothing.
     """
     header = make_header(queries, len(queries))
-    depth = prefix.edit_depth(model.card, [entry.name for entry in header.entries])
+    depth = prefix.header_depth(model.card, header)
     if depth.before_decoder:
         # Vision inputs have no edit axis, so changes before the decoder cannot be stacked.
         single_edits = []
@@ -195,7 +195,7 @@ def descend_jointly(
     """
     inputs = _preprocess(model, queries, config)
     header = make_header(queries[:1], 1)
-    depth = prefix.edit_depth(model.card, [entry.name for entry in header.entries])
+    depth = prefix.header_depth(model.card, header)
     if depth.before_decoder:
         step = _make_embed_step(model, make_header(queries, 0), inputs, config, to_delta_tensors)
     else:

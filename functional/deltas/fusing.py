@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import mmap
 import os
 import shutil
@@ -21,6 +22,7 @@ from errata.functional.deltas.shards import (
     checkpoint_model_type,
     checkpoint_parameters,
     shard_files,
+    tied_parameters,
 )
 from errata.functional.errors import (
     BaseMismatchError,
@@ -59,6 +61,7 @@ def fuse(
     output_dir: str | os.PathLike[str],
     *,
     check: bool = True,
+    untie: bool = False,
 ) -> Path:
     """Write a checkpoint with a delta added, as a new folder.
 
@@ -71,12 +74,15 @@ def fuse(
         base: Folder of the checkpoint the delta was made for.
         output_dir: Folder to write; must not exist and must be outside `base`.
         check: Whether to compare the checkpoint's parameters with the delta's hashes first.
+        untie: Whether a head that shares its weight with the embedding gets one of its own, if the
+            delta changes the head alone.
 
     Returns:
         `output_dir` as a path.
 
     Raises:
-        UnsupportedKindError: If the delta is stacked, or a kind decides per input what to change.
+        UnsupportedKindError: If the delta is stacked, a kind decides per input what to change, or a
+            tied head must be untied.
         UnknownSiteError: If a name, shape, dtype or the family does not fit the checkpoint.
         BaseMismatchError: If a parameter has other values than the delta's base.
         InvalidInputError: If `base` cannot be read, or `output_dir` exists or cannot be written.
@@ -86,10 +92,18 @@ def fuse(
     """
     _require_weight_changes(delta)
     locations = checkpoint_parameters(base)
-    problems = checkpoint_mismatches(delta.header, locations, checkpoint_model_type(base))
+    tied = tied_parameters(delta.header, base, locations)
+    if tied and not untie:
+        raise UnsupportedKindError(
+            f"{', '.join(tied)} shares its weight with {', '.join(sorted(set(tied.values())))} in "
+            f"{base}, and the delta changes the outputs of the first alone: fusing must write it a "
+            "weight of its own. Pass untie=True (`errata fuse --untie`) to do so."
+        )
+    stored = locations | {name: locations[shared] for name, shared in tied.items()}
+    problems = checkpoint_mismatches(delta.header, stored, checkpoint_model_type(base))
     if problems:
         raise UnknownSiteError(f"the delta does not fit {base}: {join_messages(problems)}.")
-    mismatched = list(mismatched_parameters(delta, locations)) if check else []
+    mismatched = list(mismatched_parameters(delta, stored)) if check else []
     if mismatched:
         raise BaseMismatchError(
             f"the delta was made for {delta.header.base.id}; in {base} other values are held by "
@@ -107,6 +121,8 @@ def fuse(
             shutil.copyfile(index, temporary / index.name)
         for name in shard_files(base):
             _fuse_shard(Path(base) / name, temporary / name, delta, by_name)
+        if tied:
+            _write_untied(Path(base), temporary, delta, by_name, {n: stored[n] for n in tied})
         (temporary / "errata.json").write_text(encode_header(delta.header, digest(delta)))
     return Path(output_dir)
 
@@ -205,6 +221,58 @@ def _fuse_shard(source: Path, target: Path, delta: Delta, by_name: dict[str, lis
             done = offset + slot.nbytes
             old.seek(done)
         _copy(old, new, header.num_bytes - done)
+
+
+UNTIED_FILE = "untied.safetensors"
+
+
+def _write_untied(
+    base: Path,
+    target: Path,
+    delta: Delta,
+    by_name: dict[str, list[Any]],
+    tied: dict[str, ParameterLocation],
+) -> None:
+    """Write tied parameters under names of their own, and say in the config that they are."""
+    table: dict[str, Any] = {}
+    values = []
+    start = 0
+    for name, location in tied.items():
+        slot = location.slot
+        with open_regular_file(location.file) as file:
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            value = fuse_parameter(memory, slot, location.offset, by_name[name], delta)
+            values.append(bytes(tensor_bytes(value)))
+        offsets = [start, start + slot.nbytes]
+        table[name] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": offsets}
+        start += slot.nbytes
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)
+    data = len(text).to_bytes(8, "little") + text + b"".join(values)
+    (target / UNTIED_FILE).write_bytes(data)
+    path = target / "model.safetensors.index.json"
+    if path.is_file():
+        index = json.loads(path.read_text("utf-8"))
+    else:
+        names = {
+            name: file for file in shard_files(base) for name in read_header(base / file).tensors
+        }
+        index = {"metadata": {}, "weight_map": names}
+        # a loader takes `model.safetensors` before an index: it gets a shard's name
+        shard = "model-00001-of-00002.safetensors"
+        if (target / "model.safetensors").is_file():
+            (target / "model.safetensors").rename(target / shard)
+            index["weight_map"] = dict.fromkeys(names, shard)
+    index["weight_map"] |= dict.fromkeys(tied, UNTIED_FILE)
+    path.write_text(json.dumps(index, indent=2))
+    config = json.loads((base / "config.json").read_text("utf-8"))
+    config["tie_word_embeddings"] = False
+    for part in config.values():
+        if isinstance(part, dict) and "tie_word_embeddings" in part:
+            part["tie_word_embeddings"] = False
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"]["tie_word_embeddings"] = False
+    (target / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def _copy(old: BinaryIO, new: BinaryIO, count: int) -> None:

@@ -53,7 +53,7 @@ def base_identity(model: Model, names: Iterable[str]) -> BaseModel:
 
     Args:
         model: The model.
-        names: Keys of `model.params`.
+        names: Names of parameters.
 
     Returns:
         The identity.
@@ -64,7 +64,10 @@ def base_identity(model: Model, names: Iterable[str]) -> BaseModel:
         revision=card.revision,
         family=card.family,
         config_hash=card.config_hash,
-        parameter_hashes={name: hash_parameter(model.params[name]) for name in sorted(set(names))},
+        parameter_hashes={
+            name: hash_parameter(model.params[card.canonical_name(name)])
+            for name in sorted(set(names))
+        },
     )
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "checkpoint_model_type",
     "checkpoint_parameters",
     "shard_files",
+    "tied_parameters",
 ]
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
@@ -124,6 +125,37 @@ def checkpoint_model_type(folder: str | os.PathLike[str]) -> str:
     body = _read_json(path) if path.exists() else {}
     model_type = body.get("model_type", "") if isinstance(body, dict) else ""
     return model_type if isinstance(model_type, str) else ""
+
+
+def tied_parameters(
+    header: Header, folder: str | os.PathLike[str], locations: dict[str, ParameterLocation]
+) -> dict[str, str]:
+    """Find parameters of a delta that a checkpoint does not store, because they are tied.
+
+    Args:
+        header: Header of the delta.
+        folder: The checkpoint.
+        locations: The parameters of the checkpoint by name.
+
+    Returns:
+        Checkpoint name of the head to that of the embedding whose weight it shares.
+    """
+    path = Path(folder) / "config.json"
+    body = _read_json(path) if path.exists() else {}
+    parts = [body, *(p for p in body.values() if isinstance(p, dict))] if body else []
+    if any(part.get("tie_word_embeddings") is False for part in parts[:1]):
+        return {}
+    embeddings = [
+        name for name in locations if name.endswith((".embed_tokens.weight", ".wte.weight"))
+    ]
+    return {
+        entry.checkpoint_name: embeddings[0]
+        for entry in header.entries
+        if entry.checkpoint_name not in locations
+        and entry.checkpoint_name.rpartition(".")[0].endswith("lm_head")
+        and embeddings
+        and locations[embeddings[0]].slot.shape == entry.shape
+    }
 
 
 def checkpoint_mismatches(

@@ -26,6 +26,7 @@ __all__ = [
     "decode_scored",
     "delta_depth",
     "edit_depth",
+    "header_depth",
     "lowest_depth",
     "run_prefix",
     "run_suffix",
@@ -48,7 +49,7 @@ class EditDepth(NamedTuple):
     scored_only: bool = False
 
 
-def edit_depth(card: ModelCard, names: Iterable[str]) -> EditDepth:
+def edit_depth(card: ModelCard, names: Iterable[str], *, alone: Iterable[str] = ()) -> EditDepth:
     """Find where changes of parameters, or hooks at modules, act first.
 
     `scored_only` is True if only the feed-forward part of the last layer, the final norm or the
@@ -58,11 +59,15 @@ def edit_depth(card: ModelCard, names: Iterable[str]) -> EditDepth:
     Args:
         card: Card of the model.
         names: Paths of parameters or modules.
+        alone: Those that change one use of a tied parameter and no other.
 
     Returns:
         The depth. Without names, its layer is the number of layers.
     """
-    paths = [path for name in names for path in card.all_names(name)]
+    single = set(alone)
+    paths = [
+        path for name in names for path in ([name] if name in single else card.all_names(name))
+    ]
     if any(card.before_decoder(path) for path in paths):
         return EditDepth(before_decoder=True)
     layers = [card.layer_of(path) for path in paths]
@@ -211,6 +216,20 @@ def _is_position_wise(card: ModelCard, path: str) -> bool:
     return any(part == home or part.startswith(f"{home}.") for home in mlp_names)
 
 
+def header_depth(card: ModelCard, header: Header) -> EditDepth:
+    """Find the lowest place at which the entries of a header act.
+
+    Args:
+        card: Card of the model.
+        header: Header of a delta.
+
+    Returns:
+        The depth.
+    """
+    names = [name for entry in header.entries for name in entry.changed_names(card, header)]
+    return edit_depth(card, names, alone=names)
+
+
 def delta_depth(model: Model, delta: Delta) -> EditDepth:
     """Find the lowest place at which a delta acts.
 
@@ -226,6 +245,6 @@ def delta_depth(model: Model, delta: Delta) -> EditDepth:
         return EditDepth(before_decoder=True)
     if "embeddings" in acts_on:
         return EditDepth()
-    depth = edit_depth(model.card, [entry.name for entry in delta.header.entries])
+    depth = header_depth(model.card, delta.header)
     needs_all_tokens = any(entry.needs_all_tokens() for entry in delta.header.entries)
     return depth._replace(scored_only=depth.scored_only and not needs_all_tokens)

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errata.functional.errors import UnknownSiteError
+from errata.functional.errors import ShapeError, UnknownSiteError
 from errata.functional.header import Header
 from errata.functional.kinds.common.patch import Decision, Patch, RoutedHook
 from errata.functional.kinds.experts.entry import Experts
@@ -286,11 +286,17 @@ def apply_experts(
 
     Raises:
         UnknownSiteError: If the site is not a decoder layer.
+        ShapeError: If the experts are for a model of another width.
     """
     layer = model.card.layer_of(model.card.canonical_name(entry.name))
     if layer is None:
         raise UnknownSiteError(
             f"experts must be at a decoder layer of {model.card.id}, and {entry.name!r} is in none."
+        )
+    if entry.hidden_size != model.card.hidden_size:
+        raise ShapeError(
+            f"{entry.name}: the experts must read rows as wide as the model's, "
+            f"{model.card.hidden_size}; theirs are {entry.hidden_size}."
         )
     expert_tensors = {
         part: tensors[f"{entry.name}.{part}"] for part in ("down", "up", "input_norm")

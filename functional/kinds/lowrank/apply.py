@@ -8,9 +8,7 @@ from functools import partial, reduce
 import torch.nn.functional as F
 from torch import Tensor
 
-from errata.functional.card import (
-    module_path,
-)
+from errata.functional.card import module_path
 from errata.functional.forward.batches import _unflatten_rows
 from errata.functional.forward.grouped_linear import low_rank_maps
 from errata.functional.header import Header
@@ -38,14 +36,15 @@ def apply_lowrank(
     """
     card, parameter = model.card, model.card.canonical_name(entry.name)
     down, up = tensors[f"{entry.name}.A"], tensors[f"{entry.name}.B"]
+    names = entry.changed_names(card, header)
     if header.stack:
-        paths = [module_path(name) for name in card.all_names(parameter) if card.in_decoder(name)]
+        paths = [module_path(name) for name in names if card.in_decoder(name)]
         linear = [
             path for path in paths if path in card.linear_shapes and not card.before_decoder(path)
         ]
         makers = {path: partial(_per_row_lowrank_hook, down, up) for path in linear}
         return Patch(hooks=partial(_make_hooks, makers), per_edit=len(linear) < len(paths))
-    paths = [module_path(name) for name in card.all_names(parameter)]
+    paths = [module_path(name) for name in names]
     all_linear = all(
         p in card.linear_shapes and card.before_decoder(p) != card.in_decoder(p) for p in paths
     )

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from errata.functional.card import module_path
 from errata.functional.header import FLOAT_DTYPES, Entry, TensorSpec, invalid_names
 
 if TYPE_CHECKING:
+    from errata.functional.card import ModelCard
     from errata.functional.header import Header
 
 __all__ = ["LowRank"]
@@ -30,6 +32,25 @@ class LowRank(Entry, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     edit_ranks: tuple[int, ...] = ()
     shared_ranks: tuple[int, ...] = ()  # stacked: the first rows belong to these shared edits
     transposed: bool = False
+
+    def changed_names(self, card: ModelCard, header: Header) -> list[str]:
+        """The names of the parameter that the change acts on.
+
+        As in PEFT: added to the outputs of the linear map that it names, a change leaves the other
+        uses of a tied weight (an embedding, say) as they are. Added to the weight, it changes all.
+
+        Args:
+            card: Card of the model.
+            header: Header of the delta.
+
+        Returns:
+            Paths of parameters.
+        """
+        path = module_path(self.name)
+        has_one_side = card.before_decoder(path) != card.in_decoder(path)
+        if header.arithmetic != "weight" and path in card.linear_shapes and has_one_side:
+            return [self.name]
+        return card.all_names(self.name)
 
     def is_weight_change(self) -> bool:
         return True

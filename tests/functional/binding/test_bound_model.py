@@ -96,8 +96,11 @@ def logits(model, queries, edit=None):
 
 
 def by_hand(model, delta, queries):
-    """The definition: parameters with the changes added, in the base's own functions."""
-    params = dict(model.params)
+    """The definition: parameters with the changes added, in the base's own functions.
+
+    A low-rank change of a tied head, added to outputs, leaves the embedding as it is.
+    """
+    params, embed_params = dict(model.params), dict(model.params)
     for entry in delta.header.entries:
         name = model.card.tied.get(entry.name, entry.name)
         if isinstance(entry, Dense):
@@ -106,7 +109,9 @@ def by_hand(model, delta, queries):
             change = delta.tensors[f"{entry.name}.B"] @ delta.tensors[f"{entry.name}.A"]
             change = change.mT if entry.transposed else change
         params[name] = params[name] + change
-    return model.decode(params, model.embed(params, model.preprocess(queries)))
+        if name == entry.name or isinstance(entry, Dense) or delta.header.arithmetic == "weight":
+            embed_params[name] = params[name]
+    return model.decode(params, model.embed(embed_params, model.preprocess(queries)))
 
 
 def close(got, want, tolerance=1e-5):
