@@ -13,7 +13,7 @@ from typing import Any
 
 from errata.bench.cli.inspect import _inspect, _verify
 from errata.bench.cli.options import _add_command, _format_file_size
-from errata.functional.errors import InvalidInputError, join_messages
+from errata.functional.errors import InvalidInputError, join_messages, join_names
 
 __all__ = ["register"]
 
@@ -44,6 +44,11 @@ def register(subparsers: Any) -> None:
 
     merge = _add_command(subparsers, "merge", _merge, "merge several deltas into one")
     merge.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    merge.add_argument(
+        "--allow-conflicts",
+        action="store_true",
+        help="merge deltas that teach one question different answers",
+    )
     _add_output_option(merge)
 
     remove = _add_command(subparsers, "remove", _remove, "remove single edits from a delta")
@@ -103,16 +108,30 @@ def _add_output_option(parser: argparse.ArgumentParser) -> None:
 
 def _diff(options: argparse.Namespace) -> None:
     from errata.functional import conflicts, diff, load_delta
+    from errata.functional.deltas.comparison import compare_edits, compare_slots
 
     left, right = load_delta(options.left), load_delta(options.right)
     differences, conflicts_found = diff(left, right), conflicts(left, right)
+    memories, edits = compare_slots(left, right), compare_edits(left, right)
     if options.json:
         report = {
+            "edits": {"left": edits.only_a, "right": edits.only_b, "both": edits.both},
             "parameters": [item._asdict() for item in differences],
+            "memories": [item._asdict() for item in memories],
             "conflicts": [item._asdict() for item in conflicts_found],
         }
         print(json.dumps(report, indent=2, ensure_ascii=False))
         return
+    for where, ids in (("left", edits.only_a), ("right", edits.only_b)):
+        if ids:
+            print(f"only in the {where}: edit {join_names(ids)}")
+    for memory in memories:
+        one = _SLOT_NAMES[memory.kind]
+        print(
+            f"{memory.name}  {memory.kind}: {memory.num_a} {one} left, {memory.num_b} right, "
+            f"{memory.num_equal} of them equal"
+            + ("" if memory.same_settings else "; their settings or networks differ")
+        )
     for item in differences:
         print(
             f"{item.name}  |left| {item.norm_a:.4g}  |right| {item.norm_b:.4g}  "
@@ -121,8 +140,18 @@ def _diff(options: argparse.Namespace) -> None:
     for item in conflicts_found:
         where = f" at {item.parameter} (cosine {item.score:.3f})" if item.parameter else ""
         print(f"edit {item.ids[1]} {item.kind} edit {item.ids[0]}{where}")
-    if all(item.distance == 0 for item in differences):
+    same_memories = all(m.num_a == m.num_b == m.num_equal and m.same_settings for m in memories)
+    if same_memories and all(item.distance == 0 for item in differences):
         print("the same change")
+
+
+_SLOT_NAMES = {
+    "codebook": "key(s)",
+    "masked": "side memory(s)",
+    "experts": "expert(s)",
+    "prompt": "fact(s)",
+    "scope": "remembered edit(s)",
+}
 
 
 # Making.
@@ -131,7 +160,8 @@ def _diff(options: argparse.Namespace) -> None:
 def _merge(options: argparse.Namespace) -> None:
     from errata.functional import load_delta, merge, save_delta
 
-    delta = merge(*(load_delta(path) for path in options.files))
+    deltas = (load_delta(path) for path in options.files)
+    delta = merge(*deltas, allow_conflicts=options.allow_conflicts)
     save_delta(options.output, delta)
     print(
         f"{options.output}: {len(delta.header.edits)} edit(s), {_format_file_size(options.output)}"

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor
 
 from errata.functional.deltas.merging import require_same_base
 from errata.functional.deltas.weight_change import inner_product, to_dense
 from errata.functional.errors import UnsupportedKindError
+from errata.functional.hashing import hash_parameter
+from errata.functional.header import SlotEntry
 from errata.functional.kinds.common.algebra import EntryTensors, entries_of
 from errata.functional.kinds.lowrank.algebra import ranks_per_edit
 from errata.functional.kinds.lowrank.entry import LowRank
+from errata.functional.kinds.table import KINDS
 from errata.functional.types import Delta
 
-__all__ = ["Conflict", "Difference", "conflicts", "diff"]
+__all__ = [
+    "Conflict",
+    "Difference",
+    "EditLists",
+    "SlotDifference",
+    "compare_edits",
+    "compare_slots",
+    "conflicts",
+    "diff",
+]
 
 
 class Difference(NamedTuple):
@@ -38,13 +52,15 @@ class Difference(NamedTuple):
 
 
 def diff(a: Delta, b: Delta) -> list[Difference]:
-    """Compare two deltas parameter by parameter.
+    """Compare the weight changes of two deltas, parameter by parameter.
+
+    Kinds that decide per input what to change are left out; see `compare_slots`.
 
     |dW - dW'|^2 = |dW|^2 - 2 <dW, dW'> + |dW'|^2, computed from the factors. Two low-rank changes
     are never multiplied out.
 
     Args:
-        a: A delta of kinds `dense` and `lowrank`.
+        a: A delta.
         b: A delta of the same base.
 
     Returns:
@@ -52,14 +68,9 @@ def diff(a: Delta, b: Delta) -> list[Difference]:
 
     Raises:
         BaseMismatchError: If the deltas have different bases.
-        UnsupportedKindError: If a delta is stacked, or a kind decides per input what to change.
+        UnsupportedKindError: If a delta is stacked.
     """
-    for delta in (a, b):
-        if delta.header.stack:
-            raise UnsupportedKindError(
-                "a stacked delta holds edits side by side: unstack it first."
-            )
-    require_same_base([a, b])
+    _require_comparable(a, b)
     entries_a, entries_b = _entries_by_name(a), _entries_by_name(b)
     differences = []
     for name in sorted(entries_a.keys() | entries_b.keys()):
@@ -80,6 +91,134 @@ def diff(a: Delta, b: Delta) -> list[Difference]:
             Difference(name, aa**0.5, bb**0.5, squared_distance**0.5, max(-1.0, min(1.0, cosine)))
         )
     return differences
+
+
+class SlotDifference(NamedTuple):
+    """How two memories of one site differ.
+
+    Attributes:
+        name: The parameter or site.
+        kind: `codebook`, `masked`, `experts`, `prompt` or `scope`.
+        num_a: Slots (keys, memories, experts, facts) of the first.
+        num_b: Slots of the second.
+        num_equal: Slots that both have, value for value.
+        same_settings: Whether all that the slots share is equal.
+    """
+
+    name: str
+    kind: str
+    num_a: int
+    num_b: int
+    num_equal: int
+    same_settings: bool
+
+
+def compare_slots(a: Delta, b: Delta) -> list[SlotDifference]:
+    """Compare the memories of two deltas: kinds that decide per input what to change.
+
+    Args:
+        a: A delta.
+        b: A delta of the same base.
+
+    Returns:
+        One difference per site and kind.
+
+    Raises:
+        BaseMismatchError: If the deltas have different bases.
+        UnsupportedKindError: If a delta is stacked.
+    """
+    _require_comparable(a, b)
+    parts_a, parts_b = (
+        {key: part for key, part in entries_of(delta).items() if isinstance(part.entry, SlotEntry)}
+        for delta in (a, b)
+    )
+    differences = []
+    for name, kind in sorted(parts_a.keys() | parts_b.keys()):
+        part_a, part_b = parts_a.get((name, kind)), parts_b.get((name, kind))
+        slots_a, slots_b = _slot_digests(part_a), _slot_digests(part_b)
+        same = part_a is not None and part_b is not None and _shared(part_a) == _shared(part_b)
+        differences.append(
+            SlotDifference(
+                name,
+                kind.lower(),
+                slots_a.total(),
+                slots_b.total(),
+                (slots_a & slots_b).total(),
+                same,
+            )
+        )
+    return differences
+
+
+def _slot_digests(part: EntryTensors | None) -> Counter[str]:
+    """How often each content occurs among the slots of an entry."""
+    if part is None:
+        return Counter()
+    owners: dict[int, list[int]] = {}
+    for edit, slot in enumerate(part.entry.edit_slots):
+        if slot >= 0:
+            owners.setdefault(slot, []).append(edit)
+    shared = {name.removeprefix(part.entry.name) for name in part.entry.shared_tensors()}
+    digests: Counter[str] = Counter()
+    for edits in owners.values():
+        single = KINDS[type(part.entry)].algebra.select(part, edits)
+        assert single is not None
+        own = [(suffix, x) for suffix, x in sorted(single.tensors.items()) if suffix not in shared]
+        text = [f"{suffix} {hash_parameter(x.contiguous())}" for suffix, x in own]
+        digests["\n".join([*text, *getattr(single.entry, "facts", ())])] += 1
+    return digests
+
+
+def _shared(part: EntryTensors) -> tuple[Any, ...]:
+    """What all slots of an entry share: its settings and tensors."""
+    sizes = {"num_keys", "num_values", "num_experts", "num_slots", "num_facts", "facts"}
+    sizes |= {"max_answer_tokens", "max_prompt_tokens", "num_images", "image_bytes"}
+    fields = {n: v for n, v in msgspec.to_builtins(part.entry).items() if n not in sizes}
+    fields |= {"edit_slots": (), "shared_slots": ()}
+    names = sorted(name.removeprefix(part.entry.name) for name in part.entry.shared_tensors())
+    return fields, [hash_parameter(part.tensors[name].contiguous()) for name in names]
+
+
+class EditLists(NamedTuple):
+    """Ids of the edits of two deltas.
+
+    Attributes:
+        only_a: Those of the first alone.
+        only_b: Those of the second alone.
+        both: Those of both.
+    """
+
+    only_a: list[str]
+    only_b: list[str]
+    both: list[str]
+
+
+def compare_edits(a: Delta, b: Delta) -> EditLists:
+    """Compare the lists of edits of two deltas.
+
+    Args:
+        a: A delta.
+        b: Another one.
+
+    Returns:
+        Ids, each in the order of its delta.
+    """
+    ids_a, ids_b = ([edit.id for edit in delta.header.edits] for delta in (a, b))
+    return EditLists(
+        [id for id in ids_a if id not in ids_b],
+        [id for id in ids_b if id not in ids_a],
+        [id for id in ids_a if id in ids_b],
+    )
+
+
+def _require_comparable(a: Delta, b: Delta) -> None:
+    for delta in (a, b):
+        if delta.header.stack:
+            raise UnsupportedKindError(
+                f"a stacked delta holds {delta.header.stack} independent edits: compare one of "
+                "them, see `stacking.unstack`."
+            )
+    require_same_base([a, b])
 
 
 class Conflict(NamedTuple):
@@ -167,7 +306,8 @@ def _pairs(numbers: Sequence[int]) -> Iterable[tuple[int, int]]:
 def _entries_by_name(delta: Delta) -> dict[str, list[EntryTensors]]:
     entries: dict[str, list[EntryTensors]] = {}
     for part in entries_of(delta).values():
-        entries.setdefault(part.entry.name, []).append(part)
+        if part.entry.is_weight_change():
+            entries.setdefault(part.entry.name, []).append(part)
     return entries
 
 

@@ -21,7 +21,7 @@ from errata.functional.errors import (
     UnsupportedKindError,
     join_messages,
 )
-from errata.functional.header import Header
+from errata.functional.header import EditRecord, Header
 from errata.functional.kinds.common.algebra import EntryTensors, entries_of
 from errata.functional.kinds.lowrank.entry import LowRank
 from errata.functional.kinds.table import KINDS
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 
-def merge(*deltas: Delta) -> Delta:
+def merge(*deltas: Delta, allow_conflicts: bool = False) -> Delta:
     """Merge deltas into one that applies all of them: W + dW_1 + dW_2 + ...
 
     Low-rank changes are concatenated, `B A + B' A' = [B B'] [A; A']`. That is exact and keeps the
@@ -47,13 +47,15 @@ def merge(*deltas: Delta) -> Delta:
 
     Args:
         *deltas: Deltas of one base.
+        allow_conflicts: Whether two of them may teach one question different answers.
 
     Returns:
         The merged delta.
 
     Raises:
         BaseMismatchError: If the deltas have different bases.
-        InvalidInputError: If there are none, or if dtypes, arithmetics or shapes differ.
+        InvalidInputError: If there are none, if dtypes, arithmetics or shapes differ, or if edits
+            contradict each other.
         UnsupportedKindError: If a kind cannot be merged.
 
     References:
@@ -74,6 +76,8 @@ def merge(*deltas: Delta) -> Delta:
     if not deltas:
         raise InvalidInputError("merge needs at least one delta, got none.")
     _require_mergeable(deltas)
+    if not allow_conflicts:
+        _refuse_contradictions(deltas)
     first = deltas[0].header
     delta_entries = [entries_of(delta) for delta in deltas]
     merged = []
@@ -333,6 +337,27 @@ def _require_mergeable(deltas: Sequence[Delta]) -> None:
         )
     if problems:
         raise InvalidInputError(f"these deltas cannot be merged: {join_messages(problems)}.")
+
+
+def _refuse_contradictions(deltas: Sequence[Delta]) -> None:
+    """Refuse two deltas that teach one question different answers: one would win in silence."""
+    known: dict[tuple[str, tuple[str, ...]], tuple[int, EditRecord]] = {}
+    contradictions = []
+    for number, delta in enumerate(deltas):
+        for edit in delta.header.edits:
+            if not (edit.prompt and edit.target):
+                continue
+            earlier, other = known.setdefault((edit.prompt, edit.images), (number, edit))
+            if earlier != number and other.target != edit.target:
+                contradictions.append(
+                    f"edit {other.id} of delta {earlier + 1} and edit {edit.id} of delta "
+                    f"{number + 1}"
+                )
+    if contradictions:
+        raise InvalidInputError(
+            f"these teach one question different answers: {join_messages(contradictions)}. Remove "
+            "one of each, or merge with allow_conflicts=True (`errata merge --allow-conflicts`)."
+        )
 
 
 def require_same_base(deltas: Sequence[Delta]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 
 import msgspec
 import pytest
@@ -10,8 +11,9 @@ import torch
 from PIL import Image
 
 from errata.adapters import from_module, tiny_model
+from errata.bench.cli.main import main
 from errata.editors import configure, make_editor
-from errata.functional import Query, bind, generate, remove
+from errata.functional import Query, bind, generate, merge, remove
 from errata.functional.deltas.serialization import load_delta, save_delta
 from errata.functional.deltas.stacking import select_edits, unstack
 from errata.functional.errors import EditDivergedError, InvalidInputError, InvalidSettingsError
@@ -207,3 +209,37 @@ def test_an_edit_of_the_same_question_owns_what_it_replaced(name):
     replaced, other = unstack(stacked)
     assert replaced.header.entries[0].edit_slots == (-1, 0)
     assert other.header.entries[0].edit_slots == (0, 1)
+
+
+# ------------------------------------------------------------------ conflicts and differences
+
+KINDS = ["finetune", "lora", "grace", "wise", "mend", "serac", "ike", "liveedit"]
+
+
+def _alone(name, query):
+    editor = make_editor(CASES.get(name) or configure(name, num_steps=2))
+    return editor.edit(model(), editor.init(model(), seeded()), [query])[0]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_one_question_with_two_answers_in_two_deltas_is_a_named_conflict(name):
+    one, two = _alone(name, ASKED[0]), _alone(name, ASKED[0]._replace(target="kim"))
+    with pytest.raises(InvalidInputError, match=f"edit {one.header.edits[0].id} of delta 1 and"):
+        merge(one, two)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_diff_speaks_of_every_kind(name, tmp_path, capsys):
+    paths = []
+    for number, query in enumerate(ASKED):
+        paths.append(tmp_path / f"{number}.safetensors")
+        save_delta(paths[-1], _alone(name, query))
+    assert main(["diff", str(paths[0]), str(paths[0])]) == 0
+    assert "the same change" in capsys.readouterr().out
+    assert main(["diff", *map(str, paths)]) == 0
+    shown = capsys.readouterr().out
+    assert "only in the left: edit" in shown
+    assert "the same change" not in shown
+    assert main(["diff", *map(str, paths), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["parameters"]) + len(report["memories"]) >= 1

@@ -263,7 +263,7 @@ def test_pools_are_merged_and_made_weaker():
     assert joined.header.entries[0].edit_slots == (0, 1)
     assert_parity(logits(bind(model, joined), queries), logits(bind(model, both), queries))
     later, _ = sequence(model, [queries[0]._replace(target="cat")])
-    replaced = merge(one, two, later)
+    replaced = merge(one, two, later, allow_conflicts=True)
     assert replaced.header.entries[0].edit_slots == (-1, 0, 1)
     none = scale(both, 0.0)
     assert torch.equal(logits(bind(model, none), queries), logits(model, queries))

@@ -194,7 +194,11 @@ def test_features_gate_weights_and_residual_are_the_originals(five, number):
     header = Header(base=BaseModel(id="x"), entries=(entry,), edits=records)
     assert {f"{name}.{part}" for part in tensors} == set(header.tensor_specs())
     card = SimpleNamespace(
-        layers="layers", canonical_name=lambda name: name, layer_of=lambda path: 0, id="x"
+        layers="layers",
+        canonical_name=lambda name: name,
+        layer_of=lambda path: 0,
+        id="x",
+        hidden_size=entry.hidden_size,
     )
     change = apply_experts(
         SimpleNamespace(card=card, deltas=()),  # pyright: ignore[reportArgumentType]

@@ -297,7 +297,11 @@ def test_the_same_question_again_replaces_its_edit():
         assert said[0].strip().startswith("in a town")
         assert said[1].strip().startswith("owl")
     with pytest.raises(InvalidInputError, match="edit the same question"):
-        merge(edited(model, HARD, [query(0)])[0], edited(model, HARD, [query(0, "owl")])[0])
+        merge(
+            edited(model, HARD, [query(0)])[0],
+            edited(model, HARD, [query(0, "owl")])[0],
+            allow_conflicts=True,
+        )
 
 
 def test_edits_are_merged_removed_stacked_and_saved(tmp_path):
