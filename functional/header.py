@@ -343,8 +343,8 @@ def _header_violations(header: Header) -> Iterator[str]:
 def _record_violations(field: str, records: Sequence[EditRecord]) -> Iterator[str]:
     for number, edit in enumerate(records):
         where = f"{field}[{number}]"
-        if not _is_short_text(edit.id):
-            yield f"{where}.id must be printable text of at most 256 characters"
+        if not _is_short_text(edit.id) or _ABSOLUTE_PATH.match(edit.id):
+            yield f"{where}.id must be printable text of at most 256 characters, and no path"
         if not (_SHA256_HEX.fullmatch(edit.prompt) and _SHA256_HEX.fullmatch(edit.target)):
             yield f"{where} must give sha256 hashes of prompt and target in hex"
         if not all(_is_short_text(key) and not _ABSOLUTE_PATH.match(key) for key in edit.images):
@@ -362,7 +362,9 @@ def _absolute_paths(value: Any, where: str) -> Iterator[str]:
             yield f"{where} must not hold a path of this machine: store a name or a hash instead"
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _absolute_paths(inner, f"{where}.{str(key)[:40]}")
+            if _ABSOLUTE_PATH.match(str(key)):
+                yield f"{where} must not have a key that is a path of this machine"
+            yield from _absolute_paths(inner, f"{where}.{ascii(str(key)[:40])[1:-1]}"[:200])
     elif isinstance(value, (list, tuple)):
         for inner in value:
             yield from _absolute_paths(inner, f"{where}[]")

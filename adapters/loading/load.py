@@ -9,7 +9,10 @@ weight is read. Only safetensors are read, and no code that a checkpoint brings 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +47,7 @@ def from_module(
     id: str = "",
     revision: str = "",
     cache: int = 256 << 20,
+    encoders: Mapping[str, str | Path] = MappingProxyType({}),
 ) -> Model:
     """Turn a Hugging Face module and its processor into a Model.
 
@@ -56,6 +60,7 @@ def from_module(
         id: The model's name in deltas and results.
         revision: Its revision.
         cache: Memory for preprocessed images, in bytes.
+        encoders: Folder or hub id of sentence encoders, by the name that deltas hold.
 
     Returns:
         The model.
@@ -84,7 +89,8 @@ def from_module(
     preprocess = make_processor(processor, module.config, card, template, cache)
     tokenizer = getattr(processor, "tokenizer", processor)
     model = functionalize(card, module, preprocess, make_detokenizer(tokenizer), family)
-    return model._replace(encode_image=encode_png, load_text_encoder=load_sentence_encoder)
+    load_encoder = partial(load_sentence_encoder, places=encoders)
+    return model._replace(encode_image=encode_png, load_text_encoder=load_encoder)
 
 
 def refuse_encoder_decoder(config: Any) -> None:
@@ -110,6 +116,7 @@ def from_pretrained(
     revision: str | None = None,
     check: bool = True,
     cache: int = 256 << 20,
+    encoders: Mapping[str, str | Path] = MappingProxyType({}),
 ) -> Model:
     """Load a checkpoint.
 
@@ -122,6 +129,7 @@ def from_pretrained(
         revision: The revision of a hub id.
         check: Whether to read every weight once and refuse values that are not finite.
         cache: Memory for preprocessed images, in bytes.
+        encoders: Folder or hub id of sentence encoders, by the name that deltas hold.
 
     Returns:
         The model.
@@ -142,7 +150,15 @@ def from_pretrained(
     )
     name = os.fspath(id_or_path)
     id = Path(name).resolve().name if os.path.isdir(name) else name
-    return from_module(module, processor, template=template, id=id, revision=commit, cache=cache)
+    return from_module(
+        module,
+        processor,
+        template=template,
+        id=id,
+        revision=commit,
+        cache=cache,
+        encoders=encoders,
+    )
 
 
 def load_parts(

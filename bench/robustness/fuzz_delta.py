@@ -16,15 +16,16 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 
 from errata.bench.robustness.mutations import MUTATIONS, mutate
-from errata.bench.robustness.samples import sample
-from errata.functional import Delta, load_delta, save_delta
+from errata.bench.robustness.samples import editor_samples, sample
+from errata.functional import Delta, Model, Query, bind, load_delta, save_delta
 from errata.functional.deltas.inspection import inspect_delta
 from errata.functional.deltas.merging import require_same_base
 from errata.functional.deltas.serialization import digest
@@ -73,7 +74,11 @@ _WATCHING = [False]
 
 
 def fuzz(
-    num_files: int, seed: int = 0, folder: Path | None = None, limit_memory: bool = True
+    num_files: int,
+    seed: int = 0,
+    folder: Path | None = None,
+    limit_memory: bool = True,
+    bind_accepted: bool = False,
 ) -> FuzzReport:
     """Load mutated delta files.
 
@@ -82,6 +87,7 @@ def fuzz(
         seed: Seed.
         folder: Where to write them.
         limit_memory: Whether to hold each to its share of address space.
+        bind_accepted: Whether files that load are bound to a tiny model, which answers a question.
 
     Returns:
         What was refused, loaded and found.
@@ -93,8 +99,9 @@ def fuzz(
     sys.addaudithook(_make_audit_hook(seen))
     with tempfile.TemporaryDirectory(dir=folder) as place:
         path = Path(place) / "hostile.safetensors"
-        for number in range(16):
-            good = sample(seed * 1000 + number)
+        model, made = editor_samples() if bind_accepted else (None, [])
+        samples = [sample(seed * 1000 + n, stacked=n % 3 == 2) for n in range(24)]
+        for good in [*samples, *made]:
             save_delta(path, good)
             originals.append((good, path.read_bytes()))
             load_delta(path)
@@ -119,6 +126,8 @@ def fuzz(
             slowest = max(slowest, seconds)
             if seconds > 1 or wall > 20:  # a busy machine may stop us for a while
                 fault = f"took {seconds:.2f} s of processor time, {wall:.1f} s in all"
+            if not fault and model is not None:
+                fault = _bind_and_answer(model, path)
             if fault or seen:
                 report.findings.append(
                     f"file {number} of seed {seed} ({kind}): {fault or seen[:3]}"
@@ -151,6 +160,39 @@ def _load_and_check(path: Path, kind: str, original: Delta, report: FuzzReport) 
         return "the content is not what the digest says"
     if not all(bool(torch.isfinite(x).all()) for x in delta.tensors.values()):
         return "holds values that are not finite"
+    paths = [text for text in _texts(msgspec.to_builtins(delta.header)) if _is_path(text)]
+    return f"holds a path of a machine: {paths[0]!r}" if paths else ""
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string of plain data, keys included; facts are texts of their own."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            if key not in ("facts", "question_template"):
+                yield from (key, *_texts(inner))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _is_path(text: str) -> bool:
+    return text.startswith(("/", "~", "\\", "file:")) or text[1:3] in (":\\", ":/")
+
+
+def _bind_and_answer(model: Model, path: Path) -> str:
+    """Bind a file that loads, and ask it something; "" if it answers or says why not."""
+    try:
+        delta = load_delta(path)
+        bound = bind(model, delta)
+        inputs = bound.preprocess([Query("who is it?", "bo")])
+        with torch.no_grad():
+            bound.decode(bound.params, bound.embed(bound.params, inputs))
+    except ErrataError as error:
+        return "" if len(str(error)) <= 2000 else "too long an error"
+    except BaseException as error:  # noqa: BLE001 - anything but an ErrataError is a finding
+        return f"{type(error).__name__} when it is bound: {str(error)[:200]}"
     return ""
 
 
@@ -169,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     began = time.perf_counter()
-    report = fuzz(args.files, args.seed)
+    report = fuzz(args.files, args.seed, bind_accepted=True)
     seconds = time.perf_counter() - began
     write = sys.stdout.write
     for kind in MUTATIONS:

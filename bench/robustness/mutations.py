@@ -237,6 +237,19 @@ def _forge_value(raw: bytes, draw: random.Random) -> bytes:
         return with_valid_digest(file)
 
 
+def _odd_key(raw: bytes, draw: random.Random) -> bytes:
+    """A key of one's own among the settings or anywhere, with a value like a path, signed."""
+    file = split_file(raw)
+    places = [file.metadata["settings"], file.metadata, file.metadata["base"]]
+    places += file.metadata["entries"]
+    node = draw.choice(places[:1] * 3 + places)
+    value = draw.choice([*MALICIOUS_NAMES, *MALICIOUS_VALUES])
+    for _ in range(draw.choice([0, 0, 1, 3])):
+        value = draw.choice([{draw.choice(MALICIOUS_NAMES): value}, [value]])
+    node[draw.choice([*MALICIOUS_NAMES, "k", "shared_slots", "shared_edits"])] = value
+    return with_valid_digest(file)
+
+
 def _forge_name(raw: bytes, draw: random.Random) -> bytes:
     """A path-like or otherwise wrong parameter name, the same everywhere, signed."""
     file = split_file(raw)
@@ -373,6 +386,7 @@ MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "header length": _forge_header_length,
     "dtype, shape, offsets": _forge_tensor,
     "description": _forge_value,
+    "odd keys": _odd_key,
     "names": _forge_name,
     "duplicate names": _duplicate_name,
     "not canonical": _non_canonical_json,

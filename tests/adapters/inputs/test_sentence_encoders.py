@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import socket
+
+import msgspec
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from errata import adapters
+from errata.adapters.inputs import sentence_encoders
 from errata.adapters.inputs.sentence_encoders import load_sentence_encoder, register_encoder_path
 from errata.editors.ike import IkeConfig, ike_editor
 from errata.functional import Query, bind
@@ -60,6 +64,31 @@ def test_edits_are_found_by_a_sentence_encoder_that_files_name(folder):
     register_encoder_path("little-bert", folder)
     (read,) = expand_prompts(bind(model, delta), [Query("where does it live?")])
     assert read.prompt.startswith("New Fact: where does bo live? rome\n")
+
+
+def test_a_name_in_a_delta_loads_nothing_that_the_caller_did_not_name(folder, monkeypatch):
+    """Neither a folder of that name here, nor the hub: no socket is opened."""
+
+    def refuse(*args, **more):
+        raise AssertionError("a socket was opened")
+
+    model = adapters.from_module(*adapters.tiny_model("llava"))
+    editor = ike_editor(IkeConfig(encoder=f"sentence:{folder}", match_images=False))
+    delta, _ = editor.edit(model, editor.init(model, torch.Generator()), [Query("who?", "bo")])
+    register_encoder_path("little-bert", folder)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.chdir(folder.parent)  # holds a folder `little-bert`
+    monkeypatch.delitem(sentence_encoders._ENCODER_PATHS, "little-bert")
+    entry = delta.header.entries[0]
+    for name in ("little-bert", "nobody/nothing", "all-MiniLM-L6-v2"):
+        named = msgspec.structs.replace(entry, encoder=f"sentence:{name}")
+        header = msgspec.structs.replace(delta.header, entries=(named,))
+        with pytest.raises(InvalidSettingsError, match="must have a place, and none is named"):
+            bind(model, delta._replace(header=header))
+    known = adapters.from_module(
+        *adapters.tiny_model("llava"), encoders={"little-bert": str(folder)}
+    )
+    assert bind(known, delta).preprocess([Query("who?")]).input_ids.numel()
 
 
 def test_an_encoder_that_is_not_there_is_said_so(tmp_path):
