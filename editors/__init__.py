@@ -146,9 +146,9 @@ def configure(name: str, preset: str = "", **settings: Any) -> msgspec.Struct:
             continue
         try:
             msgspec.convert({"type": name, key: settings[key]}, method.config)
-        except msgspec.ValidationError as fault:
+        except (msgspec.ValidationError, ValueError, RecursionError) as fault:
             faults.append(
-                f"{name}.{key} {_expected_values(fault, fields[key])}; got {settings[key]!r}"
+                f"{name}.{key} {_expected_values(fault, fields[key])}; got {_shown(settings[key])}"
             )
     if faults:
         raise InvalidSettingsError("; ".join(faults) + ".")
@@ -166,7 +166,16 @@ def _renamed_values(name: str, key: str, value: Any) -> list[str]:
     ]
 
 
-def _expected_values(error: msgspec.ValidationError, field_type: Any) -> str:
+def _shown(value: Any) -> str:
+    """A value for a message, short; integers of thousands of digits have no text at all."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a very long {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _expected_values(error: Exception, field_type: Any) -> str:
     """State what must hold: the choices, or msgspec's message without backquotes and path."""
     if get_origin(field_type) is Annotated:
         field_type = field_type.__origin__

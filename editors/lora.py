@@ -52,7 +52,7 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         "layers.*.attn.q",
         "layers.*.attn.v",
     )
-    rank: Annotated[int, msgspec.Meta(ge=1, description="Rank of each adapter.")] = 8
+    rank: Annotated[int, msgspec.Meta(ge=1, le=1 << 20, description="Rank of each adapter.")] = 8
     alpha: Annotated[
         float,
         msgspec.Meta(

@@ -35,7 +35,7 @@ def _load_config(name: str, revision: str | None) -> Any:
         raise InvalidInputError(
             f"model {name!r} must be a folder, or a hub id in the cache or within reach: {error}"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UnsupportedModelError(
             f"the config of {name!r} must be one that the installed transformers knows: {error}"
         ) from error
@@ -96,7 +96,7 @@ def _check_files(folder: Path) -> None:
     if index.is_file():
         try:
             indexed_files = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise InvalidInputError(
                 f"{index} must map weights to files, and cannot be read: {error}"
             ) from error

@@ -117,7 +117,7 @@ def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
             return build_hf_processor(
                 name, config, settings | {"chat_template": template}, **hub_options
             )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RecursionError) as error:
         raise InvalidInputError(
             f"the processor of {name!r} must load (tokenizer and image processor files): {error}"
         ) from error

@@ -124,7 +124,7 @@ def _parse_assignments(pairs: Sequence[str]) -> dict[str, Any]:
             continue
         try:
             settings[key.strip()] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             settings[key.strip()] = value
     if faults:
         raise InvalidSettingsError("; ".join(faults) + ".")

@@ -9,8 +9,8 @@ from msgspec import Meta
 
 __all__ = ["LifelongSettings", "Protocol", "SequentialSettings", "SingleSettings"]
 
-Count = Annotated[int, Meta(ge=1)]
-Natural = Annotated[int, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=1, le=10**9)]
+Natural = Annotated[int, Meta(ge=0, le=10**9)]
 
 
 class SingleSettings(

@@ -24,7 +24,15 @@ import torch
 
 from errata.adapters.interop.peft_export import export_peft
 from errata.adapters.interop.peft_import import import_peft
-from errata.functional import BaseModel, Delta, EditRecord, Header, load_delta, save_delta
+from errata.functional import (
+    BaseModel,
+    Delta,
+    EditRecord,
+    Header,
+    load_delta,
+    merge,
+    save_delta,
+)
 from errata.functional.deltas.fusing import fuse
 from errata.functional.deltas.serialization import digest
 from errata.functional.errors import ErrataError
@@ -34,7 +42,7 @@ __all__ = ["OPERATIONS", "crash", "make_checkpoint", "make_delta"]
 
 NAMES = [f"model.layers.{n}.mlp.down_proj.weight" for n in range(4)]
 SHAPE = (256, 768)
-OPERATIONS = ("save", "fuse", "export")
+OPERATIONS = ("save", "merge", "fuse", "export")
 
 
 def make_delta(seed: int) -> Delta:
@@ -84,6 +92,8 @@ def _write(operation: str, folder: Path, number: int) -> None:
     delta = make_delta(number % 2)
     if operation == "save":
         save_delta(folder / "edit.safetensors", delta)
+    elif operation == "merge":
+        save_delta(folder / "edit.safetensors", merge(delta, delta))
     elif operation == "fuse":
         fuse(delta, folder / "base", folder / f"out-{number}")
     else:
@@ -105,7 +115,7 @@ def _start_child(operation: str, folder: Path) -> int:
 
 
 def _is_whole(operation: str, path: Path, expected: list[object]) -> bool:
-    if operation == "save":
+    if operation in ("save", "merge"):
         return digest(load_delta(path)) in expected
     if operation == "export":
         return digest(import_peft(path)) in expected
@@ -137,10 +147,12 @@ def crash(operation: str, times: int, seed: int = 0) -> Counter[str]:
             _write(operation, place, number)
             path = _final_paths(place)[0]
             files = {p.name: p.read_bytes() for p in path.iterdir()} if path.is_dir() else {}
-            expected.append(files if operation == "fuse" else digest(make_delta(number)))
+            made = make_delta(number)
+            whole = merge(made, made) if operation == "merge" else made
+            expected.append(files if operation == "fuse" else digest(whole))
             _clear(place)
-        if operation == "save":
-            save_delta(place / "edit.safetensors", make_delta(0))  # there is an old file to be kept
+        if operation in ("save", "merge"):  # there is an old file to be kept
+            _write(operation, place, 0)
         for _ in range(times):
             _crash_once(operation, place, draw.uniform(0, 0.3))
             finals = _final_paths(place)
@@ -148,11 +160,14 @@ def crash(operation: str, times: int, seed: int = 0) -> Counter[str]:
                 fine = all(_is_whole(operation, path, expected) for path in finals)
             except ErrataError:
                 fine = False
-            fine = fine and (operation != "save" or len(finals) == 1)
+            fine = fine and (operation not in ("save", "merge") or len(finals) == 1)
             outcomes["broken" if not fine else "whole" if finals else "nothing yet"] += 1
-            outcomes["unfinished part left"] += any(
-                p.name.endswith(".part") for p in place.iterdir()
-            )
+            for path in finals if operation not in ("save", "merge") else ():
+                shutil.rmtree(path)
+            _write(operation, place, 0)  # the next write cleans what the kill left
+            left = [p for p in place.iterdir() if p.name.endswith(".part")]
+            if operation in ("save", "merge"):
+                outcomes["parts left after the next write"] += len(left)
             _clear(place, keep_prefix="edit.")
     return outcomes
 

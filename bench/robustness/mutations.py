@@ -18,6 +18,7 @@ from errata.functional.deltas.safetensors_header import canonical_json
 from errata.functional.deltas.serialization import tensor_view
 
 __all__ = [
+    "MALICIOUS_NAMES",
     "MALICIOUS_VALUES",
     "MUTATIONS",
     "SplitFile",

@@ -41,13 +41,15 @@ __all__ = [
     "parse_size",
 ]
 
-_SIZE_PATTERN = re.compile(r"^(\d+(?:\.\d+)?) ?(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)$")
+_SIZE_PATTERN = re.compile(r"\A(\d{1,12}(?:\.\d{1,6})?) ?(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)\Z")
 
-Count = Annotated[int, Meta(ge=1)]
-Natural = Annotated[int, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=1, le=10**9)]
+Natural = Annotated[int, Meta(ge=0, le=10**9)]
+Seed = Annotated[int, Meta(ge=0, le=1 << 62)]
+ThreadCount = Annotated[int, Meta(ge=0, le=4096)]
 Text = Annotated[str, Meta(min_length=1)]
 Size = Annotated[str, Meta(pattern=_SIZE_PATTERN.pattern)]
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._+-]{0,63}$")]
+Name = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9 ._+-]{0,63}\Z")]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """Of the weights; "auto" is the checkpoint's own."""
@@ -66,7 +68,7 @@ class WorldCases(
     """Cases of the micro world (`bench.data.world`), drawn on demand."""
 
     num_cases: Count = 20
-    seed: int = 0
+    seed: Seed = 0
     skip: Natural = 0  # cases left out at the front
     split: Literal["train", "test"] = "test"
     subjects: Literal["known", "new"] = "known"
@@ -142,7 +144,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     output_dir: Text
     title: str = ""
-    seed: int = 0
+    seed: Seed = 0
     scorers: Annotated[tuple[str, ...], Meta(min_length=1)] = ("errata",)
     max_new_tokens: Natural = 0  # tokens of free generation, added to teacher forcing; 0: none
     generate_probes: Literal["all", "success"] = "all"  # probe, or all but localities
@@ -150,7 +152,9 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     memory_budget: Size = (
         "1 GiB"  # what a batch of edits or probes may take in addition to the model
     )
-    num_threads: Natural = 0  # of torch; 0: as it comes, and when resuming as in the first start
+    num_threads: Annotated[int, Meta(ge=0, le=4096)] = (
+        0  # of torch; 0: as it comes, and when resuming as in the first start
+    )
     unreadable_cases: Literal["error", "skip"] = (
         "error"  # what to do with a case the model cannot read
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 import types
 import typing
@@ -107,8 +108,11 @@ def parse_settings(text: str, source_name: str = "settings") -> RunSettings:
     """  # noqa: E501
     try:
         raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as fault:
-        raise InvalidSettingsError(f"{source_name} must be TOML: {fault}.") from None
+    except RecursionError:
+        raise InvalidSettingsError(f"{source_name} must be TOML, and is nested too deep.") from None
+    except ValueError as fault:  # TOMLDecodeError, or an integer of thousands of digits
+        reason = " ".join(str(fault).split())[:300]
+        raise InvalidSettingsError(f"{source_name} must be TOML: {reason}.") from None
     faults: list[str] = []
     editors = raw.get("editors")
     if isinstance(editors, list):
@@ -159,6 +163,12 @@ def _duplicate_names(settings: RunSettings) -> list[str]:
     ):
         twice = sorted({label for label in labels if labels.count(label) > 1})
         faults += [f"{what}: the name {label!r} must be given once" for label in twice]
+    faults += [
+        f"models[{n}].name must be given, of letters, digits, spaces and . _ + -: the id ends in "
+        f"{m.label[:80]!r}, which cannot name results"
+        for n, m in enumerate(settings.models)
+        if not _LABEL.match(m.label)
+    ]
     known = [m.label for m in settings.models]
     for number, editor in enumerate(settings.editors):
         faults += [
@@ -173,6 +183,9 @@ def _duplicate_names(settings: RunSettings) -> list[str]:
         if kinds.count(kind) > 1
     ]
     return faults
+
+
+_LABEL = re.compile(r"\A[A-Za-z0-9][A-Za-z0-9 ._+-]{0,127}\Z")
 
 
 def _convert(raw: Any, kind: Any, path: str, faults: list[str]) -> Any:
@@ -193,9 +206,18 @@ def _convert(raw: Any, kind: Any, path: str, faults: list[str]) -> Any:
         return _convert_struct(rest, tags[tag], path, faults)
     try:
         return msgspec.convert(raw, kind)
-    except msgspec.ValidationError as fault:
-        faults.append(f"{path} {_expectation(fault, kind)}, got {raw!r}")
+    except (msgspec.ValidationError, ValueError, RecursionError) as fault:
+        faults.append(f"{path} {_expectation(fault, kind)}, got {_shown(raw)}")
         return None
+
+
+def _shown(raw: Any) -> str:
+    """A value for a message, short; integers of thousands of digits have no text at all."""
+    try:
+        text = repr(raw)
+    except (ValueError, RecursionError):
+        return f"a very long {type(raw).__name__}"
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _convert_list(raw: Any, kind: Any, path: str, faults: list[str]) -> Any:
@@ -244,7 +266,7 @@ def _is_struct_tuple(kind: Any) -> bool:
     return _is_struct(inside[0]) or all(map(_is_struct, typing.get_args(inside[0]) or [None]))
 
 
-def _expectation(fault: msgspec.ValidationError, kind: Any) -> str:
+def _expectation(fault: Exception, kind: Any) -> str:
     """What must hold, in the words of someone who writes TOML."""
     if typing.get_origin(kind) is Literal:
         return f"must be one of {', '.join(map(str, typing.get_args(kind)))}"

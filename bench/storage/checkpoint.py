@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from errata.editors.common.checkpoint import is_signed, signed_text
 from errata.functional import Delta
 from errata.functional.files import atomic_write
 from errata.functional.kinds.schema import convert_header
@@ -110,7 +111,7 @@ def save_checkpoint(path: Path, identity: str, checkpoint: SequenceCheckpoint) -
         "header": msgspec.to_builtins(delta.header),
         "tensors": _encode(dict(delta.tensors), dict, tensors),
     }
-    data = save(tensors, {METADATA_KEY: msgspec.json.encode(content).decode()})
+    data = save(tensors, {METADATA_KEY: signed_text(content, tensors)})
     with atomic_write(path) as file:
         file.write(data)
 
@@ -137,11 +138,13 @@ def load_checkpoint(
                 return None
             # cloned: memory aligned as if it had just been computed
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            if not is_signed(content, tensors):
+                return None
         state = _decode(content["state"], type(fresh), tensors)
         header = convert_header(content["header"])
         delta = Delta(header, _decode(content["tensors"], dict, tensors))
         return SequenceCheckpoint(content["num_edits"], state, delta)
-    except (OSError, SafetensorError, msgspec.MsgspecError, KeyError, TypeError, ValueError):
+    except (OSError, SafetensorError, msgspec.MsgspecError, LookupError, TypeError, ValueError):
         return None
 
 

@@ -6,6 +6,7 @@ same structure.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,17 @@ from torch.utils import _pytree as pytree
 from errata.functional import Model
 from errata.functional.errors import InvalidInputError, join_messages
 from errata.functional.files import atomic_write
+from errata.functional.hashing import hash_parameter
 
 __all__ = [
     "WEIGHTS",
+    "is_signed",
     "load_checkpoint",
     "named_tensors",
     "open_checkpoint",
     "save_checkpoint",
     "shipped_weights",
+    "signed_text",
 ]
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
@@ -81,6 +85,44 @@ def named_tensors(tree: Any) -> dict[str, Tensor]:
     }
 
 
+def signed_text(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Write the description of a file, with a digest of itself and of the tensors.
+
+    One text under one key: the order of several keys differs from file to file.
+
+    Args:
+        content: The description, without its digest.
+        tensors: The tensors by name.
+
+    Returns:
+        JSON.
+    """
+    digest = _content_digest(content, tensors)
+    return msgspec.json.encode({**content, "digest": digest}, order="sorted").decode()
+
+
+def is_signed(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a description's digest is that of itself and of the tensors.
+
+    Args:
+        description: From the text of `signed_text`.
+        tensors: The tensors by name.
+
+    Returns:
+        True if nothing was changed.
+    """
+    content = {name: value for name, value in description.items() if name != "digest"}
+    return description.get("digest") == _content_digest(content, tensors)
+
+
+def _content_digest(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    state = hashlib.sha256(msgspec.json.encode(content, order="sorted"))
+    for name, tensor in sorted(tensors.items()):
+        state.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        state.update(hash_parameter(tensor.detach().contiguous()).encode())
+    return state.hexdigest()
+
+
 def save_checkpoint(
     path: str | Path, tree: Any, compatibility: Mapping[str, Any], dtype: torch.dtype | None = None
 ) -> None:
@@ -100,7 +142,7 @@ def save_checkpoint(
         for name, tensor in named_tensors(tree).items()
     }
     about = {**compatibility, "format": _FORMAT}
-    data = save(tensors, {_METADATA_KEY: msgspec.json.encode(about, order="sorted").decode()})
+    data = save(tensors, {_METADATA_KEY: signed_text(about, tensors)})
     with atomic_write(path) as file:
         file.write(data)
 
@@ -181,9 +223,14 @@ def open_checkpoint(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, 
             metadata = msgspec.json.decode(stored.get(_METADATA_KEY, "null"))
             # Cloned: owned memory, aligned as freshly computed tensors are.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, msgspec.DecodeError) as fault:
+    except (OSError, SafetensorError, msgspec.DecodeError, UnicodeDecodeError) as fault:
         reason = f"{path} must be a state of errata and cannot be read: {fault}."
         raise InvalidInputError(reason) from fault
+    if isinstance(metadata, dict) and not is_signed(metadata, tensors):
+        raise InvalidInputError(
+            f"{path} does not match its digest: it was damaged or changed; train it again, or "
+            "fetch it anew."
+        )
     return metadata if isinstance(metadata, dict) else None, tensors
 
 

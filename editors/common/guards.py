@@ -124,8 +124,8 @@ def _require_training(editor: Editor, state: State) -> None:
     if not (may_be_untrained or getattr(state, "is_trained", True)):
         raise InvalidSettingsError(
             f"{editor.name} must be trained before it edits, and this state holds random weights: "
-            f"train it (`errata train`, `errata.editors.train`), name its file in `weights`, or "
-            f"take untrained=True to edit with random weights."
+            "train it (`errata train`) and name its file in `weights`, or "
+            "take untrained=True to edit with random weights."
         )
 
 

@@ -38,7 +38,7 @@ NormConstraint = Annotated[
     Annotated[float, Meta(gt=0)] | None,
     Meta(description="Bound on the absolute change of each element. None: no bound."),
 ]
-NumSteps = Annotated[int, Meta(ge=1, description="Optimization steps, at most.")]
+NumSteps = Annotated[int, Meta(ge=1, le=10**9, description="Optimization steps, at most.")]
 StopLoss = Annotated[
     float,
     Meta(ge=0, description="Loss in nats per token below which an edit stops. 0: never."),

@@ -13,7 +13,7 @@ from errata.functional.kinds.prompt.entry import DemonstrationKey, Demonstration
 
 __all__ = ["PRESETS", "IkeConfig"]
 
-Count = Annotated[int, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=0, le=10**9)]
 Cosine = Annotated[float, Meta(ge=-1, le=1)]
 
 
@@ -94,7 +94,7 @@ class IkeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         Meta(description="Cosine similarity of images below which a fact is left out. -1: never."),
     ] = -1.0
     max_facts: Annotated[
-        int, Meta(ge=1, description="Facts placed before a question, at most.")
+        int, Meta(ge=1, le=10**9, description="Facts placed before a question, at most.")
     ] = 1
     include_images: Annotated[
         bool,

@@ -12,22 +12,47 @@ from errata.functional.kinds.experts.entry import RoutingInput
 __all__ = ["PRESETS", "LiveEditConfig"]
 
 
+MAX_SIZE = 1 << 20
+
+
 class LiveEditConfig(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="liveedit"
 ):
     """Settings of LiveEdit; the default layer fits any decoder."""
 
     layer: LayerChoice = 2 / 3
-    feature_dim: Annotated[int, msgspec.Meta(ge=1, description="Width of a routing feature.")] = (
-        1024
-    )
+    feature_dim: Annotated[
+        int,
+        msgspec.Meta(
+            ge=1,
+            le=MAX_SIZE,
+            description="Width of a routing feature.",
+        ),
+    ] = 1024
     num_query_tokens: Annotated[
-        int, msgspec.Meta(ge=1, description="Learned query tokens of each feature network.")
+        int,
+        msgspec.Meta(
+            ge=1,
+            le=MAX_SIZE,
+            description="Learned query tokens of each feature network.",
+        ),
     ] = 4
     num_heads: Annotated[
-        int, msgspec.Meta(ge=1, description="Attention heads of the feature networks.")
+        int,
+        msgspec.Meta(
+            ge=1,
+            le=MAX_SIZE,
+            description="Attention heads of the feature networks.",
+        ),
     ] = 8
-    rank: Annotated[int, msgspec.Meta(ge=1, description="Rank of an expert.")] = 4
+    rank: Annotated[
+        int,
+        msgspec.Meta(
+            ge=1,
+            le=MAX_SIZE,
+            description="Rank of an expert.",
+        ),
+    ] = 4
     expert_scale: Annotated[
         float,
         msgspec.Meta(
@@ -42,10 +67,17 @@ class LiveEditConfig(
     ] = 0
     num_sentinel_tokens: Annotated[
         int,
-        msgspec.Meta(ge=1, description="Tokens of the sentinel image, which no edit should match."),
+        msgspec.Meta(
+            ge=1,
+            le=1 << 20,
+            description="Tokens of the sentinel image, which no edit should match.",
+        ),
     ] = 32
     num_text_sentinel_tokens: Annotated[
-        int, msgspec.Meta(ge=1, description="Tokens of the sentinel for rows without an image.")
+        int,
+        msgspec.Meta(
+            ge=1, le=MAX_SIZE, description="Tokens of the sentinel for rows without an image."
+        ),
     ] = 8
     min_self_margin: Annotated[
         float,

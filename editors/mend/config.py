@@ -25,7 +25,7 @@ class MendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         "layers.-1.mlp",
     )
     rank: Annotated[
-        int, msgspec.Meta(ge=1, description="Rank of the network's low-rank layers.")
+        int, msgspec.Meta(ge=1, le=1 << 20, description="Rank of the network's low-rank layers.")
     ] = 1920
     num_hidden_layers: Annotated[
         int, msgspec.Meta(ge=0, description="Hidden layers of the network.")

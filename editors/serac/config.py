@@ -12,7 +12,7 @@ from errata.functional.kinds.scope.entry import Gate
 
 __all__ = ["PRESETS", "TRAINING", "SeracConfig"]
 
-_PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
+_PositiveInt = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 
 
 class SeracConfig(

@@ -19,16 +19,36 @@ MEND_LOSS_WEIGHTS = {
 """MEND's weights, as EasyEdit has them for images."""
 
 
+MAX_SIZE = 1 << 20
+
+
 class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of a training; a `weights` of "edit" asks the edit's own question too."""
 
     num_steps: NumSteps = 1000
-    batch_size: Annotated[int, msgspec.Meta(ge=1, description="Cases per batch.")] = 8
+    batch_size: Annotated[
+        int,
+        msgspec.Meta(
+            ge=1,
+            le=MAX_SIZE,
+            description="Cases per batch.",
+        ),
+    ] = 8
     gradient_accumulation_steps: Annotated[
-        int, msgspec.Meta(ge=1, description="Batches per step.")
+        int,
+        msgspec.Meta(
+            ge=1,
+            le=MAX_SIZE,
+            description="Batches per step.",
+        ),
     ] = 1
     questions_per_probe: Annotated[
-        int, msgspec.Meta(ge=1, description="Questions drawn from each probe of a case.")
+        int,
+        msgspec.Meta(
+            ge=1,
+            le=MAX_SIZE,
+            description="Questions drawn from each probe of a case.",
+        ),
     ] = 1
     lr: LearningRate = 1e-4
     lr_by_group: Annotated[
@@ -51,14 +71,30 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     num_validation_cases: Annotated[
         int, msgspec.Meta(ge=0, description="Cases held out for validation, the last ones.")
     ] = 16
-    eval_every: Annotated[int, msgspec.Meta(ge=1, description="Steps between validations.")] = 100
+    eval_every: Annotated[
+        int,
+        msgspec.Meta(
+            ge=1,
+            le=MAX_SIZE,
+            description="Steps between validations.",
+        ),
+    ] = 100
     early_stopping_patience: Annotated[
         int,
         msgspec.Meta(
-            ge=1, description="Validations without improvement after which training stops."
+            ge=1,
+            le=1 << 20,
+            description="Validations without improvement after which training stops.",
         ),
     ] = 5
-    save_every: Annotated[int, msgspec.Meta(ge=1, description="Steps between checkpoints.")] = 100
+    save_every: Annotated[
+        int,
+        msgspec.Meta(
+            ge=1,
+            le=MAX_SIZE,
+            description="Steps between checkpoints.",
+        ),
+    ] = 100
     seed: Annotated[int, msgspec.Meta(description="Seed of initialization and sampling.")] = 0
     prefix_cache_bytes: Annotated[
         int, msgspec.Meta(ge=0, description="Memory for cached prefixes, in bytes.")

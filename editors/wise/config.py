@@ -31,7 +31,7 @@ _EASYEDIT_SETTINGS: dict[str, Any] = {
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 NonNegative = Annotated[float, msgspec.Meta(ge=0)]
-Count = Annotated[int, msgspec.Meta(ge=1)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=10**9)]
 OwnNegative = Literal["image", "question"]
 
 

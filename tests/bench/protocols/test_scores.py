@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -218,12 +217,12 @@ sequence_length = 2
 
 
 def test_a_run_that_is_killed_ends_with_the_same_bytes(tmp_path):
-    """`killing.py demo.toml FOLDER --kills 10` does the same on a long run."""
+    """`python -m errata.bench.robustness.crash_runs demo.toml FOLDER` does so on a long run."""
     settings = tmp_path / "run.toml"
     settings.write_text(SETTINGS)
-    script = Path(__file__).with_name("killing.py")
+    command = ["-W", "ignore", "-m", "errata.bench.robustness.crash_runs"]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", script, settings, tmp_path, "--kills", "3"],
+        [sys.executable, *command, settings, tmp_path, "--kills", "3"],
         capture_output=True,
         text=True,
         check=False,

@@ -16,5 +16,6 @@ def test_killed_while_saving_folding_exporting_nothing_is_broken():
         text=True,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert ran.stdout.count("4 kills") == 3
+    assert ran.stdout.count("4 kills") == 4
     assert "broken" not in ran.stdout
+    assert "next write" not in ran.stdout.replace("'parts left after the next write': 0", "")

@@ -8,7 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from errata.editors.common.checkpoint import WEIGHTS, load_checkpoint, save_checkpoint
+from errata.editors.common.checkpoint import (
+    WEIGHTS,
+    load_checkpoint,
+    save_checkpoint,
+    signed_text,
+)
 from errata.functional.errors import InvalidInputError
 
 
@@ -32,10 +37,20 @@ def metadata(path) -> dict[str, str]:
 def test_the_format_is_written_and_another_is_refused(tmp_path):
     save_checkpoint(tmp_path / "w", {"a": torch.ones(2)}, {"editor": "x"})
     about = json.loads(metadata(tmp_path / "w")["errata.weights"])
+    assert about.pop("digest")
     assert about == {"editor": "x", "format": 2}
-    save_file(load_file(tmp_path / "w"), tmp_path / "v", {"errata.weights": '{"editor":"x"}'})
+    tensors = load_file(tmp_path / "w")
+    save_file(tensors, tmp_path / "v", {"errata.weights": signed_text({"editor": "x"}, tensors)})
     with pytest.raises(InvalidInputError, match="its format is None, must be 2"):
         load_checkpoint(tmp_path / "v", {"a": torch.ones(2)}, {"editor": "x"})
+
+
+def test_changed_values_are_noticed(tmp_path):
+    save_checkpoint(tmp_path / "w", {"a": torch.ones(2)}, {"editor": "x"})
+    raw = (tmp_path / "w").read_bytes()
+    (tmp_path / "w").write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    with pytest.raises(InvalidInputError, match="does not match its digest"):
+        load_checkpoint(tmp_path / "w", {"a": torch.ones(2)}, {"editor": "x"})
 
 
 def test_weights_of_the_first_version_are_refused(tmp_path):
