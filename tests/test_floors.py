@@ -235,3 +235,37 @@ def test_namespace_holds_the_floors():
         module = importlib.import_module(f"errata.{floor}")
         assert Path(module.__file__).resolve().parent == ROOT / floor
         assert (module.__doc__ or "").strip(), f"errata.{floor} must say what it is"
+
+
+FACTORIES = {
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "tensor",
+    "arange",
+    "rand",
+    "randn",
+    "linspace",
+    "eye",
+    "randint",
+    "randperm",
+    "logspace",
+}
+
+
+def test_tensors_are_made_with_a_dtype_and_a_device():
+    """Below bench: `torch.set_default_dtype` and `set_default_device` must change no edit."""
+    bad = []
+    for path in SOURCES:
+        if path.relative_to(ROOT).parts[0] == "bench":
+            continue
+        for node in ast.walk(tree(path)):
+            match node:
+                case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr=name)) if (
+                    name in FACTORIES
+                ):
+                    given = {keyword.arg for keyword in node.keywords}
+                    if None not in given and not given >= {"dtype", "device"}:
+                        bad.append(f"{path.relative_to(ROOT)}:{node.lineno}: torch.{name}")
+    assert not bad, "\n".join(bad)

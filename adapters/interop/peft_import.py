@@ -23,7 +23,12 @@ from errata.functional.deltas.safetensors_header import (
     printable,
     read_header,
 )
-from errata.functional.deltas.serialization import NAME_BY_DTYPE, stored_digest, tensor_view
+from errata.functional.deltas.serialization import (
+    MAX_READ_BYTES,
+    NAME_BY_DTYPE,
+    stored_digest,
+    tensor_view,
+)
 from errata.functional.errors import (
     DeltaFileError,
     ShapeError,
@@ -182,7 +187,13 @@ def _read_pairs(path: Path, model: Model | None) -> dict[str, tuple[Tensor, Tens
     with open_regular_file(path) as file:
         if os.fstat(file.fileno()).st_size != table.num_bytes:
             wrong.append("the file changed while it was read")
-        raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        raw: mmap.mmap | bytearray
+        if table.num_bytes <= MAX_READ_BYTES:
+            raw = bytearray(file.read())
+            if len(raw) != table.num_bytes:
+                raise DeltaFileError(f"{path}: the file changed while it was read.")
+        else:
+            raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     for name, slot in table.tensors.items():
         match = re.fullmatch(r"base_model\.model\.(.{1,2000})\.lora_(A|B)\.weight", name)
         saved = re.fullmatch(r"base_model\.model\.(.{1,2000}?)(\.base_layer)?\.weight", name)

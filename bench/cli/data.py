@@ -31,6 +31,12 @@ def register(subparsers: Any) -> None:
     check.add_argument("--images", default="", help="folder the image names start from")
     check.add_argument("--decode", action="store_true", help="open every image there is")
     check.add_argument("--json", action="store_true", help="print the report for machines")
+    check.add_argument(
+        "--model",
+        help="micro/NAME, a folder or a hub id: read every query as this model does, and list all "
+        "it cannot read",
+    )
+    check.add_argument("--template", default="default", help="prompt template of the model")
     check.set_defaults(command=_verify)
 
     report = subparsers.add_parser(
@@ -65,4 +71,31 @@ def _verify(options: argparse.Namespace) -> int:
         print(msgspec.json.format(msgspec.json.encode(reports)).decode())
     else:
         print("\n\n".join(map(format_report, reports)))
-    return 0 if all(report.usable for report in reports) else 1
+    usable = all(report.usable for report in reports)
+    if options.model:
+        usable = _verify_with_model(options) and usable
+    return 0 if usable else 1
+
+
+def _verify_with_model(options: argparse.Namespace) -> bool:
+    """Read every query of every case as a model does; print what it cannot read."""
+    from errata.bench.data.benchmarks.table import open_cases
+    from errata.bench.data.reading.benchmark import ReadOptions
+    from errata.bench.data.verification import annotation_files
+    from errata.bench.evaluation.questions import find_unreadable
+    from errata.bench.runs.settings import ModelSettings
+    from errata.bench.runs.sources import open_model
+
+    model = open_model(ModelSettings(id=options.model, template=options.template))
+    usable = True
+    for path in annotation_files(options.path):
+        read_options = ReadOptions(
+            image_root=options.images, missing_images="skip", invalid_records="skip"
+        )
+        cases = list(open_cases(path, read_options))
+        faults = find_unreadable(model, cases)
+        print(f"\n{path}: {options.model} reads {len(cases) - len(faults)} of {len(cases)} cases")
+        for fault in faults.values():
+            print(f"  {fault}")
+        usable = usable and not faults
+    return usable

@@ -14,7 +14,12 @@ import torch
 from errata.adapters import cache_vision_features
 from errata.bench.evaluation.batching import make_batches
 from errata.bench.evaluation.profiling import section
-from errata.bench.evaluation.questions import EvaluationConfig, query_key, questions_of
+from errata.bench.evaluation.questions import (
+    EvaluationConfig,
+    _name_failing_case,
+    query_key,
+    questions_of,
+)
 from errata.functional import Case, Editor, Model
 from errata.functional.errors import ErrataError
 from errata.functional.forward.generation import generate
@@ -101,11 +106,12 @@ class SharedBasePass:
 
     def load(self, numbers: Collection[int]) -> None:
         """Have the base's rows of these cases ready, and what it says to them when left to talk."""
-        pages = [
-            self._block(page) for page in sorted({n // self._cases_per_block for n in numbers})
-        ]
-        with section("base, for all editors"):
-            self._prefix_cache.load(pages)
+        blocks = sorted({number // self._cases_per_block for number in numbers})
+        cases = [case for number in blocks for case in self._cases_of(number)]
+        with _name_failing_case(self.model, cases):
+            pages = [self._block(number) for number in blocks]
+            with section("base, for all editors"):
+                self._prefix_cache.load(pages)
         if pages:
             self._prefetch_images(pages[-1].number + 1)
         for page in pages:

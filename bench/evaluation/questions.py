@@ -83,7 +83,7 @@ def _name_failing_case(model: Model, cases: Sequence[Case]) -> Iterator[None]:
                 model.preprocess([query for _, _, query in questions_of(case)])
             except ErrataError as own:
                 raise type(own)(f"case {case.id!r}: {own}") from own
-        if len(cases) == 1:
+        if len(cases) == 1 and not str(fault).startswith("case '"):
             raise type(fault)(f"case {cases[0].id!r}: {fault}") from fault
         raise
 
@@ -103,10 +103,15 @@ def questions_of(case: Case) -> list[tuple[str, int, Query]]:
     return [(name, i, query) for name, asked in probes.items() for i, query in enumerate(asked)]
 
 
-def validate_cases(cases: Sequence[Case]) -> None:
+def validate_cases(cases: Sequence[Case], *, allow_unreadable: bool = False) -> None:
     """Refuse cases that cannot be edited or scored, all of them at once, before any work.
 
-    Raises InvalidInputError.
+    Args:
+        cases: The cases.
+        allow_unreadable: Whether cases without a target are left to `find_unreadable`.
+
+    Raises:
+        InvalidInputError: Names every one of them.
     """
     faults = []
     seen: set[str] = set()
@@ -115,7 +120,7 @@ def validate_cases(cases: Sequence[Case]) -> None:
             faults.append(f"case {case.id!r} comes twice")
         seen.add(case.id)
         for probe, index, query in questions_of(case):
-            if not query.target.strip():
+            if not query.target.strip() and not allow_unreadable:
                 faults.append(f"case {case.id!r}, {probe}[{index}]: the target is empty")
     if faults:
         raise InvalidInputError(
@@ -137,6 +142,8 @@ def find_unreadable(model: Model, cases: Sequence[Case]) -> dict[str, str]:
     for case in cases:
         for probe, index, query in [("edit", 0, case.edit), *questions_of(case)]:
             try:
+                if not query.target.strip():
+                    raise InvalidInputError("the target is empty.")
                 model.preprocess([query])
             except ErrataError as fault:
                 faults[case.id] = f"case {case.id!r}, {probe}[{index}]: {fault}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import msgspec
@@ -16,6 +17,7 @@ from errata.bench.storage.run_folder import RunFolder
 from errata.bench.storage.thumbnails import image_file_name, thumbnail
 from errata.functional import Case
 from errata.functional.deltas import serialization
+from errata.functional.errors import ErrataError
 
 PROFILE = "profile.json"
 
@@ -85,4 +87,5 @@ def _save_thumbnails(folder: RunFolder, cases: Sequence[Case]) -> None:
     folder.claim(*images)
     for name, image in images.items():
         if not (folder.path / name).exists():
-            folder.write(name, thumbnail(image))
+            with contextlib.suppress(ErrataError):  # the first query that needs it says more
+                folder.write(name, thumbnail(image))

@@ -85,7 +85,7 @@ def run(
     validate_settings(settings)
     scorers = tuple(map(get_scorer, settings.scorers))
     cases = open_cases(settings.cases)
-    validate_cases(cases)
+    validate_cases(cases, allow_unreadable=settings.unreadable_cases == "skip")
     evaluation_config = EvaluationConfig(
         scorers,
         settings.max_new_tokens,

@@ -7,6 +7,7 @@ same structure.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,7 @@ def open_checkpoint(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, 
         InvalidInputError: If the file cannot be read, or was written by errata before 0.1.
     """
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(os.fsencode(path).decode(), "pt") as file:
             stored = file.metadata() or {}
             if _OLD_METADATA_KEY in stored:
                 raise InvalidInputError(
@@ -223,7 +224,7 @@ def open_checkpoint(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, 
             metadata = msgspec.json.decode(stored.get(_METADATA_KEY, "null"))
             # Cloned: owned memory, aligned as freshly computed tensors are.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, msgspec.DecodeError, UnicodeDecodeError) as fault:
+    except (OSError, SafetensorError, msgspec.DecodeError, UnicodeError) as fault:
         reason = f"{path} must be a state of errata and cannot be read: {fault}."
         raise InvalidInputError(reason) from fault
     if isinstance(metadata, dict) and not is_signed(metadata, tensors):

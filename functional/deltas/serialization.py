@@ -115,10 +115,17 @@ def save_delta(path: str | os.PathLike[str], delta: Delta) -> str:
     return content
 
 
+MAX_READ_BYTES = 64 << 20
+"""Verified files up to this size are read, not mapped."""
+
+
 def load_delta(path: str | os.PathLike[str], *, verify: bool = True) -> Delta:
     """Read a delta from a file of format 2 or 1.
 
-    Tensors are memory-mapped copy-on-write: writing to them does not change the file.
+    A verified file of at most 64 MiB is read into memory. Larger files, and those that are not
+    verified, are memory-mapped copy-on-write: writing to the tensors does not change the file, but
+    a program that overwrites the file in place changes what was not read yet, and one that cuts it
+    short kills this process. errata itself only ever replaces files.
 
     Args:
         path: The file.
@@ -135,7 +142,13 @@ def load_delta(path: str | os.PathLike[str], *, verify: bool = True) -> Delta:
     with open_regular_file(path) as file:
         if os.fstat(file.fileno()).st_size != info.num_bytes:
             raise DeltaFileError(f"{path}: the file changed while it was read.")
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        memory: mmap.mmap | bytearray
+        if verify and info.num_bytes <= MAX_READ_BYTES:
+            memory = bytearray(file.read())
+            if len(memory) != info.num_bytes:
+                raise DeltaFileError(f"{path}: the file changed while it was read.")
+        else:
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tensors = {
         name: tensor_view(memory, slot.dtype, slot.shape, info.data_start + slot.start)
         for name, slot in info.tensors.items()
