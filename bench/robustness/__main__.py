@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from errata.bench.robustness.crash_runs import kill_run, kill_training
+from errata.bench.robustness.crash_runs import kill_and_swap, kill_run, kill_training
 from errata.bench.robustness.crash_writes import OPERATIONS, crash
 from errata.bench.robustness.fuzz_delta import FuzzReport, fuzz
 from errata.bench.robustness.fuzz_folders import fuzz_folders
@@ -105,6 +105,14 @@ def _run_kills(count: int, seed: int) -> Line:
     return Line("kills of a run", outcome.kills, 0, outcome.starts, 0.0, findings)
 
 
+def _swap_kills(count: int, seed: int) -> Line:
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = kill_and_swap(Path(folder), 4 * count, count, seed)
+    findings = [] if outcome.same else [f"{outcome}"]
+    what = "kills of a run whose weights are swapped once"
+    return Line(what, outcome.kills, 0, outcome.starts, 0.0, findings)
+
+
 def _training_kills(count: int, seed: int) -> Line:
     with tempfile.TemporaryDirectory() as folder:
         outcome = kill_training(Path(folder), count, seed)
@@ -118,6 +126,7 @@ SUITES: tuple[tuple[Callable[[int, int], Line], int], ...] = (
     (_deltas, 150_000),
     (_write_kills, 400),
     (_run_kills, 80),
+    (_swap_kills, 20),
     (_training_kills, 30),
     (_states, 20_000),
     (_folders, 5_000),

@@ -24,13 +24,15 @@ from typing import NamedTuple
 import msgspec
 import torch
 import transformers  # noqa: F401 - forks shall not import it each
+from safetensors.torch import load_file, save_file
 
 from errata.bench.runs import runner
 from errata.bench.runs.progress import Progress
 from errata.bench.runs.settings import RunSettings
 from errata.bench.runs.settings_file import parse_settings
+from errata.functional.errors import InvalidInputError
 
-__all__ = ["Outcome", "kill_run", "kill_training"]
+__all__ = ["Outcome", "kill_and_swap", "kill_run", "kill_training"]
 
 
 class Outcome(NamedTuple):
@@ -89,7 +91,13 @@ def _contents(folder: Path) -> dict[str, str]:
     }
 
 
-def kill_run(text: str, folder: Path, kills: int = 10, seed: int = 0) -> Outcome:
+def kill_run(
+    text: str,
+    folder: Path,
+    kills: int = 10,
+    seed: int = 0,
+    after_kill: Callable[[int], None] = lambda _: None,
+) -> Outcome:
     """Run settings undisturbed, then again with kills, and compare.
 
     Args:
@@ -97,9 +105,13 @@ def kill_run(text: str, folder: Path, kills: int = 10, seed: int = 0) -> Outcome
         folder: Folder for both runs.
         kills: Kills.
         seed: Seed of the moments.
+        after_kill: Called with the number of kills after each.
 
     Returns:
         What was seen.
+
+    Raises:
+        SystemExit: If a start failed.
     """
     settings = parse_settings(text)
     calm, shaken = (
@@ -126,12 +138,82 @@ def kill_run(text: str, folder: Path, kills: int = 10, seed: int = 0) -> Outcome
         status = _ended(child)
         if status == -signal.SIGKILL:
             count += 1
+            after_kill(count)
         elif status != 0:
             raise SystemExit(f"a run that was resumed after {count} kills failed")
         else:
             break
     same = _contents(folder / "calm") == _contents(folder / "shaken")
     return Outcome(count, starts, size, same and not list((folder / "shaken").rglob("*.part")))
+
+
+def kill_and_swap(folder: Path, num_cases: int, kills: int = 20, seed: int = 0) -> Outcome:
+    """Kill a run of a saved model; half way, put other weights under it, and then the old ones back.
+
+    Args:
+        folder: An empty folder.
+        num_cases: Cases of the run.
+        kills: Kills, spread over the run.
+        seed: Seed of the moments.
+
+    Returns:
+        What was seen.
+
+    Raises:
+        SystemExit: If a start failed, or the start with other weights was not refused.
+    """
+    from errata.adapters import tiny_model
+
+    module, processor = tiny_model("llava")
+    model = folder / "model"
+    module.save_pretrained(model)
+    processor.save_pretrained(model)
+    text = f"""
+output_dir = "replaced"
+num_threads = 1
+num_thumbnails = 0
+[cases]
+source = "world"
+num_cases = {num_cases}
+[[models]]
+id = {msgspec.json.encode(str(model)).decode()}
+name = "m"
+[[editors]]
+type = "finetune"
+num_steps = 1
+[[protocols]]
+type = "single"
+batch_size = 8
+"""
+    weights = model / "model.safetensors"
+    other = folder / "other.safetensors"
+    save_file(
+        {name: tensor + 0.125 for name, tensor in load_file(weights).items()},
+        other,
+        metadata={"format": "pt"},
+    )
+
+    def swapped() -> str:
+        """Start with other weights: the reason why it was refused."""
+        settings = msgspec.structs.replace(parse_settings(text), output_dir=str(folder / "shaken"))
+        before = (folder / "shaken" / "results.jsonl").read_bytes()
+        weights.rename(folder / "kept.safetensors")
+        shutil.copy(other, weights)
+        try:
+            _run(settings, text)
+        except InvalidInputError as error:
+            if (folder / "shaken" / "results.jsonl").read_bytes() != before:
+                raise SystemExit("a refused start wrote results") from None
+            return str(error)
+        finally:
+            (folder / "kept.safetensors").replace(weights)
+        return ""
+
+    def swap(count: int) -> None:
+        if count == kills // 2 and "other weights of the model" not in swapped():
+            raise SystemExit("a run with other weights was not refused")
+
+    return kill_run(text, folder, kills, seed, after_kill=swap)
 
 
 def kill_training(folder: Path, kills: int = 10, seed: int = 0) -> Outcome:

@@ -110,7 +110,7 @@ def write_in(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("work", "stride"),
-    [(write_in, 1), (fuse_in, 1), (_train, 3), (run_in, 4)],
+    [(write_in, 1), (fuse_in, 1), (_train, 7), (run_in, 10)],
     ids=["save, merge, export", "fuse", "train", "run"],
 )
 def test_a_crash_at_any_file_event_is_resumed_to_the_same_bytes(work, stride, tmp_path):
