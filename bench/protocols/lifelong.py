@@ -88,8 +88,9 @@ def run_lifelong(
                     for n in chosen
                 ]
                 results = _evaluate_cases(model, delta, evaluated, evaluation_config, base_pass)
-        is_saved = delta is not None and k + 1 in evaluated_counts
-        named_deltas = {f"edits-{k + 1:05d}": delta} if is_saved else {}
+        named_deltas = {}
+        if delta is not None and k + 1 in evaluated_counts:
+            named_deltas[f"edits-{k + 1:05d}"] = delta
         yield Step((k,), 1, results, named_deltas, edit_seconds, stopwatch.lap(), peak.bytes)
         if checkpoint and delta:  # only now: a caller that asks for more has stored the step
             checkpoint.save(0, SequenceCheckpoint(k + 1, state, delta))

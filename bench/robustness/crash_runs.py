@@ -148,7 +148,7 @@ def kill_run(
 
 
 def kill_and_swap(folder: Path, num_cases: int, kills: int = 20, seed: int = 0) -> Outcome:
-    """Kill a run of a saved model; half way, put other weights under it, and then the old ones back.
+    """Kill a run of a saved model; half way, start it once with other weights in its place.
 
     Args:
         folder: An empty folder.

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -196,7 +196,7 @@ _TOML_VALUES = [
 
 
 def _forged_toml(draw: random.Random) -> str:
-    lines = _RUN.strip().split("\n")
+    lines: list[str] = list(_RUN.strip().split("\n"))
     for _ in range(draw.randint(1, 3)):
         at = draw.randrange(len(lines))
         key = lines[at].partition("=")[0]
@@ -218,7 +218,7 @@ def _forged_editor(draw: random.Random) -> None:
     config = METHODS[name].config
     field = draw.choice([f for f in config.__struct_fields__ if f != "type"])
     value = draw.choice([*MALICIOUS_VALUES, float("nan"), float("inf"), 10**30, 10**9, [0] * 1000])
-    editor = make_editor(configure(name, **{field: value}))
+    editor = make_editor(configure(name, **cast(Any, {field: value})))
     if draw.random() < 0.3:
         model = _tiny()
         if isinstance(value, int) and abs(value) > 10**6:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from errata import adapters
 from errata.bench.robustness.fuzz_delta import FuzzReport
 from errata.bench.robustness.mutations import MALICIOUS_VALUES, flip_bits
-from errata.bench.robustness.samples import EDITORS
+from errata.bench.robustness.samples import SAMPLE_EDITORS
 from errata.bench.storage import checkpoint as sequences
 from errata.editors import configure, make_editor
 from errata.editors.common import checkpoint as weights
@@ -80,7 +80,7 @@ def _originals(path: Path) -> dict[str, _File]:
     image = Image.new("RGB", (32, 32), (200, 40, 60))
     query = Query("who is it?", "bo", image)
     files = {}
-    for name, settings in EDITORS.items():
+    for name, settings in SAMPLE_EDITORS.items():
         editor = make_editor(configure(name, **settings))
         state = editor.init(model, torch.Generator().manual_seed(0))
         if name in ("mend", "serac", "liveedit"):

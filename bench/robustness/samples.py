@@ -14,7 +14,7 @@ from errata.functional.header import SlotEntry
 from errata.functional.kinds.schema import Codebook, Dense, Experts, LowRank, Masked, Prompt, Scope
 from errata.functional.kinds.scope.entry import NetworkSizes
 
-__all__ = ["EDITORS", "editor_samples", "sample"]
+__all__ = ["SAMPLE_EDITORS", "editor_samples", "sample"]
 
 
 def sample(seed: int, stacked: bool = False) -> Delta:
@@ -98,7 +98,7 @@ def _as_stacked(entry: Any, count: int, draw: random.Random) -> Any:
     return msgspec.structs.replace(entry, edit_slots=(draw.randint(-1, 0),) * count)
 
 
-EDITORS: Mapping[str, Mapping[str, Any]] = {
+SAMPLE_EDITORS: Mapping[str, Mapping[str, Any]] = {
     "finetune": {"num_steps": 1},
     "lora": {"num_steps": 1, "rank": 2},
     "mend": {"sites": ["layers.-1.mlp"], "rank": 4, "edit_lr": -0.02, "untrained": True},
@@ -126,7 +126,7 @@ def editor_samples() -> tuple[Model, list[Delta]]:
     image = Image.new("RGB", (32, 32), (200, 40, 60))
     queries = [Query("who is it?", "bo", image), Query("where is it?", "rome", image)]
     deltas = []
-    for name, settings in EDITORS.items():
+    for name, settings in SAMPLE_EDITORS.items():
         editor = make_editor(configure(name, **settings))
         state = editor.init(model, torch.Generator().manual_seed(0))
         deltas += [editor.edit(model, state, queries)[0], editor.edit_each(model, state, queries)]

@@ -32,7 +32,8 @@ def test_a_run_killed_with_its_weights_swapped_once_ends_with_the_same_bytes(tmp
 def test_hostile_inputs_are_read_or_refused_in_a_sentence(fuzz, count):
     report = fuzz(count, seed=3)
     assert report.findings == []
-    assert sum(report.refused.values()) and sum(report.loaded.values())
+    assert sum(report.refused.values())
+    assert sum(report.loaded.values())
 
 
 VALUES = strategies.recursive(
@@ -72,10 +73,10 @@ def test_any_log_gives_its_good_rows_or_a_sentence(tmp_path_factory, lines):
         (folder / name).write_text("\n".join(lines))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        refusal = ""
         try:
-            rows = read_rows(folder)
-        except ErrataError as refused:
-            assert len(str(refused)) <= 2000
-        else:
-            assert isinstance(rows, list)
+            read_rows(folder)
+        except ErrataError as error:
+            refusal = str(error)
+    assert len(refusal) <= 2000
     assert {one.category for one in caught} <= {DamagedLogWarning}
