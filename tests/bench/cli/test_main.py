@@ -319,7 +319,7 @@ def test_debug_shows_where_it_came_from(capsys):
 
 
 def test_a_bug_is_called_one(settings, capsys, monkeypatch):
-    monkeypatch.setattr(questions, "validate_cases", lambda cases: 1 / 0)
+    monkeypatch.setattr(questions, "validate_cases", lambda cases, **_: 1 / 0)
     monkeypatch.setattr(runner, "validate_cases", questions.validate_cases)
     assert main(["run", str(settings)]) == 1
     assert "internal error: ZeroDivisionError" in capsys.readouterr().err
