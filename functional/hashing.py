@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import threading
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from errata.functional.errors import InvalidInputError
 from errata.functional.queries import Image
 
 __all__ = ["base_parameter", "content_id", "hash_parameter", "mark_edited"]
@@ -102,6 +104,22 @@ def _digest(tensor: Tensor) -> str:
 _TRANSPOSES = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 
 
+def _file_digest(path: str | os.PathLike[str]) -> str:
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
+            raise InvalidInputError(
+                f"image {os.fspath(path)!r} must be a file, and is a pipe or a device."
+            )
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError) as error:  # ValueError: a NUL or a lone surrogate in the path
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidInputError(
+            f"image {os.fspath(path)!r} must be a file that can be read ({reason}): check the path "
+            "or the image root."
+        ) from error
+
+
 def content_id(image: Image) -> str:
     """Name an image by its content. The one identity of an image in records, caches and logs.
 
@@ -113,14 +131,18 @@ def content_id(image: Image) -> str:
         its EXIF orientation applied.
 
     Raises:
-        OSError: If the file cannot be read.
+        InvalidInputError: If the file cannot be read, or it is no image.
     """
     identifier = getattr(image, "content_id", None)
     if isinstance(identifier, str):
         return identifier
     if isinstance(image, str | os.PathLike):
-        with open(image, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return _file_digest(image)
+    if not hasattr(image, "getexif"):
+        raise InvalidInputError(
+            "an image must be a PIL image, a path, or an object with .load() and .content_id; got "
+            f"a {type(image).__name__}."
+        )
     transpose = _TRANSPOSES.get(image.getexif().get(0x0112, 1))
     upright = image if transpose is None else image.transpose(transpose)
     if upright.mode == "P" and "transparency" in upright.info:

@@ -6,7 +6,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -278,6 +278,18 @@ def _expectation(fault: Exception, kind: Any) -> str:
     return text.partition(", got")[0]
 
 
+def _texts(value: Any, where: str = "settings") -> Iterator[tuple[str, str]]:
+    """Every string of decoded TOML, with its place."""
+    if isinstance(value, str):
+        yield where, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _texts(inner, f"{where}.{key}")
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner, where)
+
+
 def validate_settings(settings: RunSettings) -> None:
     """Refuse what can be known to be missing before anything is loaded, all of it at once.
 
@@ -304,7 +316,9 @@ def find_unknown_names(raw: Mapping[str, Any]) -> list[str]:
     from errata.bench.data.world.world import FACTS
     from errata.functional.metrics.conventions import SCORERS
 
-    faults = []
+    faults = [
+        f"{where} must not hold a NUL character" for where, text in _texts(raw) if "\0" in text
+    ]
     for number, choice in enumerate(_as_sequence(raw.get("models"))):
         if not isinstance(choice, Mapping):
             continue
