@@ -6,6 +6,7 @@
     tiny_model(name) -> (module, processor)   a random one, for tests
     attach(module, delta)                     a plain Hugging Face module, edited until detached
     export_peft, import_peft                  deltas as LoRA folders and back
+    convert_checkpoint(folder, output_dir)    a checkpoint of pickles, as safetensors
     list_families() -> names                  the families with an adapter of their own
 
 Importing this package loads neither torch nor transformers; its functions do.
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from errata.adapters.interop.attachment import attach
     from errata.adapters.interop.peft_export import export_peft
     from errata.adapters.interop.peft_import import import_peft
+    from errata.adapters.loading.convert import convert_checkpoint
     from errata.adapters.loading.load import from_module, from_pretrained
     from errata.adapters.zoo.micro import load_micro
     from errata.adapters.zoo.tiny import tiny_model
@@ -33,6 +35,7 @@ __all__ = [
     "PromptTemplate",
     "attach",
     "cache_vision_features",
+    "convert_checkpoint",
     "export_peft",
     "from_module",
     "from_pretrained",
@@ -52,6 +55,7 @@ _MODULES = {
     "attach": "interop.attachment",
     "export_peft": "interop.peft_export",
     "import_peft": "interop.peft_import",
+    "convert_checkpoint": "loading.convert",
     "from_module": "loading.load",
     "from_pretrained": "loading.load",
     "load_micro": "zoo.micro",

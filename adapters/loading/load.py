@@ -3,12 +3,15 @@
 Weights are read by transformers' own loader: the skeleton is built on the meta device and the
 safetensors files are memory-mapped, so that on a CPU and in the checkpoint's own dtype the mapped
 file *is* the one copy of the weights. Everything that can be wrong with a folder is said before a
-weight is read. Only safetensors are read, and no code that a checkpoint brings is run.
+weight is read. Safetensors come first; pickles are read with weights_only=True. No code that a
+checkpoint brings is run.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -19,11 +22,12 @@ import torch
 
 from errata.adapters.loading.checkpoint_files import (
     _check_files,
-    _find_commit,
     _load_config,
     _quiet_transformers,
+    load_pickles,
 )
 from errata.adapters.loading.processors import load_processor
+from errata.adapters.loading.sources import CheckpointSource, resolve_source
 from errata.functional.errors import (
     ErrataError,
     InvalidInputError,
@@ -114,6 +118,7 @@ def from_pretrained(
     device_map: Any = None,
     template: str | PromptTemplate = "default",
     revision: str | None = None,
+    local_files_only: bool = False,
     check: bool = True,
     cache: int = 256 << 20,
     encoders: Mapping[str, str | Path] = MappingProxyType({}),
@@ -127,6 +132,7 @@ def from_pretrained(
         device_map: Hugging Face's, for a model larger than one device.
         template: A prompt template or the name of one.
         revision: The revision of a hub id.
+        local_files_only: Whether the hub must not be asked.
         check: Whether to read every weight once and refuse values that are not finite.
         cache: Memory for preprocessed images, in bytes.
         encoders: Folder or hub id of sentence encoders, by the name that deltas hold.
@@ -146,6 +152,7 @@ def from_pretrained(
         device=device,
         device_map=device_map,
         revision=revision,
+        local_files_only=local_files_only,
         check=check,
     )
     name = os.fspath(id_or_path)
@@ -168,6 +175,7 @@ def load_parts(
     device: str | torch.device | None = None,
     device_map: Any = None,
     revision: str | None = None,
+    local_files_only: bool = False,
     check: bool = True,
 ) -> tuple[Any, Any, str]:
     """Load the module and the processor of a checkpoint.
@@ -178,25 +186,24 @@ def load_parts(
         device: Where to put the model.
         device_map: As in `from_pretrained` of transformers.
         revision: Branch, tag or commit.
+        local_files_only: Whether the hub must not be asked.
         check: Whether to refuse weights that are not finite.
 
     Returns:
         The module, the processor, and the commit (empty for a plain folder).
     """
-    name = os.fspath(id_or_path)
-    config = _load_config(name, revision)
+    source = resolve_source(id_or_path, revision, local_files_only)
+    config = _load_config(source)
     refuse_encoder_decoder(config)
-    commit = _find_commit(name, revision)
-    if os.path.isdir(name):
-        _check_files(Path(name))
-    processor = load_processor(name, config, revision=commit or revision)
-    module = _load_module(
-        name, config, _resolve_dtype(dtype), device, device_map, commit or revision
-    )
+    if os.path.isdir(source.name):
+        _check_files(source)
+    processor = load_processor(source, config)
+    module = _load_module(source, config, _resolve_dtype(dtype), device, device_map)
     if check:
-        _check_finite(module, name)
+        _check_finite(module, source.name)
     module.requires_grad_(False)
-    return module.eval(), processor, commit
+    is_commit = re.fullmatch(r"[0-9a-f]{40}", source.revision or "")
+    return module.eval(), processor, (source.revision or "") if is_commit else ""
 
 
 # ---- weights
@@ -231,21 +238,33 @@ def _auto_class(config: Any) -> Any:
 
 
 def _load_module(
-    name: str, config: Any, dtype: Any, device: Any, device_map: Any, revision: str | None
+    source: CheckpointSource, config: Any, dtype: Any, device: Any, device_map: Any
 ) -> Any:
     from safetensors import SafetensorError
+    from transformers.models.auto.auto_factory import _get_model_class
 
+    name = source.name
+    where: dict[str, Any]
+    model_class = _auto_class(config)
+    if source.has_safetensors:
+        where = {"pretrained_model_name_or_path": name, "use_safetensors": True, **source.options}
+    else:
+        where = {"pretrained_model_name_or_path": None, "state_dict": load_pickles(source)}
+        model_class = _get_model_class(config, model_class._model_mapping)  # Auto wants a name
+        warnings.warn(
+            f"the weights of {name!r} are pickles, read with weights_only=True: `errata convert "
+            "FOLDER OUT` writes safetensors, which load faster and take no copy.",
+            stacklevel=4,
+        )
     device_options = {"device_map": device_map} if device_map is not None else {}
     try:
         with _quiet_transformers():
-            module, info = _auto_class(config).from_pretrained(
-                name,
+            module, info = model_class.from_pretrained(
                 config=config,
                 dtype=dtype,
-                use_safetensors=True,
-                revision=revision,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                **where,
                 **device_options,
             )
     except ErrataError:

@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from errata.adapters.loading.checkpoint_files import _find_file, _quiet_transformers, _read_json
+from errata.adapters.loading.sources import CheckpointSource
 from errata.functional.errors import InvalidInputError
 
 __all__ = ["build_hf_processor", "load_processor"]
@@ -71,7 +72,7 @@ PROCESSOR_FILE = "processor_config.json"
 # ---- processors
 
 
-def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
+def load_processor(source: CheckpointSource, config: Any) -> Any:
     """Load the processor of a checkpoint, or its tokenizer if the model takes no images.
 
     Families whose stock processor needs torchvision get one that does not, and keep the settings of
@@ -79,9 +80,8 @@ def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
     installed or not, so that the same file gives the same pixels everywhere.
 
     Args:
-        name: Hub id or folder.
+        source: The checkpoint.
         config: The model's config.
-        revision: Branch, tag or commit.
 
     Returns:
         The processor.
@@ -94,26 +94,26 @@ def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
     from errata.adapters.families.table import FAMILIES
     from errata.adapters.loading.processors import build_hf_processor
 
-    hub_options = {"revision": revision} if revision else {}
+    name, hub_options = source.name, source.options
     try:
         with _quiet_transformers():
             family = FAMILIES.get(config.model_type)
             if family and family.processor:
-                settings = _read_json(name, PROCESSOR_FILE, revision)
+                settings = _read_json(source, PROCESSOR_FILE)
                 tokenizer = AutoTokenizer.from_pretrained(name, **hub_options)
                 images = AutoImageProcessor.from_pretrained(name, backend="pil", **hub_options)
                 processor = family.processor()(
                     image_processor=images,
                     tokenizer=tokenizer,
                     **_own_settings(settings),
-                    chat_template=_read_chat_template(name, tokenizer, revision),
+                    chat_template=_read_chat_template(source, tokenizer),
                 )
-                processor.video_settings = _read_video_settings(name, settings, revision)
+                processor.video_settings = _read_video_settings(source, settings)
                 return processor
             if not hasattr(config, "vision_config"):
                 return AutoTokenizer.from_pretrained(name, **hub_options)
-            settings = _own_settings(_read_json(name, PROCESSOR_FILE, revision))
-            template = _read_chat_template(name, None, revision)
+            settings = _own_settings(_read_json(source, PROCESSOR_FILE))
+            template = _read_chat_template(source, None)
             return build_hf_processor(
                 name, config, settings | {"chat_template": template}, **hub_options
             )
@@ -130,23 +130,23 @@ def _own_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in other}
 
 
-def _read_chat_template(name: str, tokenizer: Any, revision: str | None) -> str | None:
+def _read_chat_template(source: CheckpointSource, tokenizer: Any) -> str | None:
     """A chat template of its own file, in the new or the old spelling, or a tokenizer's."""
-    path = _find_file(name, "chat_template.jinja", revision)
+    path = _find_file(source, "chat_template.jinja")
     if path:
         return Path(path).read_text("utf-8")
-    old = _read_json(name, "chat_template.json", revision).get("chat_template")
+    old = _read_json(source, "chat_template.json").get("chat_template")
     return old or getattr(tokenizer, "chat_template", None)
 
 
 def _read_video_settings(
-    name: str, settings: dict[str, Any], revision: str | None
+    source: CheckpointSource, settings: dict[str, Any]
 ) -> dict[str, Any] | None:
     """Settings of the video processor; None where the checkpoint has none of its own."""
     if "video_processor" in settings:
         return settings["video_processor"]
     for file in VIDEO_FILES:
-        settings_of_file = _read_json(name, file, revision)
+        settings_of_file = _read_json(source, file)
         if settings_of_file:
             return settings_of_file
     return None

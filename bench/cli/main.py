@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from errata.bench.cli import data, deltas, train
+from errata.bench.cli import convert, data, deltas, train
 from errata.bench.cli.edit import _add_model_options, _add_query_options, _edit, _generate
 from errata.bench.cli.listing import _editors, _models
 from errata.bench.cli.options import _add_command
@@ -160,5 +160,6 @@ def _parser() -> argparse.ArgumentParser:
     editors.add_argument("name", nargs="?", help="explain the settings of this editor")
     train.register(subparsers)
     data.register(subparsers)
+    convert.register(subparsers)
     deltas.register(subparsers)
     return parser

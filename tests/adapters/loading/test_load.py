@@ -222,9 +222,9 @@ def test_a_broken_config(tmp_path):
 
 def test_weights_in_another_format(tmp_path):
     folder = saved("llama", tmp_path / "model")
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "model.h5")
     said = refused(folder)
-    assert "must hold *.safetensors, and has pytorch_model.bin: save the model again" in said
+    assert "must hold *.safetensors (or *.bin, *.pt), and has model.h5: save the model" in said
 
 
 def test_a_truncated_file_is_named(tmp_path):
