@@ -1,6 +1,6 @@
 """The methods of the field, each a factory of pure functions: settings in, `Editor` out.
 
-`METHODS` is the only registry. A new method is one file, one line here, and one test file.
+`METHODS` is the only registry. CONTRIBUTING.md says how to add a method.
 """
 
 from __future__ import annotations

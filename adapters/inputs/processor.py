@@ -62,7 +62,7 @@ class PromptRow(NamedTuple):
     """A query, read but not tokenised."""
 
     segments: list[PromptSegment]  # texts, and numbers of placeholder tokens
-    boundary: int  # characters of the last text that stand before the gap
+    boundary: int  # characters of the last text that stand before the separator
     separator_length: int  # characters between them and the target; -1 where there is no target
     vision_inputs: dict[str, Tensor]
     content_ids: tuple[str, ...]
@@ -71,10 +71,10 @@ class PromptRow(NamedTuple):
 class QueryProcessor:
     """Reads queries for one model under one template; safe to share between threads.
 
-    reader(queries, end=False, edit=None) -> Inputs, whatever `edit` says. Targets may be missing
-    only if all are: then nothing is scored. With `end` the token that ends an answer follows each
-    target and is scored with it, whatever the template says: what an editor wants that teaches a
-    model to stop there.
+    `preprocess(queries, append_eos=False, edit_index=None)` gives Inputs. Targets may be missing
+    only if all are: then nothing is scored. With `append_eos` the token that ends an answer
+    follows each target and is scored with it, whatever the template says: what an editor wants
+    that teaches a model to stop there.
     """
 
     def __init__(

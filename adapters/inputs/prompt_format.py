@@ -1,4 +1,4 @@
-"""How a question becomes text: templates, the gap before the answer, and which tokens are scored.
+"""How a question becomes text: templates, the separator before the answer, scored tokens.
 
 A row is a list of segments: texts, which are tokenised apart from one another, and numbers, which
 stand for the n-th image. The answer is appended to the last text and the two are tokenised
@@ -35,16 +35,16 @@ class PromptTemplate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """How a question is put to a model; `templates.py` has the presets.
 
     With `chat`, the checkpoint's own chat template is used where it has one, with the generation
-    prompt. Otherwise `raw` is: pieces that are tokenised apart, in which `{images}` and `{prompt}`
-    stand for what they say; empty, the family's own.
+    prompt. Otherwise `raw_template` is: pieces that are tokenised apart, in which `{images}` and
+    `{prompt}` stand for what they say; empty, the family's own.
 
-    `gap` stands between question and answer. None: one space, unless a space or a special token is
-    there already. It counts as part of the answer, as it does for every peer: a tokenizer that
+    `answer_separator` stands between question and answer. None: one space, unless a space or a
+    special token is there already. It counts as part of the answer, as it does for every peer: a tokenizer that
     makes the space a token of its own has that token scored.
 
-    `end` appends the tokenizer's end token (or the text given) to the answer, scored like the rest.
-    The peers score the answer alone, and so does the default; edit with `end` if generation must
-    also stop after the answer.
+    `answer_suffix` appends the tokenizer's end token (or the text given) to the answer, scored like
+    the rest. The peers score the answer alone, and so does the default; edit with `append_eos` if generation
+    must also stop after the answer.
     """
 
     name: str = "default"
@@ -134,10 +134,9 @@ def scored_tokens(
 ) -> range:
     """Which tokens of the last text are the answer's.
 
-    offsets: the characters [start, end) of each token; boundary: the length of the text before the
-    gap; gap: its length. A token that begins after the boundary belongs to the answer. One that a
-    merge made of both sides does too, since the answer cannot be had without it, unless it takes
-    no more than the gap. Tokens without characters (specials) at the end do not. A tokenizer that
+    A token that begins after the boundary belongs to the answer. One that a merge made of both
+    sides does too, since the answer cannot be had without it, unless it takes no more than the
+    separator. Tokens without characters (specials) at the end do not. A tokenizer that
     trims spaces off its offsets leaves a lone space the empty span (end, end), and is read rightly.
 
     >>> scored_tokens([(0, 4), (4, 6), (6, 7), (0, 0)], 5), scored_tokens([(0, 4), (4, 6), (6, 9)], 5, separator_length=1)

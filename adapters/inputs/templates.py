@@ -1,7 +1,9 @@
 """Named prompt conventions: ours, and those under which the peers' published numbers were made.
 
 Four code bases put different strings before the model for the "same" metric, so a score carries
-the name of its template. Templates of single families are in their `Family.templates`.
+the name of its template. Templates that differ by family are in
+`Family.templates`, and a family's own prompt in its `VisionFormat.raw_template`: see
+the family's file, such as `adapters/families/llava.py`.
 
 Sources: zjunlp/EasyEdit `trainer/blip2_models/`, `evaluate/multimodal_evaluate.py` and
 `dataset/vqa.py`; VLKEB/VLKEB (`trainer/llava/`) and MMKE-Bench, forks of it; qizhou000/LiveEdit

@@ -1,6 +1,6 @@
 """How each family turns images into pixels, and how many tokens they take in a row.
 
-A family is one line in `FAMILIES`. Pixels carry the names of the family's own forward.
+A family's record (`Family.vision`) says which. Pixels carry the names of the family's own forward.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class ProcessorParts(NamedTuple):
 class VisionInputs(NamedTuple):
     """Images of one row, or one video: pixels by name, and what stands for each in the row.
 
-    `runs` has a text (written in place of the placeholder) or a number of tokens per image.
+    `placeholder_runs` has a text (written in place of the placeholder) or a number of tokens per
+    image.
     """
 
     tensors: dict[str, Tensor]
@@ -40,7 +41,7 @@ class VisionInputs(NamedTuple):
 class VisionFormat(NamedTuple):
     """How a family reads.
 
-    place: "token" if a placeholder token stands in the text (and chat templates write it),
+    `placement` is "token" if a placeholder token stands in the text (and chat templates write it),
     "inserted_ids" if the reader splices ids in, "prefix" if images come before everything, the
     start token included.
     """
