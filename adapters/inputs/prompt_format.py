@@ -39,12 +39,12 @@ class PromptTemplate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     `{prompt}` stand for what they say; empty, the family's own.
 
     `answer_separator` stands between question and answer. None: one space, unless a space or a
-    special token is there already. It counts as part of the answer, as it does for every peer: a tokenizer that
-    makes the space a token of its own has that token scored.
+    special token is there already. It counts as part of the answer, as it does for every peer: a
+    tokenizer that makes the space a token of its own has that token scored.
 
     `answer_suffix` appends the tokenizer's end token (or the text given) to the answer, scored like
-    the rest. The peers score the answer alone, and so does the default; edit with `append_eos` if generation
-    must also stop after the answer.
+    the rest. The peers score the answer alone, and so does the default; edit with `append_eos` if
+    generation must also stop after the answer.
     """
 
     name: str = "default"
