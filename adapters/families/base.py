@@ -13,7 +13,14 @@ from errata.adapters.inputs.prompt_format import PromptTemplate
 from errata.adapters.inputs.vision_inputs import ProcessorParts, VisionFormat
 from errata.functional import Inputs
 
-__all__ = ["Family", "enter", "forward_arguments", "mask_positions", "sequential_positions"]
+__all__ = [
+    "CHANGES_MATHEMATICS",
+    "Family",
+    "enter",
+    "forward_arguments",
+    "mask_positions",
+    "sequential_positions",
+]
 
 
 def forward_arguments(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
@@ -78,6 +85,30 @@ def mask_positions(module: nn.Module, inputs: Inputs) -> Tensor:
     return (inputs.attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, None]
 
 
+CHANGES_MATHEMATICS: Mapping[str, tuple[Any, ...]] = {
+    "alibi": (False,),
+    "attention_multiplier": (),
+    "attn_logit_softcapping": (),
+    "dim_model_base": (),
+    "embedding_multiplier": (1, 1.0),
+    "final_logit_softcapping": (),
+    "lm_head_multiplier": (1, 1.0),
+    "logit_scale": (1, 1.0),
+    "logits_scaling": (1, 1.0),
+    "mup_width_multiplier": (1, 1.0),
+    "residual_multiplier": (1, 1.0),
+    "scale_depth": (),
+    "scale_emb": (1, 1.0),
+    "use_alibi": (False,),
+    "use_qk_norm": (False,),
+}
+"""Config keys that name a scale, a cap or another attention, and the values that change nothing.
+
+A family whose config class does not declare such a key has a forward without it: Hugging Face's
+would be wrong as well, so that being equal to it proves nothing.
+"""
+
+
 class Family(NamedTuple):
     """One Hugging Face `model_type`: everything errata knows about it.
 
@@ -103,6 +134,8 @@ class Family(NamedTuple):
         takes_videos: Whether a query may have a video.
         known_attributes: Config attributes that are handled or change nothing, in addition to those
             that the config class declares.
+        refused_attributes: Undeclared config attributes that change the mathematics, and the values
+            that do not.
         required_values: Config attributes (dotted) and the values that are supported.
         verified: Whether the family is tested. False: found by structure, verified numerically on
             loading.
@@ -124,6 +157,7 @@ class Family(NamedTuple):
     takes_several_images: bool = True
     takes_videos: bool = False
     known_attributes: frozenset[str] = frozenset()
+    refused_attributes: Mapping[str, tuple[Any, ...]] = CHANGES_MATHEMATICS
     required_values: Mapping[str, tuple[Any, ...]] = {}
     verified: bool = True
 

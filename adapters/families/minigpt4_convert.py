@@ -205,7 +205,7 @@ def convert_minigpt4(
     size = {"height": side, "width": side}
     processor = MiniGPT4Processor(
         image_processor=hf.BlipImageProcessorPil(size=size),
-        tokenizer=hf.AutoTokenizer.from_pretrained(llama),
+        tokenizer=hf.AutoTokenizer.from_pretrained(llama, trust_remote_code=False),
     )
     module.config.dtype = dtype
     partial_folder = target.with_name(target.name + ".part")

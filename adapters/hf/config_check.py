@@ -1,8 +1,9 @@
-"""Refuse configs that say something an adapter has never heard of.
+"""Compare a config with what an adapter handles, attribute by attribute.
 
-A new attribute on a known config class usually means a new behaviour (a scale, another attention
-pattern); running on would give wrong numbers without a word. After penzai, which compares every
-attribute of a Hugging Face config before it converts a model.
+A value that is known to change the mathematics is refused. An attribute that nobody knows is
+reported, and the model must prove that its forward is Hugging Face's: most say how a checkpoint was
+made (`unsloth_version`), some would change numbers without a word. After penzai, which compares
+every attribute of a Hugging Face config before it converts a model.
 """
 
 from __future__ import annotations
@@ -52,17 +53,20 @@ _REQUIRED = {
 """Attributes any config may have, with the only value that leaves a plain decoder."""
 
 
-def check_config(config: PreTrainedConfig, family: Family) -> None:
-    """Check that a family handles every attribute and value of a config.
+def check_config(config: PreTrainedConfig, family: Family) -> list[str]:
+    """Find the attributes of a config that a family does not know.
 
     Args:
         config: The model's config.
         family: The family's record.
 
+    Returns:
+        "path = value" of each. Hugging Face's forward may read them, or not.
+
     Raises:
-        UnsupportedModelError: Names every attribute and value that is not handled.
+        UnsupportedModelError: Names every value that is known not to be handled.
     """
-    wrong = []
+    wrong, unknown = [], []
     text = config.get_text_config()
     for path, part in _nested_configs(config, ""):
         known = (
@@ -73,8 +77,16 @@ def check_config(config: PreTrainedConfig, family: Family) -> None:
         for name, value in vars(part).items():
             if name.startswith("_") or isinstance(value, PreTrainedConfig):
                 continue
-            if name not in known and name not in _REQUIRED:
-                wrong.append(f"{path}{name} = {value!r} is unknown")
+            if name in known or name in _REQUIRED:
+                continue
+            neutral = family.refused_attributes.get(name)
+            if neutral is None or value is None or value in neutral:
+                unknown.append(f"{path}{name} = {_short(value)}")
+            else:
+                wrong.append(
+                    f"{path}{name} = {_short(value)} changes the mathematics, and a "
+                    f"{part.model_type or family.model_type} of transformers has no such thing"
+                )
     for name, (expected, value) in _required_values(text).items():
         if value != expected and not (value in (None, False, {}) and not expected):
             wrong.append(f"{name} must be {expected!r}, is {value!r}")
@@ -87,6 +99,12 @@ def check_config(config: PreTrainedConfig, family: Family) -> None:
             f"every config attribute must be one the {family.model_type} adapter handles: "
             f"{join_messages(wrong)}. Delete an attribute that changes nothing, or open an issue."
         )
+    return unknown
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _required_values(text: PreTrainedConfig) -> dict[str, tuple[Any, Any]]:

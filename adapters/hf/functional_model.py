@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -11,8 +12,9 @@ from errata.adapters.families.table import family_of
 from errata.adapters.hf.config_check import check_config
 from errata.adapters.hf.decoder import FunctionalDecoder
 from errata.adapters.hf.structure import decoder_path
-from errata.adapters.hf.verification import first_verified, sample_inputs
+from errata.adapters.hf.verification import first_verified, require_same_forward, sample_inputs
 from errata.functional import Inputs, Model, ModelCard
+from errata.functional.errors import UnsupportedModelError, join_messages
 from errata.functional.types import Detokenize, Preprocess
 
 __all__ = ["cache_vision_features", "functionalize"]
@@ -25,6 +27,7 @@ def functionalize(
     detokenize: Detokenize,
     family: Family | None = None,
     verification_inputs: Sequence[Inputs] = (),
+    verify: bool = True,
 ) -> Model:
     """Turn a Hugging Face module into pure functions of its parameters.
 
@@ -39,6 +42,8 @@ def functionalize(
         detokenize: Turns ids into text.
         family: The family's record. None: that of `card.family`.
         verification_inputs: Inputs to verify on. None: synthetic ones.
+        verify: Whether a known family whose config has unknown attributes must prove that its
+            forward is Hugging Face's. Families found by structure always do.
 
     Returns:
         The model.
@@ -48,8 +53,13 @@ def functionalize(
     """
     family = family or family_of(card.family)
     if family.verified:
-        check_config(module.config, family)
+        unknown = check_config(module.config, family)
         decoder = FunctionalDecoder(card, module, family)
+        if unknown:
+            inputs = (
+                verification_inputs or sample_inputs(card, module, preprocess) if verify else ()
+            )
+            _prove(module, decoder, inputs, unknown)
     else:
         decoder = first_verified(
             module,
@@ -67,6 +77,23 @@ def functionalize(
         embed_next=decoder.embed_next,
         detokenize=detokenize,
     )
+
+
+def _prove(
+    module: Any, decoder: FunctionalDecoder, inputs: Sequence[Inputs], unknown: Sequence[str]
+) -> None:
+    """Compare a decoder with Hugging Face's forward; warn of what the config says beyond both."""
+    keys = join_messages(unknown)
+    try:
+        for given in inputs:
+            require_same_forward(module, decoder, given)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            f"the config has attributes that the {decoder.card.family} adapter does not know "
+            f"({keys}), and its forward is not Hugging Face's: {error}"
+        ) from error
+    proof = "; its forward equals Hugging Face's on a sample" if inputs else ""
+    warnings.warn(f"unknown config attributes are ignored{proof}: {keys}", stacklevel=5)
 
 
 def cache_vision_features(model: Model, max_bytes: int = 256 << 20) -> Model:

@@ -18,6 +18,7 @@ from errata.adapters.hf.attention import EXPLICIT_ATTENTION
 from errata.adapters.hf.layout import ProbeShape
 from errata.adapters.hf.replicas import ThreadReplicas
 from errata.adapters.hf.runner import HF_ERRORS
+from errata.adapters.hf.structure import decoder_path as find_decoder
 from errata.adapters.hf.structure import text_config
 from errata.adapters.hf.synthetic_inputs import synthetic_tokens
 from errata.functional import Batch, Inputs, Params, Query
@@ -30,7 +31,14 @@ from errata.functional.forward.batches import (
     tokens_from,
 )
 
-__all__ = ["ATTENTIONS", "VerificationReport", "first_verified", "sample_inputs", "verify"]
+__all__ = [
+    "ATTENTIONS",
+    "VerificationReport",
+    "first_verified",
+    "require_same_forward",
+    "sample_inputs",
+    "verify",
+]
 
 ATTENTIONS = (EXPLICIT_ATTENTION, "eager")
 """How the decoder may attend, in order of preference; eager for models with caps or sinks."""
@@ -127,15 +135,8 @@ def verify(
     """
     params = {name: tensor.detach() for name, tensor in module.named_parameters()}
     with torch.no_grad():
-        replica = ThreadReplicas(module, decoder_path, None).get()
-        reference = decoder.runner.family.enter(
-            replica, decoder.runner.forward_arguments(replica, inputs)[0]
-        ).logits
-        batch = decoder.embed(params, inputs)
-        full_logits = decoder.decode(params, batch, logit_positions="all")
-        comparison = _LogitComparison(
-            reference, full_logits, inputs.attention_mask, type(module).__name__
-        )
+        comparison, batch = _run_both(module, decoder_path, decoder, params, inputs)
+        reference, full_logits = comparison.reference, comparison.full_logits
         last = decoder.card.num_layers - 1
         report = VerificationReport(
             attention=decoder.attention_name,
@@ -156,6 +157,44 @@ def verify(
             ),
         )
     return report
+
+
+def require_same_forward(module: nn.Module, decoder: Any, inputs: Inputs) -> float:
+    """Require that a decoder gives the logits of its module's own forward. Two forwards.
+
+    Args:
+        module: The model.
+        decoder: The functional decoder.
+        inputs: The input.
+
+    Returns:
+        The largest difference, in units of the largest logit.
+
+    Raises:
+        UnsupportedModelError: If it is too large.
+    """
+    params = {name: tensor.detach() for name, tensor in module.named_parameters()}
+    with torch.no_grad():
+        comparison, _ = _run_both(module, find_decoder(module), decoder, params, inputs)
+    return comparison.require_equal(
+        "a cut forward must be the whole forward", comparison.full_logits, comparison.reference
+    )
+
+
+def _run_both(
+    module: nn.Module, decoder_path: str, decoder: Any, params: Params, inputs: Inputs
+) -> tuple[_LogitComparison, Batch]:
+    """Hugging Face's own forward and the decoder's."""
+    replica = ThreadReplicas(module, decoder_path, None).get()
+    reference = decoder.runner.family.enter(
+        replica, decoder.runner.forward_arguments(replica, inputs)[0]
+    ).logits
+    batch = decoder.embed(params, inputs)
+    full_logits = decoder.decode(params, batch, logit_positions="all")
+    comparison = _LogitComparison(
+        reference, full_logits, inputs.attention_mask, type(module).__name__
+    )
+    return comparison, batch
 
 
 class _LogitComparison(NamedTuple):

@@ -52,6 +52,7 @@ def from_module(
     revision: str = "",
     cache: int = 256 << 20,
     encoders: Mapping[str, str | Path] = MappingProxyType({}),
+    verify: bool = True,
 ) -> Model:
     """Turn a Hugging Face module and its processor into a Model.
 
@@ -65,6 +66,8 @@ def from_module(
         revision: Its revision.
         cache: Memory for preprocessed images, in bytes.
         encoders: Folder or hub id of sentence encoders, by the name that deltas hold.
+        verify: Whether a model whose config has unknown attributes must prove, by two forwards of a
+            few tokens and an image, that its forward is Hugging Face's.
 
     Returns:
         The model.
@@ -92,7 +95,9 @@ def from_module(
     card = describe_module(module, family, id=id, revision=revision)
     preprocess = make_processor(processor, module.config, card, template, cache)
     tokenizer = getattr(processor, "tokenizer", processor)
-    model = functionalize(card, module, preprocess, make_detokenizer(tokenizer), family)
+    model = functionalize(
+        card, module, preprocess, make_detokenizer(tokenizer), family, verify=verify
+    )
     load_encoder = partial(load_sentence_encoder, places=encoders)
     return model._replace(encode_image=encode_png, load_text_encoder=load_encoder)
 
@@ -122,6 +127,7 @@ def from_pretrained(
     check: bool = True,
     cache: int = 256 << 20,
     encoders: Mapping[str, str | Path] = MappingProxyType({}),
+    verify: bool = True,
 ) -> Model:
     """Load a checkpoint.
 
@@ -136,6 +142,8 @@ def from_pretrained(
         check: Whether to read every weight once and refuse values that are not finite.
         cache: Memory for preprocessed images, in bytes.
         encoders: Folder or hub id of sentence encoders, by the name that deltas hold.
+        verify: Whether a model whose config has unknown attributes must prove, by two forwards of a
+            few tokens and an image, that its forward is Hugging Face's.
 
     Returns:
         The model.
@@ -165,6 +173,7 @@ def from_pretrained(
         revision=commit,
         cache=cache,
         encoders=encoders,
+        verify=verify,
     )
 
 

@@ -1,12 +1,16 @@
-"""Configs as they are published pass; what an adapter has not heard of is refused by name."""
+"""Published configs pass; unknown keys are proved harmless or refused; known ones are refused."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
+from errata.adapters import from_module
 from errata.adapters.families.table import family_of
+from errata.adapters.hf import functional_model
 from errata.adapters.hf.config_check import check_config
 from errata.adapters.zoo.tiny import tiny_model
+from errata.functional import Query
 from errata.functional.errors import UnsupportedModelError
 
 LEGACY = {"is_decoder": False, "max_length": 20, "top_k": 50, "pruned_heads": {}, "prefix": None}
@@ -46,24 +50,79 @@ def config_with(name, parts):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs_are_taken(name):
     config = config_with(name, PUBLISHED[name])
-    check_config(config, family_of(config.model_type))
+    assert check_config(config, family_of(config.model_type)) == []
 
 
 def test_every_violation_is_named_at_once():
     wrong = {
-        "": {"use_image_newline_parameter": False, "tiles_of_tiles": 3},
-        "vision_config": {"rotary": "yes"},
+        "": {"use_image_newline_parameter": False, "logit_scale": 0.5},
+        "vision_config": {"alibi": True},
     }
     config = config_with("llava_onevision", wrong)
     with pytest.raises(UnsupportedModelError) as caught:
         check_config(config, family_of("llava_onevision"))
     message = str(caught.value)
     for part in (
-        "tiles_of_tiles = 3",
-        "vision_config.rotary = 'yes'",
+        "logit_scale = 0.5",
+        "vision_config.alibi = True",
         "must be one of (None, True)",
     ):
         assert part in message
+
+
+HARMLESS = {
+    # GGUF conversions, unsloth, older trainers, a published config of SmolVLM2
+    "is_llama_config": True,
+    "rope_interleaved": False,
+    "unk_token_id": 0,
+    "unsloth_version": "2024.9",
+    "unsloth_fixed": True,
+    "max_sequence_length": 2048,
+    "cls_token_id": None,
+    "use_resampler": False,
+    "neftune_noise_alpha": 0.0,
+    "logit_scale": 1.0,
+    "final_logit_softcapping": None,
+}
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "llama", "blip2", "minigpt4", "qwen3_vl"])
+def test_keys_that_nobody_reads_load_with_one_warning(name):
+    module, processor = tiny_model(name)
+    plain = from_module(module, processor)
+    for key, value in HARMLESS.items():
+        setattr(module.config.get_text_config(), key, value)
+    with pytest.warns(UserWarning, match="equals Hugging Face's on a sample") as warned:
+        model = from_module(module, processor)
+    assert len(warned) == 1
+    assert "unsloth_version = '2024.9'" in str(warned[0].message)
+    queries = [Query("who is it?", "bo")]
+    with torch.no_grad():
+        one, two = (
+            m.decode(m.params, m.embed(m.params, m.preprocess(queries))) for m in (plain, model)
+        )
+    assert torch.equal(one, two)
+
+
+def test_the_proof_is_left_out_on_request(monkeypatch):
+    module, processor = tiny_model("llama")
+    module.config.unsloth_version = "1"
+    monkeypatch.setattr(functional_model, "require_same_forward", lambda *_: 1 / 0)
+    with pytest.warns(UserWarning, match="attributes are ignored: unsloth_version"):
+        from_module(module, processor, verify=False)
+    with pytest.raises(ZeroDivisionError):
+        from_module(module, processor)
+
+
+def test_a_forward_that_is_not_hugging_faces_is_refused_with_the_difference(monkeypatch):
+    module, processor = tiny_model("llama")
+    module.config.tripled = True
+    decode = functional_model.FunctionalDecoder.decode
+    monkeypatch.setattr(
+        functional_model.FunctionalDecoder, "decode", lambda *a, **more: 3 * decode(*a, **more)
+    )
+    with pytest.raises(UnsupportedModelError, match=r"tripled = True.*logits differ by 2"):
+        from_module(module, processor)
 
 
 def test_values_that_change_a_decoder_are_refused():
