@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from errata.adapters.families.table import family_of
-from errata.adapters.hf import functional_model, structure
+from errata.adapters import from_module
+from errata.adapters.hf import structure
 from errata.adapters.zoo.tiny import tiny_model
 from errata.functional import Inputs
 from errata.functional.errors import ShapeError, UnsupportedModelError
@@ -17,14 +17,19 @@ from tests.adapters.zoo_of_families.models import (
 
 
 @each_family
-def test_an_unknown_config_attribute_is_refused_by_name(name):
-    module, _ = tiny_model(name, num_layers=1)
+def test_an_unknown_config_attribute_is_warned_of_once_its_forward_is_proved(name):
+    module, processor = tiny_model(name, num_layers=1)
     module.config.get_text_config().sideways_attention = 3
-    family = family_of(module.config.model_type)
-    with pytest.raises(UnsupportedModelError, match="sideways_attention"):
-        functional_model.functionalize(
-            structure.describe_module(module, family), module, None, None
-        )
+    with pytest.warns(UserWarning, match=r"equals Hugging Face's.*sideways_attention = 3"):
+        from_module(module, processor)
+
+
+@each_family
+def test_an_attribute_that_changes_the_mathematics_is_refused_by_name(name):
+    module, processor = tiny_model(name, num_layers=1)
+    module.config.get_text_config().residual_multiplier = 0.3
+    with pytest.raises(UnsupportedModelError, match=r"residual_multiplier = 0\.3 changes"):
+        from_module(module, processor)
 
 
 @each_family
