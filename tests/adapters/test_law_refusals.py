@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from errata.adapters import from_module
+from errata.adapters.families.table import family_of
 from errata.adapters.hf import structure
 from errata.adapters.zoo.tiny import tiny_model
 from errata.functional import Inputs
