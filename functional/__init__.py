@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from errata.functional.deltas.comparison import conflicts, diff
     from errata.functional.deltas.merging import compress, merge, remove, scale, select
     from errata.functional.deltas.serialization import load_delta, save_delta
-    from errata.functional.forward.generation import generate
+    from errata.functional.forward.generation import Sampling, generate, stream
     from errata.functional.header import EditRecord, Header
     from errata.functional.metrics.readout import read_out
     from errata.functional.queries import Case, Query
@@ -49,6 +49,7 @@ __all__ = [
     "ModelCard",
     "Params",
     "Query",
+    "Sampling",
     "bind",
     "bind_rows",
     "compress",
@@ -62,6 +63,7 @@ __all__ = [
     "save_delta",
     "scale",
     "select",
+    "stream",
 ]
 
 _MODULES = {
@@ -78,7 +80,9 @@ _MODULES = {
     "select": "deltas.merging",
     "load_delta": "deltas.serialization",
     "save_delta": "deltas.serialization",
+    "Sampling": "forward.generation",
     "generate": "forward.generation",
+    "stream": "forward.generation",
     "EditRecord": "header",
     "Header": "header",
     "read_out": "metrics.readout",

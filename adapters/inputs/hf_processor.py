@@ -19,6 +19,7 @@ from errata.adapters.inputs.prompt_format import (
     PromptTemplate,
     answer_separator,
     answer_suffix,
+    end_of_turn,
     scored_tokens,
     split_template,
 )
@@ -54,7 +55,9 @@ class HFQueryProcessor:
         self.special_tokens = tuple(tokenizer.get_added_vocab())
         self.refused_in_targets = special_tokens_of(tokenizer)
         self.answer_suffix = answer_suffix(template, tokenizer)
-        self.eos_suffix = self.answer_suffix or tokenizer.eos_token or ""
+        self.eos_suffix = self.answer_suffix or end_of_turn(
+            template, tokenizer, parts.chat_template
+        )
 
     @spanned("reading")
     def __call__(

@@ -25,6 +25,7 @@ from errata.adapters.inputs.prompt_format import (
     PromptTemplate,
     answer_separator,
     answer_suffix,
+    end_of_turn,
     scored_tokens,
     split_template,
 )
@@ -106,7 +107,9 @@ class QueryProcessor:
             self.template = replace(template, image_wrapper=vision_format.image_wrapper)
         self.refused_in_targets = special_tokens_of(tokenizer)
         self.answer_suffix = answer_suffix(template, tokenizer)
-        self.eos_suffix = self.answer_suffix or tokenizer.eos_token or ""
+        self.eos_suffix = self.answer_suffix or end_of_turn(
+            template, tokenizer, parts.chat_template
+        )
 
     @spanned("reading")
     def __call__(

@@ -22,6 +22,7 @@ __all__ = [
     "PromptTemplate",
     "answer_separator",
     "answer_suffix",
+    "end_of_turn",
     "make_detokenizer",
     "scored_tokens",
     "split_template",
@@ -172,6 +173,44 @@ def make_detokenizer(tokenizer: Any) -> Callable[[Sequence[int]], str]:
         return tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
 
     return detokenize
+
+
+_ANSWER = "errata-marks-the-answer"
+
+
+def end_of_turn(template: PromptTemplate, tokenizer: Any, chat_template: str | None) -> str:
+    """The token that ends an answer: where the chat template ends a turn, else the tokenizer's end.
+
+    Llama 3's `<|eot_id|>` and Gemma's `<end_of_turn>` are not their tokenizers' end tokens, and a
+    model that was taught those would not stop where its users expect.
+
+    Args:
+        template: The prompt template.
+        tokenizer: A Hugging Face tokenizer.
+        chat_template: The checkpoint's chat template, or None.
+
+    Returns:
+        The token's text; "" for a tokenizer without one.
+    """
+    default = tokenizer.eos_token or ""
+    if not template.chat or not chat_template:
+        return default
+    for wrap in (lambda text: [{"type": "text", "text": text}], str):
+        messages = [
+            {"role": "user", "content": wrap("question")},
+            {"role": "assistant", "content": wrap(_ANSWER)},
+        ]
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, chat_template=chat_template, tokenize=False
+            )
+        except Exception:  # noqa: S112 - a template may refuse in any way it likes
+            continue
+        _, found, after = text.rpartition(_ANSWER)
+        if found:
+            special = [token for token in tokenizer.get_added_vocab() if token in after]
+            return min(special, key=after.index) if special else default
+    return default
 
 
 def answer_suffix(template: PromptTemplate, tokenizer: Any) -> str:

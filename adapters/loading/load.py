@@ -18,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 
 from errata.adapters.loading.checkpoint_files import (
@@ -95,6 +96,10 @@ def from_module(
     card = describe_module(module, family, id=id, revision=revision)
     preprocess = make_processor(processor, module.config, card, template, cache)
     tokenizer = getattr(processor, "tokenizer", processor)
+    end_id = tokenizer.convert_tokens_to_ids(getattr(preprocess, "eos_suffix", "") or None)
+    if isinstance(end_id, int) and end_id != tokenizer.unk_token_id:
+        stop_ids = tuple(dict.fromkeys((*card.stop_ids, end_id)))
+        card = msgspec.structs.replace(card, stop_ids=stop_ids)
     model = functionalize(
         card, module, preprocess, make_detokenizer(tokenizer), family, verify=verify
     )

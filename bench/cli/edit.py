@@ -12,6 +12,7 @@ from errata.functional.errors import InvalidInputError, InvalidSettingsError
 
 if TYPE_CHECKING:
     from errata.functional import Model, Query
+    from errata.functional.forward.generation import Sampling
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +21,16 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"]
     )
     parser.add_argument("--device", default="cpu", help="e.g. cuda:0")
+    parser.add_argument("--device-map", default="", help="auto, or another of accelerate's")
+    parser.add_argument("--revision", default="", help="branch, tag or commit of a hub id")
+    parser.add_argument("--template", default="default", help="prompt template")
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--temperature", type=float, help="sample; without these: the likeliest")
+    parser.add_argument("--top-k", type=int, help="sample from the k likeliest tokens")
+    parser.add_argument("--top-p", type=float, help="sample from the likeliest of this mass")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
 
 
 def _add_query_options(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +72,7 @@ def _edit(options: argparse.Namespace) -> None:
 def _generate(options: argparse.Namespace) -> None:
     from errata.functional.binding.bound_model import bind
     from errata.functional.deltas import serialization as io
+    from errata.functional.forward.generation import Sampling
 
     if options.max_new_tokens < 1:
         raise InvalidInputError(
@@ -68,13 +80,19 @@ def _generate(options: argparse.Namespace) -> None:
         )
     if options.compare_base and not options.delta:
         raise InvalidInputError("--compare-base compares with an edit: name one by --delta FILE.")
+    given = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+    given = {name: value for name, value in given.items() if value is not None}
+    sampling = Sampling(**given) if given else None
     query = _make_query(options, "")
     deltas = [io.load_delta(path) for path in options.delta]
     base = model = _open_model(options)
     for delta in deltas:
         model = bind(model, delta)
     models = [base, model] if options.compare_base else [model]
-    answers = [_generate_printable(one, query, options.max_new_tokens) for one in models]
+    answers = [
+        _generate_printable(one, query, options.max_new_tokens, sampling, options.seed)
+        for one in models
+    ]
     if options.compare_base:
         print(f"base:   {answers[0]}\nedited: {answers[1]}")
     else:
@@ -85,7 +103,16 @@ def _open_model(options: argparse.Namespace) -> Model:
     from errata.bench.runs.settings import ModelSettings
     from errata.bench.runs.sources import open_model
 
-    return open_model(ModelSettings(id=options.model, dtype=options.dtype, device=options.device))
+    return open_model(
+        ModelSettings(
+            id=options.model,
+            dtype=options.dtype,
+            device=options.device,
+            device_map=options.device_map,
+            revision=options.revision,
+            template=options.template,
+        )
+    )
 
 
 def _make_query(options: argparse.Namespace, target: str) -> Query:
@@ -98,13 +125,29 @@ def _make_query(options: argparse.Namespace, target: str) -> Query:
     return Query(options.prompt, target, tuple(map(open_image, options.image)))
 
 
-def _generate_printable(model: Model, query: Query, max_new_tokens: int = 32) -> str:
+def _generate_printable(
+    model: Model,
+    query: Query,
+    max_new_tokens: int = 32,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+) -> str:
+    import torch
+
     from errata.functional.forward.generation import generate
 
     max_room = (
         model.card.max_positions - model.preprocess([query._replace(target="")]).input_ids.shape[1]
     )
-    text = generate(model, [query], max(1, min(max_new_tokens, max_room)))[0].strip()
+    device = next(iter(model.params.values())).device
+    (text,) = generate(
+        model,
+        [query],
+        max(1, min(max_new_tokens, max_room)),
+        sampling=sampling,
+        generator=torch.Generator(device).manual_seed(seed),
+    )
+    text = text.strip()
     # generated text may contain terminal control codes
     return "".join(
         c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text

@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from errata.bench.cli import convert, data, deltas, train
-from errata.bench.cli.edit import _add_model_options, _add_query_options, _edit, _generate
+from errata.bench.cli.edit import (
+    _add_model_options,
+    _add_query_options,
+    _add_sampling_options,
+    _edit,
+    _generate,
+)
 from errata.bench.cli.listing import _editors, _models
 from errata.bench.cli.options import _add_command
 from errata.bench.cli.renamed import renamed_word
@@ -151,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--compare-base", action="store_true", help="print the unedited model's answer too"
     )
+    _add_sampling_options(generate)
     generate.add_argument("--max-new-tokens", type=int, default=32, help="longest answer")
 
     _add_command(subparsers, "models", _models, "list the shipped models and the families")

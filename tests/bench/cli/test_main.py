@@ -370,3 +370,18 @@ def test_a_run_that_got_nowhere_leaves_its_folder_to_the_corrected_one(settings,
     settings.write_text(good.replace("num_steps = 2", "num_steps = 3"))
     assert main(["run", str(settings)]) == 2
     assert "other settings of the editor" in capsys.readouterr().err
+
+
+def test_generate_samples_on_request(capsys):
+    words = ["generate", "--model", "tiny/llama", "--prompt", "who is it?", "--max-new-tokens", "6"]
+
+    def answer(*more):
+        assert main([*words, *more]) == 0
+        return capsys.readouterr().out
+
+    assert answer("--top-k", "1") == answer()
+    one, two = answer("--temperature", "2"), answer("--temperature", "2", "--seed", "1")
+    assert one != two
+    assert one == answer("--temperature", "2", "--seed", "0")
+    assert main([*words, "--top-p", "2"]) == 2
+    assert "top_p must be above 0 and at most 1" in capsys.readouterr().err
