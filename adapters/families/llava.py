@@ -101,9 +101,10 @@ family = Family(
     vision_features_path="model",
     title="LLaVA-1.5",
     vision=VisionFormat(
-        "token",
-        ("USER: {images}{prompt} ASSISTANT:",),
-        "{}\n",
+        placement="token",
+        # for checkpoints without a chat template, and templates with chat=False and no text
+        raw_template=("USER: {images}{prompt} ASSISTANT:",),
+        image_wrapper="{}\n",
         image_token=image_token,
         encode_images=encode_llava_images,
     ),

@@ -76,7 +76,10 @@ class WiseConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     ] = "auto"
     gate_statistic: Annotated[
         GateStatistic,
-        msgspec.Meta(description="How distances of a prompt's tokens become one number."),
+        msgspec.Meta(
+            description='How distances of a prompt\'s tokens become one number: "mean" of all, '
+            'of the "text" tokens, the "last" one, or "easyedit": as its code does.'
+        ),
     ] = "mean"
     unrelated_texts: Annotated[
         tuple[str, ...],
@@ -122,7 +125,13 @@ class WiseConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     merge_freq: Annotated[
         Count, msgspec.Meta(description="Edits after which full memories are merged into one.")
     ] = 1000
-    merge_alg: Annotated[MergeMethod, msgspec.Meta(description="Merge algorithm.")] = "ties"
+    merge_alg: Annotated[
+        MergeMethod,
+        msgspec.Meta(
+            description='Merge algorithm: "ties", "sign", "magnitude", "magnitude_norm", '
+            '"dare_ties", "dare_linear", "linear" or "slerp".'
+        ),
+    ] = "ties"
     density: Annotated[
         float,
         msgspec.Meta(gt=0, le=1, description="Fraction of the largest changes that a merge keeps."),
@@ -130,7 +139,8 @@ class WiseConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     mode: Annotated[
         Literal["retrieve", "merge"],
         msgspec.Meta(
-            description='"retrieve": merged memories stay separate. "merge": they become one.'
+            description='"retrieve": merged memories stay separate. "merge": a merged memory is '
+            "merged again with the next ones."
         ),
     ] = "retrieve"
     append_eos: AppendEos = True

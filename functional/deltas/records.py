@@ -1,7 +1,7 @@
 """What a delta records: the base it was made for and its edits.
 
 Prompts, targets and images are hashed, never stored, so that a delta can be published without its
-data.
+data. `bind` compares the base with its model: `functional/binding/bound_model.py`.
 """
 
 from __future__ import annotations

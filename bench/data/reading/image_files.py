@@ -1,17 +1,19 @@
-"""Images of a benchmark: found under a root, decoded on demand, or replaced by drawn stand-ins."""
+"""Images of a benchmark: found under a root, decoded on demand, or replaced by drawn stand-ins.
+
+Annotations are read without torch, so what opens images is imported where it is used.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import random
-import warnings
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
 import msgspec
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
 
 from errata.functional.errors import InvalidInputError
 
@@ -28,7 +30,6 @@ OnMissing = Literal["error", "skip", "none", "placeholder"]
 """What to do if an image is missing: raise an error, skip the record, evaluate the question
 without an image, or draw a stand-in from the image's name."""
 
-_MAX_PIXELS = 64_000_000  # of one image: 192 MB decoded; COCO's have 0.3 million
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _IMAGE_FOLDER_NAMES = ("", "images", "VLKEB_images", "mmkb_images", "data_image", "ADS-Edit")
 
@@ -53,41 +54,26 @@ class ImageFile:
     @cached_property
     def content_id(self) -> str:
         """SHA-256 of the file's bytes, in hexadecimal."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        from errata.functional.hashing import content_id
+
+        return content_id(self.path)
 
     def load(self) -> Image.Image:
-        """Decode the image to RGB.
+        """Decode the image to RGB, by the rules of `adapters/inputs/images.py`.
 
         Returns:
             The image.
 
         Raises:
-            InvalidInputError: If the file is not an image, is truncated, or has more than 64
-                million pixels. The header is checked before decoding.
+            InvalidInputError: If the file is not an image, is truncated, has values without a
+                meaning, or too many pixels. The header is checked before decoding.
             MissingImageError: If the file does not exist.
         """
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                with Image.open(self.path) as picture:
-                    width, height = picture.size
-                    if width * height > _MAX_PIXELS:
-                        raise InvalidInputError(
-                            f"{self.path} must have at most {_MAX_PIXELS:,} pixels; "
-                            f"it is {width} x {height}."
-                        )
-                    return picture.convert("RGB")
-        except Image.DecompressionBombError as fault:
-            raise InvalidInputError(
-                f"{self.path} must have at most {_MAX_PIXELS:,} pixels: {fault}."
-            ) from fault
-        except FileNotFoundError as fault:
-            raise MissingImageError(f"{self.path} does not exist.") from fault
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as fault:
-            raise InvalidInputError(
-                f"{self.path} must be an image; it cannot be read: {fault}."
-            ) from fault
+        from errata.adapters.inputs.images import open_image
+
+        if not self.path.exists():
+            raise MissingImageError(f"{self.path} does not exist.")
+        return open_image(self.path)
 
 
 class PlaceholderImage:

@@ -1,5 +1,8 @@
 """A codebook at a linear map, as a rewrite: the nearest key of each row, and its value.
 
+The nearest key is found by `errata.kernels.codebook.lookup_key`, whose kernel serves SERAC too.
+Which key an edit gets or joins is decided while editing: `editors/grace/codebook.py`.
+
 Legend: B rows · L tokens · E edits · N keys · I width of a key · O width of a value.
 """
 

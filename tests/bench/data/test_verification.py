@@ -101,7 +101,7 @@ def test_decoding_finds_broken_images(home):
     assert verify(home)[0].usable
     (report,) = verify(home, decode=True)
     assert not report.usable
-    assert "b.png must be an image" in report.broken[0]
+    assert "b.png' must be an image" in report.broken[0]
 
 
 def test_nothing_to_check(tmp_path, capsys):
